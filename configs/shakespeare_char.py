@@ -1,0 +1,33 @@
+"""Characters of Shakespeare, at the budgets of nanoGPT's two recipes.
+
+    python -m jaxlm.data.prepare --input input.txt --output data/shakespeare_char --tokenizer chars
+    python -m jaxlm.train --config=configs/shakespeare_char.py:cpu --workdir=runs/shakespeare_char
+
+cpu: 0.80M parameters, 2,000 steps of 12 x 64 characters.
+gpu: 10.6M parameters, 5,000 steps of 64 x 256 characters.
+"""
+
+from jaxlm.config import base, variant
+
+
+def get_config(arg=""):
+    c = base()
+    v = variant(
+        arg,
+        {
+            "cpu": {"layers": 4, "width": 128, "heads": 4, "length": 64, "batch": 12, "steps": 2000, "dropout": 0.0},
+            "gpu": {"layers": 6, "width": 384, "heads": 6, "length": 256, "batch": 64, "steps": 5000, "dropout": 0.2},
+        },
+    )
+    c.data.path = "data/shakespeare_char"
+    c.data.seq_len = v["length"]
+    c.data.isolate = False  # one document
+    c.model.num_layers, c.model.embed_dim, c.model.num_heads = v["layers"], v["width"], v["heads"]
+    c.model.mlp, c.model.qk_norm, c.model.dropout = "relu2", True, v["dropout"]
+    c.model.dtype = "float32" if arg != "gpu" else "bfloat16"
+    c.model.scan = False
+    c.train.steps, c.train.batch_size = v["steps"], v["batch"]
+    c.optim.name, c.optim.learning_rate, c.optim.adam_learning_rate = "muon", 2e-2, 3e-3
+    c.optim.end_factor, c.optim.weight_decay = 0.0, 0.0
+    c.eval.every = 500
+    return c

@@ -1,0 +1,168 @@
+"""Checkpoints through orbax: asynchronous, sharded, self-contained, and restored on any other mesh.
+
+`workdir/checkpoints/STEP/` holds `params`, `rest` (optimizer, step, average) and `meta`: the resolved config, the
+tokenizer, the fingerprint of the data, versions, and the validation loss where one was measured at that step.
+"""
+
+import base64
+import importlib.metadata
+import logging
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from jaxlm.config import flatten, unflatten
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.errors import CheckpointError
+from jaxlm.state import State
+
+ITEMS = {
+    "params": ocp.StandardCheckpointHandler,
+    "rest": ocp.StandardCheckpointHandler,
+    "meta": ocp.JsonCheckpointHandler,
+}
+VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint")
+
+
+def describe_run(config: ConfigDict, tokenizer, data: dict) -> dict:
+    """The `meta` of a run's checkpoints, as JSON. data: jaxlm.data.pipeline.fingerprint."""
+    return {
+        "config": flatten(config),
+        "tokenizer": {"name": tokenizer.name, "data": base64.b64encode(tokenizer.to_bytes()).decode()},
+        "data": data,
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+    }
+
+
+def config_of(meta: dict) -> ConfigDict:
+    return unflatten(meta["config"])
+
+
+def tokenizer_of(meta: dict):
+    return tokenizers.from_bytes(meta["tokenizer"]["name"], base64.b64decode(meta["tokenizer"]["data"]))
+
+
+class Checkpoints:
+    """The checkpoints of a run directory. Raises CheckpointError where the directory cannot be used."""
+
+    def __init__(self, workdir: str | Path, config: ConfigDict | None = None):
+        """config: of the run that saves; None to read only."""
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every step it takes
+        self.path = Path(workdir).absolute() / "checkpoints"
+        if config is None and not self.path.is_dir():
+            found = "is not a directory" if not Path(workdir).is_dir() else "has no checkpoints/"
+            raise CheckpointError(f"{workdir} {found}: give the --workdir of a jaxlm.train run that has saved")
+        options = {"read_only": True}
+        if config is not None:
+            policies = [keep.LatestN(config.checkpoint.keep)]
+            if config.checkpoint.keep_best:
+                lowest = {"get_metric_fn": lambda m: m["loss"], "reverse": True, "n": 1}
+                policies.append(keep.BestN(**lowest, keep_checkpoints_without_metrics=False))
+            options = {
+                "preservation_policy": keep.AnyPreservationPolicy(policies),
+                "cleanup_tmp_directories": True,
+            }
+        try:
+            self.manager = ocp.CheckpointManager(
+                self.path,
+                item_handlers={name: handler() for name, handler in ITEMS.items()},
+                options=ocp.CheckpointManagerOptions(**options),
+            )
+        except OSError as error:
+            raise CheckpointError(f"cannot use {self.path}: {error.strerror or error}") from None
+
+    def latest(self) -> int | None:
+        return self.manager.latest_step()
+
+    def choose(self, step: str | int = "latest") -> int:
+        """The step that `latest`, `best` (lowest validation loss) or a number means. Raises CheckpointError."""
+        steps = sorted(self.manager.all_steps())
+        if not steps:
+            raise CheckpointError(f"{self.path} has no finished checkpoint")
+        if step == "latest":
+            return steps[-1]
+        if step == "best":
+            losses = {s: self.meta(s).get("eval_loss") for s in steps}
+            measured = [s for s in steps if losses[s] is not None]
+            if not measured:
+                raise CheckpointError(f"{self.path}: no checkpoint has a validation loss; steps: {steps}")
+            return min(measured, key=losses.get)
+        if not str(step).isdigit() or int(step) not in steps:
+            raise CheckpointError(
+                f"{self.path} has no step {step}; it has {', '.join(map(str, steps))}, latest and best"
+            )
+        return int(step)
+
+    def save(self, state: State, meta: dict, eval_loss: float | None = None) -> None:
+        """Copies the state to the host, then writes it in the background."""
+        step = int(state.step)
+        if step in self.manager.all_steps():
+            return
+        rest = {"step": state.step, "opt_state": state.opt_state, "ema": state.ema, "skipped": state.skipped}
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                rest=ocp.args.StandardSave({k: v for k, v in rest.items() if v is not None}),
+                meta=ocp.args.JsonSave(meta | {"eval_loss": eval_loss}),
+            ),
+            metrics=None if eval_loss is None else {"loss": eval_loss},
+        )
+
+    def meta(self, step: int) -> dict:
+        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def restore(self, step: int, abstract: State, shardings: State) -> State:
+        """The state at `step`, on the mesh of `shardings`. Raises CheckpointError where it does not fit `abstract`."""
+        rest = lambda s: {k: v for k, v in vars(s).items() if k != "params" and v is not None}
+        got = self._read(
+            step,
+            params=as_target(abstract.params, shardings.params),
+            rest=as_target(rest(abstract), rest(shardings)),
+        )
+        return State(params=got["params"], **({"ema": None} | got["rest"]))
+
+    def restore_params(self, step: int, abstract: State, shardings: State) -> dict:
+        """What evaluation and generation use: the average of the parameters where the run keeps one, else these."""
+        if abstract.ema is None:
+            return self._read(step, params=as_target(abstract.params, shardings.params))["params"]
+        return self.restore(step, abstract, shardings).ema
+
+    def _read(self, step: int, **targets):
+        for name, target in targets.items():
+            self._require_fit(step, name, target)
+        args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**args))
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.path / str(step)} cannot be read: {error}") from error
+
+    def _require_fit(self, step: int, name: str, target) -> None:
+        """Orbax casts dtypes silently and reports other shapes unreadably: compare first."""
+        key = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+        flat = lambda tree: {key(path): (tuple(x.shape), str(x.dtype)) for path, x in jax.tree.leaves_with_path(tree)}
+        saved, wanted = flat(self.manager.item_metadata(step)[name].tree), flat(target)
+        both = [path for path in wanted if path in saved and saved[path] != wanted[path]]
+        lines = [f"{path}: saved {saved[path]}, wanted {wanted[path]}" for path in both]
+        lines += [f"{path}: not in the checkpoint" for path in wanted if path not in saved]
+        lines += [f"{path}: only in the checkpoint" for path in saved if path not in wanted]
+        if lines:
+            more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
+            raise CheckpointError(
+                f"checkpoint {self.path / str(step)} is of another model or optimizer than the config:\n  "
+                + "\n  ".join(lines[:8] + more)
+                + "\nuse the config that it was trained with (workdir/config.json), or another --workdir"
+            )
+
+    def wait(self) -> None:
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def as_target(abstract, shardings):
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)

@@ -1,0 +1,68 @@
+"""The command line that every program shares: flags, did-you-mean, and exit codes instead of tracebacks."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+
+from jaxlm.errors import ConfigError, UserError
+
+PREEMPTED = 75  # exit code: stopped by a signal, saved, and the same command goes on from there
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are `ConfigError`s that name the nearest flag.
+
+    `parse(argv)` also collects `--config.a.b=value` into `args.overrides`, a list of (key, text), where the program
+    has a `--config` flag.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def add_config(self) -> None:
+        self.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a recipe, such as configs/gpt2.py")
+        self.epilog = (
+            "Any key of the config can be set with --config.KEY=VALUE, e.g. --config.optim.learning_rate=1e-3."
+        )
+
+    def error(self, message: str):
+        raise ConfigError(f"{self.prog}: {message} (see --help)")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        overrides, rest, words = [], [], iter(argv)
+        for word in words:
+            if word.startswith("--config.") and "--config" in self._option_string_actions:
+                key, equals, text = word.removeprefix("--config.").partition("=")
+                overrides.append((key, text if equals else next(words, "")))
+            else:
+                rest.append(word)
+        for word in rest:
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and len(flag) > 2 and flag not in self._option_string_actions:
+                self.error(f"there is no flag {flag}{did_you_mean(flag, self._option_string_actions)}")
+        args = self.parse_args(rest)
+        args.overrides = overrides
+        return args
+
+
+def did_you_mean(word: str, allowed) -> str:
+    """' (did you mean X?)', or '' where nothing is near."""
+    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Runs a program's `main(argv)` and exits: 0, its return value, a `UserError`'s code, or 130 after Ctrl-C."""
+    try:
+        code = main(sys.argv[1:]) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of a pipe (head, less) has gone: nothing is left to tell anyone
+        sys.stderr.close()
+        code = 141
+    sys.exit(code)

@@ -1,0 +1,112 @@
+"""What a run costs, by arithmetic: parameters, FLOPs, bytes per device. Nothing here touches a device."""
+
+import math
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxlm.config import MESH_AXES
+from jaxlm.parallel.mesh import abstract_mesh
+from jaxlm.state import abstract_state, state_shardings
+
+# Dense bfloat16 FLOP/s of one device as jax counts them, by a word of its device_kind; from the vendors' data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s, or None for a chip that is not in the table: then nothing is made of it."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+
+
+def num_parameters(params) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def embedding_parameters(params) -> int:
+    """Of the input tables: token embeddings, where another table gives the output, and learned positions."""
+    embed = params["embed"]
+    tables = [embed["positions"]] if "positions" in embed else []
+    return num_parameters(tables + ([embed["tokens"]] if "unembed" in params else []))
+
+
+def flops_per_token(config: ConfigDict, params) -> int:
+    """Of one training step, model FLOPs without recomputation, as PaLM counts them (Chowdhery et al. 2022, appendix B).
+
+    6 for each parameter that multiplies, and 12 N H T a layer for attention, T being at most the layer's window (the
+    half that the causal mask leaves out is counted, as the field does).
+    """
+    m, T = config.model, config.data.seq_len
+    reach = {"S": min(m.window, m.context_length, T), "L": min(m.context_length, T)}
+    attended = sum(reach[m.layers[i % len(m.layers)]] for i in range(m.num_layers))
+    multiplying = num_parameters(params) - embedding_parameters(params)
+    return 6 * multiplying + 12 * m.num_heads * m.head_dim * attended
+
+
+def bytes_per_device(abstract, shardings) -> int:
+    """Of one device's shards of a tree."""
+    sizes = jax.tree.map(
+        lambda x, s: math.prod(s.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize, abstract, shardings
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def human(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.2f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.2f} TiB"
+
+
+def describe(config: ConfigDict, num_devices: int, train_tokens: int | None) -> str:
+    """The page that `train --dry_run` prints. config: resolved. train_tokens: in the training data, if known."""
+    state, _ = abstract_state(config)
+    mesh = abstract_mesh(config, num_devices)
+    places = state_shardings(config, mesh)
+    total, embedding = num_parameters(state.params), embedding_parameters(state.params)
+    flops, step_tokens = flops_per_token(config, state.params), config.train.batch_size * config.data.seq_len
+    run_tokens = step_tokens * config.train.steps
+    parameters, ema = bytes_per_device(state.params, places.params), bytes_per_device(state.ema, places.ema)
+    optimizer = bytes_per_device(state.opt_state, places.opt_state)
+    saved = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))
+    axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in MESH_AXES if mesh.shape[axis] > 1) or "one device"
+    lines = [
+        ("parameters", f"{total:,} (active {total:,}, input embedding {embedding:,})"),
+        ("FLOPs per token", f"{flops:,} forward and backward"),
+        ("tokens per step", f"{step_tokens:,} = {config.train.batch_size:,} rows x {config.data.seq_len:,}"),
+        ("tokens in all", f"{run_tokens:,} in {config.train.steps:,} steps ({flops * run_tokens:.3g} FLOPs)"),
+        ("mesh", f"{axes} ({num_devices:,} devices)"),
+        ("bytes per device", f"{human(parameters + optimizer + parameters + ema)} besides activations"),
+        ("  parameters", human(parameters)),
+        ("  optimizer", human(optimizer)),
+        ("  gradients", human(parameters)),
+        *([("  average (EMA)", human(ema))] if config.train.ema else []),
+        ("checkpoint", human(saved)),
+        ("data", f"{train_tokens:,} tokens, {run_tokens / train_tokens:.2f} epochs" if train_tokens else "not known"),
+    ]
+    return "\n".join(f"{name:18} {text}" for name, text in lines) + "\n\n" + sharding_table(state.params, places.params)
+
+
+def sharding_table(params, shardings) -> str:
+    """One line for each parameter, the layers of a scan being one: name, shape, sharding, shape on a device."""
+    rows = [("parameter", "shape", "sharding", "on each device")]
+    for (path, leaf), place in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(shardings)):
+        spec = list(place.spec) + [None] * (leaf.ndim - len(place.spec))
+        words = ["-" if e is None else "+".join(e) if isinstance(e, tuple) else e for e in spec]
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rows.append((name, str(leaf.shape), f"({', '.join(words)})", str(place.shard_shape(leaf.shape))))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

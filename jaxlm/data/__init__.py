@@ -1,0 +1,1 @@
+"""Text to batches, in numpy: prepare a corpus once, then read it at random."""

@@ -1,0 +1,304 @@
+"""Turns raw text into token shards, once.
+
+    python -m jaxlm.data.prepare --input='corpus/*.jsonl.gz' --output=data/mine
+
+Two passes over parts of the input, each part on its own: the first counts, and collects what the tokenizer is made
+from; the second writes the shards. Finished parts are kept, so that an interrupted run goes on where it was, and the
+files are the same bytes whatever the number of workers. Broken input is refused, or skipped and counted, never
+swallowed. A tokenizer that is trained here sees a sample of all the text, validation included.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from rich.console import Console
+
+from jaxlm import cli
+from jaxlm.data import parts, readers, store
+from jaxlm.data.parts import Job, Options
+from jaxlm.data.tokenizer import SAMPLE_CHARS, Bytes, Tokenizer, chars_from, load, train_sentencepiece
+from jaxlm.errors import ConfigError, DataError, UserError
+
+TRAINED = ("sentencepiece", "bytes", "chars")  # --tokenizer: one of these, else a path
+VAL_SPLITS = ("tail", "documents")
+ON_BAD_RECORD = ("error", "skip")
+VOCAB_SIZE = 4096  # of a sentencepiece model, unless another is asked for
+PARTIAL = ".partial"  # the folder in the output that holds unfinished work
+IDENTITY = "identity.json"  # in it: what this work is for
+COUNTS = {
+    "empty_documents": "empty documents dropped",
+    "bad_records": "bad records skipped",
+    "broken_files": "broken files kept as far as they go",
+    "replaced_bytes": "U+FFFD written for invalid UTF-8",
+    "replaced_surrogates": "U+FFFD written for lone surrogates",
+    "byte_order_marks": "byte order marks stripped",
+}
+
+
+def prepare(
+    inputs: Iterable[str],
+    output: str | Path,
+    tokenizer: str = "sentencepiece",
+    vocab_size: int | None = None,
+    val_fraction: float = 0.1,
+    val_split: str = "tail",
+    workers: int | None = None,
+    text_key: str = "text",
+    on_bad_record: str = "error",
+    overwrite: bool = False,
+) -> dict:
+    """Writes a prepared directory (see store.py) and returns its manifest. One that is finished is left as it is.
+
+    `val_split="tail"` takes the last val_fraction of the characters of the corpus: the document on the border is cut in
+    two, of which the first half gets no end of text and the second counts as a document. `"documents"` draws whole
+    documents by a hash of their first 4,096 characters, so that copies stay together. `workers` defaults to all cores.
+    Raises: ConfigError for options that are wrong or not those of an existing output, DataError for the input.
+    """
+    output, inputs = Path(output), [inputs] if isinstance(inputs, str) else list(inputs)
+    if tokenizer not in TRAINED and not Path(tokenizer).exists():
+        hint = cli.did_you_mean(str(tokenizer), TRAINED)
+        raise ConfigError(f"--tokenizer={tokenizer} is not {', '.join(TRAINED)} or a file{hint}")
+    given = None if tokenizer in TRAINED else load(tokenizer)
+    if tokenizer == "sentencepiece" and vocab_size is None:
+        vocab_size = VOCAB_SIZE
+    name = given.fingerprint if given else tokenizer
+    options = Options(name, vocab_size, val_fraction, val_split, text_key, on_bad_record)
+    _check(options, workers)
+    sources = readers.find(inputs)
+    identity = {
+        "version": store.VERSION,
+        "input": inputs,
+        "options": dataclasses.asdict(options),
+        "sources": [{"path": s.name, "bytes": s.bytes, "sha256": s.sha256} for s in sources],
+    }
+    console = Console(stderr=True, highlight=False)
+    if not _claim(output, identity, overwrite):
+        console.print(f"{output} is already prepared", markup=False, soft_wrap=True)
+        return store.load_manifest(output)
+    jobs = [Job(i, spans, options, output / PARTIAL) for i, spans in enumerate(parts.plan(sources))]
+    run = functools.partial(parts.run, workers=workers or os.cpu_count() or 1, console=console)
+    try:
+        return _passes(output, identity, jobs, given, run)
+    except UserError as error:
+        if not isinstance(error, parts.Interrupted):  # the next attempt will be with other options or another input
+            _clear(output)
+        raise
+
+
+def _check(options: Options, workers: int | None) -> None:
+    wrong = [
+        f"{key}={value!r} must be {rule}"
+        for key, value, rule, right in (
+            ("val_fraction", options.val_fraction, "at least 0 and below 1", 0 <= options.val_fraction < 1),
+            ("val_split", options.val_split, " or ".join(VAL_SPLITS), options.val_split in VAL_SPLITS),
+            (
+                "on_bad_record",
+                options.on_bad_record,
+                " or ".join(ON_BAD_RECORD),
+                options.on_bad_record in ON_BAD_RECORD,
+            ),
+            ("workers", workers, "at least 1", workers is None or workers >= 1),
+            ("vocab_size", options.vocab_size, "at least 1", options.vocab_size is None or options.vocab_size >= 1),
+        )
+        if not right
+    ]
+    if options.vocab_size is not None and options.tokenizer != "sentencepiece":
+        wrong.append("vocab_size is for tokenizer=sentencepiece, the others have their own")
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+
+
+def _claim(output: Path, identity: dict, overwrite: bool) -> bool:
+    """Makes the output ready to be worked on; False where it is finished. Raises: ConfigError where it is not ours."""
+    try:
+        if overwrite:
+            _clear(output)
+        folder = output / PARTIAL
+        if (output / store.MANIFEST).exists():
+            _compare(store.load_manifest(output), identity, output)
+            shutil.rmtree(folder, ignore_errors=True)
+            return False
+        if (folder / IDENTITY).exists():
+            _compare(json.loads((folder / IDENTITY).read_bytes()), identity, output)
+            return True
+        shutil.rmtree(folder, ignore_errors=True)
+        if not overwrite and output.is_dir() and any(output.iterdir()):
+            raise ConfigError(f"--output={output} has other files in it; choose a new directory")
+        folder.mkdir(parents=True)
+        parts.save(folder / IDENTITY, identity)
+        return True
+    except OSError as error:
+        raise ConfigError(f"--output={output} can't be written: {error.filename}: {error.strerror}") from None
+
+
+def _compare(found: dict, identity: dict, output: Path) -> None:
+    """Raises: ConfigError that lists every option and source that is not what it was."""
+    there, now = found["options"], identity["options"]
+    changes = [f"{key} was {there.get(key)!r}, is {now[key]!r}" for key in now if there.get(key) != now[key]]
+    there, now = ({source["path"]: source for source in side["sources"]} for side in (found, identity))
+    names = [name for name in {**there, **now} if there.get(name) != now.get(name)]
+    for name in names[:5]:
+        change = "is new" if name not in there else "is gone" if name not in now else "has changed"
+        changes.append(f"the input {name} {change}")
+    if len(names) > 5:
+        changes.append(f"and {len(names) - 5:,} more inputs")
+    if list(there) != list(now) and not names:
+        changes.append("the inputs are in another order")
+    if changes:
+        raise ConfigError(
+            f"{output} was prepared from something else:\n  "
+            + "\n  ".join(changes)
+            + "\nchoose another --output, or pass --overwrite to replace it"
+        )
+
+
+def _clear(output: Path) -> None:
+    """Deletes what this program writes, and nothing else; the manifest first, so that the rest counts as unfinished."""
+    if not output.is_dir():
+        return
+    for pattern in (store.MANIFEST, "*-[0-9]*.tokens", "*-[0-9]*.offsets", "tokenizer.model", "tokenizer.json"):
+        for file in output.glob(pattern):
+            file.unlink()
+    shutil.rmtree(output / PARTIAL, ignore_errors=True)
+    if not any(output.iterdir()):
+        output.rmdir()
+
+
+def _passes(output: Path, identity: dict, jobs: list[Job], given: Tokenizer | None, run: Callable) -> dict:
+    """Counts, makes the tokenizer, writes, and puts everything in its place. Returns the manifest."""
+    total = max(1, sum(job.bytes for job in jobs))
+    options, folder = jobs[0].options, jobs[0].folder
+    if options.tokenizer == "sentencepiece":
+        jobs = [dataclasses.replace(job, sample_chars=1 + SAMPLE_CHARS * job.bytes // total) for job in jobs]
+    run(parts.count, jobs)
+    counted = [json.loads(job.record("count").read_bytes()) for job in jobs]
+    counts = parts.judge(counted, skip=options.on_bad_record == "skip")
+    tokenizer = given or _make_tokenizer(counted, options)
+    file = folder / tokenizer.filename
+    file.write_bytes(tokenizer.to_bytes())
+    keys = [key for record in counted for key in record["keys"]]
+    share = int(parts.NUM_KEYS * options.val_fraction)
+    # Of two different documents or more, at least one is val and at least one is train.
+    threshold = min(max(share, min(keys) + 1), max(keys)) if share else 0
+    cut = int(sum(record["characters"] for record in counted) * (1 - options.val_fraction))
+    for i, record in enumerate(counted):
+        size = record["characters"]
+        jobs[i] = dataclasses.replace(jobs[i], tokenizer=file, characters=size, cut=cut, threshold=threshold)
+        cut = cut - size if cut >= size else -1
+    run(parts.write, jobs)
+    return _finish(output, identity, jobs, {key: counts[key] for key in COUNTS}, tokenizer)
+
+
+def _make_tokenizer(counted: list[dict], options: Options) -> Tokenizer:
+    if options.tokenizer == "bytes":
+        return Bytes()
+    if options.tokenizer == "chars":
+        return chars_from(character for record in counted for character in record["alphabet"])
+    return train_sentencepiece((chunk for record in counted for chunk in record["sample"]), options.vocab_size)
+
+
+def _finish(output: Path, identity: dict, jobs: list[Job], counts: dict, tokenizer: Tokenizer) -> dict:
+    """Numbers the shards, moves everything to where it belongs, and writes the manifest."""
+    written = [json.loads(job.record("write").read_bytes()) for job in jobs]
+    shards, splits = [], {}
+    for split in ("train", "val"):
+        mine = [(job, entries[split]) for job, entries in zip(jobs, written) if split in entries]
+        for number, (job, entry) in enumerate(mine):
+            name = f"{split}-{number:05d}"
+            shards.append({"file": name, "split": split, **entry})
+            for kind in ("tokens", "offsets"):
+                part = job.folder / f"{job.index:05d}.{split}.{kind}"
+                if part.exists():  # else it was moved before an interruption
+                    os.replace(part, output / f"{name}.{kind}")
+        splits[split] = {key: sum(entry[key] for _, entry in mine) for key in ("tokens", "documents", "bytes")}
+    if not splits["train"]["tokens"]:
+        raise DataError("no text is left to train on: give more text, or a smaller --val_fraction")
+    if broken := store.broken_files(output, shards):
+        raise DataError("\n  ".join(["files were damaged while they were written; start again:", *broken]))
+    (output / tokenizer.filename).write_bytes(tokenizer.to_bytes())
+    manifest = {
+        **identity,
+        "splits": splits,
+        "shards": shards,
+        "counts": counts,
+        "tokenizer": {
+            "name": tokenizer.name,
+            "file": tokenizer.filename,
+            "vocab_size": tokenizer.vocab_size,
+            "sha256": tokenizer.fingerprint,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+        },
+        "dtype": store.token_dtype(tokenizer.vocab_size).str,
+    }
+    parts.save(output / store.MANIFEST, manifest)
+    shutil.rmtree(output / PARTIAL)
+    return manifest
+
+
+def summary(manifest: dict, output: str | Path) -> str:
+    """What a person wants to know about a prepared directory, and what to type next."""
+    splits, tokenizer = manifest["splits"], manifest["tokenizer"]
+    lines = [f"{'':10}{'documents':>14}{'bytes':>18}{'tokens':>18}{'bytes/token':>14}"]
+    for name, split in splits.items():
+        ratio = split["bytes"] / max(1, split["tokens"])
+        lines.append(f"{name:10}{split['documents']:14,}{split['bytes']:18,}{split['tokens']:18,}{ratio:14.3f}")
+    lines.append(f"tokenizer {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens")
+    wanted = manifest["options"]["vocab_size"]
+    if wanted and wanted > tokenizer["vocab_size"]:
+        lines.append(f"note: the text has no pieces for the {wanted:,} tokens that were asked for")
+    if manifest["options"]["val_fraction"] and not splits["val"]["tokens"]:
+        lines.append("note: val is empty, since no two documents differ; --val_split=tail would cut one in two")
+    lines += [f"note: {count:,} {COUNTS[key]}" for key, count in manifest["counts"].items() if count]
+    lines += [
+        f"written to {output}",
+        "next:",
+        f"  python -m jaxlm.train --config=... --config.data.path={shlex.quote(str(output))}",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    parser = cli.Parser(prog="python -m jaxlm.data.prepare", description=__doc__)
+    parser.add_argument(
+        "--input",
+        action="append",
+        required=True,
+        metavar="GLOB",
+        help="a file, a directory, a glob in quotes, or stdlib (Python's own source); may be given again",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument(
+        "--tokenizer", default="sentencepiece", metavar="|".join([*TRAINED, "PATH"]), help="default: sentencepiece"
+    )
+    parser.add_argument("--vocab_size", type=int, help=f"of a sentencepiece model to train (default: {VOCAB_SIZE})")
+    parser.add_argument("--val_fraction", type=float, default=0.1, help="of the text to keep for validation (0.1)")
+    parser.add_argument("--val_split", choices=VAL_SPLITS, default="tail", help="the end of the text, or drawn by hash")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument("--text_key", default="text", help="where .jsonl and .parquet have the text (text)")
+    parser.add_argument("--on_bad_record", choices=ON_BAD_RECORD, default="error", help="skip: count them and go on")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in the output")
+    args = parser.parse(argv)
+    manifest = prepare(
+        args.input,
+        args.output,
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        val_fraction=args.val_fraction,
+        val_split=args.val_split,
+        workers=args.workers,
+        text_key=args.text_key,
+        on_bad_record=args.on_bad_record,
+        overwrite=args.overwrite,
+    )
+    print(summary(manifest, args.output))
+
+
+if __name__ == "__main__":
+    cli.run(main)

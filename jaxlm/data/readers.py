@@ -1,0 +1,309 @@
+"""Raw files to documents: find the files, then read them, or a stretch of one, piece by piece.
+
+A text file of any kind is one document; a .jsonl line and a .parquet row is one document under a key. .gz and .zst are
+read through. What is wrong with the input is noted, never raised: the caller has to see all of it before it decides.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from jaxlm.data.tokenizer import replace_surrogates
+from jaxlm.errors import DataError
+
+# What a directory is searched for; a file that is named, or matches a glob, may be any.
+SUFFIXES = ".jsonl .parquet .txt .md .rst .tex .html .py .c .h .cc .cpp .cu .js .ts .java .go .rs .sh".split()
+STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+PIECE_BYTES = 64 << 10  # of text to encode at a time: sentencepiece is half as fast on 1 MiB
+BLOCK_BYTES = 256 << 10  # of a file read at a time
+BAD_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file: its name for people, its absolute path, its size, and a hash that notices (nearly) every change."""
+
+    name: str
+    path: str
+    bytes: int
+    sha256: str
+
+    @property
+    def kind(self) -> str:
+        return {".jsonl": "jsonl", ".parquet": "parquet"}.get(_suffix(self.path), "text")
+
+    @property
+    def compressed(self) -> bool:
+        return self.path.lower().endswith((".gz", ".zst"))
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes [start, stop) of a source."""
+
+    source: Source
+    start: int
+    stop: int
+
+    @property
+    def bytes(self) -> int:
+        return self.stop - self.start
+
+
+class Piece(NamedTuple):
+    """Some text of a document: never empty, about PIECE_BYTES at most."""
+
+    text: str
+    first: bool  # the document starts with it
+    last: bool  # the document ends with it
+
+
+@dataclass
+class Notes:
+    """What was odd about a part. `bad` and `broken` list the sources by name."""
+
+    counts: Counter = field(default_factory=Counter)  # the keys of prepare.COUNTS
+    bad: list[tuple[str, int, str]] = field(default_factory=list)  # (source, record, reason), BAD_SHOWN at most
+    broken: list[tuple[str, str, int]] = field(default_factory=list)  # (source, reason, records read)
+    records: dict[str, int] = field(default_factory=dict)  # lines or rows seen, by source
+
+
+def find(inputs: Iterable[str]) -> list[Source]:
+    """The files that the inputs (paths, directories, globs, or "stdlib") name, each once, in order.
+
+    Raises: DataError that lists every input that names no file.
+    """
+    named, nothing = {}, []
+    for text in inputs:
+        files = _stdlib() if text == "stdlib" else _matches(text)
+        if not files:
+            nothing.append(text)
+        for name, path in files:
+            named.setdefault(os.path.realpath(path), (name, os.path.abspath(path)))
+    if nothing:
+        raise DataError(
+            "no file matches "
+            + ", ".join(f"--input={text!r}" for text in nothing)
+            + f" (seen from {os.getcwd()}; a directory is searched for {' '.join(SUFFIXES)}, also .gz and .zst)"
+        )
+    try:
+        return [_source(name, path) for name, path in named.values()]
+    except OSError as error:
+        raise DataError(f"the input {error.filename} can't be read: {error.strerror}") from None
+
+
+def read(spans: Iterable[Span], key: str, notes: Notes) -> Iterator[Piece]:
+    """The documents of a part, piece by piece; the text of a record is under `key`. Empty ones are left out."""
+    for span in spans:
+        for piece in READERS[span.source.kind](span, key, notes):
+            if piece.text:
+                yield piece
+            else:
+                notes.counts["empty_documents"] += 1
+
+
+def beginning(source: Source) -> str:
+    """The first piece of a text file."""
+    return next(_read_text(Span(source, 0, source.bytes), "", Notes())).text
+
+
+def character(data: bytes | bytearray, index: int) -> int:
+    """Where the UTF-8 character that has byte `index` starts."""
+    return next((i for i in range(index, index - 4, -1) if data[i] & 0xC0 != 0x80), index)
+
+
+def _matches(text: str) -> list[tuple[str, str]]:
+    pattern = os.path.expanduser(text)
+    files = []
+    for match in [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True)):
+        if os.path.isdir(match):
+            files += [(str(path), str(path)) for path in sorted(Path(match).rglob("*")) if _is_known(path, Path(match))]
+        else:
+            files.append((match, match))
+    return files
+
+
+def _is_known(path: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)  # .git and the like
+    return _suffix(path.name) in SUFFIXES and not hidden and path.is_file()
+
+
+def _stdlib() -> list[tuple[str, str]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    return [(f"stdlib/{name}", str(root / name)) for name in names if not STDLIB_SKIPS & set(name.split("/"))]
+
+
+def _suffix(path: str) -> str:
+    """.jsonl, .txt ..., whether or not it is compressed."""
+    return Path(path.lower().removesuffix(".gz").removesuffix(".zst")).suffix
+
+
+def _source(name: str, path: str) -> Source:
+    """The hash is over all of a file of 1 MiB, and over 64 stretches of 16 KiB of a larger one."""
+    digest, stretches, length = hashlib.sha256(), 64, 16 << 10
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        step = max(length, (size - length) // (stretches - 1))
+        for start in range(0, size, step):
+            file.seek(start)
+            digest.update(file.read(length))
+    return Source(name, path, size, digest.hexdigest())
+
+
+def _read_text(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
+    del key
+    whole = span.stop == span.source.bytes
+    for piece in _pieces(_blocks(span, notes), notes, starts=span.start == 0, ends=whole):
+        if piece.first and piece.text.startswith("\ufeff"):
+            notes.counts["byte_order_marks"] += 1
+            piece = piece._replace(text=piece.text[1:])
+        yield piece
+
+
+def _read_jsonl(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
+    name = span.source.name
+    for number, line in enumerate(_lines(_blocks(span, notes), notes)):
+        notes.records[name] = number + 1
+        if number == 0 and span.start == 0 and line.startswith(b"\xef\xbb\xbf"):
+            notes.counts["byte_order_marks"] += 1
+            line = line[3:]
+        if not line.strip():
+            continue
+        try:
+            text = _field(_decode(line, notes), key)
+        except (ValueError, RecursionError) as error:
+            _bad(notes, name, number + 1, str(error))
+            continue
+        text, replaced = replace_surrogates(text)
+        notes.counts["replaced_surrogates"] += replaced
+        yield from _document(text, notes)
+
+
+def _read_parquet(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
+    name, number = span.source.name, 0
+    try:
+        with pa.parquet.ParquetFile(span.source.path) as file:
+            if key not in file.schema_arrow.names:
+                for row in range(file.metadata.num_rows):
+                    _bad(notes, name, row + 1, f"no column {key!r}; there are {', '.join(file.schema_arrow.names)}")
+                return
+            for batch in file.iter_batches(batch_size=256, columns=[key]):
+                column = batch.column(0)
+                if pa.types.is_dictionary(column.type):
+                    column = column.dictionary_decode()
+                kind = column.type
+                if strings := pa.types.is_string(kind) or pa.types.is_large_string(kind):
+                    column = column.cast(pa.large_binary())  # so that invalid UTF-8 is ours to replace
+                for value in column.to_pylist():
+                    number += 1
+                    if strings and value is not None:
+                        yield from _document(_decode(value, notes), notes)
+                    else:
+                        _bad(notes, name, number, f"{key!r} is {'null' if value is None else kind}, not a string")
+                    notes.records[name] = number
+    except (OSError, pa.ArrowException) as error:
+        _broken(notes, name, error)
+
+
+READERS = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
+
+
+def _field(line: str, key: str) -> str:
+    """The text under `key` of a JSON object, or a ValueError that says why there is none."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON: {error.msg} at character {error.pos}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"not an object but {type(record).__name__}")
+    if key not in record:
+        raise ValueError(f"no key {key!r}; there are {', '.join(map(repr, list(record)[:8])) or 'none'}")
+    if not isinstance(record[key], str):
+        found = "null" if record[key] is None else type(record[key]).__name__
+        raise ValueError(f"{key!r} is {found}, not a string")
+    return record[key]
+
+
+def _broken(notes: Notes, name: str, error: Exception) -> None:
+    notes.broken.append((name, " ".join(str(error).split()), notes.records.get(name, 0)))
+
+
+def _bad(notes: Notes, name: str, number: int, reason: str) -> None:
+    notes.counts["bad_records"] += 1
+    if len(notes.bad) < BAD_SHOWN:
+        notes.bad.append((name, number, reason))
+
+
+def _blocks(span: Span, notes: Notes) -> Iterator[bytes]:
+    """The bytes of a span, decompressed. A file that breaks off ends early, and is noted."""
+    try:
+        if span.source.compressed:
+            if not span.source.bytes:
+                raise OSError("empty, which no compressed file is")
+            with pa.input_stream(span.source.path) as stream:  # .gz or .zst, by the name
+                while block := stream.read(BLOCK_BYTES):
+                    yield block
+            return
+        with open(span.source.path, "rb") as stream:
+            stream.seek(span.start)
+            for start in range(span.start, span.stop, BLOCK_BYTES):
+                yield stream.read(min(BLOCK_BYTES, span.stop - start))
+    except OSError as error:
+        _broken(notes, span.source.name, error)
+
+
+def _lines(blocks: Iterable[bytes], notes: Notes) -> Iterator[bytes]:
+    """Lines of any length, without their ends; not the last one of a file that breaks off."""
+    known, rest = len(notes.broken), []
+    for block in blocks:
+        *whole, tail = block.split(b"\n")
+        if whole:
+            yield b"".join(rest) + whole[0]
+            yield from whole[1:]
+            rest = []
+        rest.append(tail)
+    if len(notes.broken) == known and any(rest):
+        yield b"".join(rest)
+
+
+def _document(text: str, notes: Notes) -> Iterator[Piece]:
+    if len(text) <= PIECE_BYTES // 4:  # then its UTF-8 is not longer than a piece
+        yield Piece(text, True, True)
+    else:
+        yield from _pieces([text.encode()], notes)
+
+
+def _pieces(blocks: Iterable[bytes], notes: Notes, starts: bool = True, ends: bool = True) -> Iterator[Piece]:
+    """Cuts one document (or, without `starts` or `ends`, a stretch of one) where a line ends in the second half of each
+    PIECE_BYTES, else between two characters. The cuts depend on the document, not on the blocks that it comes in."""
+    buffer = bytearray()
+    for block in blocks:
+        buffer += block
+        done = 0
+        while len(buffer) - done > PIECE_BYTES:  # so that something is left to end with
+            end = done + PIECE_BYTES
+            cut = buffer.rfind(b"\n", done + PIECE_BYTES // 2, end) + 1 or character(buffer, end)
+            yield Piece(_decode(buffer[done:cut], notes), starts, False)
+            starts, done = False, cut
+        del buffer[:done]
+    yield Piece(_decode(buffer, notes), starts, ends)
+
+
+def _decode(data: bytes | bytearray, notes: Notes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        text = data.decode(errors="replace")
+        notes.counts["replaced_bytes"] += text.count("\ufffd") - data.count("\ufffd".encode())
+        return text

@@ -1,0 +1,208 @@
+"""A prepared directory: token shards that are written once and then read at random through memory maps.
+
+    manifest.json  tokenizer.model or .json  train-00000.tokens  train-00000.offsets  ...  val-00000.tokens  ...
+
+`.tokens` is flat little-endian uint16 (uint32 where the vocabulary is larger than 65,536). `.offsets` is little-endian
+int64: the positions in the shard at which a document starts. A document is its tokens, then the tokenizer's end of text
+where it has one, and may go on in the next shard. A split is one stream: its shards in order. manifest.json, written
+last, has the sizes and hashes of all of it.
+"""
+
+import bisect
+import hashlib
+import json
+import mmap
+import os
+import shlex
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import numpy as np
+
+from jaxlm.errors import ConfigError, DataError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+KEYS = {"version", "input", "options", "sources", "splits", "shards", "counts", "tokenizer", "dtype"}
+OFFSET = np.dtype("<i8")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def load_manifest(path: str | Path) -> dict:
+    """The manifest of a prepared directory. Raises: DataError where there is none, or not one that can be used."""
+    file = Path(path) / MANIFEST
+    command = f"python -m jaxlm.data.prepare --input=... --output={path}"
+    try:
+        manifest = json.loads(file.read_bytes())
+        if KEYS - manifest.keys():
+            raise KeyError
+        if manifest["version"] != VERSION:
+            raise DataError(
+                f"{file} has format version {manifest['version']}, this jaxlm reads {VERSION}; make it again with "
+                f"`{command} --overwrite`"
+            )
+        return manifest
+    except OSError as error:
+        raise DataError(f"{path} is not prepared data: {file}: {error.strerror}; make it with `{command}`") from None
+    except (ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file} is truncated or corrupt; make it again with `{command} --overwrite`") from None
+
+
+def inside(directory: Path, name: str) -> Path:
+    """directory / name, where a manifest may only name files that lie directly in its directory."""
+    if name != os.path.basename(name) or name in ("", ".", ".."):
+        raise DataError(f"{directory / MANIFEST} names {name!r}, which is not a file of that directory")
+    return directory / name
+
+
+def broken_files(directory: Path, shards: list[dict]) -> list[str]:
+    """What is missing or not as long as it should be, a line for each file."""
+    lines = []
+    for shard in shards:
+        for kind in ("tokens", "offsets"):
+            file, want = inside(directory, f"{shard['file']}.{kind}"), shard[f"{kind}_bytes"]
+            have = file.stat().st_size if file.is_file() else None
+            if have is None:
+                lines.append(f"{file} is missing")
+            elif have != want:
+                lines.append(f"{file} has {have:,} bytes instead of {want:,}")
+    return lines
+
+
+class Store:
+    """One split of a prepared directory, as a flat stream of tokens. Opens a shard when it is first read.
+
+    Attributes: `manifest`, `num_tokens`, `num_documents`, `num_bytes` (UTF-8 bytes of the text, without end of text),
+    `vocab_size`, `bos_id`, `eos_id` (None where there is none), `fingerprint` (SHA-256, in hex, over the tokenizer and
+    the shards of the split). Raises: ConfigError for an unknown split, DataError that lists every file that is missing
+    or has the wrong size.
+    """
+
+    def __init__(self, path: str | Path, split: str):
+        self._path, self._split = Path(path), split
+        self.manifest = manifest = load_manifest(path)
+        if split not in manifest["splits"]:
+            raise ConfigError(f"{path} has no split {split!r}; it has {', '.join(manifest['splits'])}")
+        self._shards = [shard for shard in manifest["shards"] if shard["split"] == split]
+        self._refuse(broken_files(self._path, self._shards))
+        totals, tokenizer = manifest["splits"][split], manifest["tokenizer"]
+        self.num_tokens, self.num_documents, self.num_bytes = (totals[k] for k in ("tokens", "documents", "bytes"))
+        self.vocab_size, self.bos_id, self.eos_id = (tokenizer[k] for k in ("vocab_size", "bos_id", "eos_id"))
+        hashes = [tokenizer["sha256"]] + [
+            shard[k] for shard in self._shards for k in ("tokens_sha256", "offsets_sha256")
+        ]
+        self.fingerprint = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        self._bounds = list(accumulate((shard["tokens"] for shard in self._shards), initial=0))
+        self._tokens: list[np.ndarray | None] = [None] * len(self._shards)
+
+    def __reduce__(self):  # a memory map would be pickled as a copy of all its tokens
+        return Store, (self._path, self._split)
+
+    def verify(self) -> None:
+        """Reads everything. Raises: DataError that lists each file whose SHA-256 is not the manifest's."""
+        bad = []
+        for shard in self._shards:
+            for kind in ("tokens", "offsets"):
+                with open(self._path / f"{shard['file']}.{kind}", "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != shard[f"{kind}_sha256"]:
+                        bad.append(f"{file.name} has changed since it was written (SHA-256)")
+        self._refuse(bad)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length) of the stream, int32. Raises: IndexError outside of the stream."""
+        return self.rows(np.array([start]), length)[0]
+
+    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """`length` tokens from each of `starts` [b]: int32 [b, length]. Raises: IndexError outside of the stream."""
+        if len(starts) and not 0 <= starts.min() <= starts.max() <= self.num_tokens - length:
+            raise IndexError(
+                f"{length} tokens from each of {starts.min()} ... {starts.max()}: {self._path} has {self.num_tokens}"
+            )
+        rows = np.empty((len(starts), length), np.int32)
+        for row, start in zip(rows, starts.tolist()):
+            shard, done = bisect.bisect_right(self._bounds, start) - 1, 0
+            while done < length:
+                begin = start + done - self._bounds[shard]
+                piece = self._shard(shard)[begin : begin + length - done]
+                row[done : done + len(piece)] = piece
+                done += len(piece)
+                shard += 1
+        return rows
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """The positions in [start, stop) of the stream at which a document begins, in order: int64."""
+        found = [np.empty(0, np.int64)]
+        for shard, (begin, end) in zip(self._shards, pairwise(self._bounds)):
+            if begin < stop and start < end:
+                offsets = self._map(f"{shard['file']}.offsets", OFFSET)
+                low, high = np.searchsorted(offsets, (start - begin, stop - begin))
+                found.append(offsets[low:high] + begin)
+        return np.concatenate(found)
+
+    def _shard(self, index: int) -> np.ndarray:
+        if self._tokens[index] is None:
+            self._tokens[index] = self._map(f"{self._shards[index]['file']}.tokens", np.dtype(self.manifest["dtype"]))
+        return self._tokens[index]
+
+    def _map(self, name: str, dtype: np.dtype) -> np.ndarray:
+        # mmap and not np.memmap, whose slices cost 4 us each
+        with open(self._path / name, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""  # mmap refuses empty files
+        return np.frombuffer(data, dtype)
+
+    def _refuse(self, problems: list[str]) -> None:
+        if problems:
+            shown = "\n  ".join(problems[:10] + [f"and {len(problems) - 10} more"] * (len(problems) > 10))
+            inputs = " ".join(f"--input={shlex.quote(pattern)}" for pattern in self.manifest["input"])
+            raise DataError(
+                f"the data in {self._path} is damaged:\n  {shown}\ncopy it again, or make it again with "
+                f"`python -m jaxlm.data.prepare {inputs} --output={shlex.quote(str(self._path))} --overwrite` and "
+                "the same other options"
+            )
+
+
+class ShardWriter:
+    """Writes `stem`.tokens and `stem`.offsets."""
+
+    def __init__(self, stem: Path, dtype: np.dtype):
+        self._dtype, self._tokens, self._offsets = dtype, _HashedFile(f"{stem}.tokens"), _HashedFile(f"{stem}.offsets")
+        self._count = self._documents = self._bytes = 0
+
+    def add(self, tokens: np.ndarray, num_bytes: int, starts_document: bool) -> None:
+        """Appends tokens, which stand for `num_bytes` bytes of text."""
+        if starts_document:
+            self._offsets.write(self._count.to_bytes(OFFSET.itemsize, "little"))
+            self._documents += 1
+        self._tokens.write(tokens.astype(self._dtype).tobytes())
+        self._count += len(tokens)
+        self._bytes += num_bytes
+
+    def close(self) -> dict:
+        """The shard's entry in the manifest, without its name and split."""
+        return {
+            "tokens": self._count,
+            "documents": self._documents,
+            "bytes": self._bytes,
+            **{f"tokens_{key}": value for key, value in self._tokens.close().items()},
+            **{f"offsets_{key}": value for key, value in self._offsets.close().items()},
+        }
+
+
+class _HashedFile:
+    def __init__(self, path: str):
+        self._file, self._hash = open(path, "wb"), hashlib.sha256()  # noqa: SIM115 (close() closes it)
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+
+    def close(self) -> dict:
+        size = self._file.tell()
+        self._file.close()
+        return {"bytes": size, "sha256": self._hash.hexdigest()}

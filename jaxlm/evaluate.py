@@ -1,0 +1,93 @@
+"""python -m jaxlm.evaluate --workdir=DIR: loss, perplexity and bits per byte over the whole validation set.
+
+Every token of the split counts once. Bits per byte compares models with different tokenizers: total nats / ln 2 / bytes
+of the text.
+"""
+
+import gzip
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxlm import cli
+from jaxlm.data.pipeline import open_stores, prefetch, validation_batches
+from jaxlm.data.store import Store
+from jaxlm.errors import DataError
+from jaxlm.parallel.mesh import to_global
+from jaxlm.state import eval_step
+
+
+class Evaluator:
+    """Compiles once; `evaluator(params)` runs over config.data's validation split, or its first eval.batches."""
+
+    def __init__(self, config: ConfigDict, mesh):
+        self.config, self.mesh = config, mesh
+        self.batches = validation_batches(config, jax.process_count(), jax.process_index())
+        self.num_bytes = sum(store.num_bytes for store in open_stores(config, "val"))
+        self.step = jax.jit(partial(eval_step, config=config))
+
+    def __call__(self, params) -> dict:
+        """loss (nats per token), perplexity, tokens, and over the whole split bits_per_byte and bytes."""
+        whole = len(self.batches)
+        stop = min(self.config.eval.batches or whole, whole)
+        place = lambda rows: to_global(rows, self.mesh, self.config.train.batch_size)
+        loss = weight = 0.0  # float64 sums of float32 batches
+        for batch in prefetch(self.batches, 0, stop, self.config.data.prefetch, place):
+            sums = jax.device_get(self.step(params, batch))
+            loss, weight = loss + float(sums["loss"]), weight + float(sums["weight"])
+        mean = loss / weight
+        result = {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": int(weight)}
+        if stop == whole:
+            result |= {"bits_per_byte": loss / math.log(2) / self.num_bytes, "bytes": self.num_bytes}
+        return result
+
+
+def gzip_bits_per_byte(stores: list[Store], tokenizer) -> float:
+    """Of `gzip -9` on the text of these splits, decoded from the tokens: a baseline that everybody has."""
+    size = num_bytes = 0
+    for store in stores:
+        ids = store.read(0, store.num_tokens)
+        text = tokenizer.decode(ids[ids != store.eos_id] if store.eos_id is not None else ids).encode()
+        size, num_bytes = size + len(gzip.compress(text, 9)), num_bytes + len(text)
+    return 8 * size / num_bytes
+
+
+def main(argv: list[str]) -> None:
+    parser = cli.Parser(prog="jaxlm.evaluate", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="run directory of jaxlm.train")
+    parser.add_argument("--data", help="a prepared directory (default: the one of the run)")
+    parser.add_argument("--step", default="latest", help="latest, best or a number (default: latest)")
+    parser.add_argument("--gzip", action="store_true", help="also bits per byte of gzip -9 on the same text")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    args = parser.parse(argv)
+
+    import jaxlm
+
+    lm = jaxlm.load(args.workdir, step=args.step)
+    config = lm.config.copy_and_resolve_references()
+    config.eval.batches = 0
+    if args.data:
+        config.data.path, config.data.mixture = args.data, ""
+    stores = open_stores(config, "val")
+    if stores[0].manifest["tokenizer"]["sha256"] != lm.tokenizer.fingerprint:
+        raise DataError(
+            f"{config.data.path} was prepared with another tokenizer than the model's; prepare it with "
+            f"--tokenizer=DIR, DIR being the data that the model was trained on"
+        )
+    with jax.set_mesh(lm.mesh):
+        result = {"step": lm.step, **Evaluator(config, lm.mesh)(lm.params)}
+    if args.gzip:
+        result["gzip_bits_per_byte"] = gzip_bits_per_byte(stores, lm.tokenizer)
+    width = max(map(len, result))
+    for key, value in result.items():
+        print(f"{key:{width}}  {value:,}" if isinstance(value, int) else f"{key:{width}}  {value:.4f}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,195 @@
+"""A trained model in Python: `lm = jaxlm.load(PATH)`, then lm.logits, lm.loss and lm.generate, on any mesh."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxlm.check import fits
+from jaxlm.checkpoint import Checkpoints, config_of, tokenizer_of
+from jaxlm.config import MESH_AXES
+from jaxlm.decode import generate_tokens, pad_prompts
+from jaxlm.errors import ConfigError, UserError
+from jaxlm.kernels.cross_entropy import logits_of
+from jaxlm.losses import token_losses
+from jaxlm.models import build
+from jaxlm.models.transformer import unembedding
+from jaxlm.parallel.mesh import make_mesh, to_global
+from jaxlm.state import abstract_state, state_shardings
+
+
+class TextLoss(NamedTuple):
+    nats_per_token: float
+    bits_per_byte: float
+    tokens: int  # counted
+
+
+class LM:
+    """config: resolved. params: tree of arrays on `mesh`, from step `step`. tokenizer: encode and decode."""
+
+    def __init__(self, config: ConfigDict, params, tokenizer, mesh, step: int):
+        self.config, self.params, self.tokenizer, self.mesh, self.step = config, params, tokenizer, mesh, step
+        self.model = build(config)
+
+    def __repr__(self):
+        return f"<jaxlm.LM {self.config.model.name}, step {self.step}, {self.tokenizer.name} tokens>"
+
+    def logits(self, tokens, segments=None, positions=None) -> np.ndarray:
+        """Logits of what follows each token. tokens, segments, positions: int [B, T]; returns float32 [B, T, V].
+
+        segments: tokens see only their own number; None: each row is one document. positions: None: 0, 1, ...
+        """
+        tokens = np.asarray(tokens, np.int32)
+        if tokens.ndim != 2:
+            raise UserError(f"lm.logits: tokens must be [batch, length], not of shape {tokens.shape}")
+        self._require_range(tokens)
+        self._require_length(tokens.shape[1] if positions is None else int(np.max(positions)) + 1)
+        with jax.set_mesh(self.mesh):
+            return np.asarray(forward_logits(self.model, self.params, tokens, segments, positions))
+
+    def loss(self, texts: list[str]) -> list[TextLoss]:
+        """How surprising each text is, read in windows of data.seq_len as evaluation does.
+
+        Where the tokenizer has no beginning-of-text token (chars), the first token of a text cannot be predicted and
+        does not count. A text without a counted token has nan.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        T, B = self.config.data.seq_len, self.config.train.batch_size
+        rows, owners = [], []
+        for owner, text in enumerate(texts):
+            ids = self.tokenizer.encode(text)
+            for start in range(0, len(ids), T):
+                rows.append(self._row(ids, start, T))
+                owners.append(owner)
+        sums = np.zeros((len(texts), 2))
+        with jax.set_mesh(self.mesh):
+            for start in range(0, len(rows), B):
+                chunk = rows[start : start + B]
+                chunk = chunk + [chunk[0]] * (B - len(chunk))
+                batch = {key: np.stack([row[key] for row in chunk]) for key in chunk[0]}
+                losses = np.asarray(row_losses(self.model, self.params, to_global(batch, self.mesh, B), self._frozen()))
+                for owner, row, nats in zip(owners[start : start + B], chunk, losses):
+                    sums[owner] += nats, row["weights"].sum()
+        nan = float("nan")
+        return [
+            TextLoss(nats / n if n else nan, nats / math.log(2) / len(text.encode()) if n else nan, int(n))
+            for text, (nats, n) in zip(texts, sums)
+        ]
+
+    def generate(
+        self, prompts, *, max_tokens=100, temperature=1.0, top_k=0, top_p=0.0, num_samples=1, seed=0, stop=()
+    ) -> list:
+        """Continuations without the prompts: num_samples texts for one prompt (str), a list of such lists for a list.
+
+        temperature 0: greedy. top_k, top_p: 0 is off. stop: a text ends before the first of these strings.
+        """
+        single, prompts = isinstance(prompts, str), [prompts] if isinstance(prompts, str) else list(prompts)
+        require_sampling(max_tokens, temperature, top_k, top_p, num_samples)
+        ids = [self._prompt(prompt) for prompt in prompts for _ in range(num_samples)]
+        padded, lengths = pad_prompts(ids)
+        self._require_length(int(lengths.max()) + max_tokens)
+        seeds = np.arange(len(ids), dtype=np.uint32) + np.uint32(seed)
+        with jax.set_mesh(self.mesh):
+            out = generate_tokens(
+                self.model, self.params, padded, lengths, seeds, max_tokens=max_tokens,
+                temperature=float(temperature), top_k=top_k, top_p=float(top_p), eos_id=self.tokenizer.eos_id,
+            )  # fmt: skip
+        texts = [self._text(row, (stop,) if isinstance(stop, str) else stop) for row in np.asarray(out)]
+        groups = [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
+        return groups[0] if single else groups
+
+    def _prompt(self, prompt: str) -> np.ndarray:
+        ids, bos = self.tokenizer.encode(prompt), self.tokenizer.bos_id
+        if bos is not None:
+            return np.concatenate([[bos], ids]).astype(np.int32)
+        if not len(ids):
+            raise UserError(
+                f"the {self.tokenizer.name} tokenizer has no beginning of text: give a prompt of a character or more"
+            )
+        return ids
+
+    def _text(self, ids: np.ndarray, stop) -> str:
+        eos = self.tokenizer.eos_id
+        ends = np.flatnonzero(ids == eos) if eos is not None else []
+        text = self.tokenizer.decode(ids[: ends[0]] if len(ends) else ids)
+        return text[: min((text.find(s) for s in stop if s and s in text), default=len(text))]
+
+    def _row(self, ids: np.ndarray, start: int, T: int) -> dict[str, np.ndarray]:
+        """The batch row whose targets are ids[start : start + T]."""
+        targets = ids[start : start + T]
+        bos = self.tokenizer.bos_id
+        first = ids[start - 1] if start else targets[0] if bos is None else bos
+        tokens, padding = np.concatenate([[first], targets[:-1]]), (0, T - len(targets))
+        weights = np.ones(len(targets), np.float32)
+        segments = np.ones(len(targets), np.int32)
+        if bos is None and not start:
+            weights[0] = segments[0] = 0
+        row = {"tokens": tokens, "targets": targets, "segments": segments, "weights": weights}
+        row = {key: np.pad(value, padding) for key, value in row.items()} | {"positions": np.arange(T, dtype=np.int32)}
+        return {key: value.astype(np.float32 if key == "weights" else np.int32) for key, value in row.items()}
+
+    def _frozen(self):
+        from ml_collections import FrozenConfigDict
+
+        return FrozenConfigDict(self.config)
+
+    def _require_range(self, tokens: np.ndarray) -> None:
+        vocab = self.config.model.vocab_size
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab:
+            raise UserError(f"token ids must be in [0, {vocab}), not {tokens.min()} ... {tokens.max()}")
+
+    def _require_length(self, length: int) -> None:
+        limit = self.config.model.context_length
+        if self.config.model.positions == "learned" and length > limit:
+            raise UserError(f"learned positions end at {limit}: {length} tokens (prompt and max_tokens) are too many")
+
+
+def require_sampling(max_tokens, temperature, top_k, top_p, num_samples) -> None:
+    rules = [
+        ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or positive"),
+        ("top_k", top_k, top_k >= 0, "0 (off) or positive"),
+        ("top_p", top_p, 0 <= top_p <= 1, "0 (off) or a probability"),
+        ("num_samples", num_samples, num_samples >= 1, "at least 1"),
+    ]
+    problems = [f"{name}={value}: must be {rule}" for name, value, sound, rule in rules if not sound]
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+@partial(jax.jit, static_argnames="model")
+def forward_logits(model, params, tokens, segments, positions):
+    x_BTD, _ = model.apply({"params": params}, tokens, segments, positions)
+    return logits_of(x_BTD, unembedding(params), model.config.logit_softcap)
+
+
+@partial(jax.jit, static_argnames=("model", "config"))
+def row_losses(model, params, batch, config):
+    """float32 [B]: weighted nats of each row."""
+    return (token_losses(model, params, batch, config)[0] * batch["weights"]).sum(axis=1)
+
+
+def load(path: str | Path, *, step: str | int = "latest", mesh: dict[str, int] | None = None) -> LM:
+    """The model of a run directory. step: latest, best or a number. mesh: sizes of axes, such as {"tensor": 4}.
+
+    Without `mesh`: the run's own where it fits the devices, else the parameters sharded over all of them. Raises
+    CheckpointError where there is none.
+    """
+    checkpoints = Checkpoints(path)
+    step = checkpoints.choose(step)
+    meta = checkpoints.meta(step)
+    config = config_of(meta)
+    sizes = {axis: config.mesh[axis] for axis in MESH_AXES} if mesh is None else dict.fromkeys(MESH_AXES, 1) | mesh
+    if mesh is None and not fits(sizes, jax.device_count()):
+        sizes = dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1}
+    elif not fits(sizes, jax.device_count()):
+        raise ConfigError(f"mesh={mesh} does not fit the {jax.device_count()} devices")
+    config.mesh.update(sizes)
+    mesh = make_mesh(config)
+    params = checkpoints.restore_params(step, abstract_state(config)[0], state_shardings(config, mesh))
+    checkpoints.close()
+    return LM(config, params, tokenizer_of(meta), mesh, step)

@@ -1,0 +1,115 @@
+"""Linear maps, norms, embeddings, positions and MLPs. Every parameter names its logical axes beside its shape."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import FrozenConfigDict
+
+from jaxlm.parallel.mesh import constrain
+
+
+def parameter(module: nn.Module, name: str, init, axes: tuple[str | None, ...], shape: tuple[int, ...], config):
+    value = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(config.param_dtype))
+    return value.astype(config.dtype)
+
+
+class Linear(nn.Module):
+    """einsum(equation, x, kernel) + bias; kernel ~ N(0, scale^2 / inputs).
+
+    axes: logical axes of the kernel, the first `inputs` of them summed over.
+    """
+
+    config: FrozenConfigDict
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    inputs: int = 1
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x):
+        std = self.scale / math.sqrt(math.prod(self.shape[: self.inputs]))
+        kernel = parameter(self, "kernel", nn.initializers.normal(std), self.axes, self.shape, self.config)
+        y = jnp.einsum(self.equation, x, kernel)
+        if self.config.bias:
+            axes, shape = self.axes[self.inputs :], self.shape[self.inputs :]
+            y = y + parameter(self, "bias", nn.initializers.zeros, axes, shape, self.config)
+        return y
+
+
+def norm(config: FrozenConfigDict, name: str, axis: str | None = "norm") -> nn.Module:
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last dimension; statistics in float32."""
+    scale_init = nn.with_logical_partitioning(nn.initializers.ones, (axis,))
+    kwargs = {
+        "epsilon": config.norm_eps, "dtype": config.dtype, "param_dtype": config.param_dtype, "scale_init": scale_init
+    }  # fmt: skip
+    if config.norm == "rms":
+        return nn.RMSNorm(name=name, **kwargs)
+    bias_init = nn.with_logical_partitioning(nn.initializers.zeros, (axis,))
+    return nn.LayerNorm(name=name, use_bias=config.bias, bias_init=bias_init, **kwargs)
+
+
+def rotary(positions_BT, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """(sin, cos), float32 [B, T, 1, H/2], of rotary positions (Su et al. 2021)."""
+    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.sin(angles), jnp.cos(angles)
+
+
+def rotate(x_BTNH, sin_cos) -> jax.Array:
+    """Rotates the pairs (h, h + H/2), the layout of the published Llama weights."""
+    sin, cos = sin_cos
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def sinusoidal(positions_BT, embed_dim: int) -> jax.Array:
+    """float32 [B, T, D] (Vaswani et al. 2017), sines then cosines."""
+    sin, cos = rotary(positions_BT, embed_dim, 10_000.0)
+    return jnp.concatenate([sin, cos], axis=-1)[:, :, 0]
+
+
+class Embed(nn.Module):
+    """Tokens, and positions where they are added to the input -> x [B, T, D]."""
+
+    config: FrozenConfigDict
+
+    @nn.compact
+    def __call__(self, tokens_BT, positions_BT):
+        c = self.config
+        init = nn.initializers.normal(c.embed_std)
+        table_VD = parameter(self, "tokens", init, ("vocab", "embed"), (c.vocab_size, c.embed_dim), c)
+        # Gathered whole over `embed` first: a lookup sharded in D would have to be resharded to batch.
+        x_BTD = jnp.take(constrain(table_VD, "vocab", None), tokens_BT, axis=0)
+        if c.positions == "learned":
+            shape = (c.context_length, c.embed_dim)
+            x_BTD += jnp.take(parameter(self, "positions", init, (None, "embed"), shape, c), positions_BT, axis=0)
+        elif c.positions == "sinusoidal":
+            x_BTD += sinusoidal(positions_BT, c.embed_dim).astype(x_BTD.dtype)
+        return constrain(x_BTD, "batch", "length", None)
+
+
+ACTIVATIONS = {
+    "swiglu": nn.silu,  # gated: Shazeer 2020
+    "gelu": nn.gelu,  # tanh form, as GPT-2
+    "relu2": lambda x: jnp.square(nn.relu(x)),  # So et al. 2021 (Primer)
+}
+
+
+class MLP(nn.Module):
+    config: FrozenConfigDict
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        c = self.config
+        into = {"equation": "BTD,DF->BTF", "shape": (c.embed_dim, c.mlp_dim), "axes": ("embed", "mlp")}
+        up_BTF = Linear(c, name="up", **into)(x_BTD)
+        if c.mlp == "swiglu":
+            h_BTF = ACTIVATIONS[c.mlp](Linear(c, name="gate", **into)(x_BTD)) * up_BTF
+        else:
+            h_BTF = ACTIVATIONS[c.mlp](up_BTF)
+        h_BTF = constrain(h_BTF, "batch", "length", "mlp")
+        shape, scale = (c.mlp_dim, c.embed_dim), (2 * c.num_layers) ** -0.5
+        return Linear(c, "BTF,FD->BTD", shape, ("mlp", "embed"), scale=scale, name="down")(h_BTF)

@@ -1,0 +1,161 @@
+"""What people see of a run: metrics.jsonl always, TensorBoard when installed, and a console one likes to watch."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Monitor:
+    """Logs a run on the first host; on the others every method does nothing.
+
+    Rows of metrics.jsonl after `start`, redone because of a restart, are dropped, so that each step appears once.
+    """
+
+    def __init__(self, workdir: Path, config: ConfigDict, start: int, flops_per_token: int, peak_flops: float | None):
+        self.active = jax.process_index() == 0
+        self.config, self.start = config, start
+        self.step_tokens = config.train.batch_size * config.data.seq_len
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.data_seconds = 0.0
+        self.mark = (start, time.perf_counter())
+        if not self.active:
+            return
+        path = workdir / "metrics.jsonl"
+        keep_rows(path, start)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in close)
+        self.board = tensorboard(workdir) if config.log.tensorboard else None
+        self.progress = progress_bar() if sys.stdout.isatty() else None
+        if self.progress:
+            self.task = self.progress.add_task("", total=config.train.stop_at, completed=start, shown="compiling")
+            self.progress.start()
+
+    def waited(self, seconds: float) -> None:
+        """Adds to the time that the loop spent waiting for data."""
+        self.data_seconds += seconds
+
+    def step(self, step: int, metrics: dict) -> None:
+        """After each step, with its metrics on the host; writes a row every log.every steps, and after the first."""
+        if not self.active:
+            return
+        if self.progress:
+            self.progress.update(self.task, completed=step)
+        if step % self.config.log.every and step != self.start + 1:
+            return
+        before, then = self.mark
+        now, steps = time.perf_counter(), step - before
+        seconds = (now - then) / steps
+        rate = self.step_tokens / seconds
+        row = {
+            "step": step,
+            "loss": metrics["loss"],
+            "grad_norm": metrics["grad_norm"],
+            "learning_rate": metrics["learning_rate"],
+            "tokens": step * self.step_tokens,
+            "tokens_per_second": round(rate, 1),
+            "step_seconds": round(seconds, 6),
+            "data_seconds": round(self.data_seconds / steps, 6),
+            "skipped": int(metrics["skipped"]),
+        }
+        if self.peak_flops:
+            row["mfu"] = round(rate * self.flops_per_token / (self.peak_flops * jax.device_count()), 4)
+        if step == self.start + 1:  # compiling: no speed is measured by it
+            row = {k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu")}
+        self.mark, self.data_seconds = (step, now), 0.0
+        if step % self.config.log.every == 0 or step == 1:
+            self.write(row)
+        self.show(row, seconds)
+
+    def show(self, row: dict, seconds: float) -> None:
+        text = f"loss {row['loss']:.4f}"
+        if "tokens_per_second" in row:
+            text += f"  {row['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in row:
+            text += f"  MFU {row['mfu']:.1%}"
+        if self.progress:
+            self.progress.update(self.task, shown=text)
+        else:
+            stop = self.config.train.stop_at
+            left = clock((stop - row["step"]) * seconds) if "tokens_per_second" in row else "--:--"
+            print(f"step {row['step']:>6}/{stop}  {text}  lr {row['learning_rate']:.2e}  ETA {left}", flush=True)
+
+    def evaluation(self, step: int, result: dict) -> None:
+        """A row of eval/ metrics. The time since the last row is not counted as the steps'."""
+        if self.active:
+            self.write({"step": step} | {f"eval/{key}": value for key, value in result.items()})
+            bits = f"  bits per byte {result['bits_per_byte']:.4f}" if "bits_per_byte" in result else ""
+            self.say(f"step {step:>6}  validation loss {result['loss']:.4f}{bits}")
+
+    def pause(self, began: float) -> None:
+        """Takes what has passed since `began` (perf_counter) out of the step time."""
+        self.mark = (self.mark[0], self.mark[1] + time.perf_counter() - began)
+
+    def say(self, text: str) -> None:
+        if self.active:
+            self.progress.console.print(text, highlight=False) if self.progress else print(text, flush=True)
+
+    def write(self, row: dict) -> None:
+        # JSON has no NaN or infinity
+        row = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.file.write(json.dumps(row) + "\n")
+        if self.board:
+            for key, value in row.items():
+                if key != "step" and not isinstance(value, str):
+                    self.board.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        if self.active:
+            self.file.close()
+            if self.board:
+                self.board.close()
+            if self.progress:
+                self.progress.stop()
+
+
+def keep_rows(path: Path, last_step: int) -> None:
+    """Drops the rows of later steps, and a last line that a crash cut short."""
+    if not path.exists():
+        return
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                rows.append(line + "\n")
+        except ValueError:
+            continue
+    new = path.with_suffix(".tmp")
+    new.write_text("".join(rows))
+    new.replace(path)
+
+
+def tensorboard(workdir: Path):
+    """A writer of workdir/tensorboard, or None where tensorboardX is not installed."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(workdir / "tensorboard"))
+
+
+def progress_bar() -> Progress:
+    return Progress(
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+        console=Console(),
+    )
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

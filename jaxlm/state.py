@@ -1,0 +1,109 @@
+"""The heart: training state, described before it exists, and the pure train and eval steps."""
+
+from functools import partial
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
+
+from jaxlm.losses import token_loss
+from jaxlm.models import build
+from jaxlm.optim import optimizer, require_cover, schedule
+from jaxlm.parallel.mesh import shardings
+
+
+@flax.struct.dataclass
+class State:
+    """step: int32, steps done. ema: average of params, or None. skipped: int32, steps dropped as not finite."""
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    ema: dict | None
+    skipped: jax.Array
+
+
+def create_state(config: ConfigDict) -> State:
+    """The state at step 0. Call it through `init_state`, or under jax.eval_shape."""
+    variables = build(config).init(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32))
+    params = nn.unbox(variables["params"])
+    zero = jnp.zeros((), jnp.int32)
+    ema = jax.tree.map(jnp.copy, params) if config.train.ema else None
+    return State(zero, params, optimizer(config).init(params), ema, zero)
+
+
+def abstract_state(config: ConfigDict) -> tuple[State, State]:
+    """(shapes and dtypes, PartitionSpecs of logical axis names) of the state, without making an array."""
+    shapes = jax.eval_shape(partial(create_state, config))
+    require_cover(config.optim.decay, shapes.params, "config.optim.decay")
+    variables = jax.eval_shape(lambda: build(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    axes = nn.get_partition_spec(variables)["params"]
+    by_path = {tuple(path): names for path, names in jax.tree.leaves_with_path(axes)}
+
+    def like_its_parameter(path, leaf):
+        # Moments and averages repeat the tree of parameters somewhere below: the end of the path says which one.
+        tails = (by_path.get(tuple(path[i:])) for i in range(len(path)))
+        names = next((names for names in tails if names is not None), None)
+        return PartitionSpec() if names is None else names
+
+    return shapes, jax.tree_util.tree_map_with_path(like_its_parameter, shapes)
+
+
+def state_shardings(config: ConfigDict, mesh) -> State:
+    return shardings(*abstract_state(config), mesh)
+
+
+def init_state(config: ConfigDict, mesh) -> State:
+    """The state at step 0, born sharded; the same values on every mesh."""
+    return jax.jit(partial(create_state, config), out_shardings=state_shardings(config, mesh))()
+
+
+def train_step(state: State, batch: dict, *, config: ConfigDict) -> tuple[State, dict]:
+    """One optimizer step on a global batch: (new state, metrics as float32 scalars).
+
+    The loss is the sum of weighted token losses over the sum of weights of the whole batch, in however many
+    microbatches. A step whose loss or gradients are not finite changes nothing but `skipped`.
+    """
+    model, update, parts = build(config), optimizer(config).update, config.train.grad_accumulation
+    total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+    def objective(params, rows, key):
+        sums = token_loss(model, params, rows, config, key)
+        return (sums["loss"] + sums["z_loss"]) / total_weight, sums["loss"] / total_weight
+
+    gradient = jax.grad(objective, has_aux=True)
+    if parts == 1:
+        grads, loss = gradient(state.params, batch, key)
+    else:  # row i goes to microbatch i % parts: every device keeps its own rows
+        micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def accumulate(sums, part):
+            return jax.tree.map(jnp.add, sums, gradient(state.params, *part)), None
+
+        zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
+        (grads, loss), _ = jax.lax.scan(accumulate, zeros, (micro, jax.random.split(key, parts)))
+
+    norm = optax.tree.norm(grads)
+    if config.optim.clip:
+        grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.optim.clip / (norm + 1e-6)), grads)
+    updates, opt_state = update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = config.train.ema
+    ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if decay else None
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    keep = lambda new, old: jax.tree.map(partial(jnp.where, finite), new, old)
+    params, opt_state, ema = keep((params, opt_state, ema), (state.params, state.opt_state, state.ema))
+    new = State(state.step + 1, params, opt_state, ema, state.skipped + ~finite)
+    rate = schedule(config, config.optim.learning_rate)(state.step)
+    return new, {"loss": loss, "grad_norm": norm, "learning_rate": rate, "skipped": new.skipped}
+
+
+def eval_step(params: dict, batch: dict, *, config: ConfigDict) -> dict:
+    """Sums over the batch, float32: `loss` in nats and `weight`."""
+    sums = token_loss(build(config), params, batch, config)
+    return {"loss": sums["loss"], "weight": sums["weight"]}

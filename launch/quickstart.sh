@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# From the Python standard library's source to a small model that writes Python, in minutes. Usage: bash launch/quickstart.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/install.sh
+python=.venv/bin/python
+data=runs/quickstart/data
+run=runs/quickstart/model
+
+say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+
+say "1/4  Text to tokens: $data"
+$python -m jaxlm.data.prepare --input stdlib --output $data --tokenizer sentencepiece --val_split documents
+
+say "2/4  Training: $run"
+$python -m jaxlm.train --config=configs/quickstart.py --workdir=$run
+
+say "3/4  Held-out files: the model beside gzip -9"
+$python -m jaxlm.evaluate --workdir=$run --gzip --json=$run/evaluation.json
+
+say "4/4  Samples"
+$python -m jaxlm.generate --workdir=$run --max_tokens=120 --temperature=0.7 --num_samples=1 \
+  --prompt='def ' --prompt='class ' --prompt='import '
+
+say "Done"
+cat <<END
+The run is in $run: config.json, metrics.jsonl (a line for each logged step), checkpoints/, evaluation.json.
+The data is in $data: token shards, tokenizer.model, manifest.json.
+
+Try next:
+  $python -m jaxlm.generate --workdir=$run --prompt='def main(' --temperature=0.5
+  $python -m jaxlm.train --config=configs/quickstart.py --workdir=$run --config.train.steps=2000   # trains on
+  $python -m jaxlm.train --config=configs/gpt2.py --dry_run --devices=8                            # a larger one, on paper
+  $python -c "import jaxlm; print(jaxlm.load('$run').loss(['import os', 'banana banana']))"
+END

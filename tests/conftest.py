@@ -1,0 +1,94 @@
+"""8 fake CPU devices, set before jax starts, and the small data and models that tests share."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+FLAGS = "--xla_backend_optimization_level=0"  # compiles twice as fast; the tests' arrays are tiny
+os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count=8"
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+
+from jaxlm import config as configs
+from jaxlm.config import MESH_AXES
+from jaxlm.data.prepare import prepare
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.state import create_state, train_step
+
+ROOT = Path(__file__).parent.parent
+WORDS = "the cat sat on a mat and saw two dogs run by sea under old red moon while rain fell".split()
+
+
+def small_config(**overrides):
+    """A resolved config of a decoder of two layers, in float32; keys with __ for the dot."""
+    c = configs.base()
+    settings = {
+        "model__num_layers": 2, "model__embed_dim": 32, "model__num_heads": 4, "model__num_kv_heads": 2,
+        "model__vocab_size": 64, "model__dtype": "float32", "data__seq_len": 32, "train__batch_size": 16,
+        "train__steps": 20, "optim__learning_rate": 1e-2, "optim__warmup_steps": 5,
+    } | overrides  # fmt: skip
+    for key, value in settings.items():
+        configs.set_key(c, key.replace("__", "."), value)
+    return configs.resolve(c)
+
+
+def mesh_of(devices=8, **sizes):
+    """A mesh of these sizes over the first `devices` fake devices."""
+    c = configs.base()
+    c.mesh.update(dict.fromkeys(MESH_AXES, 1) | sizes)
+    return make_mesh(c, jax.devices()[:devices])
+
+
+create = jax.jit(create_state, static_argnums=0)
+step = jax.jit(train_step, static_argnames="config")
+
+
+def fresh_state(config):
+    return create(FrozenConfigDict(config))
+
+
+def one_step(config, state, batch):
+    return step(state, batch, config=FrozenConfigDict(config))
+
+
+def random_batch(rng, rows=16, length=32, vocab=64, documents=3):
+    """A batch of packed documents with uneven weights."""
+    window = rng.integers(0, vocab, (rows, length + 1)).astype(np.int32)
+    first = np.zeros((rows, length), bool)
+    for row in first:
+        row[rng.choice(np.arange(1, length), documents - 1, replace=False)] = True
+    place = np.arange(length)
+    positions = place - np.maximum.accumulate(np.where(first, place, 0), axis=1)
+    return {
+        "tokens": window[:, :-1],
+        "targets": window[:, 1:],
+        "weights": (rng.random((rows, length)) < np.linspace(0.2, 1, rows)[:, None]).astype(np.float32),
+        "positions": positions.astype(np.int32),
+        "segments": np.cumsum(first, axis=1, dtype=np.int32) + 1,
+    }
+
+
+def program(*args, devices=1, check=True, env=None):
+    """Runs `python -m jaxlm.ARGS` as a person would."""
+    flags = {"XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-m", *map(str, args)]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | flags | (env or {}), capture_output=True, text=True)
+    assert not check or run.returncode == 0, run.stdout + run.stderr
+    return run
+
+
+@pytest.fixture(scope="session")
+def text_dir(tmp_path_factory):
+    """200 prepared documents of made sentences, in bytes."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("text")
+    for i in range(200):
+        sentences = [" ".join(rng.choice(WORDS, rng.integers(3, 12))) + ".\n" for _ in range(rng.integers(1, 9))]
+        (path / f"{i:03}.txt").write_text("".join(sentences))
+    prepare([str(path)], path / "tokens", tokenizer="bytes", workers=1)
+    return path / "tokens"

@@ -1,0 +1,136 @@
+"""Configs: every problem at once, with the nearest right thing; recipes that are sound; types that hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import program, small_config
+
+from jaxlm import config as configs
+from jaxlm.check import check, mixture, require
+from jaxlm.errors import ConfigError
+
+RECIPES = [
+    "shakespeare_char.py:cpu", "shakespeare_char.py:gpu", "quickstart.py", "gpt2.py", "llama.py:8b", "llama.py:1b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_sound(recipe):
+    assert check(configs.load(f"configs/{recipe}")) == []
+
+
+def test_every_recipe_is_tested():
+    assert {p.name for p in Path("configs").glob("*.py")} == {name.partition(":")[0] for name in RECIPES}
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "value"),
+    [("1e-3", 0.1, 1e-3), ("3", 0.1, 3.0), ("1e6", 5, 1_000_000), ("1_000", 5, 1000), ("false", True, False),
+     ("SSSL", "L", "SSSL"), ("[('a', 1.0)]", (("b", 0.0),), (("a", 1.0),))],
+)  # fmt: skip
+def test_text_becomes_the_type_of_the_default(text, default, value):
+    got = configs.parse(text, default)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(("key", "text"), [("seed", "1.5"), ("seed", "x"), ("model.scan", "maybe"), ("optim.b1", "")])
+def test_text_of_another_type_is_named(key, text):
+    (problem,) = configs.override(configs.base(), [(key, text)])
+    assert f"config.{key}={text}" in problem
+
+
+def test_unknown_keys_suggest_the_nearest_in_any_section():
+    pairs = [("optim.learing_rate", "1"), ("lerning_rate", "1"), ("train.seq_len", "8"), ("model", "3")]
+    problems = configs.override(configs.base(), pairs)
+    assert "optim.learning_rate" in problems[0] and "optim.learning_rate" in problems[1]
+    assert "data.seq_len" in problems[2] and len(problems) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"model__num_layers": -3}, "model.num_layers=-3"),
+        ({"model__num_kv_heads": 3}, "model.num_kv_heads=3"),
+        ({"model__dropout": 1.0}, "model.dropout=1.0"),
+        ({"model__norm": "batch"}, "model.norm=batch"),
+        ({"model__layers": "SSX"}, "model.layers='SSX'"),
+        ({"model__layers": "SSL"}, "must divide config.model.num_layers=2"),
+        ({"model__vocab_size": 10}, "the tokenizer of config.data has 64 ids"),
+        ({"optim__learning_rate": -1.0}, "optim.learning_rate=-1.0"),
+        ({"optim__learning_rate": float("nan")}, "optim.learning_rate=nan"),
+        ({"optim__warmup_steps": 50}, "optim.warmup_steps=50"),
+        ({"optim__decay": (("[", 1.0),)}, "not a regular expression"),
+        ({"train__grad_accumulation": 3}, "nearest: 15 or 18"),
+        ({"train__stop_at": 99}, "train.stop_at=99"),
+        ({"mesh__tensor": 3}, "tensor=4 or tensor=2"),
+        ({"mesh__data": 4}, "data=8"),
+        ({"mesh__data": -1, "mesh__fsdp": -1}, "only one axis may be -1"),
+        ({"mesh__tensor": 8}, "config.model.num_heads=4"),
+        ({"train__batch_size": 12}, "nearest: 8 or 16"),
+        ({"data__mixture": "a=1,b"}, "'b' is not DIR=WEIGHT"),
+        ({"data__mixture": "a=1,b=-2"}, "'b=-2' is not DIR=WEIGHT"),
+    ],
+)
+def test_a_problem_is_named_with_its_value(overrides, named):
+    problems = check(small_config(**overrides), devices=8, vocab_size=64)
+    assert any(named in problem for problem in problems), problems
+
+
+def test_all_problems_come_at_once_and_no_traceback():
+    run = program(
+        "jaxlm.train", "--config=configs/shakespeare_char.py", "--workdir=/nowhere/x", "--config.optim.learing_rate=1",
+        "--config.model.num_heads=7", "--config.mesh.tensor=3", check=False,
+    )  # fmt: skip
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    for words in ("optim.learing_rate", "optim.learning_rate?", "model.num_heads=7", "mesh.tensor=3"):
+        assert words in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--confg=configs/gpt2.py"], "did you mean --config?"),
+        (["--config=configs/gtp2.py"], "did you mean configs/gpt2.py?"),
+        (["--config=configs/llama.py:9b"], "it has: 8b, 1b"),
+        (["--config=configs/gpt2.py"], "--workdir"),
+        ([], "--config"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(args, named):
+    run = program("jaxlm.train", *args, check=False)
+    assert run.returncode == 2 and named in run.stderr and len(run.stderr.splitlines()) == 1
+
+
+def test_require_lists_all():
+    with pytest.raises(ConfigError, match="2 problems") as error:
+        require(["one", "two"])
+    assert "one" in str(error.value) and "two" in str(error.value)
+
+
+def test_mixture_weights_sum_to_one():
+    assert mixture(small_config(data__mixture="a=1, b=3")) == [("a", 0.25), ("b", 0.75)]
+
+
+def test_a_config_survives_json():
+    c = small_config(optim__decay=((r"norm", 0.0), (r".*", 0.5)))
+    assert configs.unflatten(json.loads(json.dumps(configs.flatten(c)))) == c
+
+
+def test_dry_run_of_llama_8b_touches_no_data_and_counts_parameters():
+    out = program("jaxlm.train", "--config=configs/llama.py:8b", "--dry_run", "--devices=64").stdout
+    for words in (
+        "8,030,261,248",
+        "FLOPs per token",
+        "tokens per step",
+        "optimizer",
+        "gradients",
+        "checkpoint",
+        "fsdp",
+    ):
+        assert words in out
+
+
+def test_print_config_shows_every_key():
+    out = program("jaxlm.train", "--config=configs/gpt2.py", "--config.seed=5", "--print_config").stdout
+    assert "seed = 5" in out and all(f"{key} = " in out for key in configs.flatten(configs.base()))

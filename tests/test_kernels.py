@@ -1,0 +1,76 @@
+"""Kernels equal their reference; the loss is the same in any number of chunks and keeps no logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.kernels.attention import attention
+from jaxlm.kernels.cross_entropy import chunk_length, cross_entropy, logits_of
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("window", [3, 100])
+@pytest.mark.parametrize("segmented", [True, False])
+def test_library_attention_is_the_reference(heads, kv_heads, window, segmented):
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, 17, heads, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, 17, kv_heads, 8)).astype(np.float32)
+    segments = np.sort(rng.integers(1, 4, (2, 17)), axis=1) if segmented else None
+    run = lambda name: jax.value_and_grad(
+        lambda q: jnp.sin(attention(q, k, v, segments, segments, window=window, implementation=name)).sum()
+    )(q)
+    for a, b in zip(jax.tree.leaves(run("reference")), jax.tree.leaves(run("xla"))):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_equals_a_loop_by_hand():
+    rng = np.random.default_rng(1)
+    q, k, v = rng.normal(size=(3, 1, 6, 1, 4)).astype(np.float32)
+    got = attention(q, k, v, window=3, implementation="reference")
+    for t in range(6):
+        keys = slice(max(0, t - 2), t + 1)
+        weights = np.exp(q[0, t, 0] @ k[0, keys, 0].T / 2.0)
+        np.testing.assert_allclose(got[0, t, 0], weights @ v[0, keys, 0] / weights.sum(), atol=1e-6)
+
+
+def test_soft_cap_is_refused_where_it_would_be_ignored():
+    x = jnp.ones((1, 4, 1, 8))
+    with pytest.raises(ValueError, match="soft-cap"):
+        attention(x, x, x, window=4, softcap=5.0, implementation="xla")
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_chunks_change_neither_loss_nor_gradient(softcap):
+    rng = np.random.default_rng(0)
+    x, table = rng.normal(size=(2, 12, 8)).astype(np.float32), rng.normal(size=(50, 8)).astype(np.float32)
+    targets = rng.integers(0, 50, (2, 12))
+
+    def loss(x, table, chunk):
+        nats, log_z = cross_entropy(x, table, targets, softcap=softcap, chunk=chunk)
+        return nats.sum() + 1e-2 * jnp.square(log_z).sum()
+
+    def plain(x, table):
+        logits = logits_of(x, table, softcap)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        nats = log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        return nats.sum() + 1e-2 * jnp.square(log_z).sum()
+
+    want = jax.value_and_grad(plain, (0, 1))(x, table)
+    for chunk in (1, 3, 12):
+        got = jax.value_and_grad(loss, (0, 1))(x, table, chunk)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), want, got)
+
+
+def test_logits_are_never_kept_for_the_backward_pass():
+    B, T, D, V = 4, 256, 32, 4096
+    f = jax.jit(jax.grad(lambda x, w: cross_entropy(x, w, jnp.zeros((B, T), jnp.int32), chunk=32)[0].sum(), (0, 1)))
+    shapes = jax.ShapeDtypeStruct((B, T, D), jnp.float32), jax.ShapeDtypeStruct((V, D), jnp.float32)
+    temporary = f.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * B * T * V, "a whole float32 [B, T, V] array was allocated"
+
+
+def test_the_chosen_chunk_divides_the_length_and_fits():
+    for shape in ((12, 64, 65), (16, 1024, 50304), (1, 8192, 128256), (8, 1000, 32000)):
+        chunk = chunk_length(shape)
+        assert shape[1] % chunk == 0 and (chunk == 1 or 4 * shape[0] * chunk * shape[2] <= 64 << 20)

@@ -1,0 +1,183 @@
+"""Laws of the decoder: causality, isolation of documents, cached = uncached, scan = unrolled; the published shapes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import fresh_state, random_batch, small_config
+
+from jaxlm import config as configs
+from jaxlm.costs import flops_per_token, num_parameters
+from jaxlm.kernels.cross_entropy import logits_of
+from jaxlm.models import build
+from jaxlm.models.transformer import init_cache, unembedding
+from jaxlm.state import abstract_state
+
+VARIANTS = {
+    "rope": {},
+    "learned": {"model__positions": "learned", "model__norm": "layer", "model__mlp": "gelu", "model__bias": True},
+    "sinusoidal": {"model__positions": "sinusoidal", "model__mlp": "relu2"},
+    "none": {"model__positions": "none", "model__tie_embeddings": False},
+    "windows": {"model__layers": "SL", "model__window": 5, "model__qk_norm": True},
+    "softcaps": {"model__logit_softcap": 10.0, "model__attention_softcap": 5.0, "model__num_kv_heads": 1},
+    "unrolled": {"model__layers": "SSL", "model__window": 4, "model__num_layers": 4, "model__scan": False},
+    "remat": {"model__remat": "full"},
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def made(request):
+    """(config, model, params, logits function) with parameters far from their small initial values."""
+    c = small_config(**VARIANTS[request.param])
+    model, params = build(c), fresh_state(c).params
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+
+    @jax.jit
+    def logits(tokens, segments=None, positions=None):
+        x, _ = model.apply({"params": params}, tokens, segments, positions)
+        return logits_of(x, unembedding(params), c.model.logit_softcap)
+
+    return c, model, params, logits
+
+
+def test_a_token_does_not_see_what_follows(made):
+    _, model, params, _ = made
+    table, tokens = params["embed"]["tokens"], jnp.arange(32)[None]  # every token its own row of the table
+
+    def logit_sum_at(x_TD, place):  # gradient of one position's output with respect to every input embedding
+        p = {**params, "embed": {**params["embed"], "tokens": table.at[tokens[0]].set(x_TD)}}
+        return model.apply({"params": p}, tokens)[0][0, place].sum()
+
+    grad = jax.grad(logit_sum_at)(table[tokens[0]], 10)
+    assert np.abs(grad[:11]).max() > 0 and np.all(grad[11:] == 0)
+
+
+def test_packed_documents_are_as_if_alone(made):
+    _, _, _, logits = made
+    batch = random_batch(np.random.default_rng(1), rows=2)
+    packed = logits(batch["tokens"], batch["segments"], batch["positions"])
+    for row in range(2):
+        for segment in np.unique(batch["segments"][row]):
+            here = batch["segments"][row] == segment
+            alone = logits(batch["tokens"][row : row + 1, here])
+            np.testing.assert_allclose(packed[row, here], alone[0], atol=1e-5)
+
+
+def test_no_gradient_flows_between_packed_documents(made):
+    _, model, params, _ = made
+    tokens, segments = jnp.arange(32)[None], jnp.repeat(jnp.arange(1, 3), 16)[None]
+    positions = jnp.tile(jnp.arange(16), 2)[None]
+
+    def second_document(table):
+        p = {**params, "embed": {**params["embed"], "tokens": table}}
+        return jnp.sin(model.apply({"params": p}, tokens, segments, positions)[0][0, 16:]).sum()
+
+    grad = jax.grad(second_document)(params["embed"]["tokens"])
+    assert np.all(grad[:16] == 0) and np.all(np.abs(grad[16:32]).max(axis=1) > 0)
+
+
+def test_the_cache_changes_nothing(made):
+    c, model, params, logits = made
+    tokens = jax.random.randint(jax.random.key(2), (2, 32), 0, 64)
+    cache, parts = init_cache(model.config, 2, 40), []
+    for start, stop in ((0, 20), (20, 21), (21, 32)):
+        x, cache = model.apply({"params": params}, tokens[:, start:stop], cache=cache)
+        parts.append(logits_of(x, unembedding(params), c.model.logit_softcap))
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), logits(tokens), atol=1e-5)
+
+
+def test_a_window_hides_what_lies_further_back():
+    c = small_config(model__layers="S", model__window=4, model__num_layers=1)
+    model, params = build(c), fresh_state(c).params
+    tokens = jnp.arange(32)[None]
+
+    def last(table):
+        p = {**params, "embed": {"tokens": table}}
+        return jnp.sin(model.apply({"params": p}, tokens)[0][0, 31]).sum()
+
+    seen = np.abs(jax.grad(last)(params["embed"]["tokens"])).max(axis=1)[:32] > 0
+    assert list(np.flatnonzero(seen)) == [28, 29, 30, 31]
+
+
+def test_nothing_looks_further_back_than_the_context_length():
+    """So that generating past it is the same function that was trained, at every length."""
+    c = small_config(data__seq_len=8, model__num_layers=1)
+    model, params = build(c), fresh_state(c).params
+    long = jax.random.randint(jax.random.key(0), (1, 20), 0, 64)
+    x, _ = model.apply({"params": params}, long)
+    y, _ = model.apply({"params": params}, long[:, 12:])
+    np.testing.assert_allclose(x[:, -1], y[:, -1], atol=1e-5)
+
+
+def test_scan_and_unrolled_layers_are_one_model():
+    scanned, plain = (small_config(model__layers="SL", model__window=6, model__scan=s) for s in (True, False))
+    params = fresh_state(scanned).params
+    blocks = {f"block_{i}": jax.tree.map(lambda x: x[0], params["layers"][f"block_{i}"]) for i in range(2)}
+    tokens = jax.random.randint(jax.random.key(3), (2, 32), 0, 64)
+    a, _ = build(scanned).apply({"params": params}, tokens)
+    b, _ = build(plain).apply({"params": {**params, "layers": blocks}}, tokens)
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_remat_changes_no_gradient():
+    tokens = jax.random.randint(jax.random.key(3), (2, 32), 0, 64)
+    grads = []
+    for remat in ("none", "full", "dots", "attention"):
+        c = small_config(model__remat=remat)
+        f = lambda p, c=c: jnp.sin(build(c).apply({"params": p}, tokens)[0]).sum()
+        grads.append(jax.grad(f)(fresh_state(c).params))
+    for other in grads[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grads[0], other)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+    c = small_config(model__dtype="bfloat16")
+    params = fresh_state(c).params
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert build(c).apply({"params": params}, jnp.zeros((1, 4), jnp.int32))[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters"),
+    [("llama.py:8b", 8_030_261_248), ("llama.py:1b", 1_235_814_400), ("gpt2.py", 124_475_904)],
+)
+def test_published_parameter_counts(recipe, parameters):
+    c = configs.resolve(configs.load(f"configs/{recipe}"))
+    assert num_parameters(abstract_state(c)[0].params) == parameters
+
+
+def test_flops_are_those_of_the_compiled_step():
+    """6 N + 12 N H T against XLA's count of the forward and backward pass."""
+    c = small_config(model__embed_dim=256, model__mlp_dim=1024, model__scan=False, data__seq_len=128)
+    c.model.context_length = 128
+    params = fresh_state(c).params
+    tokens = jnp.zeros((1, 128), jnp.int32)
+
+    def f(p):
+        x, _ = build(c).apply({"params": p}, tokens)
+        return jnp.sin(logits_of(x, unembedding(p), 0.0)).sum()
+
+    counted = jax.jit(jax.grad(f)).lower(params).compile().cost_analysis()["flops"] / 128
+    assert counted == pytest.approx(flops_per_token(c, params), rel=0.1)
+
+
+def test_golden_tree_of_llama_8b():
+    """Names, shapes and logical axes that checkpoints and sharding rules rely on."""
+    state, axes = abstract_state(configs.resolve(configs.load("configs/llama.py:8b")))
+    key = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    shapes = {key(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(state.params)}
+    names = {key(path): tuple(leaf) for path, leaf in jax.tree.leaves_with_path(axes.params)}
+    assert {path: (shapes[path], names[path]) for path in shapes} == {
+        "embed/tokens": ((128256, 4096), ("vocab", "embed")),
+        "final_norm/scale": ((4096,), ("norm",)),
+        "layers/block_0/attention/key/kernel": ((32, 4096, 8, 128), ("layers", "embed", "kv_heads", "head_dim")),
+        "layers/block_0/attention/out/kernel": ((32, 32, 128, 4096), ("layers", "heads", "head_dim", "embed")),
+        "layers/block_0/attention/query/kernel": ((32, 4096, 32, 128), ("layers", "embed", "heads", "head_dim")),
+        "layers/block_0/attention/value/kernel": ((32, 4096, 8, 128), ("layers", "embed", "kv_heads", "head_dim")),
+        "layers/block_0/attention_norm/scale": ((32, 4096), ("layers", "norm")),
+        "layers/block_0/mlp/down/kernel": ((32, 14336, 4096), ("layers", "mlp", "embed")),
+        "layers/block_0/mlp/gate/kernel": ((32, 4096, 14336), ("layers", "embed", "mlp")),
+        "layers/block_0/mlp/up/kernel": ((32, 4096, 14336), ("layers", "embed", "mlp")),
+        "layers/block_0/mlp_norm/scale": ((32, 4096), ("layers", "norm")),
+        "unembed": ((128256, 4096), ("vocab", "embed")),
+    }
