@@ -23,12 +23,11 @@ def main(argv: list[str]) -> None:
     prompts = args.prompt or [""]
     options = {k: v for k, v in vars(args).items() if k not in ("workdir", "prompt", "step", "overrides")}
     texts = lm.generate(prompts, **options)
-    alone = len(prompts) * args.num_samples == 1
-    for prompt, samples in zip(prompts, texts):
-        for i, text in enumerate(samples):
-            if not alone:
-                print(f"--- sample {i + 1} ---")
-            print(prompt + text)
+    alone = len(texts) == 1
+    for i, text in enumerate(texts):
+        if not alone:
+            print(f"--- sample {i + 1} ---")
+        print(prompts[i // args.num_samples] + text)
 
 
 if __name__ == "__main__":

@@ -81,26 +81,25 @@ class LM:
         ]
 
     def generate(
-        self, prompts, *, max_tokens=100, temperature=1.0, top_k=0, top_p=0.0, num_samples=1, seed=0, stop=()
-    ) -> list:
-        """Continuations without the prompts: num_samples texts for one prompt (str), a list of such lists for a list.
+        self, prompts, *, max_tokens=200, temperature=0.8, top_k=0, top_p=0.0, num_samples=1, seed=0, stop=()
+    ) -> list[str]:
+        """Continuations, without the prompts: num_samples for each of `prompts` (str or list of str), in their order.
 
         temperature 0: greedy. top_k, top_p: 0 is off. stop: a text ends before the first of these strings.
         """
-        single, prompts = isinstance(prompts, str), [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         require_sampling(max_tokens, temperature, top_k, top_p, num_samples)
         ids = [self._prompt(prompt) for prompt in prompts for _ in range(num_samples)]
         padded, lengths = pad_prompts(ids)
         self._require_length(int(lengths.max()) + max_tokens)
-        seeds = np.arange(len(ids), dtype=np.uint32) + np.uint32(seed)
+        # A text depends on its seed and prompt alone: sample i of every prompt has seed + i.
+        seeds = np.tile(np.arange(num_samples), len(prompts)) + seed
         with jax.set_mesh(self.mesh):
             out = generate_tokens(
-                self.model, self.params, padded, lengths, seeds, max_tokens=max_tokens,
+                self.model, self.params, padded, lengths, seeds.astype(np.uint32), max_tokens=max_tokens,
                 temperature=float(temperature), top_k=top_k, top_p=float(top_p), eos_id=self.tokenizer.eos_id,
             )  # fmt: skip
-        texts = [self._text(row, (stop,) if isinstance(stop, str) else stop) for row in np.asarray(out)]
-        groups = [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
-        return groups[0] if single else groups
+        return [self._text(row, (stop,) if isinstance(stop, str) else stop) for row in np.asarray(out)]
 
     def _prompt(self, prompt: str) -> np.ndarray:
         ids, bos = self.tokenizer.encode(prompt), self.tokenizer.bos_id

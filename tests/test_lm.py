@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_text_whatever_else_is_in_the_batch(lm):
     one = lm.generate("the ", max_tokens=30, seed=3)
     assert one == lm.generate("the ", max_tokens=30, seed=3) != lm.generate("the ", max_tokens=30, seed=4)
     many = lm.generate(["the ", "a longer prompt by far "], max_tokens=30, seed=3)
-    assert many[0] == one and len(many) == 2
+    assert many[0] == one[0] and len(many) == 2
 
 
 def test_samples_differ_and_stop_strings_end_a_text(lm):

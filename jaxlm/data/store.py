@@ -14,7 +14,7 @@ import json
 import mmap
 import os
 import shlex
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +99,7 @@ class Store:
         self.fingerprint = hashlib.sha256("".join(hashes).encode()).hexdigest()
         self._bounds = list(accumulate((shard["tokens"] for shard in self._shards), initial=0))
         self._tokens: list[np.ndarray | None] = [None] * len(self._shards)
+        self._offsets: list[np.ndarray | None] = [None] * len(self._shards)
 
     def __reduce__(self):  # a memory map would be pickled as a copy of all its tokens
         return Store, (self._path, self._split)
@@ -137,12 +138,18 @@ class Store:
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """The positions in [start, stop) of the stream at which a document begins, in order: int64."""
         found = [np.empty(0, np.int64)]
-        for shard, (begin, end) in zip(self._shards, pairwise(self._bounds)):
-            if begin < stop and start < end:
-                offsets = self._map(f"{shard['file']}.offsets", OFFSET)
-                low, high = np.searchsorted(offsets, (start - begin, stop - begin))
-                found.append(offsets[low:high] + begin)
+        shard = max(bisect.bisect_right(self._bounds, start) - 1, 0)
+        while shard < len(self._shards) and self._bounds[shard] < stop:
+            begin, offsets = self._bounds[shard], self._shard_offsets(shard)
+            low, high = np.searchsorted(offsets, (start - begin, stop - begin))
+            found.append(offsets[low:high] + begin)
+            shard += 1
         return np.concatenate(found)
+
+    def _shard_offsets(self, index: int) -> np.ndarray:
+        if self._offsets[index] is None:
+            self._offsets[index] = self._map(f"{self._shards[index]['file']}.offsets", OFFSET)
+        return self._offsets[index]
 
     def _shard(self, index: int) -> np.ndarray:
         if self._tokens[index] is None:
