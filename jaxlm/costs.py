@@ -82,13 +82,13 @@ def describe(config: ConfigDict, num_devices: int, train_tokens: int | None) -> 
     parameters, ema = bytes_per_device(state.params, places.params), bytes_per_device(state.ema, places.ema)
     optimizer = bytes_per_device(state.opt_state, places.opt_state)
     saved = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))
-    axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in MESH_AXES if mesh.shape[axis] > 1) or "one device"
+    axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in MESH_AXES if mesh.shape[axis] > 1)
     lines = [
         ("parameters", f"{total:,} (active {total:,}, input embedding {embedding:,})"),
         ("FLOPs per token", f"{flops:,} forward and backward"),
         ("tokens per step", f"{step_tokens:,} = {config.train.batch_size:,} rows x {config.data.seq_len:,}"),
         ("tokens in all", f"{run_tokens:,} in {config.train.steps:,} steps ({flops * run_tokens:.3g} FLOPs)"),
-        ("mesh", f"{axes} ({num_devices:,} devices)"),
+        ("mesh", f"{axes}, {num_devices:,} devices" if num_devices > 1 else "one device"),
         ("bytes per device", f"{human(parameters + optimizer + parameters + ema)} besides activations"),
         ("  parameters", human(parameters)),
         ("  optimizer", human(optimizer)),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.check import fits
 from jaxlm.checkpoint import Checkpoints, config_of, tokenizer_of
@@ -71,7 +71,9 @@ class LM:
                 chunk = rows[start : start + B]
                 chunk = chunk + [chunk[0]] * (B - len(chunk))
                 batch = {key: np.stack([row[key] for row in chunk]) for key in chunk[0]}
-                losses = np.asarray(row_losses(self.model, self.params, to_global(batch, self.mesh, B), self._frozen()))
+                losses = np.asarray(
+                    row_losses(self.model, self.params, to_global(batch, self.mesh, B), FrozenConfigDict(self.config))
+                )
                 for owner, row, nats in zip(owners[start : start + B], chunk, losses):
                     sums[owner] += nats, row["weights"].sum()
         nan = float("nan")
@@ -130,11 +132,6 @@ class LM:
         row = {"tokens": tokens, "targets": targets, "segments": segments, "weights": weights}
         row = {key: np.pad(value, padding) for key, value in row.items()} | {"positions": np.arange(T, dtype=np.int32)}
         return {key: value.astype(np.float32 if key == "weights" else np.int32) for key, value in row.items()}
-
-    def _frozen(self):
-        from ml_collections import FrozenConfigDict
-
-        return FrozenConfigDict(self.config)
 
     def _require_range(self, tokens: np.ndarray) -> None:
         vocab = self.config.model.vocab_size

@@ -99,7 +99,7 @@ def train_step(state: State, batch: dict, *, config: ConfigDict) -> tuple[State,
     keep = lambda new, old: jax.tree.map(partial(jnp.where, finite), new, old)
     params, opt_state, ema = keep((params, opt_state, ema), (state.params, state.opt_state, state.ema))
     new = State(state.step + 1, params, opt_state, ema, state.skipped + ~finite)
-    rate = schedule(config, config.optim.learning_rate)(state.step)
+    rate = schedule(config, config.optim.learning_rate)(state.step - state.skipped)  # dropped steps do not count
     return new, {"loss": loss, "grad_norm": norm, "learning_rate": rate, "skipped": new.skipped}
 
 

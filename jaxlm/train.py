@@ -97,10 +97,12 @@ def train(config: ConfigDict, workdir: Path, allow_data_change: bool = False) ->
         finally:
             monitor.close()
             checkpoints.close()
-    if stop and last_step < config.train.stop_at:
-        print(f"stopped by {signal.Signals(stop.number).name} at step {last_step}, saved: the same command goes on")
-        return cli.PREEMPTED
-    return 0
+    stopped = stop and last_step < config.train.stop_at
+    if jax.process_index() == 0:
+        why = f"stopped by {signal.Signals(stop.number).name}" if stopped else "done"
+        then = "the same command goes on" if stopped else f"try python -m jaxlm.generate --workdir={workdir}"
+        print(f"{why} at step {last_step}, saved in {checkpoints.path}; {then}")
+    return cli.PREEMPTED if stopped else 0
 
 
 class Run:
@@ -121,7 +123,7 @@ class Run:
         """From the batch of step `start` on; returns the last step done. Metrics are fetched one step late."""
         c, last = self.config, self.config.train.stop_at
         if start >= last:
-            self.monitor.say(f"already at step {start}: raise --config.train.steps or train.stop_at to go on")
+            self.monitor.say(f"nothing to do up to step {last}: raise train.steps or train.stop_at to go on")
             return start
         batches = train_batches(c, jax.process_count(), jax.process_index())
         place = lambda rows: to_global(rows, self.mesh, c.train.batch_size)
@@ -163,7 +165,9 @@ class Run:
         if evaluates:
             result = self.evaluate(state.params if state.ema is None else state.ema)
             self.monitor.evaluation(step, result)
-            loss, better = result["loss"], self.best.update(result["loss"])
+            loss = result["loss"]
+            if step % self.config.eval.every == 0:  # the one at stop_at is extra: patience must not depend on stops
+                better = self.best.update(loss)
         patience = self.config.eval.patience
         exhausted = bool(patience) and self.best.since >= patience
         if exhausted:
@@ -228,7 +232,7 @@ def main(argv: list[str]) -> int:
     vocab_size = stores[0].vocab_size if stores else 0
     if not (config.model.vocab_size or vocab_size) and (args.dry_run or args.print_config):
         problems.append(
-            "config.model.vocab_size=0: as the tokenizer of config.data.path, which is not there yet; set one"
+            "config.model.vocab_size=0: the tokenizer's, and there is no data yet; set it or config.data.path"
         )
     require(problems + check(config, args.devices or jax.device_count(), vocab_size))
     config = resolve(config, vocab_size)
