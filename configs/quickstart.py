@@ -13,11 +13,11 @@ def get_config(arg=""):
     c = base()
     c.data.path = "runs/quickstart/data"
     c.data.seq_len = 128
-    c.model.num_layers, c.model.embed_dim, c.model.num_heads = 4, 192, 4
+    c.model.num_layers, c.model.embed_dim, c.model.num_heads = 4, 128, 4
     c.model.mlp, c.model.qk_norm = "relu2", True
     c.model.dtype, c.model.scan = "float32", False
-    c.train.steps, c.train.batch_size = 600, 16
-    c.optim.name, c.optim.learning_rate, c.optim.adam_learning_rate = "muon", 2e-2, 6e-3
-    c.optim.end_factor, c.optim.warmup_steps, c.optim.weight_decay = 0.0, 50, 0.0
-    c.eval.every, c.checkpoint.every = 200, 200
+    c.train.steps, c.train.batch_size = 550, 16
+    c.optim.name, c.optim.learning_rate, c.optim.adam_learning_rate = "muon", 3e-2, 1.2e-2
+    c.optim.end_factor, c.optim.warmup_steps, c.optim.weight_decay = 0.0, 30, 0.0
+    c.eval.every, c.checkpoint.every = 275, 275
     return c
