@@ -21,7 +21,7 @@ $python -m jaxlm.evaluate --workdir="$run" --gzip --json="$run/evaluation.json"
 
 say "4/4  Samples"
 $python -m jaxlm.generate --workdir="$run" --max_tokens=120 --temperature=0.7 --num_samples=1 \
-  --prompt='def ' --prompt='class ' --prompt='import '
+  --prompt='import' --prompt='class' --prompt='    def __init__(self'
 
 say "Done"
 cat <<END
@@ -29,7 +29,7 @@ The run is in $run: config.json, metrics.jsonl (a line for each logged step), ch
 The data is in $data: token shards, tokenizer.model, manifest.json.
 
 Try next:
-  $python -m jaxlm.generate --workdir=$run --prompt='def main(' --temperature=0.5
+  $python -m jaxlm.generate --workdir=$run --prompt='def main' --temperature=0.5
   $python -m jaxlm.train --config=configs/gpt2.py --dry_run --devices=8                            # a larger one, on paper
   $python -c "import jaxlm; print(jaxlm.load('$run').loss(['import os', 'banana banana']))"
 END
