@@ -16,7 +16,7 @@ stamp=.venv/.installed
 want="$target $(cat pyproject.toml launch/constraints.txt | cksum)"
 if [ -f "$stamp" ] && grep -qxF "$want" "$stamp"; then exit 0; fi
 
-echo "installing jaxlm$extras into .venv (a few minutes on a slow network)" | sed 's/jaxlm\(.\+\) into/jaxlm[\1] into/'
+echo "installing jaxlm${extras:+[$extras]} into .venv (a minute or a few, as the network is)"
 if command -v uv >/dev/null; then
   [ -x .venv/bin/python ] || uv venv --quiet --python '>=3.11' .venv
   uv pip install --quiet --python .venv/bin/python -c launch/constraints.txt -e "$target"

@@ -83,7 +83,7 @@ def test_microbatches_change_nothing_on_a_mesh():
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poison):
     c = small_config(train__ema=0.9)
     state, batch = fresh_state(c), random_batch(np.random.default_rng(0))
-    bad = batch | {"weights": batch["weights"] * poison}
+    bad = batch | {"weights": batch["weights"] + poison}
     new, metrics = one_step(c, state, bad)
     assert int(new.skipped) == 1 and int(new.step) == 1 and not np.isfinite(metrics["loss"])
     for name in ("params", "opt_state", "ema"):

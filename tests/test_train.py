@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, program
+from conftest import FLAGS, ROOT, program
 
 SETTINGS = {
     "model.num_layers": 2, "model.embed_dim": 32, "model.num_heads": 4, "model.num_kv_heads": 2, "model.scan": False,
@@ -51,8 +51,8 @@ def test_a_run_that_dies_goes_on_from_its_last_checkpoint_and_repeats_no_row(tmp
     command = [sys.executable, "-c", KILLED, "--config=configs/quickstart.py", f"--workdir={tmp_path / 'killed'}"]
     both = SETTINGS | {"data.path": text_dir} | {k.replace("__", "."): v for k, v in settings.items()}
     command += [f"--config.{key}={value}" for key, value in both.items()]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    assert subprocess.run(command, cwd=ROOT, env=os.environ | flags).returncode == -signal.SIGKILL
+    env = os.environ | {"XLA_FLAGS": FLAGS}
+    assert subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode == -signal.SIGKILL
     assert max(rows(tmp_path / "killed")) > 20
     train(tmp_path / "killed", text_dir, **settings)
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
