@@ -98,6 +98,8 @@ def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
             f"config.data.seq_len={c.data.seq_len}: longer than the table of learned positions, "
             f"config.model.context_length={m.context_length}"
         )
+    if m.attention_softcap and m.attention not in ("auto", "reference"):
+        problems.append(f"config.model.attention={m.attention}: has no attention_softcap; set auto or reference")
     if vocab_size and 0 < m.vocab_size < vocab_size:
         problems.append(
             f"config.model.vocab_size={m.vocab_size}: the tokenizer of config.data has {vocab_size} ids; "
@@ -112,6 +114,12 @@ def training(c: ConfigDict) -> list[str]:
         problems.append(
             f"config.train.batch_size={t.batch_size}: must be a multiple of config.train.grad_accumulation="
             f"{t.grad_accumulation} ({nearest_multiples(t.batch_size, t.grad_accumulation)})"
+        )
+    if t.loss_chunk and c.data.seq_len % t.loss_chunk:
+        nearest = nearest_divisors(t.loss_chunk, c.data.seq_len)
+        problems.append(
+            f"config.train.loss_chunk={t.loss_chunk}: must divide config.data.seq_len={c.data.seq_len} "
+            f"(nearest: {nearest}), or be 0"
         )
     if o.warmup_steps > t.steps:
         problems.append(f"config.optim.warmup_steps={o.warmup_steps}: more than config.train.steps={t.steps}")

@@ -62,6 +62,8 @@ def test_unknown_keys_suggest_the_nearest_in_any_section():
         ({"optim__warmup_steps": 50}, "optim.warmup_steps=50"),
         ({"optim__decay": (("[", 1.0),)}, "not a regular expression"),
         ({"train__grad_accumulation": 3}, "nearest: 15 or 18"),
+        ({"train__loss_chunk": 5}, "nearest: 2 or 4"),
+        ({"model__attention": "xla", "model__attention_softcap": 5.0}, "set auto or reference"),
         ({"train__stop_at": 99}, "train.stop_at=99"),
         ({"mesh__tensor": 3}, "tensor=4 or tensor=2"),
         ({"mesh__data": 4}, "data=8"),
