@@ -11,7 +11,7 @@ a validation loss of about 2.85 after 300 billion tokens of OpenWebText with Ope
 from jaxlm.config import base
 
 
-def get_config(arg=""):
+def get_config():
     c = base()
     c.data.path = "data/openwebtext"
     c.data.seq_len = 1024

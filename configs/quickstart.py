@@ -9,7 +9,7 @@
 from jaxlm.config import base
 
 
-def get_config(arg=""):
+def get_config():
     c = base()
     c.data.path = "runs/quickstart/data"
     c.data.seq_len = 128

@@ -10,7 +10,7 @@ gpu: 10.6M parameters, 5,000 steps of 64 x 256 characters.
 from jaxlm.config import base, variant
 
 
-def get_config(arg=""):
+def get_config(arg="cpu"):
     c = base()
     v = variant(
         arg,

@@ -15,7 +15,7 @@ AT_LEAST_ONE = (
 ).split()
 AT_LEAST_ZERO = (
     "model.num_kv_heads model.head_dim model.mlp_dim model.vocab_size model.context_length model.logit_softcap "
-    "model.attention_softcap train.stop_at train.loss_chunk train.z_loss optim.warmup_steps optim.weight_decay "
+    "seed model.attention_softcap train.stop_at train.loss_chunk train.z_loss optim.warmup_steps optim.weight_decay "
     "optim.clip optim.adam_learning_rate eval.every eval.batches eval.patience"
 ).split()
 POSITIVE = "model.norm_eps model.rope_theta model.embed_std optim.learning_rate optim.eps".split()
@@ -35,9 +35,12 @@ def check(c: ConfigDict, devices: int | None = None, vocab_size: int | None = No
     devices: how many there are, if known. vocab_size: the tokenizer's, if known.
     """
     problems = ranges(c)
-    if not problems or all("mesh" in p for p in problems):  # arithmetic on nonsense would only add noise
-        problems += model(c, vocab_size) + training(c)
-    return problems + mesh(c, devices)
+    bad = {problem.split(".")[1] for problem in problems}  # sections: arithmetic on nonsense would only add noise
+    if not bad & {"model", "data"}:
+        problems += model(c, vocab_size)
+    if not bad & {"train", "data"}:
+        problems += training(c)
+    return problems if bad & {"model", "train"} else problems + mesh(c, devices)
 
 
 def ranges(c: ConfigDict) -> list[str]:
@@ -122,25 +125,31 @@ def training(c: ConfigDict) -> list[str]:
             f"(nearest: {nearest}), or be 0"
         )
     if o.warmup_steps > t.steps:
-        problems.append(f"config.optim.warmup_steps={o.warmup_steps}: more than config.train.steps={t.steps}")
+        problems.append(
+            f"config.optim.warmup_steps={o.warmup_steps}: more than config.train.steps={t.steps}; "
+            f"set --config.optim.warmup_steps={t.steps // 10}, say"
+        )
     if t.stop_at > t.steps:
         problems.append(f"config.train.stop_at={t.stop_at}: beyond config.train.steps={t.steps}")
     if c.eval.patience and not c.eval.every:
         problems.append("config.eval.patience: needs evaluations; set config.eval.every")
-    for pattern, _ in o.decay:
+    for item in o.decay:
         try:
+            pattern, factor = item
             re.compile(pattern)
-        except re.error as error:
-            problems.append(f"config.optim.decay: {pattern!r} is not a regular expression: {error}")
+            if not 0 <= factor < math.inf:
+                raise ValueError("the factor must not be negative")
+        except (TypeError, ValueError, re.error) as error:
+            problems.append(f"config.optim.decay: {item!r} is not (regular expression, factor): {error}")
     try:
         mixture(c)
-    except ValueError as error:
+    except ConfigError as error:
         problems.append(str(error))
     return problems
 
 
 def mixture(c: ConfigDict) -> list[tuple[str, float]]:
-    """[(directory, weight)] of config.data, weights summing to 1. Raises ValueError that says what is wrong."""
+    """[(directory, weight)] of config.data, weights summing to 1. Raises ConfigError that says what is wrong."""
     if not c.data.mixture:
         return [(c.data.path, 1.0)]
     sources = []
@@ -151,7 +160,7 @@ def mixture(c: ConfigDict) -> list[tuple[str, float]]:
         except ValueError:
             weight = math.nan
         if not (path and 0 < weight < math.inf):
-            raise ValueError(f"config.data.mixture: {item!r} is not DIR=WEIGHT with a positive weight")
+            raise ConfigError(f"config.data.mixture: {item!r} is not DIR=WEIGHT with a positive weight")
         sources.append((path, weight))
     total = sum(weight for _, weight in sources)
     return [(path, weight / total) for path, weight in sources]
@@ -168,6 +177,9 @@ def mesh(c: ConfigDict, devices: int | None) -> list[str]:
     problems += [
         f"config.mesh.{axis}={n}: must be at least 1, or -1 for all devices that are left" for axis, n in bad.items()
     ]
+    for axis in ("stage", "expert", "sequence"):
+        if sizes[axis] != 1:
+            problems.append(f"config.mesh.{axis}={sizes[axis]}: nothing is split along this axis yet; set it to 1")
     free = [axis for axis, n in sizes.items() if n == -1]
     if len(free) > 1:
         problems.append(f"config.mesh: only one axis may be -1, not {' and '.join(free)}")
@@ -193,8 +205,9 @@ def mesh(c: ConfigDict, devices: int | None) -> list[str]:
     if free and free[0] in ("data", "fsdp"):
         shards = abs(shards) * (devices or fixed) // fixed
     if shards > 1 and rows > 0 and rows % shards:
+        parts = max(c.train.grad_accumulation, 1)
         problems.append(
-            f"config.train.batch_size={c.train.batch_size}: rows of a microbatch ({rows}) must divide evenly over "
-            f"mesh.data x mesh.fsdp = {shards} ({nearest_multiples(rows, shards)} per microbatch)"
+            f"config.train.batch_size={c.train.batch_size}: must be a multiple of mesh.data x mesh.fsdp x "
+            f"grad_accumulation = {shards * parts} ({nearest_multiples(c.train.batch_size, shards * parts)})"
         )
     return problems

@@ -1,7 +1,8 @@
 """Checkpoints through orbax: asynchronous, sharded, self-contained, and restored on any other mesh.
 
-`workdir/checkpoints/STEP/` holds `params`, `rest` (optimizer, step, average) and `meta`: the resolved config, the
-tokenizer, the fingerprint of the data, versions, and the validation loss where one was measured at that step.
+`workdir/checkpoints/STEP/` holds `params`, `ema` (their average, where one is kept), `rest` (optimizer, step) and
+`meta`: the resolved config, the tokenizer, the fingerprint of the data, versions, and the validation loss where one was
+measured at that step.
 """
 
 import base64
@@ -21,6 +22,7 @@ from jaxlm.state import State
 
 ITEMS = {
     "params": ocp.StandardCheckpointHandler,
+    "ema": ocp.StandardCheckpointHandler,
     "rest": ocp.StandardCheckpointHandler,
     "meta": ocp.JsonCheckpointHandler,
 }
@@ -90,7 +92,7 @@ class Checkpoints:
             if not measured:
                 raise CheckpointError(f"{self.path}: no checkpoint has a validation loss; steps: {steps}")
             return min(measured, key=losses.get)
-        if not str(step).isdigit() or int(step) not in steps:
+        if not str(step).isdecimal() or int(step) not in steps:
             raise CheckpointError(
                 f"{self.path} has no step {step}; it has {', '.join(map(str, steps))}, latest and best"
             )
@@ -101,35 +103,31 @@ class Checkpoints:
         step = int(state.step)
         if step in self.manager.all_steps():
             return
-        rest = {"step": state.step, "opt_state": state.opt_state, "ema": state.ema, "skipped": state.skipped}
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items(state).items()}
         self.manager.save(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                rest=ocp.args.StandardSave({k: v for k, v in rest.items() if v is not None}),
-                meta=ocp.args.JsonSave(meta | {"eval_loss": eval_loss}),
-            ),
+            args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta | {"eval_loss": eval_loss})),
             metrics=None if eval_loss is None else {"loss": eval_loss},
         )
 
     def meta(self, step: int) -> dict:
-        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.path / str(step)} is damaged ({error}): move it away to use the one before"
+            ) from error
 
     def restore(self, step: int, abstract: State, shardings: State) -> State:
         """The state at `step`, on the mesh of `shardings`. Raises CheckpointError where it does not fit `abstract`."""
-        rest = lambda s: {k: v for k, v in vars(s).items() if k != "params" and v is not None}
-        got = self._read(
-            step,
-            params=as_target(abstract.params, shardings.params),
-            rest=as_target(rest(abstract), rest(shardings)),
-        )
-        return State(params=got["params"], **({"ema": None} | got["rest"]))
+        places = items(shardings)
+        got = self._read(step, **{name: as_target(tree, places[name]) for name, tree in items(abstract).items()})
+        return State(params=got["params"], ema=got.get("ema"), **got["rest"])
 
     def restore_params(self, step: int, abstract: State, shardings: State) -> dict:
         """What evaluation and generation use: the average of the parameters where the run keeps one, else these."""
-        if abstract.ema is None:
-            return self._read(step, params=as_target(abstract.params, shardings.params))["params"]
-        return self.restore(step, abstract, shardings).ema
+        name = "params" if abstract.ema is None else "ema"
+        return self._read(step, **{name: as_target(items(abstract)[name], items(shardings)[name])})[name]
 
     def _read(self, step: int, **targets):
         for name, target in targets.items():
@@ -162,6 +160,12 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def items(state: State) -> dict:
+    """The parts of a state that are saved, and can be read, on their own."""
+    rest = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
+    return {"params": state.params, "rest": rest} | ({} if state.ema is None else {"ema": state.ema})
 
 
 def as_target(abstract, shardings):

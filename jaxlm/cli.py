@@ -34,7 +34,10 @@ class Parser(argparse.ArgumentParser):
         for word in words:
             if word.startswith("--config.") and "--config" in self._option_string_actions:
                 key, equals, text = word.removeprefix("--config.").partition("=")
-                overrides.append((key, text if equals else next(words, "")))
+                text = text if equals else next(words, "--")
+                if text.startswith("--"):
+                    self.error(f"--config.{key} needs a value: --config.{key}=VALUE")
+                overrides.append((key, text))
             else:
                 rest.append(word)
         for word in rest:

@@ -7,6 +7,7 @@ zeros that mean "derive it" by numbers.
 
 import ast
 import importlib.util
+import inspect
 import math
 import re
 from pathlib import Path
@@ -134,18 +135,24 @@ def load(spec: str) -> ConfigDict:
             f"--config={spec}: there is no file {name}{did_you_mean(name, known)} (found: {' '.join(known) or 'none'})"
         )
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None:
+        raise ConfigError(f"--config={spec}: a recipe is a .py file that defines get_config()")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    return module.get_config(arg)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"--config={spec}: {name} does not define get_config()")
+    if arg and not inspect.signature(module.get_config).parameters:
+        raise ConfigError(f"--config={spec}: this recipe has no variants; give {name}")
+    return module.get_config(arg) if arg else module.get_config()
 
 
 def variant(arg: str, variants: dict) -> dict:
-    """`variants[arg]` for a recipe; the first where arg is empty. Raises ConfigError that lists them."""
-    if arg and arg not in variants:
+    """`variants[arg]` for a recipe. Raises ConfigError that lists them."""
+    if arg not in variants:
         raise ConfigError(
             f"this recipe has no variant {arg!r}{did_you_mean(arg, variants)} (it has: {', '.join(variants)})"
         )
-    return variants[arg or next(iter(variants))]
+    return variants[arg]
 
 
 def flatten(c: ConfigDict, prefix: str = "") -> dict:
@@ -165,7 +172,7 @@ def override(c: ConfigDict, pairs: list[tuple[str, str]]) -> list[str]:
             continue
         try:
             value = parse(text, known[key])
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, OverflowError):
             kind = type(known[key]).__name__
             problems.append(f"config.{key}={text}: not a value of type {kind} (the default is {known[key]!r})")
             continue

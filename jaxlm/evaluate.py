@@ -1,7 +1,7 @@
 """python -m jaxlm.evaluate --workdir=DIR: loss, perplexity and bits per byte over the whole validation set.
 
 Every token of the split counts once. Bits per byte compares models with different tokenizers: total nats / ln 2 / bytes
-of the text.
+of the text that was predicted (all of it, but for the first character of each document with --tokenizer=chars).
 """
 
 import gzip
@@ -14,9 +14,11 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxlm import cli
-from jaxlm.data.pipeline import open_stores, prefetch, validation_batches
+from jaxlm.check import mixture
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.pipeline import eval_rows, open_stores, prefetch, validation_batches
 from jaxlm.data.store import Store
-from jaxlm.errors import DataError
+from jaxlm.errors import ConfigError, DataError
 from jaxlm.parallel.mesh import to_global
 from jaxlm.state import eval_step
 
@@ -27,23 +29,35 @@ class Evaluator:
     def __init__(self, config: ConfigDict, mesh):
         self.config, self.mesh = config, mesh
         self.batches = validation_batches(config, jax.process_count(), jax.process_index())
-        self.num_bytes = sum(store.num_bytes for store in open_stores(config, "val"))
+        self.num_bytes = sum(map(predicted_bytes, open_stores(config, "val"), [path for path, _ in mixture(config)]))
         self.step = jax.jit(partial(eval_step, config=config))
 
     def __call__(self, params) -> dict:
         """loss (nats per token), perplexity, tokens, and over the whole split bits_per_byte and bytes."""
         whole = len(self.batches)
         stop = min(self.config.eval.batches or whole, whole)
-        place = lambda rows: to_global(rows, self.mesh, self.config.train.batch_size)
+        place = lambda rows: to_global(rows, self.mesh, eval_rows(self.config))
         loss = weight = 0.0  # float64 sums of float32 batches
         for batch in prefetch(self.batches, 0, stop, self.config.data.prefetch, place):
             sums = jax.device_get(self.step(params, batch))
             loss, weight = loss + float(sums["loss"]), weight + float(sums["weight"])
+        if not weight:
+            raise DataError(
+                "the validation split has no token to predict: prepare the data with a larger --val_fraction"
+            )
         mean = loss / weight
         result = {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": int(weight)}
         if stop == whole:
             result |= {"bits_per_byte": loss / math.log(2) / self.num_bytes, "bytes": self.num_bytes}
         return result
+
+
+def predicted_bytes(store: Store, path: str) -> int:
+    """UTF-8 bytes of a split's text, without the first tokens of documents where nothing precedes them."""
+    if store.bos_id is not None:
+        return store.num_bytes
+    first = store.rows(store.document_starts(0, store.num_tokens), 1)
+    return store.num_bytes - len(tokenizers.load(path).decode(first).encode())
 
 
 def gzip_bits_per_byte(stores: list[Store], tokenizer) -> float:
@@ -64,6 +78,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--gzip", action="store_true", help="also bits per byte of gzip -9 on the same text")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     args = parser.parse(argv)
+    if args.json and not Path(args.json).parent.is_dir():
+        raise ConfigError(f"--json={args.json}: there is no directory {Path(args.json).parent}")
 
     import jaxlm
 

@@ -6,14 +6,16 @@ from jaxlm import cli
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="jaxlm.generate", description=__doc__)
     parser.add_argument("--workdir", required=True, help="run directory of jaxlm.train")
-    parser.add_argument("--prompt", action="append", help="how the text begins (repeat for several; default: empty)")
+    parser.add_argument("--prompt", action="append", help="how the text begins (repeat for several; default: nothing)")
     parser.add_argument("--max_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
     parser.add_argument("--top_k", type=int, default=0, help="choose among the k likeliest; 0: all")
     parser.add_argument("--top_p", type=float, default=0.0, help="choose among the likeliest of this mass; 0: all")
     parser.add_argument("--num_samples", type=int, default=1, help="texts for each prompt")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
-    parser.add_argument("--stop", action="append", default=[], help="end before this string (repeat for several)")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="cut the text before this string (repeat for several)"
+    )
     parser.add_argument("--step", default="latest", help="checkpoint: latest, best or a number")
     args = parser.parse(argv)
 

@@ -11,7 +11,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.check import fits
 from jaxlm.checkpoint import Checkpoints, config_of, tokenizer_of
+from jaxlm.cli import did_you_mean
 from jaxlm.config import MESH_AXES
+from jaxlm.data.pipeline import eval_rows
 from jaxlm.decode import generate_tokens, pad_prompts
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.kernels.cross_entropy import logits_of
@@ -45,8 +47,14 @@ class LM:
         """
         tokens = np.asarray(tokens, np.int32)
         if tokens.ndim != 2:
-            raise UserError(f"lm.logits: tokens must be [batch, length], not of shape {tokens.shape}")
+            raise ConfigError(f"lm.logits: tokens must be [batch, length], not of shape {tokens.shape}")
         self._require_range(tokens)
+        for name, value in (("segments", segments), ("positions", positions)):
+            if value is not None and np.shape(value) != tokens.shape:
+                raise UserError(
+                    f"lm.logits: {name} must have the shape of tokens {tokens.shape}, not {np.shape(value)}"
+                )
+        segments, positions = (None if x is None else np.asarray(x, np.int32) for x in (segments, positions))
         self._require_length(tokens.shape[1] if positions is None else int(np.max(positions)) + 1)
         with jax.set_mesh(self.mesh):
             return np.asarray(forward_logits(self.model, self.params, tokens, segments, positions))
@@ -58,7 +66,7 @@ class LM:
         does not count. A text without a counted token has nan.
         """
         texts = [texts] if isinstance(texts, str) else texts
-        T, B = self.config.data.seq_len, self.config.train.batch_size
+        T = self.config.data.seq_len
         rows, owners = [], []
         for owner, text in enumerate(texts):
             ids = self.tokenizer.encode(text)
@@ -66,6 +74,7 @@ class LM:
                 rows.append(self._row(ids, start, T))
                 owners.append(owner)
         sums = np.zeros((len(texts), 2))
+        B = min(eval_rows(self.config), 1 << max(len(rows) - 1, 0).bit_length())
         with jax.set_mesh(self.mesh):
             for start in range(0, len(rows), B):
                 chunk = rows[start : start + B]
@@ -78,7 +87,7 @@ class LM:
                     sums[owner] += nats, row["weights"].sum()
         nan = float("nan")
         return [
-            TextLoss(nats / n if n else nan, nats / math.log(2) / len(text.encode()) if n else nan, int(n))
+            TextLoss(nats / n if n else nan, nats / math.log(2) / self._predicted_bytes(text) if n else nan, int(n))
             for text, (nats, n) in zip(texts, sums)
         ]
 
@@ -92,32 +101,41 @@ class LM:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         require_sampling(max_tokens, temperature, top_k, top_p, num_samples)
         ids = [self._prompt(prompt) for prompt in prompts for _ in range(num_samples)]
+        if not ids:
+            return []
         padded, lengths = pad_prompts(ids)
         self._require_length(int(lengths.max()) + max_tokens)
         # A text depends on its seed and prompt alone: sample i of every prompt has seed + i.
-        seeds = np.tile(np.arange(num_samples), len(prompts)) + seed
+        seeds = (np.tile(np.arange(num_samples), len(prompts)) + seed % 2**32) % 2**32
         with jax.set_mesh(self.mesh):
             out = generate_tokens(
                 self.model, self.params, padded, lengths, seeds.astype(np.uint32), max_tokens=max_tokens,
                 temperature=float(temperature), top_k=top_k, top_p=float(top_p), eos_id=self.tokenizer.eos_id,
             )  # fmt: skip
-        return [self._text(row, (stop,) if isinstance(stop, str) else stop) for row in np.asarray(out)]
+        stop = (stop,) if isinstance(stop, str) else stop
+        return [self._text(prompt, row, stop) for prompt, row in zip(ids, np.asarray(out))]
 
     def _prompt(self, prompt: str) -> np.ndarray:
         ids, bos = self.tokenizer.encode(prompt), self.tokenizer.bos_id
         if bos is not None:
             return np.concatenate([[bos], ids]).astype(np.int32)
         if not len(ids):
-            raise UserError(
-                f"the {self.tokenizer.name} tokenizer has no beginning of text: give a prompt of a character or more"
+            raise ConfigError(
+                f"the {self.tokenizer.name} tokenizer has no beginning of text: the prompt (--prompt) must not be empty"
             )
         return ids
 
-    def _text(self, ids: np.ndarray, stop) -> str:
+    def _text(self, prompt: np.ndarray, ids: np.ndarray, stop) -> str:
         eos = self.tokenizer.eos_id
         ends = np.flatnonzero(ids == eos) if eos is not None else []
-        text = self.tokenizer.decode(ids[: ends[0]] if len(ends) else ids)
+        ids = ids[: ends[0]] if len(ends) else ids
+        # Decoded together: some tokenizers drop a space at the beginning of a text.
+        text = self.tokenizer.decode(np.concatenate([prompt, ids]))[len(self.tokenizer.decode(prompt)) :]
         return text[: min((text.find(s) for s in stop if s and s in text), default=len(text))]
+
+    def _predicted_bytes(self, text: str) -> int:
+        first = 0 if self.tokenizer.bos_id is not None else len(text[0].encode())
+        return len(text.encode()) - first
 
     def _row(self, ids: np.ndarray, start: int, T: int) -> dict[str, np.ndarray]:
         """The batch row whose targets are ids[start : start + T]."""
@@ -136,17 +154,17 @@ class LM:
     def _require_range(self, tokens: np.ndarray) -> None:
         vocab = self.config.model.vocab_size
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab:
-            raise UserError(f"token ids must be in [0, {vocab}), not {tokens.min()} ... {tokens.max()}")
+            raise ConfigError(f"token ids must be in [0, {vocab}), not {tokens.min()} ... {tokens.max()}")
 
     def _require_length(self, length: int) -> None:
         limit = self.config.model.context_length
         if self.config.model.positions == "learned" and length > limit:
-            raise UserError(f"learned positions end at {limit}: {length} tokens (prompt and max_tokens) are too many")
+            raise ConfigError(f"learned positions end at {limit}: {length} tokens (prompt and max_tokens) are too many")
 
 
 def require_sampling(max_tokens, temperature, top_k, top_p, num_samples) -> None:
     rules = [
-        ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+        ("max_tokens", max_tokens, 1 <= max_tokens <= 1_000_000, "from 1 to 1,000,000"),
         ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or positive"),
         ("top_k", top_k, top_k >= 0, "0 (off) or positive"),
         ("top_p", top_p, 0 <= top_p <= 1, "0 (off) or a probability"),
@@ -180,6 +198,8 @@ def load(path: str | Path, *, step: str | int = "latest", mesh: dict[str, int] |
     meta = checkpoints.meta(step)
     config = config_of(meta)
     sizes = {axis: config.mesh[axis] for axis in MESH_AXES} if mesh is None else dict.fromkeys(MESH_AXES, 1) | mesh
+    for axis in set(sizes) - set(MESH_AXES):
+        raise ConfigError(f"mesh: there is no axis {axis}{did_you_mean(axis, MESH_AXES)}")
     if mesh is None and not fits(sizes, jax.device_count()):
         sizes = dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1}
     elif not fits(sizes, jax.device_count()):

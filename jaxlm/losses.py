@@ -18,8 +18,7 @@ def token_losses(model: nn.Module, params, batch, config: ConfigDict, dropout_ke
     x_BTD, _ = model.apply(
         {"params": params},
         batch["tokens"],
-        batch["segments"] if config.data.isolate else None,
-        batch["positions"],
+        *((batch["segments"], batch["positions"]) if config.data.isolate else (None, None)),
         train=train,
         rngs={"dropout": dropout_key} if train else None,
     )

@@ -69,6 +69,8 @@ def weight_decay(config: ConfigDict) -> optax.GradientTransformation:
     """Decoupled decay (Loshchilov & Hutter 2019), config.optim.decay giving each parameter's factor."""
     o = config.optim
     factors = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: first_match(o.decay, path), params)
+    if not any(factor for _, factor in o.decay):
+        return optax.identity()
     return optax.chain(
         *(
             optax.add_decayed_weights(

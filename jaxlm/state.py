@@ -31,6 +31,7 @@ def create_state(config: ConfigDict) -> State:
     """The state at step 0. Call it through `init_state`, or under jax.eval_shape."""
     variables = build(config).init(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32))
     params = nn.unbox(variables["params"])
+    require_cover(config.optim.decay, params, "config.optim.decay")
     zero = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.copy, params) if config.train.ema else None
     return State(zero, params, optimizer(config).init(params), ema, zero)
@@ -39,7 +40,6 @@ def create_state(config: ConfigDict) -> State:
 def abstract_state(config: ConfigDict) -> tuple[State, State]:
     """(shapes and dtypes, PartitionSpecs of logical axis names) of the state, without making an array."""
     shapes = jax.eval_shape(partial(create_state, config))
-    require_cover(config.optim.decay, shapes.params, "config.optim.decay")
     variables = jax.eval_shape(lambda: build(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     axes = nn.get_partition_spec(variables)["params"]
     by_path = {tuple(path): names for path, names in jax.tree.leaves_with_path(axes)}
@@ -85,7 +85,7 @@ def train_step(state: State, batch: dict, *, config: ConfigDict) -> tuple[State,
         def accumulate(sums, part):
             return jax.tree.map(jnp.add, sums, gradient(state.params, *part)), None
 
-        zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
+        zeros = (jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params), jnp.zeros(()))
         (grads, loss), _ = jax.lax.scan(accumulate, zeros, (micro, jax.random.split(key, parts)))
 
     norm = optax.tree.norm(grads)
@@ -93,8 +93,9 @@ def train_step(state: State, batch: dict, *, config: ConfigDict) -> tuple[State,
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.optim.clip / (norm + 1e-6)), grads)
     updates, opt_state = update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    decay = config.train.ema
-    ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if decay else None
+    if (ema := state.ema) is not None:  # the decay rises from 0.1: the first parameters are soon forgotten
+        decay = jnp.minimum(config.train.ema, (1 + state.step) / (10 + state.step))
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     keep = lambda new, old: jax.tree.map(partial(jnp.where, finite), new, old)
     params, opt_state, ema = keep((params, opt_state, ema), (state.params, state.opt_state, state.ema))

@@ -4,7 +4,9 @@ The same command again goes on from the newest checkpoint. --dry_run shows what 
 """
 
 import ctypes
+import fcntl
 import json
+import math
 import os
 import signal
 import time
@@ -17,10 +19,10 @@ from ml_collections import ConfigDict
 from jaxlm import cli, costs
 from jaxlm.check import check, mixture, require
 from jaxlm.checkpoint import Checkpoints, describe_run
-from jaxlm.config import flatten, load, override, resolve
+from jaxlm.config import MESH_AXES, flatten, load, override, resolve
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.data.pipeline import fingerprint, open_stores, prefetch, train_batches
-from jaxlm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from jaxlm.data.pipeline import fingerprint, open_stores, prefetch, train_batches, validation_batches
+from jaxlm.errors import CheckpointError, ConfigError, NumericsError, UserError
 from jaxlm.evaluate import Evaluator
 from jaxlm.monitor import Monitor
 from jaxlm.parallel.mesh import make_mesh, to_global
@@ -28,7 +30,7 @@ from jaxlm.state import State, abstract_state, init_state, state_shardings, trai
 
 
 class StopSignal:
-    """True once SIGTERM or Ctrl-C has come: the run finishes its step and saves. A second Ctrl-C ends it at once."""
+    """True once SIGTERM or Ctrl-C has come: the run finishes its step and saves. A second Ctrl-C does not wait."""
 
     def __init__(self):
         self.number = None
@@ -51,7 +53,7 @@ class BestLoss:
 
     def update(self, loss: float) -> bool:
         """True where it is the lowest."""
-        better = self.loss is None or loss < self.loss
+        better = math.isfinite(loss) and (self.loss is None or loss < self.loss)
         self.loss, self.since = (loss, 0) if better else (self.loss, self.since + 1)
         return better
 
@@ -74,7 +76,7 @@ def start_state(config, mesh, checkpoints: Checkpoints, data: dict, allow_data_c
 
 def train(config: ConfigDict, workdir: Path, allow_data_change: bool = False) -> int:
     """Runs a resolved config to train.stop_at. Returns the exit code: 0, or 75 where a signal asked it to stop."""
-    prepare_workdir(workdir, config)
+    lock = lock_workdir(workdir)
     if jax.default_backend() == "cpu":
         reuse_freed_memory()
     mesh, stop = make_mesh(config), StopSignal()
@@ -82,21 +84,24 @@ def train(config: ConfigDict, workdir: Path, allow_data_change: bool = False) ->
     with jax.set_mesh(mesh):
         checkpoints = Checkpoints(workdir, config)
         state, last = start_state(config, mesh, checkpoints, data, allow_data_change)
+        write_config(workdir, config, last)
         start, best = int(state.step), BestLoss(*last.get("best", ()))
         parameters = costs.num_parameters(state.params)
         flops, peak = costs.flops_per_token(config, state.params), costs.peak_flops(jax.devices()[0].device_kind)
         monitor = Monitor(workdir, config, start, flops, peak)
         monitor.say(
             f"{parameters:,} parameters on {mesh.size} x {jax.devices()[0].device_kind}; "
-            f"steps {start + 1} to {config.train.stop_at}; {workdir}"
+            f"from step {start} to {config.train.stop_at}; {workdir}"
         )
         try:
             run = Run(config, mesh, checkpoints, monitor, describe_run(config, tokenizer, data), best)
+            run.skipped = (int(state.skipped), 0)
             last_step = run.loop(state, start, stop)
             checkpoints.wait()
         finally:
             monitor.close()
             checkpoints.close()
+            lock.close()
     stopped = stop and last_step < config.train.stop_at
     if jax.process_index() == 0:
         why = f"stopped by {signal.Signals(stop.number).name}" if stopped else "done"
@@ -124,6 +129,8 @@ class Run:
         c, last = self.config, self.config.train.stop_at
         if start >= last:
             self.monitor.say(f"nothing to do up to step {last}: raise train.steps or train.stop_at to go on")
+            return start
+        if self.exhausted():
             return start
         batches = train_batches(c, jax.process_count(), jax.process_index())
         place = lambda rows: to_global(rows, self.mesh, c.train.batch_size)
@@ -155,8 +162,8 @@ class Run:
         if self.skipped[1] >= self.config.train.max_skipped:
             raise NumericsError(
                 f"{self.skipped[1]} steps in a row up to step {step} had a loss or gradients that are not finite "
-                f"(loss {metrics['loss']}); the parameters are those before. Lower optim.learning_rate, set optim.clip "
-                "or model.qk_norm, or look at the data of these steps"
+                f"(loss {metrics['loss']}); the newest checkpoint is {self.checkpoints.latest()}. Lower "
+                "optim.learning_rate, set optim.clip or model.qk_norm, or look at the data of these steps"
             )
 
     def visit(self, state: State, step: int, ended: bool, evaluates: bool) -> bool:
@@ -168,14 +175,20 @@ class Run:
             loss = result["loss"]
             if step % self.config.eval.every == 0:  # the one at stop_at is extra: patience must not depend on stops
                 better = self.best.update(loss)
-        patience = self.config.eval.patience
-        exhausted = bool(patience) and self.best.since >= patience
-        if exhausted:
-            self.monitor.say(f"no lower validation loss than {self.best.loss:.4f} in {patience} evaluations: stopping")
+        exhausted = self.exhausted()
         keep_best = better and self.config.checkpoint.keep_best
         if ended or exhausted or keep_best or step % self.config.checkpoint.every == 0:
-            self.checkpoints.save(state, self.meta | {"best": [self.best.loss, self.best.since]}, loss)
+            meta = self.meta | {"best": [self.best.loss, self.best.since]}
+            self.checkpoints.save(state, meta, loss if loss is not None and math.isfinite(loss) else None)
         return ended or exhausted
+
+    def exhausted(self) -> bool:
+        """True, and said, where eval.patience is spent."""
+        patience = self.config.eval.patience
+        if not patience or self.best.since < patience:
+            return False
+        self.monitor.say(f"no lower validation loss than {self.best.loss} in {patience} evaluations: stopping")
+        return True
 
 
 def reuse_freed_memory() -> None:
@@ -193,20 +206,28 @@ def reuse_freed_memory() -> None:
         mallopt(option, value)
 
 
-def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Makes the directory and writes config.json; says what changed since an earlier run there."""
-    path = workdir / "config.json"
+def lock_workdir(workdir: Path):
+    """Makes the directory and takes it for this run (its first host). Raises ConfigError where that cannot be."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        old = json.loads(path.read_text()) if path.exists() else {}
-        new = json.loads(json.dumps(flatten(config)))
-        for key in new:
-            if old and old.get(key) != new[key]:
-                print(f"config.{key}: {old.get(key)} -> {new[key]}")
-        path.with_suffix(".tmp").write_text(json.dumps(new, indent=1) + "\n")
-        os.replace(path.with_suffix(".tmp"), path)
+        lock = open(workdir / f".lock-{jax.process_index()}", "w")  # noqa: SIM115 (held until the run ends)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"--workdir={workdir}: another run is using it; wait for it, or give another") from None
     except OSError as error:
         raise ConfigError(f"--workdir={workdir}: {error.strerror}; give a directory that can be written") from None
+    return lock
+
+
+def write_config(workdir: Path, config: ConfigDict, last: dict) -> None:
+    """Writes config.json, and says what is not as in the last checkpoint."""
+    new = json.loads(json.dumps(flatten(config)))
+    for key, old in last.get("config", {}).items():
+        if key in new and new[key] != old:
+            print(f"config.{key}: {old} -> {new[key]}")
+    path = workdir / "config.json"
+    path.with_suffix(".tmp").write_text(json.dumps(new, indent=1) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def main(argv: list[str]) -> int:
@@ -215,36 +236,45 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workdir", help="where config, metrics and checkpoints go")
     parser.add_argument("--print_config", action="store_true", help="print every key of the config and exit")
     parser.add_argument("--dry_run", action="store_true", help="print what the run would be and exit")
-    parser.add_argument("--devices", type=int, help="with --dry_run: for this many devices (default: those here)")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        help="with --dry_run: for this many devices (default: as many as the mesh names, or those here)",
+    )
     parser.add_argument("--allow_data_change", action="store_true", help="resume although the data has changed")
     args = parser.parse(argv)
     config = load(args.config)
     problems = override(config, args.overrides)
     if args.dry_run or args.print_config:
         jax.config.update("jax_platforms", "cpu")  # an accelerator is not even asked
-    elif not args.workdir:
+        fixed = [config.mesh[axis] for axis in MESH_AXES if config.mesh[axis] > 0]
+        devices = args.devices or max(math.prod(fixed), jax.device_count())
+    elif args.workdir:
+        devices = jax.device_count()
+    else:
         parser.error("the following arguments are required: --workdir")
 
     try:
         stores, data_problem = open_stores(config, "train"), None
-    except DataError as error:
+    except UserError as error:
         stores, data_problem = [], error
     vocab_size = stores[0].vocab_size if stores else 0
     if not (config.model.vocab_size or vocab_size) and (args.dry_run or args.print_config):
-        problems.append(
-            "config.model.vocab_size=0: the tokenizer's, and there is no data yet; set it or config.data.path"
-        )
-    require(problems + check(config, args.devices or jax.device_count(), vocab_size))
+        problems.append(f"config.model.vocab_size=0: it is the tokenizer's, and {data_problem}")
+    require(problems + check(config, devices, vocab_size))
     config = resolve(config, vocab_size)
     if args.print_config:
         print("\n".join(f"{key} = {value!r}" for key, value in flatten(config).items()))
         return 0
     if args.dry_run:
-        tokens = sum(store.num_tokens for store in stores) or None
-        print(costs.describe(config, args.devices or jax.device_count(), tokens))
+        print(costs.describe(config, devices, sum(store.num_tokens for store in stores) or None))
         return 0
     if data_problem:
         raise data_problem
+    if config.eval.every:
+        validation_batches(config)  # raises where there is nothing to evaluate on, before the run begins
+    if config.data.path:
+        config.data.path = str(Path(config.data.path).absolute())  # evaluation may start elsewhere
     return train(config, Path(args.workdir), args.allow_data_change)
 
 

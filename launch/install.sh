@@ -13,7 +13,8 @@ fi
 target=".${extras:+[$extras]}"
 
 stamp=.venv/.installed
-want="$target $(cat pyproject.toml launch/constraints.txt | cksum)"
+versions=$(cat pyproject.toml launch/constraints.txt | cksum)
+want="$target $versions"
 if [ -f "$stamp" ] && grep -qxF "$want" "$stamp"; then exit 0; fi
 
 echo "installing jaxlm${extras:+[$extras]} into .venv (a minute or a few, as the network is)"
@@ -33,4 +34,5 @@ else
   fi
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt -e "$target"
 fi
-echo "$want" >>"$stamp"
+{ grep -F " $versions" "$stamp" 2>/dev/null || true; echo "$want"; } >"$stamp.new"
+mv "$stamp.new" "$stamp"

@@ -2,11 +2,12 @@
 # From the Python standard library's source to a small model that writes Python, in minutes.
 # Usage: bash launch/quickstart.sh [DIR]   (default runs/quickstart; PYTHON=... uses that one and installs nothing)
 set -euo pipefail
+dir=$(realpath -m "${1:-$(dirname "$0")/../runs/quickstart}")
 cd "$(dirname "$0")/.."
 [ -n "${PYTHON:-}" ] || bash launch/install.sh
 python=${PYTHON:-.venv/bin/python}
-data=${1:-runs/quickstart}/data
-run=${1:-runs/quickstart}/model
+data=$dir/data
+run=$dir/model
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 

@@ -13,10 +13,11 @@ from jaxlm.checkpoint import Checkpoints, describe_run
 from jaxlm.config import resolve
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.pipeline import fingerprint
+from jaxlm.data.prepare import prepare
 from jaxlm.data.store import Store
 from jaxlm.decode import sample
 from jaxlm.errors import CheckpointError, ConfigError, UserError
-from jaxlm.evaluate import Evaluator, gzip_bits_per_byte
+from jaxlm.evaluate import Evaluator, gzip_bits_per_byte, predicted_bytes
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.state import abstract_state, init_state, state_shardings
 
@@ -181,3 +182,20 @@ def test_a_state_survives_a_checkpoint_to_the_last_bit(tmp_path, text_dir):
     other = small_config(optim__name="muon", train__ema=0.9, model__vocab_size=257, model__num_layers=3)
     with pytest.raises(CheckpointError, match="layers/block_0/attention/key/kernel: saved"):
         checkpoints.restore(0, abstract_state(other)[0], state_shardings(other, mesh))
+
+
+def test_bits_per_byte_of_chars_leave_out_what_cannot_be_predicted(tmp_path):
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(json.dumps({"text": "é" + "b" * (i % 5)}) + "\n" for i in range(50)))
+    prepare([str(path)], tmp_path / "out", tokenizer="chars", val_fraction=0.5, workers=1)
+    store = Store(tmp_path / "out", "val")
+    assert predicted_bytes(store, tmp_path / "out") == store.num_bytes - 2 * store.num_documents
+
+
+def test_logits_of_wrong_shapes_and_axes_that_do_not_exist_are_named(lm, workdir):
+    with pytest.raises(UserError, match="segments must have the shape"):
+        lm.logits([[1, 2, 3]], segments=[[1, 1]])
+    assert lm.logits([[1, 2]], segments=[[1, 1]], positions=[[0, 1]]).shape == (1, 2, 257)
+    with pytest.raises(ConfigError, match="did you mean tensor"):
+        jaxlm.load(workdir, mesh={"tenser": 2})
+    assert lm.generate([]) == []

@@ -138,3 +138,12 @@ def test_missing_data_is_named_with_the_command():
         train_batches(small_config(data__path="/nowhere/data"))
     with pytest.raises(DataError, match=r"data\.path is empty"):
         train_batches(small_config())
+
+
+def test_padding_comes_from_a_source_that_has_rows(tmp_path, text_dir):
+    (tmp_path / "a.txt").write_text("no validation here " * 50)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "a", tokenizer="bytes", val_fraction=0.0, workers=1)
+    c = small_config(data__mixture=f"{tmp_path}/a=1,{text_dir}=1", train__batch_size=7)
+    batches = validation_batches(c)
+    total = sum(batches[k]["weights"].sum() for k in range(len(batches)))
+    assert total == Store(text_dir, "val").num_tokens

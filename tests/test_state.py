@@ -115,7 +115,7 @@ def test_the_average_of_parameters():
     c = small_config(train__ema=0.75)
     first = fresh_state(c)
     new, _ = one_step(c, first, random_batch(np.random.default_rng(0)))
-    want = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, first.params, new.params)
+    want = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, first.params, new.params)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-8), new.ema, want)
 
 

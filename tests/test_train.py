@@ -10,6 +10,9 @@ import time
 import pytest
 from conftest import FLAGS, ROOT, program
 
+from jaxlm.data.prepare import prepare
+from jaxlm.train import BestLoss, lock_workdir
+
 SETTINGS = {
     "model.num_layers": 2, "model.embed_dim": 32, "model.num_heads": 4, "model.num_kv_heads": 2, "model.scan": False,
     "model.mlp": "relu2", "model.dropout": 0.1, "data.seq_len": 32, "train.batch_size": 8, "optim.name": "adamw",
@@ -129,3 +132,31 @@ def test_losses_that_stay_nan_end_the_run_with_exit_5(tmp_path, text_dir):
 def test_data_can_be_a_mixture(tmp_path, text_dir):
     train(tmp_path, "", train__steps=20, train__stop_at=2, data__mixture=f"{text_dir}=0.5,{text_dir}=0.5")
     assert list(rows(tmp_path)) == [1, 2]
+
+
+def test_a_second_run_in_the_same_workdir_is_refused(tmp_path, text_dir):
+    lock = lock_workdir(tmp_path)
+    run = train(tmp_path, text_dir, check=False, train__steps=20)
+    assert run.returncode == 2 and "another run is using it" in run.stderr
+    lock.close()
+    lock_workdir(tmp_path).close()
+
+
+def test_a_refused_resume_leaves_config_json_as_it_was(tmp_path, text_dir):
+    train(tmp_path, text_dir, train__steps=20, train__stop_at=2)
+    before = (tmp_path / "config.json").read_text()
+    assert train(tmp_path, text_dir, check=False, train__steps=20, model__embed_dim=64).returncode == 4
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_an_empty_validation_split_is_told_before_the_run(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "data", tokenizer="bytes", val_fraction=0.0, workers=1)
+    run = train(tmp_path / "run", tmp_path / "data", check=False, train__steps=20, eval__every=5)
+    assert run.returncode == 3 and "--val_fraction" in run.stderr and not (tmp_path / "run").exists()
+
+
+def test_the_best_loss_is_not_spoiled_by_nan():
+    best = BestLoss()
+    assert [best.update(loss) for loss in (float("nan"), 2.0, float("nan"), 1.0)] == [False, True, False, True]
+    assert best.since == 0

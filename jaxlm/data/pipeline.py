@@ -9,7 +9,8 @@ A *batch* is a dict of numpy arrays [B, T], B rows of the global batch (or one h
     segments   int32    1, 2, ... for the documents packed into the row; 0 on padding
 
 A split is one stream of tokens, each document ended by eos where the tokenizer has one. Row w holds the targets
-[w T, (w + 1) T) of that stream, so that every token is a target exactly once, the first of a document too.
+[w T, (w + 1) T) of that stream: every token is a target exactly once, the first of a document too. (With a tokenizer
+that has no bos, such as chars, nothing precedes that first token: its weight is 0.)
 """
 
 from collections import deque
@@ -70,17 +71,18 @@ def read_rows(store: Store, rows: np.ndarray, seq_len: int) -> dict[str, np.ndar
     segments = np.cumsum(first, axis=1, dtype=np.int32)
     segments += 1 - segments[:, :1]
     positions = place - np.maximum.accumulate(np.where(first, place, 0), axis=1)
-    real = starts[:, None] + place < store.num_tokens
+    inside = starts[:, None] + place < store.num_tokens
+    counts = inside
     if store.bos_id is None:  # nothing comes before a document, so its first token cannot be predicted
-        real &= ~first
+        counts = inside & ~first
     else:
         tokens[first] = store.bos_id
     return {
-        "tokens": np.where(real, tokens, 0),
-        "targets": np.where(real, targets, 0),
-        "weights": real.astype(np.float32),
+        "tokens": np.where(inside, tokens, 0),
+        "targets": np.where(inside, targets, 0),
+        "weights": counts.astype(np.float32),
         "positions": positions.astype(np.int32),
-        "segments": np.where(real, segments, 0),
+        "segments": np.where(counts, segments, 0),
     }
 
 
@@ -94,17 +96,17 @@ def read_mixed(stores: list[Store], ids: np.ndarray, seq_len: int) -> dict[str, 
     return batch
 
 
-def host_rows(config: ConfigDict, hosts: int, host: int) -> slice:
-    """This host's rows of a global batch: B / hosts in a row."""
-    share, rest = divmod(config.train.batch_size, hosts)
+def host_rows(num_rows: int, hosts: int, host: int) -> slice:
+    """This host's rows of a global batch of num_rows: an equal share, in a row."""
+    share, rest = divmod(num_rows, hosts)
     if rest:
-        raise DataError(f"config.train.batch_size={config.train.batch_size} must be a multiple of the {hosts} hosts")
+        raise DataError(f"config.train.batch_size: {num_rows} rows must be a multiple of the {hosts} hosts")
     return slice(host * share, (host + 1) * share)
 
 
 def train_batches(config: ConfigDict, hosts: int = 1, host: int = 0) -> grain.MapDataset:
     """Endless: element k is this host's rows of global batch k. Each epoch of a source has every row exactly once."""
-    stores, mine = open_stores(config, "train"), host_rows(config, hosts, host)
+    stores, mine = open_stores(config, "train"), host_rows(config.train.batch_size, hosts, host)
     sources = []
     for source, store in enumerate(stores):
         if not store.num_tokens:
@@ -118,16 +120,22 @@ def train_batches(config: ConfigDict, hosts: int = 1, host: int = 0) -> grain.Ma
     return batches.map(lambda ids: read_mixed(stores, ids[mine], config.data.seq_len))
 
 
+def eval_rows(config: ConfigDict) -> int:
+    """Rows of a batch of evaluation: a microbatch, which is what the memory is planned for."""
+    return config.train.batch_size // config.train.grad_accumulation
+
+
 def validation_batches(config: ConfigDict, hosts: int = 1, host: int = 0) -> grain.MapDataset:
-    """The validation splits once, in order; the last batch is padded. Raises DataError where there is none."""
-    stores, mine = open_stores(config, "val"), host_rows(config, hosts, host)
+    """The validation splits once, in order, `eval_rows` at a time, the last padded. DataError if there is none."""
+    B = eval_rows(config)
+    stores, mine = open_stores(config, "val"), host_rows(B, hosts, host)
     counts = [num_rows(store, config.data.seq_len) for store in stores]
     if not sum(counts):
         paths = ", ".join(path for path, _ in mixture(config))
         raise DataError(f"{paths}: the validation split is empty; prepare it with --val_fraction, or set eval.every=0")
     ids = np.concatenate([np.stack([np.full(n, s), np.arange(n)], 1) for s, n in enumerate(counts)])
-    B = config.train.batch_size
-    padding = np.tile([[0, counts[0]]], (-len(ids) % B, 1))  # one row past the end of the first source
+    longest = int(np.argmax(counts))
+    padding = np.tile([[longest, counts[longest]]], (-len(ids) % B, 1))  # a row past the end of a source
     ids = np.concatenate([ids, padding]).astype(np.int64)
     batches = grain.MapDataset.range(len(ids) // B).map(lambda k: ids[k * B : (k + 1) * B][mine])
     return batches.map(lambda ids: read_mixed(stores, ids, config.data.seq_len))

@@ -54,7 +54,8 @@ def attention(
     plain = segments_BS is None and isinstance(offset, int) and offset == 0 and window >= k_BSKH.shape[1]
     half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
     if implementation == "auto":
-        fast = plain and half and not softcap and jax.default_backend() == "gpu"
+        fits = q_BTNH.shape[-1] % 8 == 0 and q_BTNH.shape[-1] <= 128  # what cuDNN takes on every GPU
+        fast = plain and half and fits and not softcap and jax.default_backend() == "gpu"
         implementation = "cudnn" if fast else "reference"
     if implementation == "cudnn" and plain and not softcap:
         return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
