@@ -3,8 +3,9 @@
     python -m jaxlm.data.prepare --input input.txt --output data/shakespeare_char --tokenizer chars
     python -m jaxlm.train --config=configs/shakespeare_char.py:cpu --workdir=runs/shakespeare_char
 
-cpu: 0.80M parameters, 2,000 steps of 12 x 64 characters.
-gpu: 10.6M parameters, 5,000 steps of 64 x 256 characters.
+cpu: 0.80M parameters, 2,000 steps of 12 x 64 characters: 4 minutes on 2 cores, validation loss 1.572 (seeds 0, 1, 2:
+1.568, 1.575, 1.574); nanoGPT at this budget: 1.88.
+gpu: 10.6M parameters, 5,000 steps of 64 x 256 characters: not yet measured; nanoGPT at this budget: 1.47.
 """
 
 from jaxlm.config import base, variant
