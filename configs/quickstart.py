@@ -18,6 +18,6 @@ def get_config():
     c.model.dtype, c.model.scan = "float32", False
     c.train.steps, c.train.batch_size = 600, 16
     c.optim.name, c.optim.learning_rate, c.optim.adam_learning_rate = "muon", 3e-2, 1.2e-2
-    c.optim.end_factor, c.optim.warmup_steps, c.optim.weight_decay = 0.0, 30, 0.0
+    c.optim.end_factor, c.optim.weight_decay = 0.0, 0.0
     c.eval.every, c.checkpoint.every = 300, 300
     return c

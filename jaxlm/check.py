@@ -15,7 +15,7 @@ AT_LEAST_ONE = (
 ).split()
 AT_LEAST_ZERO = (
     "model.num_kv_heads model.head_dim model.mlp_dim model.vocab_size model.context_length model.logit_softcap "
-    "seed model.attention_softcap train.stop_at train.loss_chunk train.z_loss optim.warmup_steps optim.weight_decay "
+    "seed model.attention_softcap train.stop_at train.loss_chunk train.z_loss optim.weight_decay "
     "optim.clip optim.adam_learning_rate eval.every eval.batches eval.patience"
 ).split()
 POSITIVE = "model.norm_eps model.rope_theta model.embed_std optim.learning_rate optim.eps".split()
@@ -49,6 +49,7 @@ def ranges(c: ConfigDict) -> list[str]:
     for keys, rule, ok in (
         (AT_LEAST_ONE, "must be at least 1", lambda v: v >= 1),
         (AT_LEAST_ZERO, "must not be negative", lambda v: 0 <= v < math.inf),
+        (["optim.warmup_steps"], "must not be negative, or -1 for 5% of train.steps", lambda v: v >= -1),
         (POSITIVE, "must be positive", lambda v: 0 < v < math.inf),
         (BELOW_ONE, "must be in [0, 1)", lambda v: 0 <= v < 1),
         (["optim.end_factor", "optim.cooldown_fraction"], "must be in [0, 1]", lambda v: 0 <= v <= 1),

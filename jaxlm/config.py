@@ -2,7 +2,7 @@
 
 A recipe (configs/NAME.py) defines `get_config(arg)`, starts from `base()` and only overrides. The command line
 overrides again with `--config.KEY=VALUE`. jaxlm/check.py lists every problem at once; `resolve` then replaces the
-zeros that mean "derive it" by numbers.
+zeros (and one -1) that mean "derive it" by numbers.
 """
 
 import ast
@@ -88,7 +88,7 @@ def base() -> ConfigDict:
     o.name = "adamw"  # adamw | muon (matrices by Muon, the rest by AdamW)
     o.learning_rate = 3e-4  # peak
     o.schedule = "cosine"  # constant | linear | cosine | wsd | inverse_sqrt, each after a linear warm-up
-    o.warmup_steps = 100  # from peak / warmup_steps up to the peak
+    o.warmup_steps = -1  # steps from peak / warmup_steps up to the peak; -1: 5% of train.steps
     o.end_factor = 0.1  # final learning rate / peak (linear, cosine, wsd)
     o.cooldown_fraction = 0.2  # part of the run in which wsd decays
     o.weight_decay = 0.1  # decoupled, times the learning rate
@@ -227,7 +227,7 @@ def parse(text: str, default):
 
 
 def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
-    """A copy of a checked config in which every "derive it" zero is a number. vocab_size: the tokenizer's."""
+    """A copy of a checked config in which every "derive it" is a number. vocab_size: the tokenizer's."""
     c = c.copy_and_resolve_references()
     m = c.model
     m.num_kv_heads = m.num_kv_heads or m.num_heads
@@ -236,5 +236,6 @@ def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     m.vocab_size = m.vocab_size or vocab_size
     m.context_length = m.context_length or c.data.seq_len
     c.train.stop_at = c.train.stop_at or c.train.steps
+    c.optim.warmup_steps = c.train.steps // 20 if c.optim.warmup_steps == -1 else c.optim.warmup_steps
     c.optim.adam_learning_rate = c.optim.adam_learning_rate or c.optim.learning_rate
     return c

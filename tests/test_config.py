@@ -120,6 +120,12 @@ def test_mixture_weights_sum_to_one():
     assert mixture(small_config(data__mixture="a=1, b=3")) == [("a", 0.25), ("b", 0.75)]
 
 
+def test_warm_up_follows_the_length_of_the_run():
+    assert small_config(optim__warmup_steps=-1, train__steps=200).optim.warmup_steps == 10
+    c = configs.load("configs/shakespeare_char.py")
+    assert configs.override(c, [("train.steps", "20")]) == [] and check(c) == []
+
+
 def test_a_config_survives_json():
     c = small_config(optim__decay=((r"norm", 0.0), (r".*", 0.5)))
     assert configs.unflatten(json.loads(json.dumps(configs.flatten(c)))) == c
