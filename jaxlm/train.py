@@ -95,7 +95,6 @@ def train(config: ConfigDict, workdir: Path, allow_data_change: bool = False) ->
         )
         try:
             run = Run(config, mesh, checkpoints, monitor, describe_run(config, tokenizer, data), best)
-            run.skipped = (int(state.skipped), 0)
             last_step = run.loop(state, start, stop)
             checkpoints.wait()
         finally:
@@ -117,7 +116,7 @@ class Run:
         self.config, self.mesh, self.checkpoints, self.monitor, self.best = config, mesh, checkpoints, monitor, best
         self.meta = meta
         self.evaluate = Evaluator(config, mesh) if config.eval.every else None
-        self.skipped = (0, 0)  # all so far, and in a row
+        self.skipped = (0, 0)  # steps so far whose gradients were not finite, and of these the last in a row
         self.train_step = jax.jit(
             partial(train_step, config=config),
             donate_argnums=0,
@@ -132,6 +131,7 @@ class Run:
             return start
         if self.exhausted():
             return start
+        self.skipped = (int(state.skipped), 0)
         batches = train_batches(c, jax.process_count(), jax.process_index())
         place = lambda rows: to_global(rows, self.mesh, c.train.batch_size)
         ready, pending = prefetch(batches, start, last, c.data.prefetch, place), None
