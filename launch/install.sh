@@ -32,6 +32,7 @@ else
     done
     "$python" -m venv .venv
   fi
+  .venv/bin/python -m ensurepip >/dev/null 2>&1 || true # uv makes environments without pip
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt -e "$target"
 fi
 { grep -F " $versions" "$stamp" 2>/dev/null || true; echo "$want"; } >"$stamp.new"
