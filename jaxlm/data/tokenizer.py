@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ SAMPLE_CHARS = 10_000_000  # enough for a vocabulary; more text changes few piec
 CHUNK_CHARS = 4096  # the trainer's unit of text; it drops what is longer than its max_sentence_length
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What every tokenizer offers. Ids are int32, from 0 to vocab_size - 1.
 
     Attributes: `name` (a key of TOKENIZERS), `filename` (what to call `to_bytes()` on disk), `vocab_size`, `bos_id`
@@ -42,20 +43,22 @@ class Tokenizer:
         special = [i for i in (self.bos_id, self.eos_id) if i is not None]
         return self._decode(ids[(ids >= 0) & (ids < self.vocab_size) & ~np.isin(ids, special)])
 
+    @abstractmethod
     def to_bytes(self) -> bytes:
         """All that `from_bytes` needs to make this tokenizer again."""
-        raise NotImplementedError
 
     @property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the name and the bytes."""
         return hashlib.sha256(self.name.encode() + self.to_bytes()).hexdigest()
 
+    @abstractmethod
     def _encode(self, text: str):
-        raise NotImplementedError
+        """Ids of text without lone surrogates, in any array or list."""
 
+    @abstractmethod
     def _decode(self, ids: np.ndarray) -> str:
-        raise NotImplementedError
+        """Text of ids that are in range and not special."""
 
 
 class Bytes(Tokenizer):

@@ -79,22 +79,21 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def shardings(abstract, axes, mesh):
     """NamedSharding for every leaf. abstract: tree of shapes; axes: the same tree of PartitionSpecs of logical axes."""
 
-    def one(path, leaf, names):
+    def one(leaf, names):
         names = tuple(names) + (None,) * (leaf.ndim - len(names))
         spec = partition_spec(names, leaf.shape, mesh)
         for axis, size, entry in zip(names, leaf.shape, spec):
             wanted = math.prod(mesh.shape[name] for name in RULES.get(axis, ()))
             if wanted > 1 and entry is None:
-                say_unsharded(jax.tree_util.keystr(path, simple=True, separator="/"), axis, size, wanted)
+                say_unsharded(axis, size, wanted)
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(one, abstract, axes)
+    return jax.tree.map(one, abstract, axes)
 
 
-@functools.cache  # each line once
-def say_unsharded(path: str, axis: str, size: int, wanted: int) -> None:
-    message = "%s: axis %s of %d is not divided by %d and stays whole"
-    logging.getLogger("jaxlm").warning(message, path, axis, size, wanted)
+@functools.cache  # once, although a parameter's moments are told of too
+def say_unsharded(axis: str, size: int, wanted: int) -> None:
+    logging.getLogger("jaxlm").warning("axis %s of %d is not divided by %d and stays whole", axis, size, wanted)
 
 
 def to_global(rows: dict[str, np.ndarray], mesh: Mesh, num_rows: int) -> dict[str, jax.Array]:
