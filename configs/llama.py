@@ -26,5 +26,5 @@ def get_config(arg="8b"):
     c.model.remat = "full"
     c.train.steps, c.train.batch_size = 100_000, 512
     c.optim.learning_rate, c.optim.warmup_steps = v["rate"], 2000
-    c.mesh.data, c.mesh.fsdp = 1, -1
+    c.mesh.strategy = "fsdp"
     return c

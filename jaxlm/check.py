@@ -6,17 +6,20 @@ import re
 from ml_collections import ConfigDict
 
 from jaxlm.cli import did_you_mean
-from jaxlm.config import CHOICES, MESH_AXES, flatten
+from jaxlm.config import CHOICES, MESH_AXES, STRATEGIES, flatten, mesh_sizes, pipeline_microbatches
 from jaxlm.errors import ConfigError
 
 AT_LEAST_ONE = (
     "model.num_layers model.embed_dim model.num_heads model.window data.seq_len train.steps train.batch_size "
-    "train.grad_accumulation train.max_skipped checkpoint.every checkpoint.keep log.every data.prefetch"
+    "train.grad_accumulation train.max_skipped model.experts_per_token model.pipeline_rounds checkpoint.every "
+    "checkpoint.keep log.every data.prefetch mesh.slices"
 ).split()
 AT_LEAST_ZERO = (
     "model.num_kv_heads model.head_dim model.mlp_dim model.vocab_size model.context_length model.logit_softcap "
-    "seed model.attention_softcap train.stop_at train.loss_chunk train.z_loss optim.weight_decay "
-    "optim.clip optim.adam_learning_rate eval.every eval.batches eval.patience"
+    "seed model.attention_softcap model.num_experts model.expert_dim model.shared_experts model.capacity_factor "
+    "model.balance_loss model.router_z_loss model.balance_rate model.pipeline_microbatches train.stop_at "
+    "train.loss_chunk train.z_loss optim.weight_decay optim.clip optim.adam_learning_rate eval.every eval.batches "
+    "eval.patience"
 ).split()
 POSITIVE = "model.norm_eps model.rope_theta model.embed_std optim.learning_rate optim.eps".split()
 BELOW_ONE = "model.dropout train.ema optim.b1 optim.b2 optim.momentum".split()
@@ -102,8 +105,13 @@ def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
             f"config.data.seq_len={c.data.seq_len}: longer than the table of learned positions, "
             f"config.model.context_length={m.context_length}"
         )
-    if m.attention_softcap and m.attention not in ("auto", "reference"):
+    if m.attention_softcap and m.attention not in ("auto", "reference", "blockwise"):
         problems.append(f"config.model.attention={m.attention}: has no attention_softcap; set auto or reference")
+    if m.num_experts and m.experts_per_token > m.num_experts:
+        problems.append(
+            f"config.model.experts_per_token={m.experts_per_token}: there are only config.model.num_experts="
+            f"{m.num_experts} experts"
+        )
     if vocab_size and 0 < m.vocab_size < vocab_size:
         problems.append(
             f"config.model.vocab_size={m.vocab_size}: the tokenizer of config.data has {vocab_size} ids; "
@@ -173,42 +181,110 @@ def fits(sizes: dict[str, int], devices: int) -> bool:
 
 
 def mesh(c: ConfigDict, devices: int | None) -> list[str]:
-    sizes, m, problems = {axis: c.mesh[axis] for axis in MESH_AXES}, c.model, []
-    bad = {axis: n for axis, n in sizes.items() if n < 1 and n != -1}
-    problems += [
-        f"config.mesh.{axis}={n}: must be at least 1, or -1 for all devices that are left" for axis, n in bad.items()
+    given = {axis: c.mesh[axis] for axis in MESH_AXES}
+    problems = [
+        f"config.mesh.{axis}={n}: must be at least 1, -1 for all devices that are left, or 0 (1, or the strategy's)"
+        for axis, n in given.items()
+        if n < -1
     ]
-    for axis in ("stage", "expert", "sequence"):
-        if sizes[axis] != 1:
-            problems.append(f"config.mesh.{axis}={sizes[axis]}: nothing is split along this axis yet; set it to 1")
-    free = [axis for axis, n in sizes.items() if n == -1]
+    free = [axis for axis, n in given.items() if n == -1]
     if len(free) > 1:
         problems.append(f"config.mesh: only one axis may be -1, not {' and '.join(free)}")
-    if problems:
+    if problems or c.mesh.slices < 1 or c.mesh.strategy not in STRATEGIES:
         return problems
-    fixed = math.prod(n for n in sizes.values() if n != -1)
+    sizes = mesh_sizes(c)
     if devices is not None and not fits(sizes, devices):
-        given = " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1) or "data=1"
-        fixes = [(axis, n) for axis in MESH_AXES for n in range(1, devices + 1) if fits(sizes | {axis: n}, devices)]
-        fixes.sort(key=lambda fix: abs(math.log(fix[1] / max(sizes[fix[0]], 1))))
-        nearest = " or ".join(f"{axis}={n}" for axis, n in fixes[:2]) or "data=-1 and all others 1"
-        rule = "divide" if free else "be"
+        problems.append(misfit(c, sizes, devices))
+    free = [axis for axis, n in sizes.items() if n == -1]
+    fixed = math.prod(n for n in sizes.values() if n != -1)
+    for axis in free:  # as many as are left, or nothing more is known
+        sizes[axis] = max((devices or fixed) // fixed, 1)
+    across = sizes.get(c.mesh.across, 1)
+    if across % c.mesh.slices:
         problems.append(
-            f"config.mesh: {given} is {fixed} of {devices} devices; it must {rule} {devices} (nearest: {nearest})"
+            f"config.mesh.slices={c.mesh.slices}: must divide config.mesh.{c.mesh.across}={across}, the axis across "
+            f"them (nearest: {nearest_divisors(c.mesh.slices, across)})"
         )
-    tensor = sizes["tensor"]
-    if tensor > 1 and m.num_heads > 0 and m.num_heads % tensor:
+    return problems + model_on_mesh(c, sizes, devices) + batch_on_mesh(c, sizes)
+
+
+def misfit(c: ConfigDict, sizes: dict[str, int], devices: int) -> str:
+    given = " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1) or "data=1"
+    of = {"tensor": c.model.num_heads, "expert": c.model.num_experts}  # what an axis must divide besides
+    fixes = [
+        (axis, n)
+        for axis in MESH_AXES
+        for n in range(1, devices + 1)
+        if fits(sizes | {axis: n}, devices) and of.get(axis, n) % n == 0
+    ]
+    fixes.sort(key=lambda fix: abs(math.log(fix[1] / max(sizes[fix[0]], 1))))
+    nearest = " or ".join(f"{axis}={n}" for axis, n in fixes[:2]) or "data=-1 and all others 1"
+    fixed = math.prod(n for n in sizes.values() if n != -1)
+    rule = "divide" if -1 in sizes.values() else "be"
+    return f"config.mesh: {given} is {fixed} of {devices} devices; it must {rule} {devices} (nearest: {nearest})"
+
+
+def model_on_mesh(c: ConfigDict, sizes: dict[str, int], devices: int | None) -> list[str]:
+    m, problems = c.model, []
+    both = lambda size: math.gcd(size, devices or size)  # a size that divides this divides the devices too
+    tensor, expert, stage = sizes["tensor"], sizes["expert"], sizes["stage"]
+    if m.num_heads > 0 and m.num_heads % tensor:
         problems.append(
             f"config.mesh.tensor={tensor}: must divide config.model.num_heads={m.num_heads} "
-            f"(nearest: {nearest_divisors(tensor, m.num_heads)})"
+            f"(nearest: {nearest_divisors(tensor, both(m.num_heads))})"
         )
-    rows, shards = c.train.batch_size // max(c.train.grad_accumulation, 1), sizes["data"] * sizes["fsdp"]
-    if free and free[0] in ("data", "fsdp"):
-        shards = abs(shards) * (devices or fixed) // fixed
-    if shards > 1 and rows > 0 and rows % shards:
-        parts = max(c.train.grad_accumulation, 1)
+    if expert > 1 and m.num_experts % expert:
         problems.append(
-            f"config.train.batch_size={c.train.batch_size}: must be a multiple of mesh.data x mesh.fsdp x "
-            f"grad_accumulation = {shards * parts} ({nearest_multiples(c.train.batch_size, shards * parts)})"
+            f"config.mesh.expert={expert}: must divide config.model.num_experts={m.num_experts} "
+            f"(nearest: {nearest_divisors(expert, both(m.num_experts))})"
+        )
+    elif expert > 1 and not m.num_experts:
+        problems.append(f"config.mesh.expert={expert}: the model has no experts; set config.model.num_experts, or 1")
+    if sizes["sequence"] > 1 and m.context_parallel == "ring" and m.attention not in ("auto", "blockwise"):
+        problems.append(
+            f"config.model.attention={m.attention}: the ring over config.mesh.sequence={sizes['sequence']} has its own "
+            "kernel; set auto, or config.model.context_parallel=all_gather"
+        )
+    parts, layers = stage * max(m.pipeline_rounds, 1), m.num_layers // max(len(m.layers), 1)
+    if stage > 1 and not m.scan:
+        problems.append(f"config.mesh.stage={stage}: needs config.model.scan=True")
+    elif stage > 1 and (m.num_layers % len(m.layers) or layers % parts):
+        problems.append(
+            f"config.mesh.stage={stage}: with config.model.pipeline_rounds={m.pipeline_rounds} the layers are cut into "
+            f"{parts} parts; config.model.num_layers={m.num_layers} must be a multiple of "
+            f"{parts * len(m.layers)} ({nearest_multiples(m.num_layers, parts * len(m.layers))})"
+        )
+    return problems
+
+
+def batch_on_mesh(c: ConfigDict, sizes: dict[str, int]) -> list[str]:
+    m, t, problems = c.model, c.train, []
+    accumulation = max(t.grad_accumulation, 1)
+    shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    product = "mesh.data x mesh.fsdp x mesh.expert x grad_accumulation"
+    if t.batch_size % (shards * accumulation):
+        problems.append(
+            f"config.train.batch_size={t.batch_size}: must be a multiple of {product} = {shards * accumulation} "
+            f"({nearest_multiples(t.batch_size, shards * accumulation)})"
+        )
+    elif sizes["stage"] > 1:
+        rows, stages = t.batch_size // accumulation // shards, sizes["stage"]
+        parts = pipeline_microbatches(m, rows, stages)
+        if rows % parts:
+            problems.append(
+                f"config.model.pipeline_microbatches={parts}: must divide the {rows} rows of each device "
+                f"(nearest: {nearest_divisors(parts, rows)})"
+            )
+        elif m.pipeline_rounds > 1 and parts < stages:
+            problems.append(
+                f"config.model.pipeline_rounds={m.pipeline_rounds}: needs at least mesh.stage={stages} microbatches, "
+                f"not {parts}; each device has {rows} rows: raise train.batch_size, or lower grad_accumulation"
+            )
+    parts = sizes["tensor"] * sizes["sequence"] * (2 if sizes["sequence"] > 1 else 1)
+    if c.data.seq_len > 0 and c.data.seq_len % parts:
+        rule = "2 x mesh.sequence x mesh.tensor" if sizes["sequence"] > 1 else "mesh.tensor"
+        problems.append(
+            f"config.data.seq_len={c.data.seq_len}: must be a multiple of {rule} = {parts} "
+            f"({nearest_multiples(c.data.seq_len, parts)})"
         )
     return problems

@@ -47,6 +47,17 @@ def tokenizer_of(meta: dict):
     return tokenizers.from_bytes(meta["tokenizer"]["name"], base64.b64decode(meta["tokenizer"]["data"]))
 
 
+class Manager(ocp.CheckpointManager):
+    """Orbax's, which does not ask jax whether a signal has come.
+
+    jax takes the number that it was asked with last for the progress of this process, and orbax asks again, with older
+    steps, from a thread: the processes would miss the step at which they agreed to stop (see jaxlm.train.StopSignal).
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of a run directory. Raises CheckpointError where the directory cannot be used."""
 
@@ -68,7 +79,7 @@ class Checkpoints:
                 "cleanup_tmp_directories": True,
             }
         try:
-            self.manager = ocp.CheckpointManager(
+            self.manager = Manager(
                 self.path,
                 item_handlers={name: handler() for name, handler in ITEMS.items()},
                 options=ocp.CheckpointManagerOptions(**options),

@@ -18,15 +18,27 @@ from jaxlm.cli import did_you_mean
 from jaxlm.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "stage", "expert", "sequence", "tensor")
+STRATEGIES = {  # mesh.strategy -> the axis that takes the devices left over
+    "data": "data",
+    "zero1": "data",  # and the optimizer's state is sharded over it
+    "fsdp": "fsdp",
+    "tensor": "tensor",
+    "sequence": "sequence",
+    "expert": "expert",
+}
 CHOICES = {
     "model.name": ("decoder",),
     "model.norm": ("rms", "layer"),
     "model.mlp": ("swiglu", "gelu", "relu2"),
     "model.positions": ("rope", "learned", "sinusoidal", "none"),
     "model.remat": ("none", "full", "dots", "attention"),
-    "model.attention": ("auto", "reference", "xla", "cudnn"),
+    "model.attention": ("auto", "reference", "blockwise", "xla", "cudnn"),
+    "model.context_parallel": ("ring", "all_gather"),
+    "model.router": ("softmax", "sigmoid"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
+    "mesh.strategy": tuple(STRATEGIES),
+    "mesh.across": ("data", "fsdp", "stage"),
     "optim.name": ("adamw", "muon"),
     "optim.schedule": ("constant", "linear", "cosine", "wsd", "inverse_sqrt"),
 }
@@ -49,6 +61,15 @@ def base() -> ConfigDict:
     m.norm = "rms"  # rms | layer
     m.norm_eps = 1e-6  # added to the variance (Llama and GPT-2: 1e-5)
     m.mlp = "swiglu"  # swiglu | gelu | relu2
+    m.num_experts = 0  # experts of each MLP (mixture of experts); 0: dense
+    m.experts_per_token = 2  # that a token is sent to
+    m.expert_dim = 0  # hidden width of each; 0: as mlp_dim
+    m.shared_experts = 0  # and these always, as one MLP of their summed width
+    m.capacity_factor = 0.0  # an expert takes this x its even share of a row's tokens and drops others; 0: drops none
+    m.router = "softmax"  # softmax | sigmoid (scores one by one, choice by score + bias: DeepSeek-V3)
+    m.balance_loss = 0.01  # weight of the loss that spreads each row's tokens over the experts
+    m.router_z_loss = 0.0  # weight of log(Z)^2 of the router (ST-MoE: 1e-3)
+    m.balance_rate = 0.0  # step of the routers' bias towards an even load (DeepSeek-V3: 1e-3); 0: no bias
     m.positions = "rope"  # rope | learned | sinusoidal | none
     m.rope_theta = 10_000.0  # base of the rotary wavelengths
     m.layers = "L"  # pattern repeated over the layers: L looks at the whole context, S at `window` tokens
@@ -62,7 +83,10 @@ def base() -> ConfigDict:
     m.embed_std = 0.02  # standard deviation of the initial embeddings; matrices start at 1 / sqrt(inputs)
     m.scan = True  # one compiled layer for all: fast compiles; False unrolls, faster on CPU
     m.remat = "none"  # what the backward pass recomputes: none | full | dots | attention
-    m.attention = "auto"  # kernel: auto | reference | xla | cudnn
+    m.attention = "auto"  # kernel: auto | reference | blockwise | xla | cudnn
+    m.context_parallel = "ring"  # how attention meets the keys of other devices (mesh.sequence): ring | all_gather
+    m.pipeline_microbatches = 0  # parts of a microbatch in flight over mesh.stage; 0: up to 4 a stage
+    m.pipeline_rounds = 1  # times that each goes round all stages; more: less bubble, more transfers (circular)
     m.dtype = "bfloat16"  # of the computation
     m.param_dtype = "float32"  # of the stored parameters
 
@@ -101,13 +125,16 @@ def base() -> ConfigDict:
     o.adam_learning_rate = 0.0  # muon: peak for embeddings, norms and biases; 0: as learning_rate
     o.momentum = 0.95  # muon
 
-    c.mesh = ConfigDict()  # devices along each axis; one may be -1: all that are left
-    c.mesh.data = -1  # copies of the parameters, each with its own rows
-    c.mesh.fsdp = 1  # rows and parameters both sharded
-    c.mesh.stage = 1  # pipeline stages
-    c.mesh.expert = 1  # experts
-    c.mesh.sequence = 1  # positions (context parallel)
-    c.mesh.tensor = 1  # heads, MLP and vocabulary
+    c.mesh = ConfigDict()  # devices along each axis; 0: 1, or for the strategy's axis the devices left over
+    c.mesh.strategy = "data"  # which axis takes them: data | zero1 | fsdp | tensor | sequence | expert
+    c.mesh.data = 0  # copies of the parameters, each with its own rows (zero1: optimizer state split over them)
+    c.mesh.fsdp = 0  # rows and parameters both sharded
+    c.mesh.stage = 0  # pipeline stages: layers
+    c.mesh.expert = 0  # experts; outside of them as fsdp
+    c.mesh.sequence = 0  # positions (context parallel)
+    c.mesh.tensor = 0  # heads, MLP and vocabulary; positions between the layers' products
+    c.mesh.slices = 1  # groups of devices joined by a slower network; where devices know their slice, that counts
+    c.mesh.across = "data"  # the axis that spans the slices: data | fsdp | stage
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 1000  # steps; the last step is always saved
@@ -226,6 +253,20 @@ def parse(text: str, default):
     return text
 
 
+def mesh_sizes(c: ConfigDict) -> dict[str, int]:
+    """{axis: size}, where at most one size, that of the axis that takes the devices left over, is -1."""
+    sizes = {axis: c.mesh[axis] for axis in MESH_AXES}
+    left_over = STRATEGIES.get(c.mesh.strategy)
+    if -1 not in sizes.values() and left_over and sizes[left_over] == 0:
+        sizes[left_over] = -1
+    return {axis: size or 1 for axis, size in sizes.items()}
+
+
+def pipeline_microbatches(m: ConfigDict, rows: int, stages: int) -> int:
+    """Parts that the pipeline makes of a microbatch of which a device has `rows` rows. m: the model section."""
+    return m.pipeline_microbatches or max(n for n in range(1, 4 * stages + 1) if rows % n == 0)
+
+
 def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     """A copy of a checked config in which every "derive it" is a number. vocab_size: the tokenizer's."""
     c = c.copy_and_resolve_references()
@@ -233,6 +274,7 @@ def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     m.num_kv_heads = m.num_kv_heads or m.num_heads
     m.head_dim = m.head_dim or m.embed_dim // m.num_heads
     m.mlp_dim = m.mlp_dim or (64 * math.ceil(m.embed_dim * 8 / 3 / 64) if m.mlp == "swiglu" else 4 * m.embed_dim)
+    m.expert_dim = m.expert_dim or m.mlp_dim
     m.vocab_size = m.vocab_size or vocab_size
     m.context_length = m.context_length or c.data.seq_len
     c.train.stop_at = c.train.stop_at or c.train.steps

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm.config import MESH_AXES
-from jaxlm.parallel.mesh import abstract_mesh
+from jaxlm.config import MESH_AXES, pipeline_microbatches
+from jaxlm.parallel.mesh import abstract_mesh, batch_shards
+from jaxlm.parallel.pipeline import bubble_fraction
 from jaxlm.state import abstract_state, state_shardings
 
 # Dense bfloat16 FLOP/s of one device as jax counts them, by a word of its device_kind; from the vendors' data sheets.
@@ -42,6 +43,13 @@ def embedding_parameters(params) -> int:
     return num_parameters(tables + ([embed["tokens"]] if "unembed" in params else []))
 
 
+def active_parameters(config: ConfigDict, params) -> int:
+    """Those that a token meets: of a mixture of experts, experts_per_token of the experts."""
+    experts = [leaf for path, leaf in jax.tree.leaves_with_path(params) if "experts" in jax.tree_util.keystr(path)]
+    idle = config.model.num_experts - config.model.experts_per_token
+    return num_parameters(params) - (num_parameters(experts) // config.model.num_experts * idle if experts else 0)
+
+
 def flops_per_token(config: ConfigDict, params) -> int:
     """Of one training step, model FLOPs without recomputation, as PaLM counts them (Chowdhery et al. 2022, appendix B).
 
@@ -51,7 +59,7 @@ def flops_per_token(config: ConfigDict, params) -> int:
     m, T = config.model, config.data.seq_len
     reach = {"S": min(m.window, m.context_length, T), "L": min(m.context_length, T)}
     attended = sum(reach[m.layers[i % len(m.layers)]] for i in range(m.num_layers))
-    multiplying = num_parameters(params) - embedding_parameters(params)
+    multiplying = active_parameters(config, params) - embedding_parameters(params)
     return 6 * multiplying + 12 * m.num_heads * m.head_dim * attended
 
 
@@ -77,6 +85,7 @@ def describe(config: ConfigDict, num_devices: int, train_tokens: int | None) -> 
     mesh = abstract_mesh(config, num_devices)
     places = state_shardings(config, mesh)
     total, embedding = num_parameters(state.params), embedding_parameters(state.params)
+    active = active_parameters(config, state.params)
     flops, step_tokens = flops_per_token(config, state.params), config.train.batch_size * config.data.seq_len
     run_tokens = step_tokens * config.train.steps
     parameters, ema = bytes_per_device(state.params, places.params), bytes_per_device(state.ema, places.ema)
@@ -84,11 +93,12 @@ def describe(config: ConfigDict, num_devices: int, train_tokens: int | None) -> 
     saved = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))
     axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in MESH_AXES if mesh.shape[axis] > 1)
     lines = [
-        ("parameters", f"{total:,} (active {total:,}, input embedding {embedding:,})"),
+        ("parameters", f"{total:,} (active {active:,}, input embedding {embedding:,})"),
         ("FLOPs per token", f"{flops:,} forward and backward"),
         ("tokens per step", f"{step_tokens:,} = {config.train.batch_size:,} rows x {config.data.seq_len:,}"),
         ("tokens in all", f"{run_tokens:,} in {config.train.steps:,} steps ({flops * run_tokens:.3g} FLOPs)"),
         ("mesh", f"{axes}, {num_devices:,} devices" if num_devices > 1 else "one device"),
+        *pipeline_lines(config, mesh),
         ("bytes per device", f"{human(parameters + optimizer + parameters + ema)} besides activations"),
         ("  parameters", human(parameters)),
         ("  optimizer", human(optimizer)),
@@ -98,6 +108,16 @@ def describe(config: ConfigDict, num_devices: int, train_tokens: int | None) -> 
         ("data", f"{train_tokens:,} tokens, {run_tokens / train_tokens:.2f} epochs" if train_tokens else "not known"),
     ]
     return "\n".join(f"{name:18} {text}" for name, text in lines) + "\n\n" + sharding_table(state.params, places.params)
+
+
+def pipeline_lines(config: ConfigDict, mesh) -> list[tuple[str, str]]:
+    stages, rounds = mesh.shape["stage"], config.model.pipeline_rounds
+    if stages == 1:
+        return []
+    rows = config.train.batch_size // config.train.grad_accumulation // batch_shards(mesh)
+    parts = pipeline_microbatches(config.model, rows, stages)
+    bubble = bubble_fraction(stages, parts, rounds)
+    return [("pipeline", f"{stages} stages, {parts} microbatches, {rounds} rounds: {bubble:.1%} of the time is bubble")]
 
 
 def sharding_table(params, shardings) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxlm import cli
@@ -19,7 +20,7 @@ from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.pipeline import eval_rows, open_stores, prefetch, validation_batches
 from jaxlm.data.store import Store
 from jaxlm.errors import ConfigError, DataError
-from jaxlm.parallel.mesh import to_global
+from jaxlm.parallel import hosts
 from jaxlm.state import eval_step
 
 
@@ -28,15 +29,15 @@ class Evaluator:
 
     def __init__(self, config: ConfigDict, mesh):
         self.config, self.mesh = config, mesh
-        self.batches = validation_batches(config, jax.process_count(), jax.process_index())
+        self.batches = validation_batches(config, hosts.local_rows(mesh, eval_rows(config)))
         self.num_bytes = sum(map(predicted_bytes, open_stores(config, "val"), [path for path, _ in mixture(config)]))
-        self.step = jax.jit(partial(eval_step, config=config))
+        self.step = jax.jit(partial(eval_step, config=config), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def __call__(self, params) -> dict:
         """loss (nats per token), perplexity, tokens, and over the whole split bits_per_byte and bytes."""
         whole = len(self.batches)
         stop = min(self.config.eval.batches or whole, whole)
-        place = lambda rows: to_global(rows, self.mesh, eval_rows(self.config))
+        place = lambda rows: hosts.to_global(rows, self.mesh, eval_rows(self.config))
         loss = weight = 0.0  # float64 sums of float32 batches
         for batch in prefetch(self.batches, 0, stop, self.config.data.prefetch, place):
             sums = jax.device_get(self.step(params, batch))
@@ -77,9 +78,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--step", default="latest", help="latest, best or a number (default: latest)")
     parser.add_argument("--gzip", action="store_true", help="also bits per byte of gzip -9 on the same text")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    hosts.add_flags(parser)
     args = parser.parse(argv)
     if args.json and not Path(args.json).parent.is_dir():
         raise ConfigError(f"--json={args.json}: there is no directory {Path(args.json).parent}")
+
+    hosts.connect(args)
 
     import jaxlm
 
@@ -96,6 +100,8 @@ def main(argv: list[str]) -> None:
         )
     with jax.set_mesh(lm.mesh):
         result = {"step": lm.step, **Evaluator(config, lm.mesh)(lm.params)}
+    if jax.process_index():
+        return  # the first process tells
     if args.gzip:
         result["gzip_bits_per_byte"] = gzip_bits_per_byte(stores, lm.tokenizer)
     width = max(map(len, result))

@@ -1,6 +1,11 @@
 """python -m jaxlm.generate --workdir=DIR --prompt "...": text from a trained model."""
 
+import jax
+
 from jaxlm import cli
+from jaxlm.parallel import hosts
+
+SAMPLING = "max_tokens temperature top_k top_p num_samples seed stop".split()
 
 
 def main(argv: list[str]) -> None:
@@ -17,14 +22,17 @@ def main(argv: list[str]) -> None:
         "--stop", action="append", default=[], help="cut the text before this string (repeat for several)"
     )
     parser.add_argument("--step", default="latest", help="checkpoint: latest, best or a number")
+    hosts.add_flags(parser)
     args = parser.parse(argv)
+    hosts.connect(args)
 
     import jaxlm
 
     lm = jaxlm.load(args.workdir, step=args.step)
     prompts = args.prompt or [""]
-    options = {k: v for k, v in vars(args).items() if k not in ("workdir", "prompt", "step", "overrides")}
-    texts = lm.generate(prompts, **options)
+    texts = lm.generate(prompts, **{name: getattr(args, name) for name in SAMPLING})
+    if jax.process_index():
+        return  # the first process tells
     alone = len(texts) == 1
     for i, text in enumerate(texts):
         if not alone:

@@ -12,15 +12,16 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from jaxlm.check import fits
 from jaxlm.checkpoint import Checkpoints, config_of, tokenizer_of
 from jaxlm.cli import did_you_mean
-from jaxlm.config import MESH_AXES
+from jaxlm.config import MESH_AXES, mesh_sizes
 from jaxlm.data.pipeline import eval_rows
 from jaxlm.decode import generate_tokens, pad_prompts
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.kernels.cross_entropy import logits_of
-from jaxlm.losses import token_losses
+from jaxlm.losses import mesh_order, token_losses
 from jaxlm.models import build
 from jaxlm.models.transformer import unembedding
-from jaxlm.parallel.mesh import make_mesh, to_global
+from jaxlm.parallel.hosts import fetch, to_global
+from jaxlm.parallel.mesh import make_mesh
 from jaxlm.state import abstract_state, state_shardings
 
 
@@ -57,7 +58,7 @@ class LM:
         segments, positions = (None if x is None else np.asarray(x, np.int32) for x in (segments, positions))
         self._require_length(tokens.shape[1] if positions is None else int(np.max(positions)) + 1)
         with jax.set_mesh(self.mesh):
-            return np.asarray(forward_logits(self.model, self.params, tokens, segments, positions))
+            return fetch(forward_logits(self.model, self.params, tokens, segments, positions))
 
     def loss(self, texts: list[str]) -> list[TextLoss]:
         """How surprising each text is, read in windows of data.seq_len as evaluation does.
@@ -80,7 +81,7 @@ class LM:
                 chunk = rows[start : start + B]
                 chunk = chunk + [chunk[0]] * (B - len(chunk))
                 batch = {key: np.stack([row[key] for row in chunk]) for key in chunk[0]}
-                losses = np.asarray(
+                losses = fetch(
                     row_losses(self.model, self.params, to_global(batch, self.mesh, B), FrozenConfigDict(self.config))
                 )
                 for owner, row, nats in zip(owners[start : start + B], chunk, losses):
@@ -113,7 +114,7 @@ class LM:
                 temperature=float(temperature), top_k=top_k, top_p=float(top_p), eos_id=self.tokenizer.eos_id,
             )  # fmt: skip
         stop = (stop,) if isinstance(stop, str) else stop
-        return [self._text(prompt, row, stop) for prompt, row in zip(ids, np.asarray(out))]
+        return [self._text(prompt, row, stop) for prompt, row in zip(ids, fetch(out))]
 
     def _prompt(self, prompt: str) -> np.ndarray:
         ids, bos = self.tokenizer.encode(prompt), self.tokenizer.bos_id
@@ -184,7 +185,8 @@ def forward_logits(model, params, tokens, segments, positions):
 @partial(jax.jit, static_argnames=("model", "config"))
 def row_losses(model, params, batch, config):
     """float32 [B]: weighted nats of each row."""
-    return (token_losses(model, params, batch, config)[0] * batch["weights"]).sum(axis=1)
+    batch, places = mesh_order(batch)
+    return (token_losses(model, params, batch, places, config)[0] * batch["weights"]).sum(axis=1)
 
 
 def load(path: str | Path, *, step: str | int = "latest", mesh: dict[str, int] | None = None) -> LM:
@@ -197,11 +199,11 @@ def load(path: str | Path, *, step: str | int = "latest", mesh: dict[str, int] |
     step = checkpoints.choose(step)
     meta = checkpoints.meta(step)
     config = config_of(meta)
-    sizes = {axis: config.mesh[axis] for axis in MESH_AXES} if mesh is None else dict.fromkeys(MESH_AXES, 1) | mesh
+    sizes = mesh_sizes(config) if mesh is None else dict.fromkeys(MESH_AXES, 1) | mesh
     for axis in set(sizes) - set(MESH_AXES):
         raise ConfigError(f"mesh: there is no axis {axis}{did_you_mean(axis, MESH_AXES)}")
-    if mesh is None and not fits(sizes, jax.device_count()):
-        sizes = dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1}
+    if mesh is None and (sizes["stage"] != 1 or not fits(sizes, jax.device_count())):
+        sizes = dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1}  # a pipeline has nothing to gain from single tokens
     elif not fits(sizes, jax.device_count()):
         raise ConfigError(f"mesh={mesh} does not fit the {jax.device_count()} devices")
     config.mesh.update(sizes)

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+ROUTING = ("expert_load", "dropped_tokens")  # of a mixture of experts, in the step's metrics
+
 
 class Monitor:
     """Logs a run on the first host; on the others every method does nothing.
@@ -63,6 +65,7 @@ class Monitor:
             "data_seconds": round(self.data_seconds / steps, 6),
             "skipped": int(metrics["skipped"]),
         }
+        row |= {key: round(metrics[key], 4) for key in ROUTING if key in metrics}
         if self.peak_flops:
             row["mfu"] = round(rate * self.flops_per_token / (self.peak_flops * jax.device_count()), 4)
         if step == self.start + 1:  # compiling: no speed is measured by it

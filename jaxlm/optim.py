@@ -16,7 +16,8 @@ from jaxlm.errors import ConfigError
 MATRICES = (
     (r"(query|key|value)/kernel", MuonDimensionNumbers(-3, (-2, -1))),
     (r"attention/out/kernel", MuonDimensionNumbers((-3, -2), -1)),
-    (r"mlp/(gate|up|down)/kernel", MuonDimensionNumbers(-2, -1)),
+    (r"mlp/(shared/)?(gate|up|down)/kernel", MuonDimensionNumbers(-2, -1)),
+    (r"mlp/experts/(gate|up|down)", MuonDimensionNumbers(-2, -1)),
     (r".*", None),
 )
 

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from jaxlm.losses import token_loss
 from jaxlm.models import build
+from jaxlm.models.transformer import balance
 from jaxlm.optim import optimizer, require_cover, schedule
-from jaxlm.parallel.mesh import shardings
+from jaxlm.parallel.mesh import OPTIMIZER_RULES, require_sharded, shardings
 
 
 @flax.struct.dataclass
@@ -54,7 +55,12 @@ def abstract_state(config: ConfigDict) -> tuple[State, State]:
 
 
 def state_shardings(config: ConfigDict, mesh) -> State:
-    return shardings(*abstract_state(config), mesh)
+    """NamedSharding of every leaf. Raises ConfigError where the mesh leaves too many parameters whole."""
+    shapes, axes = abstract_state(config)
+    places = shardings(shapes, axes, mesh)
+    require_sharded(shapes.params, places.params, mesh)
+    rules = OPTIMIZER_RULES[config.mesh.strategy]
+    return places.replace(opt_state=shardings(shapes.opt_state, axes.opt_state, mesh, rules))
 
 
 def init_state(config: ConfigDict, mesh) -> State:
@@ -62,46 +68,52 @@ def init_state(config: ConfigDict, mesh) -> State:
     return jax.jit(partial(create_state, config), out_shardings=state_shardings(config, mesh))()
 
 
-def train_step(state: State, batch: dict, *, config: ConfigDict) -> tuple[State, dict]:
-    """One optimizer step on a global batch: (new state, metrics as float32 scalars).
+def gradients(params: dict, batch: dict, key: jax.Array, config: ConfigDict) -> tuple[dict, dict]:
+    """(gradients, sums): of the loss over a global batch, in train.grad_accumulation microbatches.
 
     The loss is the sum of weighted token losses over the sum of weights of the whole batch, in however many
-    microbatches. A step whose loss or gradients are not finite changes nothing but `skipped`.
+    microbatches. sums: the means `loss` and what else jaxlm.losses.token_loss reports, over that batch.
     """
-    model, update, parts = build(config), optimizer(config).update, config.train.grad_accumulation
+    model, parts = build(config), config.train.grad_accumulation
     total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
     def objective(params, rows, key):
         sums = token_loss(model, params, rows, config, key)
-        return (sums["loss"] + sums["z_loss"]) / total_weight, sums["loss"] / total_weight
+        return sums.pop("objective") / total_weight, sums
 
     gradient = jax.grad(objective, has_aux=True)
     if parts == 1:
-        grads, loss = gradient(state.params, batch, key)
+        grads, sums = gradient(params, batch, key)
     else:  # row i goes to microbatch i % parts: every device keeps its own rows
         micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(gradient, params, batch, key))
+        add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(params, *part)), None)
+        (grads, sums), _ = jax.lax.scan(add, zeros, (micro, jax.random.split(key, parts)))
+    return grads, sums | {"loss": sums["loss"] / total_weight}
 
-        def accumulate(sums, part):
-            return jax.tree.map(jnp.add, sums, gradient(state.params, *part)), None
 
-        zeros = (jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params), jnp.zeros(()))
-        (grads, loss), _ = jax.lax.scan(accumulate, zeros, (micro, jax.random.split(key, parts)))
+def train_step(state: State, batch: dict, *, config: ConfigDict) -> tuple[State, dict]:
+    """One optimizer step on a global batch: (new state, metrics as float32 scalars).
 
+    A step whose loss or gradients are not finite changes nothing but `skipped`.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    grads, sums = gradients(state.params, batch, key, config)
     norm = optax.tree.norm(grads)
     if config.optim.clip:
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.optim.clip / (norm + 1e-6)), grads)
-    updates, opt_state = update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+    params, routing = balance(optax.apply_updates(state.params, updates), sums.pop("routing"), config)
     if (ema := state.ema) is not None:  # the decay rises from 0.1: the first parameters are soon forgotten
         decay = jnp.minimum(config.train.ema, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
     keep = lambda new, old: jax.tree.map(partial(jnp.where, finite), new, old)
     params, opt_state, ema = keep((params, opt_state, ema), (state.params, state.opt_state, state.ema))
     new = State(state.step + 1, params, opt_state, ema, state.skipped + ~finite)
     rate = schedule(config, config.optim.learning_rate)(state.step - state.skipped)  # dropped steps do not count
-    return new, {"loss": loss, "grad_norm": norm, "learning_rate": rate, "skipped": new.skipped}
+    metrics = {"loss": sums["loss"], "grad_norm": norm, "learning_rate": rate, "skipped": new.skipped}
+    return new, metrics | routing
 
 
 def eval_step(params: dict, batch: dict, *, config: ConfigDict) -> dict:

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from jax.experimental.multihost_utils import reached_preemption_sync_point
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxlm import cli, costs
@@ -25,23 +27,38 @@ from jaxlm.data.pipeline import fingerprint, open_stores, prefetch, train_batche
 from jaxlm.errors import CheckpointError, ConfigError, NumericsError, UserError
 from jaxlm.evaluate import Evaluator
 from jaxlm.monitor import Monitor
-from jaxlm.parallel.mesh import make_mesh, to_global
+from jaxlm.parallel import hosts
+from jaxlm.parallel.mesh import make_mesh
 from jaxlm.state import State, abstract_state, init_state, state_shardings, train_step
 
 
 class StopSignal:
-    """True once SIGTERM or Ctrl-C has come: the run finishes its step and saves. A second Ctrl-C does not wait."""
+    """SIGTERM or Ctrl-C: the run finishes its step and saves. A second Ctrl-C does not wait.
+
+    Sent to one of several processes, it stops all of them after the same step. There SIGTERM stays with jax, which
+    tells the other processes and agrees with them on the call of `after_step` that is to be the last.
+    """
 
     def __init__(self):
-        self.number = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.number, self.calls, self.alone = None, 0, jax.process_count() == 1
+        for number in (signal.SIGTERM, signal.SIGINT) if self.alone else (signal.SIGINT,):
             signal.signal(number, self._remember)
 
     def _remember(self, number, _):
-        self.number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.alone:
+            self.number = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # an exit in Python would wait for the other processes
 
-    def __bool__(self):
+    def after_step(self) -> bool:
+        """True where the run is to end here. To be called after each step, on every process."""
+        self.calls += 1
+        # jax says so once. It counts from 0 in each process: with the run's steps, a signal before the first call
+        # would set the end at step 1, which a resumed run has passed.
+        if not self.alone and self.number is None and reached_preemption_sync_point(self.calls):
+            self.number = signal.SIGTERM
         return self.number is not None
 
 
@@ -81,10 +98,12 @@ def train(config: ConfigDict, workdir: Path, allow_data_change: bool = False) ->
         reuse_freed_memory()
     mesh, stop = make_mesh(config), StopSignal()
     data, tokenizer = fingerprint(config), tokenizers.load(mixture(config)[0][0])
+    hosts.require_same(json.dumps([flatten(config), data]), "the config or the data differ between processes")
     with jax.set_mesh(mesh):
         checkpoints = Checkpoints(workdir, config)
         state, last = start_state(config, mesh, checkpoints, data, allow_data_change)
-        write_config(workdir, config, last)
+        if jax.process_index() == 0:
+            write_config(workdir, config, last)
         start, best = int(state.step), BestLoss(*last.get("best", ()))
         parameters = costs.num_parameters(state.params)
         flops, peak = costs.flops_per_token(config, state.params), costs.peak_flops(jax.devices()[0].device_kind)
@@ -101,7 +120,7 @@ def train(config: ConfigDict, workdir: Path, allow_data_change: bool = False) ->
             monitor.close()
             checkpoints.close()
             lock.close()
-    stopped = stop and last_step < config.train.stop_at
+    stopped = stop.number is not None and last_step < config.train.stop_at
     if jax.process_index() == 0:
         why = f"stopped by {signal.Signals(stop.number).name}" if stopped else "done"
         then = "the same command goes on" if stopped else f"try python -m jaxlm.generate --workdir={workdir}"
@@ -120,7 +139,7 @@ class Run:
         self.train_step = jax.jit(
             partial(train_step, config=config),
             donate_argnums=0,
-            out_shardings=(state_shardings(config, mesh), None),
+            out_shardings=(state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())),
         )
 
     def loop(self, state: State, start: int, stop: StopSignal) -> int:
@@ -132,8 +151,8 @@ class Run:
         if self.exhausted():
             return start
         self.skipped = (int(state.skipped), 0)
-        batches = train_batches(c, jax.process_count(), jax.process_index())
-        place = lambda rows: to_global(rows, self.mesh, c.train.batch_size)
+        batches = train_batches(c, hosts.local_rows(self.mesh, c.train.batch_size))
+        place = lambda rows: hosts.to_global(rows, self.mesh, c.train.batch_size)
         ready, pending = prefetch(batches, start, last, c.data.prefetch, place), None
         for step in range(start + 1, last + 1):
             began = time.perf_counter()
@@ -142,7 +161,7 @@ class Run:
             state, metrics = self.train_step(state, batch)
             if pending:
                 self.record(*pending)
-            pending, ended = (step, metrics), step == last or bool(stop)
+            pending, ended = (step, metrics), stop.after_step() or step == last
             evaluates = self.evaluate and (step % c.eval.every == 0 or step == last)
             if ended or evaluates or step % c.checkpoint.every == 0:
                 self.record(*pending)
@@ -207,7 +226,7 @@ def reuse_freed_memory() -> None:
 
 
 def lock_workdir(workdir: Path):
-    """Makes the directory and takes it for this run (its first host). Raises ConfigError where that cannot be."""
+    """Makes the directory and takes it for this run, a lock for each process. Raises ConfigError where it cannot."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / f".lock-{jax.process_index()}", "w")  # noqa: SIM115 (held until the run ends)
@@ -216,6 +235,7 @@ def lock_workdir(workdir: Path):
         raise ConfigError(f"--workdir={workdir}: another run is using it; wait for it, or give another") from None
     except OSError as error:
         raise ConfigError(f"--workdir={workdir}: {error.strerror}; give a directory that can be written") from None
+    hosts.require_shared(workdir)
     return lock
 
 
@@ -242,6 +262,7 @@ def main(argv: list[str]) -> int:
         help="with --dry_run: for this many devices (default: as many as the mesh names, or those here)",
     )
     parser.add_argument("--allow_data_change", action="store_true", help="resume although the data has changed")
+    hosts.add_flags(parser)
     args = parser.parse(argv)
     config = load(args.config)
     problems = override(config, args.overrides)
@@ -250,6 +271,7 @@ def main(argv: list[str]) -> int:
         fixed = [config.mesh[axis] for axis in MESH_AXES if config.mesh[axis] > 0]
         devices = args.devices or max(math.prod(fixed), jax.device_count())
     elif args.workdir:
+        hosts.connect(args)
         devices = jax.device_count()
     else:
         parser.error("the following arguments are required: --workdir")

@@ -12,6 +12,7 @@ from jaxlm.errors import ConfigError
 
 RECIPES = [
     "shakespeare_char.py:cpu", "shakespeare_char.py:gpu", "quickstart.py", "gpt2.py", "llama.py:8b", "llama.py:1b",
+    "mixtral.py:8x7b", "mixtral.py:small",
 ]  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def test_unknown_keys_suggest_the_nearest_in_any_section():
         ({"model__attention": "xla", "model__attention_softcap": 5.0}, "set auto or reference"),
         ({"optim__decay": (("norm", "x"),)}, "is not (regular expression, factor)"),
         ({"seed": -1}, "seed=-1"),
-        ({"mesh__stage": 2}, "mesh.stage=2"),
+        ({"mesh__stage": 4}, "mesh.stage=4"),
         ({"train__stop_at": 99}, "train.stop_at=99"),
         ({"mesh__tensor": 3}, "tensor=4 or tensor=2"),
         ({"mesh__data": 4}, "data=8"),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.kernels import attention as kernel
 from jaxlm.kernels.attention import attention
 from jaxlm.kernels.cross_entropy import chunk_length, cross_entropy, logits_of
 
@@ -24,10 +25,61 @@ def test_library_attention_is_the_reference(heads, kv_heads, window, segmented):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_attention_equals_a_loop_by_hand():
+BLOCKWISE = [  # T, S, N, K, segments?, order of places, what attention is told
+    (32, 32, 4, 4, False, "natural", {"window": 100}),
+    (37, 37, 4, 2, True, "natural", {"window": 5}),
+    (37, 37, 4, 1, True, "any", {"window": 9, "softcap": 2.0}),
+    (1, 24, 4, 2, True, "late", {"window": 100}),
+    (13, 24, 4, 2, False, "late", {"window": 16}),
+]
+
+
+def qkv(rng, T, S, N, K, dtype=np.float32):
+    return [jnp.asarray(rng.normal(size=(2, *shape, 8)), dtype) for shape in ((T, N), (S, K), (S, K))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("T", "S", "N", "K", "segmented", "order", "options"), BLOCKWISE)
+def test_attention_by_blocks_is_the_reference(monkeypatch, T, S, N, K, segmented, order, options, dtype):
+    monkeypatch.setattr(kernel, "BLOCK", 8)
+    rng = np.random.default_rng(0)
+    segments = np.sort(rng.integers(1, 4, (2, S)), axis=1)
+    places = rng.permutation(S) if order == "any" else None
+    marks = (segments[:, S - T :], segments) if segmented else (None, None)
+    run = lambda implementation, *qkv: jax.jit(jax.value_and_grad(
+        lambda *qkv: jnp.sin(attention(
+            *qkv, *marks, places_T=S - T + np.arange(T) if order == "late" else places, places_S=places,
+            implementation=implementation, **options,
+        )).astype(jnp.float32).sum(),
+        (0, 1, 2),
+    ))(*qkv)  # fmt: skip
+    inputs = qkv(rng, T, S, N, K, dtype)
+    want, got = run("reference", *(x.astype(jnp.float32) for x in inputs)), run("blockwise", *inputs)
+    bound = 1e-5 if dtype == "float32" else 3e-2
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
+        np.testing.assert_allclose(a, b.astype(jnp.float32), rtol=bound, atol=bound * max(1, float(jnp.abs(a).max())))
+
+
+def test_a_query_that_sees_no_key_gets_zero_and_gives_no_gradient():
+    q, k, v = qkv(np.random.default_rng(0), 4, 4, 2, 1)
+    places = {"places_T": np.arange(4), "places_S": np.arange(2, 6)}
+    out, pull = jax.vjp(jax.jit(lambda *qkv: attention(*qkv, **places, window=9, implementation="blockwise")), q, k, v)
+    dq, *dkv = pull(out)
+    assert not out[:, :2].any() and out[:, 2:].all()
+    assert not dq[:, :2].any() and all(np.isfinite(x).all() for x in dkv)
+
+
+def test_auto_keeps_no_logits_of_long_inputs():
+    T, shape = 8192, jax.ShapeDtypeStruct((1, 8192, 1, 8), jnp.float32)
+    f = jax.jit(jax.grad(lambda *qkv: attention(*qkv, window=T).sum(), (0, 1, 2)))
+    assert f.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes < 4 * T * T / 10
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_attention_equals_a_loop_by_hand(implementation):
     rng = np.random.default_rng(1)
     q, k, v = rng.normal(size=(3, 1, 6, 1, 4)).astype(np.float32)
-    got = attention(q, k, v, window=3, implementation="reference")
+    got = attention(q, k, v, window=3, implementation=implementation)
     for t in range(6):
         keys = slice(max(0, t - 2), t + 1)
         weights = np.exp(q[0, t, 0] @ k[0, keys, 0].T / 2.0)
@@ -72,5 +124,5 @@ def test_logits_are_never_kept_for_the_backward_pass():
 
 def test_the_chosen_chunk_divides_the_length_and_fits():
     for shape in ((12, 64, 65), (16, 1024, 50304), (1, 8192, 128256), (8, 1000, 32000)):
-        chunk = chunk_length(shape)
+        chunk = chunk_length(*shape)
         assert shape[1] % chunk == 0 and (chunk == 1 or 4 * shape[0] * chunk * shape[2] <= 64 << 20)

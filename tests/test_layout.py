@@ -12,9 +12,9 @@ FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 # Each may import those before it, and its own folder.
 ORDER = (
     "errors cli config check data parallel kernels models losses optim state decode costs checkpoint monitor lm "
-    "programs"
+    "laws programs"
 ).split()
-PROGRAMS = {"train", "evaluate", "generate"}
+PROGRAMS = {"train", "evaluate", "generate", "verify"}
 
 
 def box(module: str) -> str:

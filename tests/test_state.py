@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import fresh_state, mesh_of, one_step, random_batch, small_config
 
-from jaxlm.parallel.mesh import partition_spec, to_global
+from jaxlm.parallel.hosts import to_global
+from jaxlm.parallel.mesh import partition_spec
 from jaxlm.state import State, abstract_state, eval_step, init_state, state_shardings, train_step
 
 MESHES = [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]

@@ -1,6 +1,6 @@
 """Token shards to batches. Batch k is a pure function of (seed, data, k): no iterator state, on any number of hosts.
 
-A *batch* is a dict of numpy arrays [B, T], B rows of the global batch (or one host's share of them), T = data.seq_len:
+A *batch* is a dict of numpy arrays [B, T], B rows of the global batch (all, or some), T = data.seq_len:
 
     tokens     int32    inputs; at the start of a document the tokenizer's bos id
     targets    int32    the token that follows each input
@@ -24,6 +24,8 @@ from ml_collections import ConfigDict
 from jaxlm.check import mixture
 from jaxlm.data.store import Store
 from jaxlm.errors import DataError
+
+ALL = slice(None)
 
 
 def open_stores(config: ConfigDict, split: str) -> list[Store]:
@@ -96,28 +98,20 @@ def read_mixed(stores: list[Store], ids: np.ndarray, seq_len: int) -> dict[str, 
     return batch
 
 
-def host_rows(num_rows: int, hosts: int, host: int) -> slice:
-    """This host's rows of a global batch of num_rows: an equal share, in a row."""
-    share, rest = divmod(num_rows, hosts)
-    if rest:
-        raise DataError(f"config.train.batch_size: {num_rows} rows must be a multiple of the {hosts} hosts")
-    return slice(host * share, (host + 1) * share)
-
-
-def train_batches(config: ConfigDict, hosts: int = 1, host: int = 0) -> grain.MapDataset:
-    """Endless: element k is this host's rows of global batch k. Each epoch of a source has every row exactly once."""
-    stores, mine = open_stores(config, "train"), host_rows(config.train.batch_size, hosts, host)
+def train_batches(config: ConfigDict, rows: slice | np.ndarray = ALL) -> grain.MapDataset:
+    """Endless: element k is these rows of global batch k. Each epoch of a source has every row exactly once."""
+    stores = open_stores(config, "train")
     sources = []
     for source, store in enumerate(stores):
         if not store.num_tokens:
             raise DataError(f"{mixture(config)[source][0]}: the train split is empty")
-        rows = grain.MapDataset.range(num_rows(store, config.data.seq_len)).seed(config.seed + source)
-        rows = rows.shuffle() if config.data.shuffle else rows
-        sources.append(rows.repeat().map(lambda row, source=source: (source, row)))
+        order = grain.MapDataset.range(num_rows(store, config.data.seq_len)).seed(config.seed + source)
+        order = order.shuffle() if config.data.shuffle else order
+        sources.append(order.repeat().map(lambda row, source=source: (source, row)))
     weights = [weight for _, weight in mixture(config)]
     ids = sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, weights)
-    batches = ids.batch(config.train.batch_size, drop_remainder=True, batch_fn=lambda rows: np.array(rows, np.int64))
-    return batches.map(lambda ids: read_mixed(stores, ids[mine], config.data.seq_len))
+    batches = ids.batch(config.train.batch_size, drop_remainder=True, batch_fn=lambda ids: np.array(ids, np.int64))
+    return batches.map(lambda ids: read_mixed(stores, ids[rows], config.data.seq_len))
 
 
 def eval_rows(config: ConfigDict) -> int:
@@ -125,10 +119,12 @@ def eval_rows(config: ConfigDict) -> int:
     return config.train.batch_size // config.train.grad_accumulation
 
 
-def validation_batches(config: ConfigDict, hosts: int = 1, host: int = 0) -> grain.MapDataset:
-    """The validation splits once, in order, `eval_rows` at a time, the last padded. DataError if there is none."""
-    B = eval_rows(config)
-    stores, mine = open_stores(config, "val"), host_rows(B, hosts, host)
+def validation_batches(config: ConfigDict, rows: slice | np.ndarray = ALL) -> grain.MapDataset:
+    """The validation splits once, in order, `eval_rows` at a time, the last padded: of each batch these rows.
+
+    Raises DataError where there is no validation split.
+    """
+    B, stores = eval_rows(config), open_stores(config, "val")
     counts = [num_rows(store, config.data.seq_len) for store in stores]
     if not sum(counts):
         paths = ", ".join(path for path, _ in mixture(config))
@@ -137,7 +133,7 @@ def validation_batches(config: ConfigDict, hosts: int = 1, host: int = 0) -> gra
     longest = int(np.argmax(counts))
     padding = np.tile([[longest, counts[longest]]], (-len(ids) % B, 1))  # a row past the end of a source
     ids = np.concatenate([ids, padding]).astype(np.int64)
-    batches = grain.MapDataset.range(len(ids) // B).map(lambda k: ids[k * B : (k + 1) * B][mine])
+    batches = grain.MapDataset.range(len(ids) // B).map(lambda k: ids[k * B : (k + 1) * B][rows])
     return batches.map(lambda ids: read_mixed(stores, ids, config.data.seq_len))
 
 

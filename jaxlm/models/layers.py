@@ -1,12 +1,14 @@
 """Linear maps, norms, embeddings, positions and MLPs. Every parameter names its logical axes beside its shape."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import FrozenConfigDict
 
+from jaxlm.parallel.linear import columns, lookup, rows
 from jaxlm.parallel.mesh import constrain
 
 
@@ -15,28 +17,45 @@ def parameter(module: nn.Module, name: str, init, axes: tuple[str | None, ...], 
     return value.astype(config.dtype)
 
 
+class Weights(NamedTuple):
+    kernel: jax.Array
+    bias: jax.Array | None
+    axes: tuple[str, ...]  # logical, of the kernel
+
+
 class Linear(nn.Module):
-    """einsum(equation, x, kernel) + bias; kernel ~ N(0, scale^2 / inputs).
+    """The weights of a linear map, for `into` and `back`; kernel ~ N(0, scale^2 / inputs).
 
     axes: logical axes of the kernel, the first `inputs` of them summed over.
     """
 
     config: FrozenConfigDict
-    equation: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     inputs: int = 1
     scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self) -> Weights:
         std = self.scale / math.sqrt(math.prod(self.shape[: self.inputs]))
         kernel = parameter(self, "kernel", nn.initializers.normal(std), self.axes, self.shape, self.config)
-        y = jnp.einsum(self.equation, x, kernel)
+        bias = None
         if self.config.bias:
             axes, shape = self.axes[self.inputs :], self.shape[self.inputs :]
-            y = y + parameter(self, "bias", nn.initializers.zeros, axes, shape, self.config)
-        return y
+            bias = parameter(self, "bias", nn.initializers.zeros, axes, shape, self.config)
+        return Weights(kernel, bias, self.axes)
+
+
+def into(x_BTD, *weights: Weights) -> list[jax.Array]:
+    """x kernel + bias for each, kernels [D, ...], whose input is gathered once for all."""
+    outputs = columns(x_BTD, [w.kernel for w in weights], [w.axes for w in weights])
+    return [y if w.bias is None else y + w.bias for y, w in zip(outputs, weights)]
+
+
+def back(h, weights: Weights) -> jax.Array:
+    """h kernel + bias, kernel [..., D]: to the residual stream, [B, T, D]."""
+    y_BTD = rows(h, weights.kernel, weights.axes)
+    return y_BTD if weights.bias is None else y_BTD + weights.bias
 
 
 def norm(config: FrozenConfigDict, name: str, axis: str | None = "norm") -> nn.Module:
@@ -81,14 +100,13 @@ class Embed(nn.Module):
         c = self.config
         init = nn.initializers.normal(c.embed_std)
         table_VD = parameter(self, "tokens", init, ("vocab", "embed"), (c.vocab_size, c.embed_dim), c)
-        # Gathered whole over `embed` first: a lookup sharded in D would have to be resharded to batch.
-        x_BTD = jnp.take(constrain(table_VD, "vocab", None), tokens_BT, axis=0)
+        x_BTD = lookup(table_VD, tokens_BT, ("vocab", "embed"))
         if c.positions == "learned":
-            shape = (c.context_length, c.embed_dim)
-            x_BTD += jnp.take(parameter(self, "positions", init, (None, "embed"), shape, c), positions_BT, axis=0)
+            axes, shape = (None, "embed"), (c.context_length, c.embed_dim)
+            x_BTD += lookup(parameter(self, "positions", init, axes, shape, c), positions_BT, axes)
         elif c.positions == "sinusoidal":
             x_BTD += sinusoidal(positions_BT, c.embed_dim).astype(x_BTD.dtype)
-        return constrain(x_BTD, "batch", "length", None)
+        return constrain(x_BTD, "batch", "residual", None)
 
 
 ACTIVATIONS = {
@@ -100,16 +118,14 @@ ACTIVATIONS = {
 
 class MLP(nn.Module):
     config: FrozenConfigDict
+    mlp_dim: int
 
     @nn.compact
     def __call__(self, x_BTD):
-        c = self.config
-        into = {"equation": "BTD,DF->BTF", "shape": (c.embed_dim, c.mlp_dim), "axes": ("embed", "mlp")}
-        up_BTF = Linear(c, name="up", **into)(x_BTD)
-        if c.mlp == "swiglu":
-            h_BTF = ACTIVATIONS[c.mlp](Linear(c, name="gate", **into)(x_BTD)) * up_BTF
-        else:
-            h_BTF = ACTIVATIONS[c.mlp](up_BTF)
-        h_BTF = constrain(h_BTF, "batch", "length", "mlp")
-        shape, scale = (c.mlp_dim, c.embed_dim), (2 * c.num_layers) ** -0.5
-        return Linear(c, "BTF,FD->BTD", shape, ("mlp", "embed"), scale=scale, name="down")(h_BTF)
+        c, F = self.config, self.mlp_dim
+        names = ("up", "gate") if c.mlp == "swiglu" else ("up",)
+        up_BTF, *gate_BTF = into(x_BTD, *(Linear(c, (c.embed_dim, F), ("embed", "mlp"), name=name)() for name in names))
+        activation = ACTIVATIONS[c.mlp]
+        h_BTF = activation(gate_BTF[0]) * up_BTF if gate_BTF else activation(up_BTF)
+        scale = (2 * c.num_layers) ** -0.5
+        return back(h_BTF, Linear(c, (F, c.embed_dim), ("mlp", "embed"), scale=scale, name="down")())

@@ -1,6 +1,6 @@
 """The device mesh, and the one table that says which mesh axes shard which logical axis.
 
-Models name the logical axes of every parameter beside its shape and of activations in `constrain`; only this file
+Models name the logical axes of every parameter beside its shape and of activations in `constrain`; only this folder
 knows the mesh. With `jax.set_mesh(mesh)` in force, the same code runs on one device or on a pod.
 """
 
@@ -10,37 +10,66 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jaxlm.config import MESH_AXES
+from jaxlm.config import MESH_AXES, STRATEGIES, mesh_sizes
+from jaxlm.errors import ConfigError
 
-RULES = {  # logical axis -> mesh axes; one that is not here, or None, is never sharded
+RULES = {  # logical axis -> mesh axes, the outer first; one that is not here is never sharded
     # of parameters
     "layers": ("stage",),
-    "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "vocab": ("tensor", "stage"),
+    "embed": ("fsdp", "expert", "sequence"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "expert": ("expert",),
+    "expert_embed": ("fsdp", "sequence"),  # of the experts' own matrices
     # of activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
+    "residual": ("sequence", "tensor"),  # positions between the layers' matrix products (Korthikanti et al. 2022)
+    "stage": ("stage",),
 }
+PARAMETER_AXES = ("layers", "vocab", "embed", "heads", "kv_heads", "mlp", "expert", "expert_embed")
+# ZeRO-1 (Rajbhandari et al. 2020): the optimizer's state is split over the copies of the parameters.
+ZERO1_RULES = RULES | {axis: ("data", *RULES.get(axis, ())) for axis in ("embed", "expert_embed", "norm")}
+OPTIMIZER_RULES = {strategy: ZERO1_RULES if strategy == "zero1" else RULES for strategy in STRATEGIES}
+MAX_REPLICATED = 0.02  # part of the parameters
 
 
 def mesh_shape(config: ConfigDict, num_devices: int) -> dict[str, int]:
     """{axis: size} of a checked config, with -1 replaced by the devices that are left."""
-    sizes = {axis: config.mesh[axis] for axis in MESH_AXES}
+    sizes = mesh_sizes(config)
     fixed = math.prod(n for n in sizes.values() if n != -1)
     return {axis: num_devices // fixed if n == -1 else n for axis, n in sizes.items()}
 
 
 def make_mesh(config: ConfigDict, devices=None) -> Mesh:
-    """Mesh over all devices, or those given. The axis that talks most is last: nearest neighbours share it."""
-    shape = mesh_shape(config, jax.device_count() if devices is None else len(devices))
-    types = (AxisType.Auto,) * len(shape)
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types, devices=devices)
+    """Mesh over all devices, or those given. The axis that talks most is last: nearest neighbours share it.
+
+    Devices of several slices (joined by a slower network, DCN): mesh.across is split over the slices first, every
+    other axis stays inside one. Without slice numbers, mesh.slices equal groups in a row count as slices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = mesh_shape(config, len(devices))
+    found = {getattr(device, "slice_index", 0) for device in devices}
+    slices = len(found) if len(found) > 1 else config.mesh.slices
+    across = config.mesh.across
+    if shape[across] % slices:
+        raise ConfigError(
+            f"config.mesh.{across}={shape[across]}: must be a multiple of the {slices} slices that it spans "
+            "(config.mesh.across names the axis)"
+        )
+    devices.sort(key=lambda device: getattr(device, "slice_index", 0))  # stable: the order within a slice is kept
+    inner = shape | {across: shape[across] // slices}
+    size = len(devices) // slices
+    groups = [devices[i * size : (i + 1) * size] for i in range(slices)]
+    grids = [create_device_mesh(tuple(inner.values()), group) for group in groups]
+    grid = np.concatenate(grids, axis=MESH_AXES.index(across))
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def abstract_mesh(config: ConfigDict, num_devices: int) -> AbstractMesh:
@@ -49,59 +78,140 @@ def abstract_mesh(config: ConfigDict, num_devices: int) -> AbstractMesh:
     return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
-def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
+def split_axes(axis: str | None, size: int, mesh, rules=RULES) -> tuple[str, ...]:
+    """The mesh axes that shard a dimension of this size: those of its rule that have devices and divide it."""
+    names, parts = [], 1
+    for name in rules.get(axis, ()):
+        if mesh.shape[name] > 1 and size % (parts * mesh.shape[name]) == 0:
+            names.append(name)
+            parts *= mesh.shape[name]
+    return tuple(names)
+
+
+def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh, rules=RULES) -> PartitionSpec:
     """PartitionSpec of an array whose dimensions have these logical axes.
 
-    A dimension that its mesh axes do not divide stays unsharded. Raises ValueError where one mesh axis would shard
-    two dimensions.
+    A mesh axis that does not divide a dimension leaves it unsharded. Raises ValueError where one mesh axis would
+    shard two dimensions.
     """
     entries, used = [], set()
-    for axis, size in zip(axes, shape):
-        names = tuple(name for name in RULES.get(axis, ()) if mesh.shape[name] > 1)
-        if not names or size % math.prod(mesh.shape[name] for name in names):
-            entries.append(None)
-            continue
+    for axis, size in zip(axes, shape, strict=True):
+        names = split_axes(axis, size, mesh, rules)
         if used & set(names):
             raise ValueError(f"axes {axes}: mesh axis {used & set(names)} would shard two dimensions; see RULES")
         used |= set(names)
-        entries.append(names if len(names) > 1 else names[0])
+        entries.append(names if len(names) > 1 else names[0] if names else None)
     return PartitionSpec(*entries)
+
+
+def batch_shards(mesh) -> int:
+    """Devices that each have rows of their own."""
+    return math.prod(mesh.shape[name] for name in RULES["batch"])
+
+
+def current_mesh():
+    """The mesh in force, or None where there is none or it is one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation's sharding; one logical axis, or None, for each dimension. No mesh in force: x as it is."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+    mesh = current_mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
 
 
-def shardings(abstract, axes, mesh):
+# ---------------------------------------------------------------- code that sees one device's shards
+
+
+def even_mesh(batch: int, length: int):
+    """The mesh in force where it divides such a batch evenly, so that `on_shards` may be used; else None."""
+    mesh = current_mesh()
+    if mesh is None:
+        return None
+    sharded = [name for axis, size in (("batch", batch), ("length", length)) for name in split_axes(axis, size, mesh)]
+    wanted = [name for axis in ("batch", "length") for name in RULES[axis] if mesh.shape[name] > 1]
+    return mesh if sharded == wanted else None
+
+
+def on_shards(f, in_specs, out_specs, check_vma=True):
+    """shard_map whose collectives are as written in f. What `gather` made is not kept for the backward pass."""
+    keep = lambda primitive, *_, **__: primitive is not jax.lax.all_gather_p
+    mapped = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+    return jax.checkpoint(mapped, policy=keep)
+
+
+def names_of(entry) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def gather(x: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
+    """Within `on_shards`: all the shards along these mesh axes. The transpose is `scatter_sum`."""
+    return jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
+
+
+def scatter_sum(x: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
+    """Within `on_shards`: this device's part, along `axis`, of the sum over these mesh axes."""
+    return jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True) if names else x
+
+
+def gather_weight(kernel: jax.Array, entries, like: jax.Array, start: int = 0) -> jax.Array:
+    """Within `on_shards`: a weight, whole along the dimensions from `start` on that have these spec entries.
+
+    like: the activation that it will meet. Copies along axes that only shard the activation are made first, so that
+    the gradient is reduce-scattered before its shard alone is summed over them.
+    """
+    varies = lambda x: jax.typeof(x).manual_axis_type.varying
+    copies = tuple(sorted(varies(like) - varies(kernel)))
+    kernel = jax.lax.pcast(kernel, copies, to="varying") if copies else kernel
+    for i, entry in enumerate(entries):
+        kernel = gather(kernel, start + i, names_of(entry))
+    return kernel
+
+
+# ---------------------------------------------------------------- shardings of a state
+
+
+def shardings(abstract, axes, mesh, rules=RULES):
     """NamedSharding for every leaf. abstract: tree of shapes; axes: the same tree of PartitionSpecs of logical axes."""
 
     def one(leaf, names):
         names = tuple(names) + (None,) * (leaf.ndim - len(names))
-        spec = partition_spec(names, leaf.shape, mesh)
-        for axis, size, entry in zip(names, leaf.shape, spec):
-            wanted = math.prod(mesh.shape[name] for name in RULES.get(axis, ()))
-            if wanted > 1 and entry is None:
-                say_unsharded(axis, size, wanted)
-        return NamedSharding(mesh, spec)
+        for axis, size in zip(names, leaf.shape):
+            for name in rules.get(axis, ()):
+                if mesh.shape[name] > 1 and name not in split_axes(axis, size, mesh, rules):
+                    say_unsharded(axis, size, name, mesh.shape[name])
+        return NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, rules))
 
     return jax.tree.map(one, abstract, axes)
 
 
 @functools.cache  # once, although a parameter's moments are told of too
-def say_unsharded(axis: str, size: int, wanted: int) -> None:
-    logging.getLogger("jaxlm").warning("axis %s of %d is not divided by %d and stays whole", axis, size, wanted)
+def say_unsharded(axis: str, size: int, name: str, parts: int) -> None:
+    logging.getLogger("jaxlm").warning("axis %s of %d is not divided by %s=%d: whole there", axis, size, name, parts)
 
 
-def to_global(rows: dict[str, np.ndarray], mesh: Mesh, num_rows: int) -> dict[str, jax.Array]:
-    """This host's rows of a batch -> global arrays [num_rows, ...], sharded over data x fsdp."""
+def replicated_share(params, places) -> tuple[float, list[str]]:
+    """(part of the parameters that every device holds whole, their names, the largest first)."""
+    whole = []
+    for (path, leaf), place in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(places), strict=True):
+        if place.is_fully_replicated:
+            whole.append((math.prod(leaf.shape), jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape))
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    whole.sort(key=lambda item: -item[0])
+    return sum(size for size, _, _ in whole) / total, [f"{name} {shape}" for _, name, shape in whole]
 
-    def one(x):
-        shape = (num_rows, *x.shape[1:])
-        spec = partition_spec(("batch",) + (None,) * (x.ndim - 1), shape, mesh)
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x, shape)
 
-    return jax.tree.map(one, rows)
+def require_sharded(params, places, mesh) -> None:
+    """Raises ConfigError naming the worst five where a mesh that should shard the parameters leaves many whole."""
+    sharding = {name for axis in PARAMETER_AXES for name in RULES[axis] if mesh.shape[name] > 1}
+    share, names = replicated_share(params, places)
+    if sharding and share > MAX_REPLICATED:
+        given = " x ".join(f"{name}={mesh.shape[name]}" for name in MESH_AXES if name in sharding)
+        raise ConfigError(
+            f"{share:.0%} of the parameters are whole on every device of mesh {given} (at most {MAX_REPLICATED:.0%} "
+            "may be); the largest:\n  "
+            + "\n  ".join(names[:5])
+            + "\nuse sizes of these axes that divide the shapes, or mesh.fsdp, which shards nearly all"
+        )

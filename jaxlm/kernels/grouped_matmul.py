@@ -1,0 +1,56 @@
+"""Matrix products of rows sorted by group with one matrix for each group, of whatever sizes (Gale et al. 2022).
+
+M rows, E groups (experts), D inputs, F outputs; N blocks of R rows. Rows after the last group give zeros.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.parallel.experts import nowhere, permute
+
+
+def reference(rows_MD, kernel_EDF, sizes_E):
+    ends_E = jnp.cumsum(sizes_E)
+    index_M = jnp.arange(rows_MD.shape[0])[:, None]
+    mine_ME = (index_M < ends_E) & (index_M >= ends_E - sizes_E)
+    return sum(jnp.where(mine_ME[:, e, None], rows_MD @ kernel, 0) for e, kernel in enumerate(kernel_EDF))
+
+
+def blocks(rows_MD, kernel_EDF, sizes_E):
+    """Every group is filled up to blocks of half the mean group; each block is multiplied with a copy of its matrix.
+
+    At most 3 E copies and 3/2 M rows, whatever the sizes.
+    """
+    (M, _), (E, _, F) = rows_MD.shape, kernel_EDF.shape
+    R = -(-M // (2 * E))
+    N = -(-M // R) + E
+    counts_E = -(-sizes_E // R)
+    ends_E, block_ends_E = jnp.cumsum(sizes_E), jnp.cumsum(counts_E)
+    starts_E, block_starts_E = ends_E - sizes_E, block_ends_E - counts_E
+    group = lambda ends_E, index: jnp.sum(index[:, None] >= ends_E, axis=1)  # E after the last
+
+    index_N, index_M = jnp.arange(N), jnp.arange(M)
+    group_N = group(block_ends_E, index_N)
+    row_N = starts_E[group_N] + (index_N - block_starts_E[group_N]) * R
+    row_NR = row_N[:, None] + jnp.arange(R)
+    inside_NR = (row_NR < ends_E[group_N][:, None]) & (group_N < E)[:, None]
+    source_NR = jnp.where(inside_NR, row_NR, nowhere(N * R, M).reshape(N, R))
+    x_NRD = permute(rows_MD, source_NR)
+    y_NRF = jnp.einsum("NRD,NDF->NRF", x_NRD, kernel_EDF[group_N])
+    group_M = group(ends_E, index_M)
+    place_M = block_starts_E[group_M] * R + index_M - starts_E[group_M]
+    return permute(y_NRF.reshape(-1, F), jnp.where(group_M < E, place_M, nowhere(M, N * R)))
+
+
+GROUPED_MATMUL = {"reference": reference, "blocks": blocks, "ragged_dot": jax.lax.ragged_dot}
+
+
+def grouped_matmul(rows_MD, kernel_EDF, sizes_E, *, implementation="auto") -> jax.Array:
+    """[M, F]: the first sizes[0] rows times kernel[0], the next sizes[1] times kernel[1], ... sizes: int32.
+
+    auto: ragged_dot on TPUs, which have a kernel for it, elsewhere blocks: there XLA would multiply all rows, masked,
+    with every matrix.
+    """
+    if implementation == "auto":
+        implementation = "ragged_dot" if jax.default_backend() == "tpu" else "blocks"
+    return GROUPED_MATMUL[implementation](rows_MD, kernel_EDF, sizes_E)

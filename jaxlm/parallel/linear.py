@@ -1,0 +1,102 @@
+"""Matrix products on a mesh, their collectives written out: the same on every backend, countable before a run.
+
+Weights are gathered over the axes that shard `embed` (fsdp), activations over the tensor axis (Megatron with sequence
+parallelism: Shoeybi et al. 2019, Korthikanti et al. 2022). Transposed, a gather is a reduce-scatter: no whole gradient
+and no whole activation is ever all-reduced. Without a mesh, or where it does not divide the batch evenly (generation
+from one prompt), the plain product is left to XLA's partitioner.
+
+Letters: B batch, T positions, D embed, V vocabulary; "residual" activations are [B, T, D] with T sharded over the
+sequence and tensor axes.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxlm.parallel.mesh import (
+    even_mesh,
+    gather,
+    gather_weight,
+    names_of,
+    on_shards,
+    partition_spec,
+    scatter_sum,
+    split_axes,
+)  # fmt: skip
+
+
+def activation_specs(batch: int, length: int, mesh):
+    """(entry of B, entry of T in layers, entry of T between them, the axes that are only in the last)."""
+    rows, inside = partition_spec(("batch", "length"), (batch, length), mesh)
+    (between,) = partition_spec(("residual",), (length,), mesh)
+    extra = tuple(name for name in names_of(between) if name not in names_of(inside))
+    return rows, inside, between, extra
+
+
+def columns(x_BTD: jax.Array, kernels: list[jax.Array], axes: list[tuple]) -> list[jax.Array]:
+    """x kernel for each kernel [D, ...]: residual activations -> [B, T, ...], the last sharded as the kernel's."""
+    mesh = even_mesh(*x_BTD.shape[:2])
+    if mesh is None:
+        return [jnp.tensordot(x_BTD, kernel, 1) for kernel in kernels]
+    specs = [partition_spec(names, kernel.shape, mesh) for names, kernel in zip(axes, kernels, strict=True)]
+    rows, inside, between, extra = activation_specs(*x_BTD.shape[:2], mesh)
+    # A kernel that the tensor axis does not divide meets only this device's positions.
+    parts = [set(extra) <= {name for entry in spec[1:] for name in names_of(entry)} for spec in specs]
+
+    def f(x, *kernels):
+        whole = gather(x, 1, extra) if any(parts) else x
+        pairs = [(whole if part else x, kernel, spec) for part, kernel, spec in zip(parts, kernels, specs)]
+        return [jnp.tensordot(x, gather_weight(kernel, spec[:1], x), 1) for x, kernel, spec in pairs]
+
+    out = [PartitionSpec(rows, inside if part else between, *spec[1:]) for part, spec in zip(parts, specs)]
+    return on_shards(f, (PartitionSpec(rows, between), *specs), out)(x_BTD, *kernels)
+
+
+def rows(h: jax.Array, kernel: jax.Array, axes: tuple) -> jax.Array:
+    """[B, T, ...] kernel [..., D] -> residual activations [B, T, D]; the sum over devices is a reduce-scatter."""
+    inputs = kernel.ndim - 1
+    mesh = even_mesh(*h.shape[:2])
+    if mesh is None:
+        return jnp.tensordot(h, kernel, inputs)
+    spec = partition_spec(axes, kernel.shape, mesh)
+    batch, inside, between, extra = activation_specs(*h.shape[:2], mesh)
+    summed = tuple(name for entry in spec[:-1] for name in names_of(entry))
+    scattered = tuple(name for name in summed if name in extra)
+
+    def f(h, kernel):
+        y = jnp.tensordot(h, gather_weight(kernel, spec[-1:], h, start=inputs), inputs)
+        return sum_parts(y, summed, scattered)
+
+    length = inside if set(extra) <= set(summed) else between
+    h_spec = PartitionSpec(batch, length, *spec[:-1])
+    return on_shards(f, (h_spec, spec), PartitionSpec(batch, between))(h, kernel)
+
+
+def sum_parts(y, summed: tuple[str, ...], scattered: tuple[str, ...]):
+    """Within `on_shards`: y [B, T, ...] summed over `summed`; each device of `scattered` keeps its positions."""
+    y = scatter_sum(y, 1, scattered)
+    rest = tuple(name for name in summed if name not in scattered)
+    return jax.lax.psum(y, rest) if rest else y
+
+
+def lookup(table_VD: jax.Array, ids_BT: jax.Array, axes: tuple) -> jax.Array:
+    """Rows of a table -> residual activations [B, T, D]; each device looks up those that it holds."""
+    mesh = even_mesh(*ids_BT.shape)
+    if mesh is None:
+        return jnp.take(table_VD, ids_BT, axis=0)
+    spec = partition_spec(axes, table_VD.shape, mesh)
+    batch, inside, between, extra = activation_specs(*ids_BT.shape, mesh)
+    summed = split_axes(axes[0], table_VD.shape[0], mesh)
+    scattered = tuple(name for name in summed if name in extra)
+
+    def f(table, ids):
+        table = gather_weight(table, spec[1:], ids, start=1)
+        if not summed:
+            return jnp.take(table, ids, axis=0)
+        local = ids - jax.lax.axis_index(summed) * table.shape[0]
+        mine = (local >= 0) & (local < table.shape[0])
+        found = jnp.take(table, jnp.where(mine, local, 0), axis=0)
+        return sum_parts(jnp.where(mine[..., None], found, 0), summed, scattered)
+
+    ids_spec = PartitionSpec(batch, inside if set(extra) <= set(summed) else between)
+    return on_shards(f, (spec, ids_spec), PartitionSpec(batch, between))(table_VD, ids_BT)

@@ -1,0 +1,225 @@
+"""python -m jaxlm.verify --config=FILE.py[:ARG] [--meshes="fsdp=8; fsdp=4 tensor=2"] [--json=FILE]: prove a config.
+
+Shrinks the config to a tiny one of the same structure (norms, ratio of heads, experts, windows, scan, remat, optimizer)
+and shows on 8 fake CPU devices, in float32 and with documents packed into rows, that it computes the same thing:
+
+  on every mesh as on one device: losses over 20 steps, and every parameter's gradient
+  resumed as uninterrupted, packed as alone, on 2 hosts as on 1
+
+Exit code 1 where one of these breaks, with the mesh, the parameter and the first place in the model that differs.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxlm import cli
+from jaxlm.check import check, require
+from jaxlm.config import MESH_AXES, flatten, load, override, resolve
+from jaxlm.costs import human
+from jaxlm.data.pipeline import train_batches
+from jaxlm.data.prepare import prepare
+from jaxlm.errors import ConfigError, UserError
+from jaxlm.laws import DEVICES, STEPS, Result, on_mesh, packed_as_alone, same_as_one_device, train_on
+from jaxlm.parallel.mesh import make_mesh
+
+MESHES = (
+    "data=8", "data=8 zero1", "fsdp=8", "tensor=8", "fsdp=4 tensor=2", "data=2 fsdp=2 tensor=2", "sequence=8 ring",
+    "sequence=4 tensor=2 all_gather", "fsdp=2 sequence=2 tensor=2", "stage=4 fsdp=2", "stage=2 fsdp=2 tensor=2",
+    "expert=4 data=2", "expert=2 fsdp=2 tensor=2",
+)  # fmt: skip
+HOSTS_TOLERANCE = 1e-6  # relative, of the losses
+
+
+def shrink(c: ConfigDict) -> ConfigDict:
+    """A tiny config of the same structure: what is compiled is the same code, only smaller. c: unresolved."""
+    c = c.copy_and_resolve_references()
+    m, d, t = c.model, c.data, c.train
+    group = max(m.num_heads // (m.num_kv_heads or m.num_heads), 1)
+    kv_heads = 1 if m.num_kv_heads == 1 else max(8 // group, 2)
+    vocab = 264 + (m.vocab_size % 8)  # bytes; a size that no axis divides stays one
+    longer = m.context_length > d.seq_len
+    whole = not m.context_length or m.context_length >= d.seq_len
+    m.num_layers = len(m.layers) * (4 * m.pipeline_rounds if m.scan else max(1, 2 // len(m.layers)))
+    m.num_heads, m.num_kv_heads, m.head_dim = group * kv_heads, kv_heads, 8
+    m.embed_dim, m.mlp_dim, m.expert_dim, m.vocab_size = 64, 128, 64 if m.expert_dim else 0, vocab
+    m.context_length = 0 if whole and not longer else 128 if longer else 32
+    m.window = 24
+    if m.num_experts:
+        m.num_experts = next(n for n in (8, 4, m.num_experts) if m.num_experts % n == 0)
+        m.experts_per_token = min(m.experts_per_token, max(m.num_experts // 2, 1))
+    m.dropout, m.dtype, m.param_dtype, m.pipeline_microbatches = 0.0, "float32", "float32", 0
+    m.attention = "reference" if m.attention in ("cudnn", "xla") else m.attention
+    d.seq_len, d.path, d.mixture = 64, "", ""
+    t.grad_accumulation = min(t.grad_accumulation, 2)
+    t.batch_size, t.steps, t.stop_at = 16 * t.grad_accumulation, STEPS, 0
+    t.loss_chunk = 16 if t.loss_chunk else 0
+    c.optim.warmup_steps = -1 if c.optim.warmup_steps == -1 else min(c.optim.warmup_steps, 5)
+    c.eval.every = c.eval.patience = 0
+    c.log.every, c.log.tensorboard, c.checkpoint.every = 1, False, 1000
+    c.mesh.update(dict.fromkeys(MESH_AXES, 0) | {"slices": 1, "strategy": "data"})
+    return c
+
+
+def make_data(path: Path) -> None:
+    """A few hundred documents of random letters, most of them shorter than a row, as token shards of bytes."""
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abcdefgh ,.\n"), rng.integers(2, 100))) for _ in range(600)]
+    (path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        prepare([str(path / "text.jsonl")], path / "tokens", tokenizer="bytes", workers=1)
+
+
+class Trainer:
+    """Runs `python -m jaxlm.train` of a tiny config in processes of their own."""
+
+    def __init__(self, config: ConfigDict, folder: Path):
+        self.folder, self.recipe = folder, folder / "recipe.py"
+        self.recipe.write_text(RECIPE.format(flat=repr(flatten(config))))
+
+    def __call__(self, name: str, *flags: str, hosts: int = 1) -> dict[int, float]:
+        """{step: loss} of workdir `name`. Raises UserError with what the run said where it failed."""
+        command = [sys.executable, "-m", "jaxlm.train", f"--config={self.recipe}", f"--workdir={self.folder / name}"]
+        env = os.environ | {"XLA_FLAGS": xla_flags(DEVICES // hosts), "JAX_PLATFORMS": "cpu"}
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            peers = [f"--coordinator=localhost:{free.getsockname()[1]}", f"--num_processes={hosts}"]
+        runs = []
+        for host in range(hosts):
+            extra = [*peers, f"--process_id={host}"] if hosts > 1 else []
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            runs.append(subprocess.Popen([*command, *flags, *extra], env=env, **pipes))
+        try:
+            said = [run.communicate(timeout=300)[0] for run in runs]
+        finally:
+            for run in runs:
+                run.kill()
+        for run, text in zip(runs, said):
+            if run.returncode:
+                raise UserError(f"jaxlm.train ended with exit code {run.returncode}: {text[-2000:]}")
+        rows = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+        if [row["step"] for row in rows] != list(range(1, rows[-1]["step"] + 1)):
+            raise UserError(f"metrics.jsonl of {name} does not have each step once: {[row['step'] for row in rows]}")
+        return {row["step"]: row["loss"] for row in rows}
+
+
+RECIPE = """from jaxlm.config import unflatten
+
+
+def get_config():
+    return unflatten({flat})
+"""
+
+
+def runs_agree(tiny: ConfigDict, folder: Path) -> list[Result]:
+    """Resumed = uninterrupted to the last digit, and two processes of four devices = one of eight, with real runs."""
+    meshes = ("data=2 fsdp=2 tensor=2", "fsdp=8", "data=8")
+    config = next((c for words in meshes if not check(c := on_mesh(tiny, words), DEVICES)), on_mesh(tiny, "data=8"))
+    config.data.path = str(folder / "tokens")
+    train = Trainer(config, folder)
+    results = []
+    try:
+        whole = train("whole")
+        half = f"--config.train.stop_at={STEPS // 2}"
+        train("parts", half)
+        parts = train("parts")
+        unlike = [step for step in whole if whole[step] != parts.get(step)]
+        figures = {"equal_losses": len(whole) - len(unlike), "of": len(whole)}
+        place = {"place": f"the loss of step {unlike[0]}"} if unlike else {}
+        results.append(Result("resumed = uninterrupted", not unlike, figures | place))
+        both = train("hosts", hosts=2)
+        difference = max(abs(both[step] - whole[step]) / abs(whole[step]) for step in whole)
+        results.append(Result("hosts 1 = 2", difference <= HOSTS_TOLERANCE, {"loss_difference": difference}))
+    except UserError as error:
+        name = "hosts 1 = 2" if results else "resumed = uninterrupted"
+        results.append(Result(name, False, {"place": str(error)}))
+    return results
+
+
+# ---------------------------------------------------------------- the program
+
+
+def xla_flags(devices: int) -> str:
+    """Fake devices, and compiles twice as fast: what runs is tiny."""
+    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+
+
+def line(result: Result) -> str:
+    f = result.figures
+    if "refused" in f:
+        cells = ["not for this model:", " ".join(f["refused"].split())]
+    elif "gradient_difference" in f:
+        cells = [
+            f"loss {f['loss_difference']:.1e}",
+            f"gradient {f['gradient_difference']:.1e} {f['parameter']:44}",
+            f"{human(f['bytes_per_device']):>10} a device",
+            f"{f['replicated']:6.1%} replicated",
+        ]
+    else:
+        cells = [f"{key.replace('_', ' ')} {value:.3g}" for key, value in f.items() if key != "place"]
+    verdict = "-" if "refused" in f else "ok" if result.ok else "FAIL"
+    where = f"\n      first difference: {f['place']}" if "place" in f else ""
+    return f"{verdict:4}  {result.name:30}  {'  '.join(cells)}{where}"
+
+
+def verify(config: ConfigDict, meshes: list[str] | None = None) -> list[Result]:
+    """Every law for this (unresolved) config, each printed as it is known. meshes: instead of the sensible ones."""
+    results, tiny = [], shrink(config)
+
+    def say(result: Result) -> None:
+        results.append(result)
+        print(line(result), flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        make_data(folder)
+        tiny.data.path = str(folder / "tokens")
+        batches = train_batches(resolve(tiny))
+        one = train_on(resolve(on_mesh(tiny, "")), make_mesh(on_mesh(tiny, ""), jax.devices()[:1]), batches)
+        print(f"one device: loss {one.losses[0]:.4f} -> {one.losses[-1]:.4f} in {STEPS} steps; differences from it:")
+        for words in meshes or [words for words in MESHES if "expert" not in words or tiny.model.num_experts]:
+            say(same_as_one_device(tiny, words, one, batches))
+        say(packed_as_alone(tiny, batches))
+        for result in runs_agree(tiny, folder):
+            say(result)
+    return results
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.Parser(prog="jaxlm.verify", description=__doc__)
+    parser.add_config()
+    parser.add_argument("--meshes", help='instead of all that are sensible: "fsdp=8; sequence=4 tensor=2 ring"')
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    args = parser.parse(argv)
+    if args.json and not Path(args.json).parent.is_dir():
+        raise ConfigError(f"--json={args.json}: there is no directory {Path(args.json).parent}")
+    config, began = load(args.config), time.perf_counter()
+    require(override(config, args.overrides) + check(config))
+    os.environ["XLA_FLAGS"] = xla_flags(DEVICES)  # read when the first device is asked for
+    jax.config.update("jax_platforms", "cpu")
+    meshes = args.meshes and [words.strip() for words in args.meshes.split(";") if words.strip()]
+    results = verify(config, meshes)
+    failed = [result.name for result in results if not result.ok]
+    seconds = time.perf_counter() - began
+    print(
+        f"{len(results) - len(failed)} of {len(results)} hold ({seconds:.0f} s)"
+        + (f"; FAILED: {failed}" if failed else "")
+    )
+    if args.json:
+        rows = [{"name": result.name, "ok": result.ok} | result.figures for result in results]
+        Path(args.json).write_text(json.dumps({"config": args.config, "ok": not failed, "laws": rows}, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,100 @@
+"""verify: every recipe holds, and what is broken on purpose is found and named."""
+
+import json
+
+import jax
+import pytest
+from conftest import mesh_of, program
+from test_config import RECIPES
+
+from jaxlm import config as configs
+from jaxlm import verify
+from jaxlm.data.pipeline import train_batches
+from jaxlm.kernels import attention, cross_entropy
+from jaxlm.laws import Result, on_mesh, packed_as_alone, same_as_one_device, train_on
+from jaxlm.parallel import ring
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_verify_passes_on_every_recipe(recipe, tmp_path):
+    run = program("jaxlm.verify", f"--config=configs/{recipe}", f"--json={tmp_path / 'laws.json'}")
+    told = json.loads((tmp_path / "laws.json").read_text())
+    assert told["ok"] and len(told["laws"]) >= 14 and "FAIL" not in run.stdout
+    assert sum("refused" in law for law in told["laws"]) <= 3, run.stdout
+
+
+def test_verify_as_a_program(tmp_path):
+    """One mesh and the runs in processes of their own: resumed, and two hosts."""
+    flags = "--config=configs/quickstart.py", "--meshes=fsdp=4 tensor=2", f"--json={tmp_path}/a.json"
+    run = program("jaxlm.verify", *flags)
+    told = json.loads((tmp_path / "a.json").read_text())
+    assert [law["name"] for law in told["laws"]] == [
+        "fsdp=4 tensor=2", "packed = alone", "resumed = uninterrupted", "hosts 1 = 2",
+    ]  # fmt: skip
+    assert told["ok"] and "4 of 4 hold" in run.stdout
+
+
+def test_a_mesh_that_does_not_exist_is_named():
+    run = program("jaxlm.verify", "--config=configs/quickstart.py", "--meshes=fspd=8", check=False)
+    assert run.returncode == 2 and "fspd=8" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_broken_law_is_exit_1(monkeypatch, capsys):
+    monkeypatch.setattr(verify, "verify", lambda config, meshes: [Result("fsdp=8", False, {"place": "here"})])
+    assert verify.main(["--config=configs/quickstart.py"]) == 1
+    assert "FAILED: fsdp=8" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verify")
+    verify.make_data(folder)
+    config = verify.shrink(configs.load("configs/llama.py:1b"))
+    config.data.path = str(folder / "tokens")
+    return config
+
+
+@pytest.fixture(scope="module")
+def batches(tiny):
+    return train_batches(configs.resolve(tiny))
+
+
+@pytest.fixture(scope="module")
+def one(tiny, batches):
+    return train_on(configs.resolve(on_mesh(tiny, "")), mesh_of(1), batches)
+
+
+def test_a_loss_that_is_summed_twice_over_a_mesh_axis_is_found(tiny, batches, one, monkeypatch):
+    real = cross_entropy.sum_parts
+
+    def twice(y, summed, scattered):
+        y = real(y, summed, scattered)
+        return y + y if summed else y
+
+    monkeypatch.setattr(cross_entropy, "sum_parts", twice)
+    result = same_as_one_device(tiny, "fsdp=4 tensor=2", one, batches)
+    assert not result.ok and result.figures["loss_difference"] > 0.01 and result.figures["parameter"]
+    assert "the loss" in result.figures["place"]
+
+
+def test_a_product_that_is_not_summed_is_found_in_its_layer(tiny, batches, one, monkeypatch):
+    monkeypatch.setattr("jaxlm.parallel.linear.scatter_sum", lambda y, axis, names: jax.lax.dynamic_slice_in_dim(
+        y, 0, y.shape[axis] // jax.lax.axis_size(names), axis) if names else y)  # fmt: skip
+    result = same_as_one_device(tiny, "fsdp=4 tensor=2", one, batches)
+    assert not result.ok and result.figures["place"] == "the output of embed"
+
+
+def test_attention_that_ignores_segments_is_found(tiny, batches, monkeypatch):
+    real = attention.visible
+    monkeypatch.setattr(attention, "visible", lambda t, s, window: real((t[0], None), (s[0], None), window))
+    result = packed_as_alone(tiny, batches)
+    assert not result.ok and result.figures["place"].startswith("the output of layer 0 attention depends on")
+
+
+def test_a_ring_that_ignores_segments_is_found(tiny, batches, one, monkeypatch):
+    real = ring.ring
+    careless = lambda q, k, v, at_T, at_S, *rest: real(q, k, v, (at_T[0], None), (at_S[0], None), *rest)
+    monkeypatch.setattr(ring, "ring", careless)
+    result = same_as_one_device(tiny, "sequence=8 ring", one, batches)
+    assert not result.ok and result.figures["place"] == "the output of layer 0 attention"
