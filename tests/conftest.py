@@ -3,7 +3,7 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-FLAGS = "--xla_backend_optimization_level=0"  # compiles twice as fast; the tests' arrays are tiny
+FLAGS = "--xla_backend_optimization_level=1"  # compiles twice as fast; the tests' arrays are tiny
 os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count=8"
 
 import subprocess

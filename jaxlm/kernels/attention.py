@@ -117,6 +117,7 @@ blockwise.defvjp(blockwise_forward, blockwise_backward)
 def flash_forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap):
     """(out [B, T, N, H], log-sum-exp of the logits [B, T, N]), float32: 0 and NEVER where a query sees no key."""
     T, N = q_BTNH.shape[1:3]
+    q_BTNH, at_T, at_S = tie(q_BTNH, at_T, at_S)
     keys = (split(k_BSKH), split(v_BSKH), split_marks(at_S, LAST))
 
     def row(query):
@@ -152,6 +153,7 @@ def flash_backward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, lse_BTN, delta_BTN, dout_
     out * dout.
     """
     (T, S), H, K = (q_BTNH.shape[1], k_BSKH.shape[1]), q_BTNH.shape[3], k_BSKH.shape[2]
+    q_BTNH, at_T, at_S = tie(q_BTNH, at_T, at_S)
     queries = (*(split_queries(x, K) for x in (q_BTNH, lse_BTN, delta_BTN, dout_BTNH)), split_marks(at_T, -1))
 
     def column(dq, key):
@@ -186,6 +188,14 @@ def flash_backward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, lse_BTN, delta_BTN, dout_
 
 
 FLASH = (flash_forward, flash_backward)
+
+
+def tie(*arrays):
+    """The same, as if each depended on all. A scan over layers computes what is the same in all of them beforehand:
+
+    it would make the masks of all blocks, T x S of them, and keep them.
+    """
+    return jax.lax.optimization_barrier(arrays)
 
 
 def block_logits(q_BTKGH, k_BSKH, at_T, at_S, window, softcap):

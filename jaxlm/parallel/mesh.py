@@ -33,6 +33,8 @@ RULES = {  # logical axis -> mesh axes, the outer first; one that is not here is
     "residual": ("sequence", "tensor"),  # positions between the layers' matrix products (Korthikanti et al. 2022)
     "stage": ("stage",),
 }
+# Sharded by a mesh axis that no other dimension has taken (fewer key heads than devices, an odd vocabulary).
+SPARE = {"embed": ("tensor",), "expert_embed": ("tensor",)}
 PARAMETER_AXES = ("layers", "vocab", "embed", "heads", "kv_heads", "mlp", "expert", "expert_embed")
 # ZeRO-1 (Rajbhandari et al. 2020): the optimizer's state is split over the copies of the parameters.
 ZERO1_RULES = RULES | {axis: ("data", *RULES.get(axis, ())) for axis in ("embed", "expert_embed", "norm")}
@@ -94,14 +96,16 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh, r
     A mesh axis that does not divide a dimension leaves it unsharded. Raises ValueError where one mesh axis would
     shard two dimensions.
     """
-    entries, used = [], set()
-    for axis, size in zip(axes, shape, strict=True):
-        names = split_axes(axis, size, mesh, rules)
-        if used & set(names):
-            raise ValueError(f"axes {axes}: mesh axis {used & set(names)} would shard two dimensions; see RULES")
-        used |= set(names)
-        entries.append(names if len(names) > 1 else names[0] if names else None)
-    return PartitionSpec(*entries)
+    entries = [split_axes(axis, size, mesh, rules) for axis, size in zip(axes, shape, strict=True)]
+    used = [name for names in entries for name in names]
+    if len(used) > len(set(used)):
+        raise ValueError(f"axes {axes}: a mesh axis would shard two dimensions: {used}; see RULES")
+    for i, axis in enumerate(axes):
+        for name in SPARE.get(axis, ()):
+            parts = math.prod(mesh.shape[other] for other in entries[i]) * mesh.shape[name]
+            if name not in used and mesh.shape[name] > 1 and shape[i] % parts == 0:
+                entries[i] += (name,)
+    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in entries))
 
 
 def batch_shards(mesh) -> int:
@@ -129,8 +133,9 @@ def even_mesh(batch: int, length: int):
     mesh = current_mesh()
     if mesh is None:
         return None
-    sharded = [name for axis, size in (("batch", batch), ("length", length)) for name in split_axes(axis, size, mesh)]
-    wanted = [name for axis in ("batch", "length") for name in RULES[axis] if mesh.shape[name] > 1]
+    sizes = {"batch": batch, "residual": length}
+    sharded = [name for axis, size in sizes.items() for name in split_axes(axis, size, mesh)]
+    wanted = [name for axis in sizes for name in RULES[axis] if mesh.shape[name] > 1]
     return mesh if sharded == wanted else None
 
 
