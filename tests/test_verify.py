@@ -15,8 +15,12 @@ from jaxlm.laws import Result, on_mesh, packed_as_alone, same_as_one_device, tra
 from jaxlm.parallel import ring
 
 
+tiny_of = lambda recipe: json.dumps(configs.flatten(verify.shrink(configs.load(f"configs/{recipe}"))))
+UNLIKE = list({tiny_of(recipe): recipe for recipe in RECIPES}.values())  # sizes of one recipe shrink to the same
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", UNLIKE)
 def test_verify_passes_on_every_recipe(recipe, tmp_path):
     run = program("jaxlm.verify", f"--config=configs/{recipe}", f"--json={tmp_path / 'laws.json'}")
     told = json.loads((tmp_path / "laws.json").read_text())
