@@ -14,7 +14,6 @@ from jaxlm.kernels import attention, cross_entropy
 from jaxlm.laws import Result, on_mesh, packed_as_alone, same_as_one_device, train_on
 from jaxlm.parallel import ring
 
-
 tiny_of = lambda recipe: json.dumps(configs.flatten(verify.shrink(configs.load(f"configs/{recipe}"))))
 UNLIKE = list({tiny_of(recipe): recipe for recipe in RECIPES}.values())  # sizes of one recipe shrink to the same
 
