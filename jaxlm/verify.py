@@ -11,6 +11,7 @@ Exit code 1 where one of these breaks, with the mesh, the parameter and the firs
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -205,15 +206,18 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--json={args.json}: there is no directory {Path(args.json).parent}")
     config, began = load(args.config), time.perf_counter()
     require(override(config, args.overrides) + check(config))
-    os.environ["XLA_FLAGS"] = xla_flags(DEVICES)  # read when the first device is asked for
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(DEVICES)}"  # read when the first device is asked for
+    )
     jax.config.update("jax_platforms", "cpu")
+    logging.getLogger("jaxlm").setLevel(logging.ERROR)  # what a tiny model leaves whole says nothing of the real one
     meshes = args.meshes and [words.strip() for words in args.meshes.split(";") if words.strip()]
     results = verify(config, meshes)
     failed = [result.name for result in results if not result.ok]
     seconds = time.perf_counter() - began
     print(
         f"{len(results) - len(failed)} of {len(results)} hold ({seconds:.0f} s)"
-        + (f"; FAILED: {failed}" if failed else "")
+        + (f"; FAILED: {', '.join(failed)}" if failed else "")
     )
     if args.json:
         rows = [{"name": result.name, "ok": result.ok} | result.figures for result in results]

@@ -44,6 +44,7 @@ def test_a_mesh_that_does_not_exist_is_named():
 
 
 def test_a_broken_law_is_exit_1(monkeypatch, capsys):
+    monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(verify, "verify", lambda config, meshes: [Result("fsdp=8", False, {"place": "here"})])
     assert verify.main(["--config=configs/quickstart.py"]) == 1
     assert "FAILED: fsdp=8" in capsys.readouterr().out
