@@ -1,12 +1,13 @@
 """What a config must satisfy, checked all at once before any device does work. No jax."""
 
+import itertools
 import math
 import re
 
 from ml_collections import ConfigDict
 
 from jaxlm.cli import did_you_mean
-from jaxlm.config import CHOICES, MESH_AXES, STRATEGIES, flatten, mesh_sizes, pipeline_microbatches
+from jaxlm.config import CHOICES, MESH_AXES, flatten, mesh_sizes, pipeline_microbatches
 from jaxlm.errors import ConfigError
 
 AT_LEAST_ONE = (
@@ -38,12 +39,13 @@ def check(c: ConfigDict, devices: int | None = None, vocab_size: int | None = No
     devices: how many there are, if known. vocab_size: the tokenizer's, if known.
     """
     problems = ranges(c)
-    bad = {problem.split(".")[1] for problem in problems}  # sections: arithmetic on nonsense would only add noise
-    if not bad & {"model", "data"}:
+    bad = {problem.removeprefix("config.").partition("=")[0] for problem in problems}
+    sections = {key.split(".")[0] for key in bad}  # arithmetic on nonsense would only add noise
+    if not sections & {"model", "data"}:
         problems += model(c, vocab_size)
-    if not bad & {"train", "data"}:
+    if not sections & {"train", "data"}:
         problems += training(c)
-    return problems if bad & {"model", "train"} else problems + mesh(c, devices)
+    return problems + mesh(c, devices, bad)
 
 
 def ranges(c: ConfigDict) -> list[str]:
@@ -180,7 +182,8 @@ def fits(sizes: dict[str, int], devices: int) -> bool:
     return devices % fixed == 0 if -1 in sizes.values() else devices == fixed
 
 
-def mesh(c: ConfigDict, devices: int | None) -> list[str]:
+def mesh(c: ConfigDict, devices: int | None, bad: set[str]) -> list[str]:
+    """bad: keys whose values are no numbers to count with."""
     given = {axis: c.mesh[axis] for axis in MESH_AXES}
     problems = [
         f"config.mesh.{axis}={n}: must be at least 1, -1 for all devices that are left, or 0 (1, or the strategy's)"
@@ -190,11 +193,12 @@ def mesh(c: ConfigDict, devices: int | None) -> list[str]:
     free = [axis for axis, n in given.items() if n == -1]
     if len(free) > 1:
         problems.append(f"config.mesh: only one axis may be -1, not {' and '.join(free)}")
-    if problems or c.mesh.slices < 1 or c.mesh.strategy not in STRATEGIES:
+    if problems or c.mesh.slices < 1:
         return problems
     sizes = mesh_sizes(c)
     if devices is not None and not fits(sizes, devices):
         problems.append(misfit(c, sizes, devices))
+        sizes = {axis: n if devices % n == 0 else 1 for axis, n in sizes.items()}  # the rest of what is wrong
     free = [axis for axis, n in sizes.items() if n == -1]
     fixed = math.prod(n for n in sizes.values() if n != -1)
     for axis in free:  # as many as are left, or nothing more is known
@@ -205,23 +209,29 @@ def mesh(c: ConfigDict, devices: int | None) -> list[str]:
             f"config.mesh.slices={c.mesh.slices}: must divide config.mesh.{c.mesh.across}={across}, the axis across "
             f"them (nearest: {nearest_divisors(c.mesh.slices, across)})"
         )
-    return problems + model_on_mesh(c, sizes, devices) + batch_on_mesh(c, sizes)
+    if not bad & {"model.num_heads", "model.num_experts", "model.num_layers", "model.layers", "model.pipeline_rounds"}:
+        problems += model_on_mesh(c, sizes, devices)
+    if not bad & {"train.batch_size", "train.grad_accumulation", "data.seq_len", "model.pipeline_microbatches"}:
+        problems += batch_on_mesh(c, sizes)
+    return problems
 
 
 def misfit(c: ConfigDict, sizes: dict[str, int], devices: int) -> str:
-    given = " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1) or "data=1"
-    of = {"tensor": c.model.num_heads, "expert": c.model.num_experts}  # what an axis must divide besides
-    fixes = [
-        (axis, n)
-        for axis in MESH_AXES
-        for n in range(1, devices + 1)
-        if fits(sizes | {axis: n}, devices) and of.get(axis, n) % n == 0
-    ]
-    fixes.sort(key=lambda fix: abs(math.log(fix[1] / max(sizes[fix[0]], 1))))
-    nearest = " or ".join(f"{axis}={n}" for axis, n in fixes[:2]) or "data=-1 and all others 1"
+    """What is wrong with these sizes, and the two nearest meshes of these axes (and data) that are right."""
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    of = {"tensor": c.model.num_heads, "expert": c.model.num_experts or 1}  # what an axis must divide besides
+    given = {axis: n for axis, n in sizes.items() if n > 1}
+    axes = list(dict.fromkeys(["data", *given]))
+    meshes = []
+    for numbers in itertools.product(*([n for n in divisors if of.get(axis, n) % n == 0] for axis in axes)):
+        if math.prod(numbers) == devices:
+            changes = (abs(math.log(n / given[axis])) for axis, n in zip(axes, numbers) if axis in given)
+            meshes.append((sum(changes), " x ".join(f"{axis}={n}" for axis, n in zip(axes, numbers) if n > 1)))
+    nearest = " or ".join(text or "data=1" for _, text in sorted(meshes)[:2])
     fixed = math.prod(n for n in sizes.values() if n != -1)
     rule = "divide" if -1 in sizes.values() else "be"
-    return f"config.mesh: {given} is {fixed} of {devices} devices; it must {rule} {devices} (nearest: {nearest})"
+    named = " x ".join(f"config.mesh.{axis}={n}" for axis, n in given.items()) or "config.mesh.data=1"
+    return f"{named}: {fixed} of {devices} devices; the product must {rule} {devices} (nearest: {nearest})"
 
 
 def model_on_mesh(c: ConfigDict, sizes: dict[str, int], devices: int | None) -> list[str]:
@@ -252,7 +262,8 @@ def model_on_mesh(c: ConfigDict, sizes: dict[str, int], devices: int | None) -> 
         problems.append(
             f"config.mesh.stage={stage}: with config.model.pipeline_rounds={m.pipeline_rounds} the layers are cut into "
             f"{parts} parts; config.model.num_layers={m.num_layers} must be a multiple of "
-            f"{parts * len(m.layers)} ({nearest_multiples(m.num_layers, parts * len(m.layers))})"
+            f"{parts * len(m.layers)} ({nearest_multiples(m.num_layers, parts * len(m.layers))}), or mesh.stage divide "
+            f"it (nearest: {nearest_divisors(stage, both(max(layers // max(m.pipeline_rounds, 1), 1)))})"
         )
     return problems
 

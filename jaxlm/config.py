@@ -125,7 +125,7 @@ def base() -> ConfigDict:
     o.adam_learning_rate = 0.0  # muon: peak for embeddings, norms and biases; 0: as learning_rate
     o.momentum = 0.95  # muon
 
-    c.mesh = ConfigDict()  # devices along each axis; 0: 1, or for the strategy's axis the devices left over
+    c.mesh = ConfigDict()  # devices along each axis; 0: 1, or for the strategy's axis (then data) the devices left
     c.mesh.strategy = "data"  # which axis takes them: data | zero1 | fsdp | tensor | sequence | expert
     c.mesh.data = 0  # copies of the parameters, each with its own rows (zero1: optimizer state split over them)
     c.mesh.fsdp = 0  # rows and parameters both sharded
@@ -256,9 +256,9 @@ def parse(text: str, default):
 def mesh_sizes(c: ConfigDict) -> dict[str, int]:
     """{axis: size}, where at most one size, that of the axis that takes the devices left over, is -1."""
     sizes = {axis: c.mesh[axis] for axis in MESH_AXES}
-    left_over = STRATEGIES.get(c.mesh.strategy)
-    if -1 not in sizes.values() and left_over and sizes[left_over] == 0:
-        sizes[left_over] = -1
+    free = [axis for axis in (STRATEGIES.get(c.mesh.strategy), "data") if axis and sizes[axis] == 0]
+    if free and -1 not in sizes.values():
+        sizes[free[0]] = -1
     return {axis: size or 1 for axis, size in sizes.items()}
 
 

@@ -117,7 +117,8 @@ def pipeline_lines(config: ConfigDict, mesh) -> list[tuple[str, str]]:
     rows = config.train.batch_size // config.train.grad_accumulation // batch_shards(mesh)
     parts = pipeline_microbatches(config.model, rows, stages)
     bubble = bubble_fraction(stages, parts, rounds)
-    return [("pipeline", f"{stages} stages, {parts} microbatches, {rounds} rounds: {bubble:.1%} of the time is bubble")]
+    text = f"{stages} stages, {parts} microbatches, rounds: {rounds}; {bubble:.1%} of the time is bubble"
+    return [("pipeline", text)]
 
 
 def sharding_table(params, shardings) -> str:

@@ -6,13 +6,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm.check import check, require
+from jaxlm.check import check
 from jaxlm.config import MESH_AXES, resolve, set_key
 from jaxlm.costs import bytes_per_device
 from jaxlm.errors import ConfigError
 from jaxlm.models import build
 from jaxlm.parallel.hosts import to_global
-from jaxlm.parallel.mesh import make_mesh, replicated_share
+from jaxlm.parallel.mesh import make_mesh, replicated_share, require_sharded
 from jaxlm.state import State, abstract_state, gradients, init_state, state_shardings, train_step
 
 DEVICES, STEPS = 8, 20
@@ -74,13 +74,18 @@ def train_on(config: ConfigDict, mesh, batches) -> Run:
 def same_as_one_device(tiny: ConfigDict, words: str, one: Run, batches) -> Result:
     config = on_mesh(tiny, words)
     problems = check(config, DEVICES)
+    if problems:  # this mesh is not for this model, and train would say the same
+        return Result(words, True, {"refused": "; ".join(problems)})
     config = resolve(config)
+    mesh = make_mesh(config)
     try:
-        require(problems)
-        mesh = make_mesh(config)
-        run = train_on(config, mesh, batches)
-    except ConfigError as error:  # this mesh is not for this model, and train would say the same
+        require_sharded(abstract_state(config)[0].params, state_shardings(config, mesh).params, mesh)
+    except ConfigError as error:
         return Result(words, True, {"refused": str(error)})
+    try:
+        run = train_on(config, mesh, batches)
+    except Exception as error:  # of whatever kind: the other meshes are to be tried too
+        return Result(words, False, {"place": f"the step itself: {type(error).__name__}: {str(error)[:500]}"})
     loss = float(np.max(np.abs(run.losses - one.losses) / np.abs(one.losses)))
     gradient, parameter = worst(run.grads, one.grads)
     ok = loss <= LOSS_TOLERANCE and gradient <= GRADIENT_TOLERANCE

@@ -199,13 +199,19 @@ def load(path: str | Path, *, step: str | int = "latest", mesh: dict[str, int] |
     step = checkpoints.choose(step)
     meta = checkpoints.meta(step)
     config = config_of(meta)
+    # What a pipeline and slices ask of a batch is not for inference: rows come in any number.
+    config.mesh.slices, config.model.pipeline_rounds, config.model.pipeline_microbatches = 1, 1, 0
     sizes = mesh_sizes(config) if mesh is None else dict.fromkeys(MESH_AXES, 1) | mesh
     for axis in set(sizes) - set(MESH_AXES):
-        raise ConfigError(f"mesh: there is no axis {axis}{did_you_mean(axis, MESH_AXES)}")
+        hint = did_you_mean(axis, MESH_AXES)
+        raise ConfigError(f"mesh: there is no axis {axis}{hint} (they are {', '.join(MESH_AXES)})")
+    if not all(isinstance(size, int) and (size > 0 or size == -1) for size in sizes.values()):
+        raise ConfigError(f"mesh={mesh}: sizes are whole numbers from 1 on, or -1 for the devices that are left")
     if mesh is None and (sizes["stage"] != 1 or not fits(sizes, jax.device_count())):
         sizes = dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1}  # a pipeline has nothing to gain from single tokens
+        config.mesh.across = "fsdp"
     elif not fits(sizes, jax.device_count()):
-        raise ConfigError(f"mesh={mesh} does not fit the {jax.device_count()} devices")
+        raise ConfigError(f"mesh={mesh} does not fit the {jax.device_count()} devices: its sizes must multiply to that")
     config.mesh.update(sizes)
     mesh = make_mesh(config)
     params = checkpoints.restore_params(step, abstract_state(config)[0], state_shardings(config, mesh))

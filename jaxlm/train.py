@@ -28,7 +28,7 @@ from jaxlm.errors import CheckpointError, ConfigError, NumericsError, UserError
 from jaxlm.evaluate import Evaluator
 from jaxlm.monitor import Monitor
 from jaxlm.parallel import hosts
-from jaxlm.parallel.mesh import make_mesh
+from jaxlm.parallel.mesh import abstract_mesh, make_mesh, require_sharded
 from jaxlm.state import State, abstract_state, init_state, state_shardings, train_step
 
 
@@ -268,6 +268,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
     config = load(args.config)
     problems = override(config, args.overrides)
+    if args.devices is not None and args.devices < 1:
+        parser.error(f"--devices={args.devices}: must be at least 1")
     if args.dry_run or args.print_config:
         jax.config.update("jax_platforms", "cpu")  # an accelerator is not even asked
         fixed = [config.mesh[axis] for axis in MESH_AXES if config.mesh[axis] > 0]
@@ -287,6 +289,8 @@ def main(argv: list[str]) -> int:
         problems.append(f"config.model.vocab_size=0: it is the tokenizer's, and {data_problem}")
     require(problems + check(config, devices, vocab_size))
     config = resolve(config, vocab_size)
+    mesh = abstract_mesh(config, devices)
+    require_sharded(abstract_state(config)[0].params, state_shardings(config, mesh).params, mesh)
     if args.print_config:
         print("\n".join(f"{key} = {value!r}" for key, value in flatten(config).items()))
         return 0

@@ -12,6 +12,7 @@ Exit code 1 where one of these breaks, with the mesh, the parameter and the firs
 import contextlib
 import json
 import logging
+import math
 import os
 import socket
 import subprocess
@@ -42,16 +43,22 @@ MESHES = (
 HOSTS_TOLERANCE = 1e-6  # relative, of the losses
 
 
+def few(count: int) -> int:
+    """At most 8, divided by the same powers of 2 up to 8: what no axis divides stays so."""
+    return count if count <= 8 else max(math.gcd(count, 8), 3 if count % 2 else 2)
+
+
 def shrink(c: ConfigDict) -> ConfigDict:
     """A tiny config of the same structure: what is compiled is the same code, only smaller. c: unresolved."""
     c = c.copy_and_resolve_references()
     m, d, t = c.model, c.data, c.train
-    group = max(m.num_heads // (m.num_kv_heads or m.num_heads), 1)
-    kv_heads = 1 if m.num_kv_heads == 1 else max(8 // group, 2)
+    group, kv_heads = few(m.num_heads // (m.num_kv_heads or m.num_heads)), few(m.num_kv_heads or m.num_heads)
+    rounds_of_layers = m.num_layers // len(m.layers)
+    scanned = next((n for n in (4, 2) if rounds_of_layers % (n * m.pipeline_rounds) == 0), 1) * m.pipeline_rounds
     vocab = 264 + (m.vocab_size % 8)  # bytes; a size that no axis divides stays one
     longer = m.context_length > d.seq_len
     whole = not m.context_length or m.context_length >= d.seq_len
-    m.num_layers = len(m.layers) * (4 * m.pipeline_rounds if m.scan else max(1, 2 // len(m.layers)))
+    m.num_layers = len(m.layers) * (scanned if m.scan else max(1, 2 // len(m.layers)))
     m.num_heads, m.num_kv_heads, m.head_dim = group * kv_heads, kv_heads, 8
     m.embed_dim, m.mlp_dim, m.expert_dim, m.vocab_size = 64, 128, 64 if m.expert_dim else 0, vocab
     m.context_length = 0 if whole and not longer else 128 if longer else 32
@@ -187,7 +194,10 @@ def verify(config: ConfigDict, meshes: list[str] | None = None) -> list[Result]:
         tiny.data.path = str(folder / "tokens")
         batches = train_batches(resolve(tiny))
         one = train_on(resolve(on_mesh(tiny, "")), make_mesh(on_mesh(tiny, ""), jax.devices()[:1]), batches)
-        print(f"one device: loss {one.losses[0]:.4f} -> {one.losses[-1]:.4f} in {STEPS} steps; differences from it:")
+        print(
+            f"a tiny model of this structure, in float32, without dropout: loss {one.losses[0]:.4f} -> "
+            f"{one.losses[-1]:.4f} in {STEPS} steps on one device; differences from it:"
+        )
         for words in meshes or [words for words in MESHES if "expert" not in words or tiny.model.num_experts]:
             say(same_as_one_device(tiny, words, one, batches))
         say(packed_as_alone(tiny, batches))
@@ -211,12 +221,20 @@ def main(argv: list[str]) -> int:
     )
     jax.config.update("jax_platforms", "cpu")
     logging.getLogger("jaxlm").setLevel(logging.ERROR)  # what a tiny model leaves whole says nothing of the real one
-    meshes = args.meshes and [words.strip() for words in args.meshes.split(";") if words.strip()]
+    meshes = None
+    if args.meshes is not None:
+        meshes = [words.strip() for words in args.meshes.split(";") if words.strip()]
+        tiny = shrink(config)
+        require([problem for words in meshes for problem in check(on_mesh(tiny, words), DEVICES)])
+        if not meshes:
+            raise ConfigError('--meshes: empty; give some, such as --meshes="fsdp=8; fsdp=4 tensor=2"')
     results = verify(config, meshes)
     failed = [result.name for result in results if not result.ok]
+    refused = sum("refused" in result.figures for result in results)
+    held = len(results) - len(failed) - refused
     seconds = time.perf_counter() - began
     print(
-        f"{len(results) - len(failed)} of {len(results)} hold ({seconds:.0f} s)"
+        f"{held} hold{f', {refused} not for this model' if refused else ''} ({seconds:.0f} s)"
         + (f"; FAILED: {', '.join(failed)}" if failed else "")
     )
     if args.json:

@@ -69,7 +69,7 @@ def test_unknown_keys_suggest_the_nearest_in_any_section():
         ({"seed": -1}, "seed=-1"),
         ({"mesh__stage": 4}, "mesh.stage=4"),
         ({"train__stop_at": 99}, "train.stop_at=99"),
-        ({"mesh__tensor": 3}, "tensor=4 or tensor=2"),
+        ({"mesh__tensor": 3}, "data=4 x tensor=2"),
         ({"mesh__data": 4}, "data=8"),
         ({"mesh__data": -1, "mesh__fsdp": -1}, "only one axis may be -1"),
         ({"mesh__tensor": 8}, "config.model.num_heads=4"),

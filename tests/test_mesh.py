@@ -17,7 +17,7 @@ from jaxlm.laws import train_on, worst
 from jaxlm.parallel import mesh as meshes
 from jaxlm.parallel.hosts import to_global
 from jaxlm.parallel.mesh import make_mesh, require_sharded
-from jaxlm.parallel.pipeline import bubble_fraction
+from jaxlm.parallel.pipeline import bubble_fraction, pipeline
 from jaxlm.state import abstract_state, state_shardings, train_step
 
 MODELS = {
@@ -29,6 +29,7 @@ MODELS = {
         "model__num_experts": 4,
         "model__num_kv_heads": 4,
         "model__router_z_loss": 1e-3,
+        "model__mlp": "relu2",
         "optim__learning_rate": 1e-3,
     },
 }
@@ -214,7 +215,8 @@ def problems_of(devices, **overrides):
 @pytest.mark.parametrize(
     ("overrides", "expect"),
     [
-        ({"mesh__tensor": 3}, ["tensor=3 is 3 of 8 devices", "tensor=2"]),
+        ({"mesh__tensor": 3}, ["mesh.tensor=3: 3 of 8 devices", "nearest: data=4 x tensor=2"]),
+        ({"mesh__tensor": 5, "mesh__sequence": 3}, ["15 of 8 devices", "sequence=4 x tensor=2"]),
         ({"mesh__data": 4, "mesh__fsdp": 2, "train__batch_size": 10}, ["batch_size=10", "= 8", "8 or 16"]),
         ({"mesh__tensor": 4}, ["num_heads=6", "nearest: 1 or 2"]),
         ({"mesh__sequence": 8, "data__seq_len": 100}, ["seq_len=100", "= 16", "96 or 112"]),
@@ -241,6 +243,13 @@ def test_an_axis_that_does_not_divide_the_heads_or_the_vocabulary_shards_the_emb
     assert attention["query"]["kernel"].spec == jax.P(None, "fsdp", "tensor", None)
 
 
+def test_problems_of_all_sections_are_told_at_once():
+    """A bad value leaves out only the rules that would count with it."""
+    found = problems_of(8, mesh__tensor=3, train__batch_size=10, mesh__fsdp=4, mesh__strategy="fdsp", model__norm="x")
+    keys = [problem.partition("=")[0].partition(":")[0] for problem in found]
+    assert keys == ["config.model.norm", "config.mesh.strategy", "config.mesh.fsdp", "config.train.batch_size"]
+
+
 def test_a_strategy_is_one_word():
     for strategy, axis in configs.STRATEGIES.items():
         c = small_config(mesh__strategy=strategy)
@@ -258,7 +267,8 @@ def test_slices_lie_along_the_axis_across_them():
 def test_many_parameters_left_whole_are_an_error_that_names_the_worst(caplog):
     c = small_config(model__embed_dim=34, model__head_dim=8, model__mlp_dim=65, model__vocab_size=63)
     with pytest.raises(ConfigError, match="mlp/down/kernel") as error:
-        state_shardings(c, mesh_of(fsdp=4, data=2))
+        mesh = mesh_of(fsdp=4, data=2)
+        require_sharded(abstract_state(c)[0].params, state_shardings(c, mesh).params, mesh)
     assert len(re.findall(r"^  ", str(error.value), re.MULTILINE)) == 5
 
 
@@ -269,6 +279,16 @@ def test_a_dimension_left_whole_is_said_in_one_line(caplog):
     require_sharded(abstract_state(c)[0].params, state_shardings(c, mesh).params, mesh)
     said = [record.message for record in caplog.records]
     assert said == ["axis kv_heads of 2 is not divided by tensor=4: whole there"]
+
+
+def test_the_devices_left_by_a_strategy_whose_axis_is_given_are_data():
+    assert make_mesh(small_config(mesh__strategy="tensor", mesh__tensor=2)).shape["data"] == 4
+
+
+def test_rounds_with_fewer_microbatches_than_stages_are_refused():
+    x = np.zeros((2, 4, 8), np.float32)
+    with pytest.raises(ValueError, match="at least 4 microbatches"):
+        pipeline(None, {}, x, {}, stages=4, microbatches=2, rounds=2)
 
 
 def test_bubble():

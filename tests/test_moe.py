@@ -40,11 +40,11 @@ def make(**overrides):
     """(config, model, params, x, segments): a router with preferences, rows that end in padding of various lengths."""
     c = model_config(**overrides)
     x_BTD = jax.random.normal(jax.random.key(0), (B, T, D))
-    params = nn.unbox(jax.jit(MoE(c).init)(jax.random.key(1), x_BTD))["params"]
+    params = nn.unbox(jax.jit(MoE(c, True).init)(jax.random.key(1), x_BTD))["params"]
     if "bias" in params["router"]:
         params["router"]["bias"] = jnp.linspace(0.3, 0, E)
     segments_BT = (jnp.arange(T) < T - jnp.arange(B)[:, None]).astype(jnp.int32)
-    return c, MoE(c), params, x_BTD, segments_BT
+    return c, MoE(c, True), params, x_BTD, segments_BT
 
 
 def chosen(c, params, x_BTD):
@@ -103,7 +103,7 @@ def test_only_the_chosen_run_and_it_is_as_if_all_did(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ample_capacity_drops_nothing(variant):
     _, model, params, x, segments = make(**VARIANTS[variant])
-    roomy = MoE(model_config(**VARIANTS[variant], capacity_factor=float(E)))
+    roomy = MoE(model_config(**VARIANTS[variant], capacity_factor=float(E)), True)
     a, b = (jax.jit(partial(m.apply, {"params": params}))(x, segments) for m in (model, roomy))
     close(a, b)
     assert b[1]["dropped"] == 0
@@ -253,7 +253,7 @@ def test_the_router_computes_in_float32():
     assert params["router"]["kernel"].dtype == jnp.float32 and params["experts"]["up"].dtype == jnp.bfloat16
     x = x.astype(jnp.bfloat16)
     y, aux = jax.jit(partial(model.apply, {"params": params}))(x, segments)
-    exact = MoE(model_config(dtype="float32"))
+    exact = MoE(model_config(dtype="float32"), True)
     _, aux_exact = jax.jit(partial(exact.apply, {"params": params}))(x.astype(jnp.float32), segments)
     assert y.dtype == jnp.bfloat16
     close(aux, aux_exact, 0)

@@ -35,7 +35,7 @@ def test_verify_as_a_program(tmp_path):
     assert [law["name"] for law in told["laws"]] == [
         "fsdp=4 tensor=2", "packed = alone", "resumed = uninterrupted", "hosts 1 = 2",
     ]  # fmt: skip
-    assert told["ok"] and "4 of 4 hold" in run.stdout
+    assert told["ok"] and "4 hold (" in run.stdout
 
 
 def test_a_mesh_that_does_not_exist_is_named():

@@ -112,7 +112,7 @@ class Embed(nn.Module):
 ACTIVATIONS = {
     "swiglu": nn.silu,  # gated: Shazeer 2020
     "gelu": nn.gelu,  # tanh form, as GPT-2
-    "relu2": lambda x: jnp.square(nn.relu(x)),  # So et al. 2021 (Primer)
+    "relu2": lambda x: jnp.square(jnp.maximum(x, 0)),  # So et al. 2021 (Primer)
 }
 
 

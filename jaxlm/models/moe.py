@@ -74,13 +74,14 @@ class MoE(nn.Module):
     """
 
     config: FrozenConfigDict
+    train: bool  # only then does an expert's capacity count: what is written must not depend on what stands beside it
 
     @nn.compact
     def __call__(self, x_BTD, segments_BT=None, places_T=None) -> tuple[jax.Array, dict[str, jax.Array]]:
         c = self.config
         segments_BT = jnp.ones(x_BTD.shape[:2], jnp.int32) if segments_BT is None else segments_BT
         places_T = jnp.arange(x_BTD.shape[1]) if places_T is None else places_T
-        slots = capacity(c, x_BTD.shape[1])
+        slots = capacity(c, x_BTD.shape[1]) if self.train else 0
         y_BTD, sums = mixture(
             x_BTD, segments_BT, places_T, Router(c, name="router")(), Experts(c, name="experts")(),
             ROUTER_AXES | EXPERT_AXES, route=partial(route, c), mlp=partial(expert_mlp, c), slots=slots,

@@ -106,7 +106,7 @@ class Block(nn.Module):
         x_BTD = constrain(x_BTD + drop(y_BTD), "batch", "residual", None)
         y_BTD = norm(c, "mlp_norm")(x_BTD)
         if c.num_experts:
-            y_BTD, routing = MoE(c, name="mlp")(y_BTD, context.segments_BT, context.places_T)
+            y_BTD, routing = MoE(c, self.train, name="mlp")(y_BTD, context.segments_BT, context.places_T)
             self.sow("aux", "routing", routing, init_fn=dict, reduce_fn=lambda _, new: new)
         else:
             y_BTD = MLP(c, c.mlp_dim, name="mlp")(y_BTD)

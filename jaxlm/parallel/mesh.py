@@ -218,5 +218,5 @@ def require_sharded(params, places, mesh) -> None:
             f"{share:.0%} of the parameters are whole on every device of mesh {given} (at most {MAX_REPLICATED:.0%} "
             "may be); the largest:\n  "
             + "\n  ".join(names[:5])
-            + "\nuse sizes of these axes that divide the shapes, or mesh.fsdp, which shards nearly all"
+            + "\nuse sizes that divide the shapes (the vocabulary may be larger than the tokenizer's), or mesh.fsdp too"
         )

@@ -29,6 +29,10 @@ def pipeline(apply: Callable, layers, x_BTD, rows, *, stages: int, microbatches:
     rounds > 1: a microbatch must be back before its next round.
     """
     S, M, V = stages, microbatches, rounds
+    if V > 1 and M < S:
+        raise ValueError(
+            f"{rounds} rounds over {stages} stages need at least {stages} microbatches, not {microbatches}"
+        )
     split = lambda a: a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1)
     stage_S = jnp.arange(S)
 
