@@ -3,8 +3,8 @@
     python -m jaxlm.train --config=configs/mixtral.py:8x7b --dry_run --devices=64
     python -m jaxlm.train --config=configs/mixtral.py:small --workdir=runs/mixtral --config.data.path=DIR
 
-8x7b: 46,702,792,704 parameters, of which a token meets 12,879,925,248. small: 8 layers of width 512, 214,213,120 parameters of which
-a token meets 82,092,544.
+8x7b: 46,702,792,704 parameters, of which a token meets 12,879,925,248. small: 8 layers of width 512, 214,213,120 and
+82,092,544 parameters.
 """
 
 from jaxlm.config import base, variant
