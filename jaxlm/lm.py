@@ -88,7 +88,11 @@ class LM:
                     sums[owner] += nats, row["weights"].sum()
         nan = float("nan")
         return [
-            TextLoss(nats / n if n else nan, nats / math.log(2) / self._predicted_bytes(text) if n else nan, int(n))
+            TextLoss(
+                float(nats / n) if n else nan,
+                float(nats / math.log(2) / self._predicted_bytes(text)) if n else nan,
+                int(n),
+            )
             for text, (nats, n) in zip(texts, sums)
         ]
 

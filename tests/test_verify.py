@@ -24,7 +24,9 @@ def test_verify_passes_on_every_recipe(recipe, tmp_path):
     run = program("jaxlm.verify", f"--config=configs/{recipe}", f"--json={tmp_path / 'laws.json'}")
     told = json.loads((tmp_path / "laws.json").read_text())
     assert told["ok"] and len(told["laws"]) >= 14 and "FAIL" not in run.stdout
-    assert sum("refused" in law for law in told["laws"]) <= 3, run.stdout
+    refused = {law["name"] for law in told["laws"] if "refused" in law}
+    unrolled = {"stage=4 fsdp=2", "stage=2 fsdp=2 tensor=2"}  # as are small models on CPU
+    assert refused <= {"tensor=8", "packed = alone"} | unrolled, run.stdout
 
 
 def test_verify_as_a_program(tmp_path):
