@@ -56,12 +56,10 @@ def shrink(c: ConfigDict) -> ConfigDict:
     rounds_of_layers = m.num_layers // len(m.layers)
     scanned = next((n for n in (4, 2) if rounds_of_layers % (n * m.pipeline_rounds) == 0), 1) * m.pipeline_rounds
     vocab = 264 + (m.vocab_size % 8)  # bytes; a size that no axis divides stays one
-    longer = m.context_length > d.seq_len
-    whole = not m.context_length or m.context_length >= d.seq_len
     m.num_layers = len(m.layers) * (scanned if m.scan else max(1, 2 // len(m.layers)))
     m.num_heads, m.num_kv_heads, m.head_dim = group * kv_heads, kv_heads, 8
     m.embed_dim, m.mlp_dim, m.expert_dim, m.vocab_size = 64, 128, 64 if m.expert_dim else 0, vocab
-    m.context_length = 0 if whole and not longer else 128 if longer else 32
+    m.context_length = 0 if m.context_length in (0, d.seq_len) else 128 if m.context_length > d.seq_len else 32
     m.window = 24
     if m.num_experts:
         m.num_experts = next(n for n in (8, 4, m.num_experts) if m.num_experts % n == 0)
