@@ -289,16 +289,16 @@ def main(argv: list[str]) -> int:
         problems.append(f"config.model.vocab_size=0: it is the tokenizer's, and {data_problem}")
     require(problems + check(config, devices, vocab_size))
     config = resolve(config, vocab_size)
-    mesh = abstract_mesh(config, devices)
-    require_sharded(abstract_state(config)[0].params, state_shardings(config, mesh).params, mesh)
     if args.print_config:
         print("\n".join(f"{key} = {value!r}" for key, value in flatten(config).items()))
         return 0
+    if data_problem and not args.dry_run:
+        raise data_problem
+    mesh = abstract_mesh(config, devices)
+    require_sharded(abstract_state(config)[0].params, state_shardings(config, mesh).params, mesh)
     if args.dry_run:
         print(costs.describe(config, devices, sum(store.num_tokens for store in stores) or None))
         return 0
-    if data_problem:
-        raise data_problem
     if config.eval.every:
         validation_batches(config)  # raises where there is nothing to evaluate on, before the run begins
     if config.data.path:

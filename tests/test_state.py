@@ -141,7 +141,7 @@ def test_one_mesh_axis_never_shards_two_dimensions():
 
 
 def test_a_dimension_that_is_not_divided_stays_whole():
-    assert partition_spec(("embed", "heads"), (16, 3), mesh_of(fsdp=4, tensor=2)) == jax.P("fsdp", None)
+    assert partition_spec(("norm", "heads"), (16, 3), mesh_of(fsdp=4, tensor=2)) == jax.P(None, None)
 
 
 def test_a_golden_step():
