@@ -12,8 +12,8 @@ from jaxlm.costs import bytes_per_device
 from jaxlm.errors import ConfigError
 from jaxlm.models import build
 from jaxlm.parallel.hosts import to_global
-from jaxlm.parallel.mesh import make_mesh, replicated_share, require_sharded
-from jaxlm.state import State, abstract_state, gradients, init_state, state_shardings, train_step
+from jaxlm.parallel.mesh import make_mesh, replicated_share
+from jaxlm.state import State, abstract_state, check_sharding, gradients, init_state, state_shardings, train_step
 
 DEVICES, STEPS = 8, 20
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4  # relative; a gradient's to its largest entry
@@ -79,7 +79,7 @@ def same_as_one_device(tiny: ConfigDict, words: str, one: Run, batches) -> Resul
     config = resolve(config)
     mesh = make_mesh(config)
     try:
-        require_sharded(abstract_state(config)[0].params, state_shardings(config, mesh).params, mesh)
+        check_sharding(config, mesh)
     except ConfigError as error:
         return Result(words, True, {"refused": str(error)})
     try:

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from jaxlm.losses import token_loss
 from jaxlm.models import build
-from jaxlm.models.transformer import balance
+from jaxlm.models.moe import balance
 from jaxlm.optim import optimizer, require_cover, schedule
-from jaxlm.parallel.mesh import OPTIMIZER_RULES, shardings
+from jaxlm.parallel.mesh import OPTIMIZER_RULES, require_sharded, shardings
 
 
 @flax.struct.dataclass
@@ -60,6 +60,12 @@ def state_shardings(config: ConfigDict, mesh) -> State:
     places = shardings(shapes, axes, mesh)
     rules = OPTIMIZER_RULES[config.mesh.strategy]
     return places.replace(opt_state=shardings(shapes.opt_state, axes.opt_state, mesh, rules))
+
+
+def check_sharding(config: ConfigDict, mesh) -> None:
+    """Raises ConfigError where the mesh leaves too many parameters whole. An abstract mesh will do."""
+    shapes, axes = abstract_state(config)
+    require_sharded(shapes.params, shardings(shapes.params, axes.params, mesh), mesh)
 
 
 def init_state(config: ConfigDict, mesh) -> State:

@@ -28,8 +28,8 @@ from jaxlm.errors import CheckpointError, ConfigError, NumericsError, UserError
 from jaxlm.evaluate import Evaluator
 from jaxlm.monitor import Monitor
 from jaxlm.parallel import hosts
-from jaxlm.parallel.mesh import abstract_mesh, make_mesh, require_sharded
-from jaxlm.state import State, abstract_state, init_state, state_shardings, train_step
+from jaxlm.parallel.mesh import abstract_mesh, make_mesh
+from jaxlm.state import State, abstract_state, check_sharding, init_state, state_shardings, train_step
 
 
 class StopSignal:
@@ -294,8 +294,7 @@ def main(argv: list[str]) -> int:
         return 0
     if data_problem and not args.dry_run:
         raise data_problem
-    mesh = abstract_mesh(config, devices)
-    require_sharded(abstract_state(config)[0].params, state_shardings(config, mesh).params, mesh)
+    check_sharding(config, abstract_mesh(config, devices))
     if args.dry_run:
         print(costs.describe(config, devices, sum(store.num_tokens for store in stores) or None))
         return 0

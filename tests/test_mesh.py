@@ -16,9 +16,9 @@ from jaxlm.errors import ConfigError
 from jaxlm.laws import train_on, worst
 from jaxlm.parallel import mesh as meshes
 from jaxlm.parallel.hosts import to_global
-from jaxlm.parallel.mesh import make_mesh, require_sharded
+from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.pipeline import bubble_fraction, pipeline
-from jaxlm.state import abstract_state, state_shardings, train_step
+from jaxlm.state import abstract_state, check_sharding, state_shardings, train_step
 
 MODELS = {
     "dense": {"model__num_heads": 8, "model__num_kv_heads": 8},
@@ -173,7 +173,6 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass():
         compiled, shapes, _ = compiled_step(c, fsdp=8)
         temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
         parameters.append(sum(4 * x.size for x in jax.tree.leaves(shapes.params)))
-    print(temporaries, parameters)
     assert temporaries[1] - temporaries[0] < 0.6 * (parameters[1] - parameters[0])
 
 
@@ -267,16 +266,14 @@ def test_slices_lie_along_the_axis_across_them():
 def test_many_parameters_left_whole_are_an_error_that_names_the_worst(caplog):
     c = small_config(model__embed_dim=34, model__head_dim=8, model__mlp_dim=65, model__vocab_size=63)
     with pytest.raises(ConfigError, match="mlp/down/kernel") as error:
-        mesh = mesh_of(fsdp=4, data=2)
-        require_sharded(abstract_state(c)[0].params, state_shardings(c, mesh).params, mesh)
+        check_sharding(c, mesh_of(fsdp=4, data=2))
     assert len(re.findall(r"^  ", str(error.value), re.MULTILINE)) == 5
 
 
 def test_a_dimension_left_whole_is_said_in_one_line(caplog):
     meshes.say_unsharded.cache_clear()
     c = small_config(model__num_heads=8, model__num_kv_heads=2, model__head_dim=8)
-    mesh = mesh_of(fsdp=2, tensor=4)
-    require_sharded(abstract_state(c)[0].params, state_shardings(c, mesh).params, mesh)
+    check_sharding(c, mesh_of(fsdp=2, tensor=4))
     said = [record.message for record in caplog.records]
     assert said == ["axis kv_heads of 2 is not divided by tensor=4: whole there"]
 

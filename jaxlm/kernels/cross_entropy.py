@@ -4,20 +4,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxlm.kernels.attention import capped
 from jaxlm.parallel.linear import activation_specs, sum_parts
 from jaxlm.parallel.mesh import even_mesh, gather, gather_weight, on_shards, partition_spec, split_axes
 
 AUTO_CHUNK_BYTES = 64 << 20  # of float32 logits a device
 
 
-def softcapped(logits, cap: float):
-    return cap * jnp.tanh(logits / cap) if cap else logits
-
-
 def logits_of(x_BTD: jax.Array, unembed_VD: jax.Array, softcap: float) -> jax.Array:
     """float32 [B, T, V]."""
     logits = jnp.einsum("BTD,VD->BTV", x_BTD, unembed_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
-    return softcapped(logits, softcap)
+    return capped(logits, softcap)
 
 
 def chunk_length(batch: int, length: int, vocab: int, limit: int = 0) -> int:

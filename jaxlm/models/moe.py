@@ -154,3 +154,22 @@ def update_bias(bias_E, load_E, rate: float) -> jax.Array:
     Both may have leading dimensions, the layers of a scan.
     """
     return bias_E + rate * jnp.sign(jnp.mean(load_E, axis=-1, keepdims=True) - load_E)
+
+
+def balance(params: dict, routing: dict, config) -> tuple[dict, dict]:
+    """(params with the routers' biases moved towards an even load, metrics of the routing) of a mixture of experts.
+
+    routing: `jaxlm.losses.routing_sums` of the whole batch; {} for a dense model, of which nothing changes.
+    """
+    if not routing:
+        return params, {}
+    layers = dict(params["layers"])
+    for block, load in routing["load"].items():
+        mlp = dict(layers[block]["mlp"])
+        if config.model.balance_rate:
+            bias = update_bias(mlp["router"]["bias"], load, config.model.balance_rate)
+            mlp["router"] = mlp["router"] | {"bias": bias}
+        layers[block] = layers[block] | {"mlp": mlp}
+    fullest = [jnp.max(load / jnp.maximum(jnp.mean(load, -1, keepdims=True), 1)) for load in routing["load"].values()]
+    metrics = {"expert_load": jnp.max(jnp.stack(fullest)), "dropped_tokens": routing["dropped"]}
+    return params | {"layers": layers}, metrics

@@ -11,7 +11,7 @@ from ml_collections import FrozenConfigDict
 from jaxlm.config import pipeline_microbatches
 from jaxlm.kernels.attention import FLASH, attention
 from jaxlm.models.layers import MLP, Embed, Linear, back, into, norm, parameter, rotary, rotate
-from jaxlm.models.moe import MoE, update_bias
+from jaxlm.models.moe import MoE
 from jaxlm.parallel.mesh import batch_shards, constrain, even_mesh
 from jaxlm.parallel.pipeline import pipeline
 from jaxlm.parallel.ring import sharded_attention
@@ -237,22 +237,3 @@ def stack(config: FrozenConfigDict, train: bool, length: int | None = None, **pl
 def unembedding(params) -> jax.Array:
     """[V, D]: the output table, the input's where they are tied."""
     return params.get("unembed", params["embed"]["tokens"])
-
-
-def balance(params: dict, routing: dict, config) -> tuple[dict, dict]:
-    """(params with the routers' biases moved towards an even load, metrics of the routing) of a mixture of experts.
-
-    routing: `jaxlm.losses.routing_sums` of the whole batch; {} for a dense model, of which nothing changes.
-    """
-    if not routing:
-        return params, {}
-    layers = dict(params["layers"])
-    for block, load in routing["load"].items():
-        mlp = dict(layers[block]["mlp"])
-        if config.model.balance_rate:
-            bias = update_bias(mlp["router"]["bias"], load, config.model.balance_rate)
-            mlp["router"] = mlp["router"] | {"bias": bias}
-        layers[block] = layers[block] | {"mlp": mlp}
-    fullest = [jnp.max(load / jnp.maximum(jnp.mean(load, -1, keepdims=True), 1)) for load in routing["load"].values()]
-    metrics = {"expert_load": jnp.max(jnp.stack(fullest)), "dropped_tokens": routing["dropped"]}
-    return params | {"layers": layers}, metrics

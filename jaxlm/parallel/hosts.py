@@ -4,6 +4,7 @@ A process is what jax.process_index() counts: one on each host of a TPU pod, one
 """
 
 import argparse
+import functools
 import hashlib
 import logging
 import os
@@ -207,6 +208,7 @@ def read_if_there(path: Path) -> str:
 # ---------------------------------------------------------------- rows of a batch
 
 
+@functools.cache  # asked for every batch
 def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
     """Which rows of a global batch this process's devices hold, ascending, int64.
 

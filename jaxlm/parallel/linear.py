@@ -61,21 +61,20 @@ def rows(h: jax.Array, kernel: jax.Array, axes: tuple) -> jax.Array:
     spec = partition_spec(axes, kernel.shape, mesh)
     batch, inside, between, extra = activation_specs(*h.shape[:2], mesh)
     summed = tuple(name for entry in spec[:-1] for name in names_of(entry))
-    scattered = tuple(name for name in summed if name in extra)
 
     def f(h, kernel):
         y = jnp.tensordot(h, gather_weight(kernel, spec[-1:], h, start=inputs), inputs)
-        return sum_parts(y, summed, scattered)
+        return sum_parts(y, summed, extra)
 
     length = inside if set(extra) <= set(summed) else between
     h_spec = PartitionSpec(batch, length, *spec[:-1])
     return on_shards(f, (h_spec, spec), PartitionSpec(batch, between))(h, kernel)
 
 
-def sum_parts(y, summed: tuple[str, ...], scattered: tuple[str, ...]):
-    """Within `on_shards`: y [B, T, ...] summed over `summed`; each device of `scattered` keeps its positions."""
-    y = scatter_sum(y, 1, scattered)
-    rest = tuple(name for name in summed if name not in scattered)
+def sum_parts(y, summed: tuple[str, ...], positions: tuple[str, ...]):
+    """Within `on_shards`: y [B, T, ...] summed over `summed`; of them, the axes of `positions` keep their own alone."""
+    y = scatter_sum(y, 1, tuple(name for name in summed if name in positions))
+    rest = tuple(name for name in summed if name not in positions)
     return jax.lax.psum(y, rest) if rest else y
 
 
@@ -87,7 +86,6 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array, axes: tuple) -> jax.Array:
     spec = partition_spec(axes, table_VD.shape, mesh)
     batch, inside, between, extra = activation_specs(*ids_BT.shape, mesh)
     summed = split_axes(axes[0], table_VD.shape[0], mesh)
-    scattered = tuple(name for name in summed if name in extra)
 
     def f(table, ids):
         table = gather_weight(table, spec[1:], ids, start=1)
@@ -96,7 +94,7 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array, axes: tuple) -> jax.Array:
         local = ids - jax.lax.axis_index(summed) * table.shape[0]
         mine = (local >= 0) & (local < table.shape[0])
         found = jnp.take(table, jnp.where(mine, local, 0), axis=0)
-        return sum_parts(jnp.where(mine[..., None], found, 0), summed, scattered)
+        return sum_parts(jnp.where(mine[..., None], found, 0), summed, extra)
 
     ids_spec = PartitionSpec(batch, inside if set(extra) <= set(summed) else between)
     return on_shards(f, (spec, ids_spec), PartitionSpec(batch, between))(table_VD, ids_BT)

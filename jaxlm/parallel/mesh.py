@@ -17,8 +17,7 @@ from ml_collections import ConfigDict
 from jaxlm.config import MESH_AXES, STRATEGIES, mesh_sizes
 from jaxlm.errors import ConfigError
 
-RULES = {  # logical axis -> mesh axes, the outer first; one that is not here is never sharded
-    # of parameters
+PARAMETERS = {  # logical axis -> mesh axes, the outer first; one that is not here is never sharded
     "layers": ("stage",),
     "vocab": ("tensor", "stage"),
     "embed": ("fsdp", "expert", "sequence"),
@@ -27,15 +26,16 @@ RULES = {  # logical axis -> mesh axes, the outer first; one that is not here is
     "mlp": ("tensor",),
     "expert": ("expert",),
     "expert_embed": ("fsdp", "sequence"),  # of the experts' own matrices
-    # of activations
+}
+ACTIVATIONS = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
     "residual": ("sequence", "tensor"),  # positions between the layers' matrix products (Korthikanti et al. 2022)
     "stage": ("stage",),
 }
+RULES = PARAMETERS | ACTIVATIONS
 # Sharded by a mesh axis that no other dimension has taken (fewer key heads than devices, an odd vocabulary).
 SPARE = {"embed": ("tensor",), "expert_embed": ("tensor",)}
-PARAMETER_AXES = ("layers", "vocab", "embed", "heads", "kv_heads", "mlp", "expert", "expert_embed")
 # ZeRO-1 (Rajbhandari et al. 2020): the optimizer's state is split over the copies of the parameters.
 ZERO1_RULES = RULES | {axis: ("data", *RULES.get(axis, ())) for axis in ("embed", "expert_embed", "norm")}
 OPTIMIZER_RULES = {strategy: ZERO1_RULES if strategy == "zero1" else RULES for strategy in STRATEGIES}
@@ -210,13 +210,13 @@ def replicated_share(params, places) -> tuple[float, list[str]]:
 
 def require_sharded(params, places, mesh) -> None:
     """Raises ConfigError naming the worst five where a mesh that should shard the parameters leaves many whole."""
-    sharding = {name for axis in PARAMETER_AXES for name in RULES[axis] if mesh.shape[name] > 1}
-    share, names = replicated_share(params, places)
+    sharding = {name for names in PARAMETERS.values() for name in names if mesh.shape[name] > 1}
+    share, whole = replicated_share(params, places)
     if sharding and share > MAX_REPLICATED:
         given = " x ".join(f"{name}={mesh.shape[name]}" for name in MESH_AXES if name in sharding)
         raise ConfigError(
             f"{share:.0%} of the parameters are whole on every device of mesh {given} (at most {MAX_REPLICATED:.0%} "
             "may be); the largest:\n  "
-            + "\n  ".join(names[:5])
+            + "\n  ".join(whole[:5])
             + "\nuse sizes that divide the shapes (the vocabulary may be larger than the tokenizer's), or mesh.fsdp too"
         )
