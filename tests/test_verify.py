@@ -1,6 +1,8 @@
 """verify: every recipe holds, and what is broken on purpose is found and named."""
 
+import functools
 import json
+from functools import partial
 
 import jax
 import pytest
@@ -67,11 +69,11 @@ def batches(tiny):
 
 
 @pytest.fixture(scope="module")
-def one(tiny, batches):
-    return train_on(configs.resolve(on_mesh(tiny, "")), mesh_of(1), batches)
+def alone(tiny, batches):
+    return functools.cache(partial(train_on, configs.resolve(on_mesh(tiny, "")), mesh_of(1), batches))
 
 
-def test_a_loss_that_is_summed_twice_over_a_mesh_axis_is_found(tiny, batches, one, monkeypatch):
+def test_a_loss_that_is_summed_twice_over_a_mesh_axis_is_found(tiny, batches, alone, monkeypatch):
     real = cross_entropy.sum_parts
 
     def twice(y, summed, scattered):
@@ -79,15 +81,15 @@ def test_a_loss_that_is_summed_twice_over_a_mesh_axis_is_found(tiny, batches, on
         return y + y if summed else y
 
     monkeypatch.setattr(cross_entropy, "sum_parts", twice)
-    result = same_as_one_device(tiny, "fsdp=4 tensor=2", one, batches)
+    result = same_as_one_device(tiny, "fsdp=4 tensor=2", alone, batches)
     assert not result.ok and result.figures["loss_difference"] > 0.01 and result.figures["parameter"]
     assert "the loss" in result.figures["place"]
 
 
-def test_a_product_that_is_not_summed_is_found_in_its_layer(tiny, batches, one, monkeypatch):
+def test_a_product_that_is_not_summed_is_found_in_its_layer(tiny, batches, alone, monkeypatch):
     monkeypatch.setattr("jaxlm.parallel.linear.scatter_sum", lambda y, axis, names: jax.lax.dynamic_slice_in_dim(
         y, 0, y.shape[axis] // jax.lax.axis_size(names), axis) if names else y)  # fmt: skip
-    result = same_as_one_device(tiny, "fsdp=4 tensor=2", one, batches)
+    result = same_as_one_device(tiny, "fsdp=4 tensor=2", alone, batches)
     assert not result.ok and result.figures["place"] == "the output of embed"
 
 
@@ -98,9 +100,9 @@ def test_attention_that_ignores_segments_is_found(tiny, batches, monkeypatch):
     assert not result.ok and result.figures["place"].startswith("the output of layer 0 attention depends on")
 
 
-def test_a_ring_that_ignores_segments_is_found(tiny, batches, one, monkeypatch):
+def test_a_ring_that_ignores_segments_is_found(tiny, batches, alone, monkeypatch):
     real = ring.ring
     careless = lambda q, k, v, at_T, at_S, *rest: real(q, k, v, (at_T[0], None), (at_S[0], None), *rest)
     monkeypatch.setattr(ring, "ring", careless)
-    result = same_as_one_device(tiny, "sequence=8 ring", one, batches)
+    result = same_as_one_device(tiny, "sequence=8 ring", alone, batches)
     assert not result.ok and result.figures["place"] == "the output of layer 0 attention"
