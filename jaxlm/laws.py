@@ -14,7 +14,7 @@ from jaxlm.errors import ConfigError
 from jaxlm.models import build
 from jaxlm.parallel.hosts import to_global
 from jaxlm.parallel.mesh import make_mesh, replicated_share
-from jaxlm.state import State, abstract_state, check_sharding, gradients, init_state, state_shardings, train_step
+from jaxlm.state import State, abstract_state, apply_gradients, check_sharding, gradients, init_state, state_shardings
 
 DEVICES, STEPS = 8, 20
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4  # relative; a gradient's to its largest entry
@@ -55,13 +55,13 @@ class Run(NamedTuple):
 
 
 def train_on(config: ConfigDict, mesh, batches, start: int = 0) -> Run:
-    """The real train step on a mesh, from batch `start`; its gradients and loads are computed beside it, as in it."""
+    """The train step on a mesh, in its two halves so that its gradients are seen, from batch `start`."""
     places, (shapes, _) = state_shardings(config, mesh), abstract_state(config)
 
     def step(state: State, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         grads, sums = gradients(state.params, batch, key, config)
-        return *train_step(state, batch, config=config), grads, sums["routing"]
+        return *apply_gradients(state, grads, sums, config=config), grads, sums["routing"]
 
     with jax.set_mesh(mesh):
         step = jax.jit(step, donate_argnums=0, out_shardings=(places, None, places.params, None))

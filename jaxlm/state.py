@@ -98,17 +98,18 @@ def gradients(params: dict, batch: dict, key: jax.Array, config: ConfigDict) -> 
 
 
 def train_step(state: State, batch: dict, *, config: ConfigDict) -> tuple[State, dict]:
-    """One optimizer step on a global batch: (new state, metrics as float32 scalars).
-
-    A step whose loss or gradients are not finite changes nothing but `skipped`.
-    """
+    """One optimizer step on a global batch: (new state, metrics as float32 scalars)."""
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    grads, sums = gradients(state.params, batch, key, config)
+    return apply_gradients(state, *gradients(state.params, batch, key, config), config=config)
+
+
+def apply_gradients(state: State, grads: dict, sums: dict, *, config: ConfigDict) -> tuple[State, dict]:
+    """As train_step, of what `gradients` returned. Where it is not finite nothing changes but `skipped`."""
     norm = optax.tree.norm(grads)
     if config.optim.clip:
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.optim.clip / (norm + 1e-6)), grads)
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
-    params, routing = balance(optax.apply_updates(state.params, updates), sums.pop("routing"), config)
+    params, routing = balance(optax.apply_updates(state.params, updates), sums["routing"], config)
     if (ema := state.ema) is not None:  # the decay rises from 0.1: the first parameters are soon forgotten
         decay = jnp.minimum(config.train.ema, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
