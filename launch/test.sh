@@ -12,5 +12,6 @@ if [ "${1:-}" = --all ]; then
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-# Two workers: compiling, most of the time, uses one core. A test file stays on one worker and shares its fixtures.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "${select[@]}" "$@"
+# Two workers: compiling, most of the time, uses one core. Each begins with half of the files, in order, and who is
+# done takes from the other: most tests find the fixtures of their file made.
+exec .venv/bin/python -m pytest -n 2 --dist worksteal "${select[@]}" "$@"
