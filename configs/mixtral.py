@@ -1,6 +1,6 @@
 """Mixtral (Jiang et al. 2024): a mixture of experts of the published shape, to be pretrained on your own data.
 
-    python -m jaxlm.train --config=configs/mixtral.py:8x7b --dry_run --devices=64
+    python -m jaxlm.plan --config=configs/mixtral.py:8x7b,v5p-128 --topology=v5p-128
     python -m jaxlm.train --config=configs/mixtral.py:small --workdir=runs/mixtral --config.data.path=DIR
 
 8x7b: 46,702,792,704 parameters, of which a token meets 12,879,925,248. small: 8 layers of width 512, 214,213,120 and
@@ -16,6 +16,7 @@ def get_config(arg="8x7b"):
         arg,
         {
             "8x7b": {"layers": 32, "width": 4096, "heads": 32, "mlp": 14336, "length": 8192, "batch": 512},
+            "8x7b,v5p-128": {"layers": 32, "width": 4096, "heads": 32, "mlp": 14336, "length": 4096, "batch": 128},
             "small": {"layers": 8, "width": 512, "heads": 8, "mlp": 1792, "length": 1024, "batch": 128},
         },
     )

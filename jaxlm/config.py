@@ -32,7 +32,7 @@ CHOICES = {
     "model.mlp": ("swiglu", "gelu", "relu2"),
     "model.positions": ("rope", "learned", "sinusoidal", "none"),
     "model.remat": ("none", "full", "dots", "attention"),
-    "model.attention": ("auto", "reference", "blockwise", "xla", "cudnn"),
+    "model.attention": ("auto", "reference", "blockwise", "splash", "xla", "cudnn"),
     "model.context_parallel": ("ring", "all_gather"),
     "model.router": ("softmax", "sigmoid"),
     "model.dtype": ("float32", "bfloat16"),
@@ -82,8 +82,8 @@ def base() -> ConfigDict:
     m.dropout = 0.0  # on embeddings and on each block's output
     m.embed_std = 0.02  # standard deviation of the initial embeddings; matrices start at 1 / sqrt(inputs)
     m.scan = True  # one compiled layer for all: fast compiles; False unrolls, faster on CPU
-    m.remat = "none"  # what the backward pass recomputes: none | full | dots | attention
-    m.attention = "auto"  # kernel: auto | reference | blockwise | xla | cudnn
+    m.remat = "none"  # what the backward pass recomputes: none | full | dots (all but products) | attention
+    m.attention = "auto"  # kernel: auto | reference | blockwise | splash (TPU) | xla | cudnn (GPU)
     m.context_parallel = "ring"  # how attention meets the keys of other devices (mesh.sequence): ring | all_gather
     m.pipeline_microbatches = 0  # parts of a microbatch in flight over mesh.stage; 0: up to 4 a stage
     m.pipeline_rounds = 1  # times that each goes round all stages; more: less bubble, more transfers (circular)
@@ -255,8 +255,10 @@ def parse(text: str, default):
 
 def mesh_sizes(c: ConfigDict) -> dict[str, int]:
     """{axis: size}, where at most one size, that of the axis that takes the devices left over, is -1."""
-    sizes = {axis: c.mesh[axis] for axis in MESH_AXES}
-    free = [axis for axis in (STRATEGIES.get(c.mesh.strategy), "data") if axis and sizes[axis] == 0]
+    sizes, strategy = {axis: c.mesh[axis] for axis in MESH_AXES}, STRATEGIES.get(c.mesh.strategy)
+    if c.mesh.slices > 1 and sizes.get(c.mesh.across) == 0 and c.mesh.across != strategy:
+        sizes[c.mesh.across] = c.mesh.slices
+    free = [axis for axis in (strategy, "data") if axis and sizes[axis] == 0]
     if free and -1 not in sizes.values():
         sizes[free[0]] = -1
     return {axis: size or 1 for axis, size in sizes.items()}

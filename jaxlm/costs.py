@@ -11,26 +11,6 @@ from jaxlm.parallel.mesh import abstract_mesh, batch_shards
 from jaxlm.parallel.pipeline import bubble_fraction
 from jaxlm.state import abstract_state, state_shardings
 
-# Dense bfloat16 FLOP/s of one device as jax counts them, by a word of its device_kind; from the vendors' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s, or None for a chip that is not in the table: then nothing is made of it."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
-
 
 def num_parameters(params) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxlm.losses import token_loss
 from jaxlm.models import build
 from jaxlm.models.moe import balance
 from jaxlm.optim import optimizer, require_cover, schedule
-from jaxlm.parallel.mesh import OPTIMIZER_RULES, require_sharded, shardings
+from jaxlm.parallel.mesh import OPTIMIZER_RULES, partition_spec, require_sharded, shardings
 
 
 @flax.struct.dataclass
@@ -120,6 +120,23 @@ def apply_gradients(state: State, grads: dict, sums: dict, *, config: ConfigDict
     rate = schedule(config, config.optim.learning_rate)(state.step - state.skipped)  # dropped steps do not count
     metrics = {"loss": sums["loss"], "grad_norm": norm, "learning_rate": rate, "skipped": new.skipped}
     return new, metrics | routing
+
+
+def jit_train_step(config: ConfigDict, mesh):
+    """The compiled form of `train_step`: (state, batch) -> (state, metrics), the given state's memory being reused."""
+    out = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(partial(train_step, config=config), donate_argnums=0, out_shardings=out)
+
+
+def abstract_inputs(config: ConfigDict, mesh) -> tuple[State, dict]:
+    """(state, batch) of the train step: shapes, dtypes and shardings, without a number."""
+    like = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    shape = config.train.batch_size, config.data.seq_len
+    place = NamedSharding(mesh, partition_spec(("batch", None), shape, mesh))
+    ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    batch = dict.fromkeys(("tokens", "targets", "positions", "segments"), ints)
+    weights = {"weights": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)}
+    return jax.tree.map(like, abstract_state(config)[0], state_shardings(config, mesh)), batch | weights
 
 
 def eval_step(params: dict, batch: dict, *, config: ConfigDict) -> dict:

@@ -10,12 +10,10 @@ import math
 import os
 import signal
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxlm import cli, costs
@@ -29,7 +27,8 @@ from jaxlm.evaluate import Evaluator
 from jaxlm.monitor import Monitor
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import abstract_mesh, make_mesh
-from jaxlm.state import State, abstract_state, check_sharding, init_state, state_shardings, train_step
+from jaxlm.state import State, abstract_state, check_sharding, init_state, jit_train_step, state_shardings
+from jaxlm.topology import peak_flops
 
 
 class StopSignal:
@@ -106,7 +105,7 @@ def train(config: ConfigDict, workdir: Path, allow_data_change: bool = False) ->
             write_config(workdir, config, last)
         start, best = int(state.step), BestLoss(*last.get("best", ()))
         parameters = costs.num_parameters(state.params)
-        flops, peak = costs.flops_per_token(config, state.params), costs.peak_flops(jax.devices()[0].device_kind)
+        flops, peak = costs.flops_per_token(config, state.params), peak_flops(jax.devices()[0].device_kind)
         monitor = Monitor(workdir, config, start, flops, peak)
         monitor.say(
             f"{parameters:,} parameters on {mesh.size} x {jax.devices()[0].device_kind}; "
@@ -138,11 +137,7 @@ class Run:
         self.meta = meta
         self.evaluate = Evaluator(config, mesh) if config.eval.every else None
         self.skipped = (0, 0)  # steps so far whose gradients were not finite, and of these the last in a row
-        self.train_step = jax.jit(
-            partial(train_step, config=config),
-            donate_argnums=0,
-            out_shardings=(state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())),
-        )
+        self.train_step = jit_train_step(config, mesh)
 
     def loop(self, state: State, start: int, stop: StopSignal) -> int:
         """From the batch of step `start` on; returns the last step done. Metrics are fetched one step late."""

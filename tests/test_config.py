@@ -1,12 +1,15 @@
 """Configs: every problem at once, with the nearest right thing; recipes that are sound; types that hold."""
 
 import json
+import math
+import runpy
 from pathlib import Path
 
 import pytest
 from conftest import program, small_config
 
 from jaxlm import config as configs
+from jaxlm import topology
 from jaxlm.check import check, mixture, require
 from jaxlm.errors import ConfigError
 
@@ -19,6 +22,21 @@ RECIPES = [
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_sound(recipe):
     assert check(configs.load(f"configs/{recipe}")) == []
+
+
+def pods():
+    """(recipe, devices): configs/NAME.py:SIZE,TOPOLOGY[xSLICES]."""
+    llama = runpy.run_path("configs/llama.py")["PODS"]
+    for recipe in [*(f"llama.py:{name}" for name in llama), "mixtral.py:8x7b,v5p-128"]:
+        name, _, slices = recipe.split(",")[1].partition("x")
+        yield pytest.param(recipe, math.prod(topology.parse(name)[1]), int(slices or 1), id=recipe)
+
+
+@pytest.mark.parametrize(("recipe", "devices", "slices"), list(pods()))
+def test_every_pod_recipe_is_sound_on_its_pod(recipe, devices, slices):
+    c = configs.load(f"configs/{recipe}")
+    c.mesh.slices = slices
+    assert check(c, devices * slices) == []
 
 
 def test_every_recipe_is_tested():
@@ -98,7 +116,7 @@ def test_all_problems_come_at_once_and_no_traceback():
     [
         (["--confg=configs/gpt2.py"], "did you mean --config?"),
         (["--config=configs/gtp2.py"], "did you mean configs/gpt2.py?"),
-        (["--config=configs/llama.py:9b"], "it has: 8b, 1b"),
+        (["--config=configs/llama.py:9b"], "it has: 2-7b, 1b, 8b"),
         (["--config=configs/gpt2.py"], "--workdir"),
         (["--config=configs/gpt2.py:big"], "no variants"),
         (["--config=README.md"], "get_config"),

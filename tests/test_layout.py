@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 # Each may import those before it, and its own folder.
 ORDER = (
-    "errors cli config check data parallel kernels models losses optim state decode costs checkpoint monitor lm "
-    "laws programs"
+    "errors cli config check data parallel kernels models losses optim state decode costs topology count predict "
+    "search checkpoint monitor lm laws programs"
 ).split()
-PROGRAMS = {"train", "evaluate", "generate", "verify"}
+PROGRAMS = {"train", "evaluate", "generate", "verify", "plan"}
 
 
 def box(module: str) -> str:

@@ -16,6 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm.kernels.splash import LANES, splash
+from jaxlm.parallel.mesh import platform
+
 BLOCK = 512  # positions of queries, and of keys, whose logits exist at one time
 MAX_LOGITS = 64 << 20  # bytes of float32 logits beyond which auto goes by blocks
 NEVER = -1e30  # a logit that no exponential survives; finite, so that differences are numbers
@@ -56,7 +59,11 @@ def library(implementation):
     return attend
 
 
-ATTENTION = {"reference": reference, "xla": library("xla"), "cudnn": library("cudnn")}  # and blockwise, without a mask
+ATTENTION = {
+    "reference": reference,
+    "xla": library("xla"),
+    "cudnn": library("cudnn"),
+}  # and blockwise and splash, without a mask
 
 
 def attention(
@@ -67,17 +74,23 @@ def attention(
 
     segments: int [B, T] and [B, S], or None where every row is one document. places: int32 [T] and [S], where queries
     and keys are in the sequence; None: 0, 1, ... window: tokens a query sees, itself included. implementation: see
-    ATTENTION; auto: cuDNN on a GPU in half precision where the mask is plainly causal (elsewhere it is slow), else by
-    blocks where the logits are many, else the reference. What the backward pass needs is named "attention".
+    ATTENTION; auto: splash on a TPU, cuDNN on a GPU in half precision where the mask is plainly causal (elsewhere it
+    is slow), else by blocks where the logits are many, else the reference. What the backward pass needs is named
+    "attention".
     """
     T, S, N = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2]
-    plain = segments_BS is None and places_T is None and places_S is None and window >= S
+    in_order = places_T is None and places_S is None and T == S
+    plain = in_order and segments_BS is None and window >= S
     half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
+    if implementation == "auto" and platform() == "tpu" and in_order and T % LANES == 0:
+        implementation = "splash"
     if implementation == "auto":
         fits = q_BTNH.shape[-1] % 8 == 0 and q_BTNH.shape[-1] <= 128  # what cuDNN takes on every GPU
-        fast = plain and half and fits and not softcap and jax.default_backend() == "gpu"
+        fast = plain and half and fits and not softcap and platform() == "gpu"
         many = 4 * q_BTNH.shape[0] * N * T * S > MAX_LOGITS
         implementation = "cudnn" if fast else "blockwise" if many else "reference"
+    if implementation == "splash":
+        return splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window=window, softcap=softcap)
     at_T = (jnp.arange(T) if places_T is None else places_T, segments_BT)
     at_S = (jnp.arange(S) if places_S is None else places_S, segments_BS)
     if implementation == "blockwise":

@@ -6,9 +6,10 @@ from jax.sharding import PartitionSpec
 
 from jaxlm.kernels.attention import capped
 from jaxlm.parallel.linear import activation_specs, sum_parts
-from jaxlm.parallel.mesh import even_mesh, gather, gather_weight, on_shards, partition_spec, split_axes
+from jaxlm.parallel.mesh import even_mesh, gather, gather_weight, partition_spec, platform, split_axes
 
-AUTO_CHUNK_BYTES = 64 << 20  # of float32 logits a device
+# Of float32 logits a device. Each chunk reads the output table and adds to its gradient: on accelerators few are fast.
+AUTO_CHUNK_BYTES = {"cpu": 64 << 20, "gpu": 512 << 20, "tpu": 512 << 20}
 
 
 def logits_of(x_BTD: jax.Array, unembed_VD: jax.Array, softcap: float) -> jax.Array:
@@ -19,7 +20,7 @@ def logits_of(x_BTD: jax.Array, unembed_VD: jax.Array, softcap: float) -> jax.Ar
 
 def chunk_length(batch: int, length: int, vocab: int, limit: int = 0) -> int:
     """The largest divisor of `length` whose float32 logits stay within AUTO_CHUNK_BYTES, or that is at most `limit`."""
-    fit = limit or max(1, AUTO_CHUNK_BYTES // (4 * batch * vocab))
+    fit = limit or max(1, AUTO_CHUNK_BYTES[platform()] // (4 * batch * vocab))
     return max(d for d in range(1, length + 1) if length % d == 0 and (d <= fit or d == 1))
 
 
@@ -42,7 +43,7 @@ def cross_entropy(x_BTD, unembed_VD, targets_BT, *, softcap=0.0, chunk=0) -> tup
         return chunked(x, gather_weight(unembed, spec[1:], x, start=1), targets, softcap, chunk, vocab, scattered)
 
     tokens = PartitionSpec(batch, between)
-    return on_shards(f, (tokens, spec, tokens), (tokens, tokens))(x_BTD, unembed_VD, targets_BT)
+    return jax.shard_map(f, in_specs=(tokens, spec, tokens), out_specs=(tokens, tokens))(x_BTD, unembed_VD, targets_BT)
 
 
 def chunked(x_BTD, unembed_VD, targets_BT, softcap, chunk, vocab, scattered):

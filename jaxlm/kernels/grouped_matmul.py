@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.parallel.experts import nowhere, permute
+from jaxlm.parallel.mesh import platform
 
 
 def reference(rows_MD, kernel_EDF, sizes_E):
@@ -52,5 +53,5 @@ def grouped_matmul(rows_MD, kernel_EDF, sizes_E, *, implementation="auto") -> ja
     with every matrix.
     """
     if implementation == "auto":
-        implementation = "ragged_dot" if jax.default_backend() == "tpu" else "blocks"
+        implementation = "ragged_dot" if platform() == "tpu" else "blocks"
     return GROUPED_MATMUL[implementation](rows_MD, kernel_EDF, sizes_E)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from ml_collections import FrozenConfigDict
 
 from jaxlm.parallel.linear import columns, lookup, rows
@@ -46,15 +47,20 @@ class Linear(nn.Module):
         return Weights(kernel, bias, self.axes)
 
 
+def product(tree):
+    """The same, by a name that model.remat can tell."""
+    return jax.tree.map(lambda y: checkpoint_name(y, "product"), tree)
+
+
 def into(x_BTD, *weights: Weights) -> list[jax.Array]:
     """x kernel + bias for each, kernels [D, ...], whose input is gathered once for all."""
-    outputs = columns(x_BTD, [w.kernel for w in weights], [w.axes for w in weights])
+    outputs = product(columns(x_BTD, [w.kernel for w in weights], [w.axes for w in weights]))
     return [y if w.bias is None else y + w.bias for y, w in zip(outputs, weights)]
 
 
 def back(h, weights: Weights) -> jax.Array:
     """h kernel + bias, kernel [..., D]: to the residual stream, [B, T, D]."""
-    y_BTD = rows(h, weights.kernel, weights.axes)
+    y_BTD = product(rows(h, weights.kernel, weights.axes))
     return y_BTD if weights.bias is None else y_BTD + weights.bias
 
 

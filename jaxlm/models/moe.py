@@ -12,7 +12,7 @@ from flax import linen as nn
 from ml_collections import FrozenConfigDict
 
 from jaxlm.kernels.grouped_matmul import grouped_matmul
-from jaxlm.models.layers import ACTIVATIONS, MLP, parameter
+from jaxlm.models.layers import ACTIVATIONS, MLP, parameter, product
 from jaxlm.parallel.experts import mixture
 
 SCORES = {  # of one token for every expert
@@ -128,12 +128,12 @@ def route(config: FrozenConfigDict, x_BTD, segments_BT, router: dict):
 def expert_mlp(config: FrozenConfigDict, kernels: dict, rows, sizes_E) -> jax.Array:
     """rows: [M, D] sorted by expert, sizes [E] of them each; or [E, M, D] and None."""
     if sizes_E is None:
-        product = lambda rows, kernel: jnp.einsum("EMD,EDF->EMF", rows, kernel)
+        multiply = lambda rows, kernel: product(jnp.einsum("EMD,EDF->EMF", rows, kernel))
     else:
-        product = lambda rows, kernel: grouped_matmul(rows, kernel, sizes_E)
-    h, activation = product(rows, kernels["up"]), ACTIVATIONS[config.mlp]
-    h = activation(product(rows, kernels["gate"])) * h if "gate" in kernels else activation(h)
-    return product(h, kernels["down"])
+        multiply = lambda rows, kernel: product(grouped_matmul(rows, kernel, sizes_E))
+    h, activation = multiply(rows, kernels["up"]), ACTIVATIONS[config.mlp]
+    h = activation(multiply(rows, kernels["gate"])) * h if "gate" in kernels else activation(h)
+    return multiply(h, kernels["down"])
 
 
 def auxiliary(sums: dict, experts_per_token: int, slots: int) -> dict[str, jax.Array]:

@@ -12,14 +12,15 @@ from jaxlm.config import pipeline_microbatches
 from jaxlm.kernels.attention import FLASH, attention
 from jaxlm.models.layers import MLP, Embed, Linear, back, into, norm, parameter, rotary, rotate
 from jaxlm.models.moe import MoE
-from jaxlm.parallel.mesh import batch_shards, constrain, even_mesh
+from jaxlm.parallel.mesh import batch_shards, constrain, current_mesh, even_mesh
 from jaxlm.parallel.pipeline import pipeline
 from jaxlm.parallel.ring import sharded_attention
 
 _policies = jax.checkpoint_policies
-REMAT = {  # model.remat -> what the forward pass keeps for the backward pass
+REMAT = {  # model.remat -> what the forward pass keeps for the backward pass; what was gathered, never
+    "none": lambda primitive, *_, **__: primitive is not jax.lax.all_gather_p,
     "full": _policies.nothing_saveable,
-    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "dots": _policies.save_only_these_names("product"),
     "attention": _policies.save_only_these_names("attention"),
 }
 
@@ -122,8 +123,9 @@ class Pattern(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, context: Context, caches):
-        block = Block if self.config.remat == "none" else nn.remat(
-            Block, policy=REMAT[self.config.remat], prevent_cse=not self.config.scan
+        remat = self.config.remat
+        block = Block if remat == "none" and current_mesh() is None else nn.remat(
+            Block, policy=REMAT[remat], prevent_cse=not self.config.scan
         )  # fmt: skip
         new = []
         for i, kind in enumerate(self.kinds):

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlm.parallel.linear import activation_specs, sum_parts
-from jaxlm.parallel.mesh import even_mesh, gather, gather_weight, names_of, on_shards, partition_spec, scatter_sum
+from jaxlm.parallel.mesh import even_mesh, gather, gather_weight, names_of, partition_spec, scatter_sum
 
 
 class Axes(NamedTuple):
@@ -80,7 +80,9 @@ def mixture(
     residual = PartitionSpec(batch, between)
     own = [{name: specs[name] for name in weights} for weights in (router, kernels)]
     in_specs, out_specs = (residual, residual, PartitionSpec(), *own), (residual, PartitionSpec(batch))
-    return on_shards(on_shard, in_specs, out_specs)(x_BTD, segments_BT, places_T, router, kernels)
+    return jax.shard_map(on_shard, in_specs=in_specs, out_specs=out_specs)(
+        x_BTD, segments_BT, places_T, router, kernels
+    )
 
 
 def by_sorting(x_BTD, ids_BTX, weights_BTX, run: Callable, axes: Axes) -> jax.Array:

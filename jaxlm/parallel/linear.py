@@ -18,7 +18,6 @@ from jaxlm.parallel.mesh import (
     gather,
     gather_weight,
     names_of,
-    on_shards,
     partition_spec,
     scatter_sum,
     split_axes,
@@ -49,7 +48,8 @@ def columns(x_BTD: jax.Array, kernels: list[jax.Array], axes: list[tuple]) -> li
         return [jnp.tensordot(x, gather_weight(kernel, spec[:1], x), 1) for x, kernel, spec in pairs]
 
     out = [PartitionSpec(rows, inside if part else between, *spec[1:]) for part, spec in zip(parts, specs)]
-    return on_shards(f, (PartitionSpec(rows, between), *specs), out)(x_BTD, *kernels)
+    in_specs = PartitionSpec(rows, between), *specs
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out)(x_BTD, *kernels)
 
 
 def rows(h: jax.Array, kernel: jax.Array, axes: tuple) -> jax.Array:
@@ -68,33 +68,49 @@ def rows(h: jax.Array, kernel: jax.Array, axes: tuple) -> jax.Array:
 
     length = inside if set(extra) <= set(summed) else between
     h_spec = PartitionSpec(batch, length, *spec[:-1])
-    return on_shards(f, (h_spec, spec), PartitionSpec(batch, between))(h, kernel)
+    return jax.shard_map(f, in_specs=(h_spec, spec), out_specs=PartitionSpec(batch, between))(h, kernel)
 
 
 def sum_parts(y, summed: tuple[str, ...], positions: tuple[str, ...]):
-    """Within `on_shards`: y [B, T, ...] summed over `summed`; of them, the axes of `positions` keep their own alone."""
+    """Within shard_map: y [B, T, ...] summed over `summed`; of them, the axes of `positions` keep their own alone."""
     y = scatter_sum(y, 1, tuple(name for name in summed if name in positions))
     rest = tuple(name for name in summed if name not in positions)
     return jax.lax.psum(y, rest) if rest else y
 
 
 def lookup(table_VD: jax.Array, ids_BT: jax.Array, axes: tuple) -> jax.Array:
-    """Rows of a table -> residual activations [B, T, D]; each device looks up those that it holds."""
+    """Rows of a table -> residual activations [B, T, D]; each device looks up those that it holds.
+
+    Where D is sharded: either the table is gathered, or, where a device has fewer tokens than that has rows, every
+    device looks up its part of D for the tokens of all, and they are exchanged (all-to-all).
+    """
     mesh = even_mesh(*ids_BT.shape)
     if mesh is None:
         return jnp.take(table_VD, ids_BT, axis=0)
     spec = partition_spec(axes, table_VD.shape, mesh)
     batch, inside, between, extra = activation_specs(*ids_BT.shape, mesh)
-    summed = split_axes(axes[0], table_VD.shape[0], mesh)
+    summed, parts = split_axes(axes[0], table_VD.shape[0], mesh), names_of(spec[1])
+    length = inside if set(extra) <= set(summed) else between
+    in_rows, in_length = (tuple(name for name in names_of(entry) if name in parts) for entry in (batch, inside))
 
     def f(table, ids):
-        table = gather_weight(table, spec[1:], ids, start=1)
-        if not summed:
-            return jnp.take(table, ids, axis=0)
-        local = ids - jax.lax.axis_index(summed) * table.shape[0]
+        send = parts and in_rows + in_length == parts and ids.size < table.shape[0]
+        if send:
+            ids = gather(gather(ids, 0, in_rows), 1, in_length)
+        else:
+            table = gather_weight(table, spec[1:], ids, start=1)
+        local = ids - (jax.lax.axis_index(summed) * table.shape[0] if summed else 0)
         mine = (local >= 0) & (local < table.shape[0])
-        found = jnp.take(table, jnp.where(mine, local, 0), axis=0)
-        return sum_parts(jnp.where(mine[..., None], found, 0), summed, extra)
+        y = jnp.take(table, jnp.where(mine, local, 0), axis=0)
+        y = jnp.where(mine[..., None], y, 0) if summed else y
+        if send:
+            y = exchange(exchange(y, 1, in_length), 0, in_rows)
+        return sum_parts(y, summed, extra)
 
-    ids_spec = PartitionSpec(batch, inside if set(extra) <= set(summed) else between)
-    return on_shards(f, (spec, ids_spec), PartitionSpec(batch, between))(table_VD, ids_BT)
+    in_specs, out_spec = (spec, PartitionSpec(batch, length)), PartitionSpec(batch, between)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_spec)(table_VD, ids_BT)
+
+
+def exchange(y, axis: int, names: tuple[str, ...]):
+    """Within shard_map: from a part of D for all along `axis` to all of D for this device's part of it."""
+    return jax.lax.all_to_all(y, names, axis, y.ndim - 1, tiled=True) if names else y

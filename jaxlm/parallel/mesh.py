@@ -119,6 +119,12 @@ def current_mesh():
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def platform() -> str:
+    """cpu, gpu or tpu: what the mesh in force is made of (it may be of chips that are not here), else the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else {"cuda": "gpu"}.get(device.platform, device.platform)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation's sharding; one logical axis, or None, for each dimension. No mesh in force: x as it is."""
     mesh = current_mesh()
@@ -129,7 +135,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def even_mesh(batch: int, length: int):
-    """The mesh in force where it divides such a batch evenly, so that `on_shards` may be used; else None."""
+    """The mesh in force where it divides such a batch evenly, so that shard_map may be used; else None."""
     mesh = current_mesh()
     if mesh is None:
         return None
@@ -139,30 +145,23 @@ def even_mesh(batch: int, length: int):
     return mesh if sharded == wanted else None
 
 
-def on_shards(f, in_specs, out_specs, check_vma=True):
-    """shard_map whose collectives are as written in f. What `gather` made is not kept for the backward pass."""
-    keep = lambda primitive, *_, **__: primitive is not jax.lax.all_gather_p
-    mapped = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
-    return jax.checkpoint(mapped, policy=keep)
-
-
 def names_of(entry) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def gather(x: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
-    """Within `on_shards`: all the shards along these mesh axes. The transpose is `scatter_sum`."""
+    """Within shard_map: all the shards along these mesh axes. The transpose is `scatter_sum`."""
     return jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
 
 
 def scatter_sum(x: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
-    """Within `on_shards`: this device's part, along `axis`, of the sum over these mesh axes."""
+    """Within shard_map: this device's part, along `axis`, of the sum over these mesh axes."""
     return jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True) if names else x
 
 
 def gather_weight(kernel: jax.Array, entries, like: jax.Array, start: int = 0) -> jax.Array:
-    """Within `on_shards`: a weight, whole along the dimensions from `start` on that have these spec entries.
+    """Within shard_map: a weight, whole along the dimensions from `start` on that have these spec entries.
 
     like: the activation that it will meet. Copies along axes that only shard the activation are made first, so that
     the gradient is reduce-scattered before its shard alone is summed over them.

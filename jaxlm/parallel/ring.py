@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxlm.parallel.linear import activation_specs
-from jaxlm.parallel.mesh import even_mesh, gather, names_of, on_shards, partition_spec
+from jaxlm.parallel.mesh import even_mesh, gather, names_of, partition_spec
 
 
 def zigzag(length: int, parts: int) -> np.ndarray:
@@ -68,7 +68,7 @@ def sharded_attention(
     rows = (*names_of(rows), *(name for name in mesh.axis_names if mesh.shape[name] == 1))
     q_spec, k_spec = PartitionSpec(rows, length_T, heads), PartitionSpec(rows, length_S, kv_heads)
     at_specs = [(PartitionSpec(length), PartitionSpec(rows, length)) for length in (length_T, inside)]
-    call = on_shards(f, (q_spec, k_spec, k_spec, *at_specs), q_spec, check_vma=False)
+    call = jax.shard_map(f, in_specs=(q_spec, k_spec, k_spec, *at_specs), out_specs=q_spec, check_vma=False)
     return call(q_BTNH, k_BTKH, v_BTKH, (places_T, segments_BT), (places_T, segments_BT))
 
 
@@ -83,7 +83,7 @@ def own_kv_heads(num_heads: int, group: int, index: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def ring(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, flash, axis: str, window: int, softcap: float):
-    """[B, T, N, H], within `on_shards`: this device's queries, and the keys of all devices along the axis.
+    """[B, T, N, H], within shard_map: this device's queries, and the keys of all devices along the axis.
 
     For the backward pass only the arguments, the result and its log-sum-exp [B, T, N] are kept: this device's shards.
     """

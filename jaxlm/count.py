@@ -1,0 +1,222 @@
+"""What a step does, counted: FLOPs of the traced step, collectives and cycles of the compiled one.
+
+A trace says what will be multiplied, recomputation and kernels included, the same on every backend. A compiled program
+(XLA's scheduled HLO text) says what will be sent, along which mesh axes, and, from the TPU compiler, how many cycles
+each fusion should take. Loops are multiplied out.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+# ---------------------------------------------------------------- FLOPs of a trace
+
+
+def matmul_flops(jaxpr, visited: float = 1.0, kernels_only: bool = False) -> float:
+    """Of all matrix products of a jaxpr, on all devices; a multiplication and an addition are two.
+
+    visited: part of the blocks of attention by blocks that are not skipped (a `cond` of which one branch does nothing).
+    kernels_only: of Pallas kernels alone.
+    """
+    total, inside = 0.0, lambda inner: matmul_flops(inner, visited, kernels_only)
+    for eqn in jaxpr.eqns:
+        name, p = eqn.primitive.name, eqn.params
+        if name == "dot_general" and not kernels_only:
+            (contracted, _), _ = p["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+        elif (
+            name in ("ragged_dot", "ragged_dot_general") and not kernels_only
+        ):  # [M, D] x [E, D, F], or its transpose: M D F either way
+            sizes = math.prod(v.aval.size for v in (*eqn.invars[:2], eqn.outvars[0]))
+            total += 2.0 * math.sqrt(sizes / eqn.invars[2].aval.shape[-1])
+        elif name == "pallas_call":
+            total += math.prod(p["grid_mapping"].grid) * run_share(p["grid_mapping"].grid) * matmul_flops(p["jaxpr"])
+        elif name.startswith("dot_product_attention_"):  # cuDNN; forward 2 products, backward 5 (two of them again)
+            (B, T, N, H), S = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
+            total += 2.0 * (5 if "bwd" in name else 2) * B * T * S * N * H / 2  # causal: half is skipped
+        elif name == "cond":
+            costs = [inside(branch.jaxpr) for branch in p["branches"]]
+            total += max(costs) * (visited if min(costs) == 0 else 1)
+        else:
+            times = p["length"] if name == "scan" else p["mesh"].size if name == "shard_map" else 1
+            total += times * sum(map(inside, inner_jaxprs(p)))
+    return total
+
+
+def run_share(grid: tuple[int, ...]) -> float:
+    """Part of a causal attention kernel's grid [heads, i, j] whose blocks are computed; its rows may be windows."""
+    if len(grid) < 3:
+        return 1.0
+    J, n = sorted(grid[-2:])
+    return (n - (J - 1) / 2) / n
+
+
+def inner_jaxprs(params: dict) -> Iterator:
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            inner = getattr(item, "jaxpr", item)
+            if hasattr(inner, "eqns"):
+                yield inner
+
+
+# ---------------------------------------------------------------- collectives and cycles of a compiled program
+
+
+class Collective(NamedTuple):
+    """One instruction, run `times` in a step."""
+
+    kind: str  # all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute
+    axes: tuple[str, ...]  # mesh axes along which it goes; ("?",) where no axes make up its groups
+    bytes: int  # of its result on one device; of a reduce-scatter of what it takes in
+    size: int  # devices of a group
+    times: int
+    overlapped: bool  # it has a start and an end, between which other work may run
+
+
+class Program(NamedTuple):
+    collectives: list[Collective]
+    cycles: float  # of everything that the TPU compiler estimates, kernels in Pallas apart; 0 from other compilers
+    custom_calls: Counter  # {target: times}
+
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
+         "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+
+
+def count(text: str, mesh) -> Program:
+    """text: scheduled HLO, as `compiled.as_text()`. mesh: whose axes the collectives are told by."""
+    bodies, entry = computations(text)
+    axes = axes_of_groups(mesh)
+    program = Program([], 0.0, Counter())
+    cycles = walk(bodies, entry, 1, axes, program, in_fusion=False)
+    return program._replace(cycles=cycles)
+
+
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """({computation: its instructions}, the name of the entry)."""
+    bodies, current, entry = {}, None, ""
+    for line in text.splitlines():
+        head = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{\s*$", line)
+        if head:
+            current = bodies.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif line.rstrip() == "}":
+            current = None
+        elif current is not None and " = " in line:
+            current.append(re.sub(r"/\*index=\d+\*/", "", line))
+    return bodies, entry
+
+
+def walk(bodies, name: str, times: int, axes: dict, program: Program, in_fusion: bool) -> float:
+    """Cycles of one run of a computation; adds to `program` what it does in all of its `times`."""
+    total = 0.0
+    for line in bodies.get(name, []):
+        found = re.search(r" = (\(.*?\)|\S+) ([a-z][\w\-]*)\(", line)
+        if not found:
+            continue
+        result, op = found.groups()
+        called = lambda key, line=line: re.search(rf"\b{key}=%?([\w.\-]+)", line)[1]
+        if op == "while":
+            n = trips(line, bodies)
+            total += n * walk(bodies, called("body"), times * n, axes, program, in_fusion)
+        elif op == "conditional":
+            names = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
+            for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                names += re.findall(r"%?([\w.\-]+)", group)
+            total += max((walk(bodies, branch, times, axes, program, in_fusion) for branch in names), default=0)
+        elif op in ("call", "async-start"):
+            key = "to_apply" if "to_apply=" in line else "calls"
+            total += walk(bodies, called(key), times, axes, program, in_fusion)
+        elif op == "fusion":  # collectives may be fused with what feeds them, or with a slice of their result
+            walk(bodies, called("calls"), times, axes, program, True)
+        elif op.removesuffix("-start") in KINDS:
+            program.collectives.append(collective(line, result, op, times, axes, name))
+        elif op == "custom-call":
+            program.custom_calls[re.search(r'custom_call_target="([^"]+)"', line)[1]] += times
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
+        if cycles and op != "while" and not in_fusion:
+            total += int(cycles[1])
+    return total
+
+
+def trips(line: str, bodies: dict) -> int:
+    """How often a loop runs: as the compiler says, else the one bound that its condition compares with."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    if known:
+        return int(known[1])
+    condition = bodies.get(re.search(r"condition=%?([\w.\-]+)", line)[1], [])
+    bounds = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+    return int(bounds[0]) if len(bounds) == 1 else 1
+
+
+def collective(line: str, result: str, op: str, times: int, axes: dict, name: str) -> Collective:
+    kind = op.removesuffix("-start")
+    sizes = [array_bytes(*found) for found in ARRAY.findall(result) if found[1] or kind == "all-reduce"]
+    if op.endswith("-start") and kind != "all-reduce":  # what goes in, then what comes out
+        sizes = sizes[len(sizes) // 2 :]
+    number = sum(sizes)
+    groups = groups_of(line) or [sorted(group) for group in next((g for g in axes if len(g) == 1), [])]  # {}: all
+    size = len(groups[0]) if groups else 1
+    if kind == "reduce-scatter":
+        number *= size
+    elif kind == "all-reduce" and "all-reduce-scatter" in name:
+        kind = "reduce-scatter"
+    along = axes.get(frozenset(frozenset(group) for group in groups)) if kind != "collective-permute" else (
+        axes_of_pairs(groups, axes)
+    )  # fmt: skip
+    return Collective(kind, along or ("?",), number, size, times, op.endswith("-start"))
+
+
+def array_bytes(dtype: str, shape: str) -> int:
+    return BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n) if dtype in BYTES else 0
+
+
+def groups_of(line: str) -> list[list[int]]:
+    """The devices, by their place in the mesh, that talk to each other; of a permutation its pairs."""
+    pairs = re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", line)
+    listed = re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", line)
+    if pairs or listed:
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", (pairs or listed)[1])]
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    if iota:
+        shape, dims = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
+        order = [int(n) for n in iota[3].split(",")] if iota[3] else range(len(dims))
+        return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:\s*(?:device_ids=)?\([^)]*\))?\s*\{([^}]*)\}", line)
+    if named:
+        sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        along = re.findall(r"'(\w+)'", named[2])
+        kept = [i for i, axis in enumerate(sizes) if axis not in along]
+        over = [list(sizes).index(axis) for axis in along]
+        grid = np.arange(math.prod(sizes.values())).reshape(list(sizes.values())).transpose(kept + over)
+        return grid.reshape(-1, math.prod(sizes[axis] for axis in along)).tolist()
+    return []
+
+
+def axes_of_groups(mesh) -> dict[frozenset, tuple[str, ...]]:
+    """{groups of devices: the mesh axes along which they lie}, for every set of axes."""
+    names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    grid = np.arange(mesh.size).reshape([mesh.shape[name] for name in names])
+    table = {}
+    for mask in range(1, 2 ** len(names)):
+        over = [i for i in range(len(names)) if mask >> i & 1]
+        kept = [i for i in range(len(names)) if not mask >> i & 1]
+        rows = grid.transpose(kept + over).reshape(-1, math.prod(grid.shape[i] for i in over))
+        table[frozenset(frozenset(row) for row in rows.tolist())] = tuple(names[i] for i in over)
+    return table
+
+
+def axes_of_pairs(pairs: list[list[int]], axes: dict) -> tuple[str, ...] | None:
+    """The fewest axes whose groups contain every pair."""
+    for groups, names in sorted(axes.items(), key=lambda item: len(item[1])):
+        group_of = {device: i for i, group in enumerate(groups) for device in group}
+        if all(group_of.get(a) == group_of.get(b) for a, b in pairs):
+            return names
+    return None

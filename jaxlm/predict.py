@@ -1,0 +1,79 @@
+"""How long a compiled step should take on chips that are not here, in parts, and how good that is.
+
+Work and communication are what `jaxlm.count` finds in the program; what turns them into seconds is a chip's data sheet
+(jaxlm/topology.py) and the constants below, each with a meaning, fitted to published measurements (README, "plan").
+"""
+
+import math
+from typing import NamedTuple
+
+from jaxlm.count import Collective, Program
+from jaxlm.topology import Topology
+
+CYCLES = 0.82  # real time of compiled fusions over the TPU compiler's own estimate
+KERNELS = 0.55  # part of the peak that attention kernels in Pallas reach
+HIDDEN = 0.5  # part of the communication between devices that the scheduler puts beside work, where there is enough
+GPU_WORK = 0.6  # part of the peak that a GPU reaches over a whole step besides communication (not measured by us)
+
+
+class Times(NamedTuple):
+    """Seconds of one step."""
+
+    matrix: float  # matrix units at their peak
+    work: float  # on the device: matrix units, memory and all else, kernels included
+    communication: dict[tuple[tuple[str, ...], str], float]  # {(mesh axes, network): seconds}
+    exposed: float  # of the communication, what is waited for
+    low: float  # with all communication hidden that fits beside the work
+    high: float  # with none hidden
+
+    @property
+    def expected(self) -> float:
+        return self.work + self.exposed
+
+
+class Network(NamedTuple):
+    """What the devices of some mesh axes talk over."""
+
+    name: str  # ICI, NVLink, or DCN
+    bandwidth: float  # bytes a second, one way, for each device of a ring through all of them
+
+
+def network_of(axes: tuple[str, ...], mesh, topology: Topology) -> Network:
+    """The slowest network within a group of devices along these mesh axes."""
+    chip, names = topology.spec, list(mesh.axis_names)
+    index = tuple(slice(None) if name in axes or axes == ("?",) else 0 for name in names)
+    place = {device: i for i, device in enumerate(topology.devices)}
+    group, size = list(mesh.devices[index].flat), len(topology.devices) // topology.slices
+    if len({getattr(device, "slice_index", place[device] // size) for device in group}) > 1:
+        return Network("DCN", chip.network)
+    if chip.dims:
+        spans = sum(len({device.coords[d] for device in group}) > 1 for d in range(3))
+        return Network("ICI", 2 * chip.link * max(spans, 1))
+    if len({place[device] // topology.shape[-1] for device in group}) > 1:
+        return Network("DCN", chip.network)
+    return Network("NVLink", chip.link)
+
+
+def seconds(collective: Collective, bandwidth: float) -> float:
+    """Of all runs of a collective in a step, by rings: each device sends and receives the parts of the others."""
+    share = (collective.size - 1) / max(collective.size, 1)
+    sent = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(collective.kind, share)
+    return collective.times * collective.bytes * sent / bandwidth
+
+
+def step_times(program: Program, flops: float, kernel_flops: float, mesh, topology: Topology) -> Times:
+    """flops: of all matrix products on one device, of which kernel_flops in kernels without an estimate of cycles."""
+    chip = topology.spec
+    matrix = flops / chip.flops
+    if program.cycles:
+        work = CYCLES * program.cycles / chip.clock + kernel_flops / (KERNELS * chip.flops)
+    else:
+        work = flops / (GPU_WORK * chip.flops)
+    communication: dict = {}
+    for collective in program.collectives:
+        network = network_of(collective.axes, mesh, topology)
+        key = collective.axes, network.name
+        communication[key] = communication.get(key, 0.0) + seconds(collective, network.bandwidth)
+    total = math.fsum(communication.values())
+    exposed = max(total * (1 - HIDDEN), total - work)
+    return Times(matrix, work, communication, exposed, work + max(total - work, 0), work + total)

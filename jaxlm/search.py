@@ -1,0 +1,126 @@
+"""Other settings of a config for a pod: pruned by arithmetic, the promising ones compiled by jaxlm.plan."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from jaxlm import costs
+from jaxlm.check import check
+from jaxlm.config import resolve, set_key
+from jaxlm.errors import ConfigError
+from jaxlm.parallel.mesh import abstract_mesh, batch_shards, require_sharded, shardings
+from jaxlm.predict import HIDDEN
+from jaxlm.state import abstract_state, state_shardings
+from jaxlm.topology import Topology
+
+KEPT = {"full": 1, "attention": 1, "dots": 4, "none": 8}  # of D-wide activations a layer besides the MLP's
+MATRIX = 0.7  # part of the peak that products reach, before anything is compiled
+LOGITS = 3 * (512 << 20)  # bytes of a chunk of the loss
+GATHER = 2  # layers' weights that are whole on a device at one time
+
+
+class Option(NamedTuple):
+    overrides: dict[str, object]
+    config: ConfigDict  # resolved
+    memory: float  # bytes on a device, by arithmetic
+    seconds: float  # a step, by arithmetic
+
+
+def options(config: ConfigDict, pod: Topology) -> Iterator[Option]:
+    """Every valid mesh, remat and number of microbatches. config: unresolved."""
+    n = len(pod.devices) // pod.slices
+    tensors = [t for t in (1, 2, 4, 8, 16) if n % t == 0]
+    for tensor, remat, parts in itertools.product(tensors, ("full", "dots", "none"), (1, 2, 4, 8, 16)):
+        overrides = {"mesh.tensor": tensor, "model.remat": remat, "train.grad_accumulation": parts}
+        option = estimate(config, overrides, pod)
+        if option:
+            yield option
+
+
+def estimate(config: ConfigDict, overrides: dict, pod: Topology) -> Option | None:
+    """By arithmetic; None where the config is not valid so."""
+    config = changed(config, overrides)
+    if check(config, len(pod.devices)):
+        return None
+    config = resolve(config)
+    mesh, (shapes, axes) = abstract_mesh(config, len(pod.devices)), abstract_state(config)
+    try:
+        require_sharded(shapes.params, shardings(shapes.params, axes.params, mesh), mesh)
+    except ConfigError:
+        return None
+    places, m, chip = state_shardings(config, mesh), config.model, pod.spec
+    of = lambda name: costs.bytes_per_device(getattr(shapes, name), getattr(places, name))
+    parts, tensor, sequence = config.train.grad_accumulation, mesh.shape["tensor"], mesh.shape["sequence"]
+    rows = config.train.batch_size / parts / batch_shards(mesh)
+    tokens = rows * config.data.seq_len / sequence / tensor
+    width, gates = m.embed_dim, 2 if m.mlp == "swiglu" else 1
+    mlp = m.mlp_dim if not m.num_experts else m.expert_dim * m.experts_per_token
+    kept = KEPT[m.remat] * width + (gates * mlp if m.remat in ("dots", "none") else 0)
+    one_layer = 2 * costs.num_parameters(shapes.params["layers"]) / m.num_layers / tensor
+    layer_work = tokens * 2 * (4 * width + 3 * mlp)  # of the layer that is computed again
+    memory = of("params") + of("opt_state") + of("ema") + (of("params") if parts > 1 else 0)
+    memory += 2 * tokens * kept * m.num_layers + layer_work + GATHER * one_layer + LOGITS
+    again = {"full": 8, "attention": 8, "dots": 6.3, "none": 6}[m.remat] / 6
+    flops = costs.flops_per_token(config, shapes.params) * config.train.batch_size * config.data.seq_len * again
+    work = flops / len(pod.devices) / (MATRIX * chip.flops)
+    weights = 3 * parts * 2 * costs.num_parameters(shapes.params) / tensor * (mesh.shape["fsdp"] > 1)
+    activations = (8 if m.remat == "full" else 6) * 2 * tokens * tensor * width * m.num_layers * parts * (tensor > 1)
+    sent = (weights + activations) / (2 * chip.link * max(chip.dims, 1))
+    return Option(overrides, config, memory, work + max(sent * (1 - HIDDEN), sent - work))
+
+
+def changed(config: ConfigDict, overrides: dict) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    for key, value in overrides.items():
+        set_key(config, key, value)
+    return config
+
+
+def search(config: ConfigDict, pod: Topology, compile: Callable, count: int) -> list[tuple[dict, object]]:
+    """[(overrides, plan)] of the `count` options that arithmetic finds fastest among those that should fit, compiled.
+
+    compile: resolved config -> plan. Of one that does not fit, the next with less memory is tried in its place.
+    """
+    room = 1.1 * pod.spec.memory  # arithmetic is not exact
+    promising = sorted((o for o in options(config, pod) if o.memory <= room), key=lambda o: o.seconds)
+    found, limit = [], math.inf
+    for option in promising:
+        if option.memory < limit:
+            plan = compile(option.config)
+            if plan.times is None:
+                limit = min(limit, option.memory)
+            found.append((option.overrides, plan))
+        if len(found) == count:
+            break
+    return found
+
+
+def remedies(config: ConfigDict, pod: Topology, needed: int) -> Iterator[dict]:
+    """What makes a step that needs this much fit, in the order in which it should be tried. config: unresolved."""
+    fixed = estimate(config, {}, pod)
+    if fixed is None:
+        return
+    parts = config.train.grad_accumulation
+    state = fixed.memory - estimate_of_activations(fixed, pod)
+    factor = (needed - state) / max(pod.spec.memory * 0.95 - state, 1)
+    if config.model.remat != "full":
+        yield {"model.remat": "full"}
+    for more in (2, 4, 8, 16, 32, 64):
+        if more >= factor > 0 and estimate(config, {"train.grad_accumulation": parts * more}, pod):
+            yield {"train.grad_accumulation": parts * more}
+            yield {"train.batch_size": config.train.batch_size // more}
+            break
+    for tensor in (2, 4, 8):
+        option = estimate(config, {"mesh.tensor": tensor}, pod)
+        if tensor > config.mesh.tensor and option and option.memory < fixed.memory:
+            yield {"mesh.tensor": tensor}
+
+
+def estimate_of_activations(option: Option, pod: Topology) -> float:
+    """Bytes on a device that fall with the rows of a microbatch."""
+    config = option.config
+    half = estimate(config, {"train.batch_size": config.train.batch_size * 2}, pod)
+    return half.memory - option.memory if half else 0.0

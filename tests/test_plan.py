@@ -1,0 +1,217 @@
+"""plan: what is counted is what was computed and sent, and a step compiles for pods that are not here."""
+
+import json
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of, program, small_config
+
+from jaxlm import costs, predict, topology
+from jaxlm.config import MESH_AXES
+from jaxlm.count import Collective, Program, axes_of_groups, count, groups_of, matmul_flops, run_share
+from jaxlm.errors import ConfigError
+from jaxlm.kernels.attention import attention
+from jaxlm.kernels.splash import splash
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.state import abstract_inputs, abstract_state, jit_train_step
+
+# ---------------------------------------------------------------- FLOPs
+
+
+def flops(f, *shapes):
+    return matmul_flops(jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).jaxpr)
+
+
+def test_products_are_counted_in_loops_branches_and_recomputed():
+    square = lambda x: x @ x
+    one = 2 * 8**3
+    assert flops(square, (8, 8)) == one
+    assert flops(lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=5)[0], (8, 8)) == 5 * one
+    assert flops(lambda x: jax.lax.cond(x[0, 0] > 0, square, lambda x: x @ x @ x, x), (8, 8)) == 2 * one
+    two = lambda x: jnp.sum(jnp.sin(x @ x) @ x)
+    kept, again = flops(jax.grad(two), (8, 8)), flops(jax.grad(jax.checkpoint(two)), (8, 8))
+    assert kept == 6 * one and again == 7 * one
+    batched = lambda x, y: jnp.einsum("BTD,DF->BTF", x, y)
+    assert flops(batched, (2, 3, 4), (4, 5)) == 2 * 2 * 3 * 4 * 5
+
+
+def test_a_ragged_product_is_counted_once_for_each_row_and_its_transposes_too():
+    sizes = jnp.array([3, 5])
+    f = lambda x, y: jnp.sum(jax.lax.ragged_dot(x, y, sizes))
+    assert flops(f, (8, 4), (2, 4, 6)) == 2 * 8 * 4 * 6
+    assert flops(jax.grad(f, argnums=(0, 1)), (8, 4), (2, 4, 6)) == 3 * 2 * 8 * 4 * 6
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"stage": 2, "fsdp": 4}], ids=str)
+def test_the_step_executes_what_arithmetic_says(sizes):
+    """6 for each multiplying parameter and token; 2 more for what is computed again, all but each layer's last one."""
+    c = small_config(model__remat="full", model__num_heads=8, model__num_kv_heads=8, train__batch_size=64)
+    c.model.update({"vocab_size": 256, "attention": "reference", "pipeline_microbatches": 4})
+    c.mesh.update(dict.fromkeys(MESH_AXES, 1) | sizes)
+    mesh = make_mesh(c)
+    with jax.set_mesh(mesh):
+        counted = matmul_flops(jit_train_step(c, mesh).trace(*abstract_inputs(c, mesh)).jaxpr)
+    params, tokens = abstract_state(c)[0].params, c.train.batch_size * c.data.seq_len
+    layers = costs.num_parameters(params["layers"])
+    attention_again = 16 * c.model.num_heads * c.model.head_dim * c.data.seq_len * c.model.num_layers
+    table = 8 * c.model.embed_dim * c.model.vocab_size
+    stages = sizes.get("stage", 1)
+    bubble = (4 + stages - 1) / 4  # stages compute on nothing while the pipeline fills
+    last = 2 * c.model.mlp_dim * c.model.embed_dim * c.model.num_layers
+    want = tokens * ((8 * layers - last + attention_again) * bubble + table)
+    assert counted == pytest.approx(want, rel=0.02)
+
+
+def test_a_causal_kernel_skips_what_no_query_sees():
+    assert run_share((4, 8, 8)) == pytest.approx(36 / 64)
+    assert run_share((4, 3, 8)) == pytest.approx((1 + 2 + 3 * 6) / 24)  # windows: at most three blocks a row
+    q = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.float32)
+    f = partial(splash, window=1024, softcap=0.0, interpret=True)
+    counted = matmul_flops(jax.make_jaxpr(f)(q, q, q, None).jaxpr, kernels_only=True)
+    assert counted == 2 * 2 * 2 * 1024**2 * 128  # one block: nothing to skip
+
+
+@pytest.mark.parametrize(("window", "softcap", "kv_heads"), [(256, 0.0, 4), (100, 0.0, 2), (256, 20.0, 1)])
+def test_splash_is_the_reference(window, softcap, kv_heads):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 256, n, 128)), jnp.float32) for n in (4, kv_heads, kv_heads))
+    segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, 256)), axis=1), jnp.int32)
+    options = {"window": window, "softcap": softcap}
+    want = jax.value_and_grad(
+        lambda q, k, v: jnp.sum(jnp.sin(attention(q, k, v, segments, segments, implementation="reference", **options))),
+        argnums=(0, 1, 2),
+    )(q, k, v)
+    got = jax.value_and_grad(
+        lambda q, k, v: jnp.sum(jnp.sin(splash(q, k, v, segments, interpret=True, **options))), argnums=(0, 1, 2)
+    )(q, k, v)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-3), got, want)
+
+
+# ---------------------------------------------------------------- collectives
+
+
+@pytest.mark.parametrize("text, groups", [
+    ("replica_groups={{0,1},{2,3}}, x", [[0, 1], [2, 3]]),
+    ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
+    ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'b'}, x", [[0, 1], [2, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", [[0, 2], [1, 3]]),
+    ("source_target_pairs={{0,1},{1,0}}, x", [[0, 1], [1, 0]]),
+])  # fmt: skip
+def test_every_way_of_writing_groups_is_read(text, groups):
+    assert groups_of(text) == groups
+
+
+def test_groups_are_told_by_their_mesh_axes():
+    mesh = mesh_of(8, data=2, fsdp=2, tensor=2)
+    table = axes_of_groups(mesh)
+    assert table[frozenset(map(frozenset, [[0, 1], [2, 3], [4, 5], [6, 7]]))] == ("tensor",)
+    assert table[frozenset(map(frozenset, [[0, 2, 4, 6], [1, 3, 5, 7]]))] == ("data", "fsdp")
+
+
+def compiled(c, mesh):
+    with jax.set_mesh(mesh):
+        return jit_train_step(c, mesh).lower(*abstract_inputs(c, mesh)).compile()
+
+
+def test_fsdp_sends_its_parameters_three_times():
+    """Gathered for the forward and the backward pass, gradients reduce-scattered: within 10% of the least."""
+    c = small_config(model__num_layers=4, model__vocab_size=64, model__remat="full", train__batch_size=64)
+    c.mesh.update(dict.fromkeys(MESH_AXES, 1) | {"fsdp": 8})
+    mesh = make_mesh(c)
+    found = count(compiled(c, mesh).as_text(), mesh)
+    total = lambda kind: sum(one.bytes * one.times for one in found.collectives if one.kind == kind)
+    parameters = 4 * costs.num_parameters(abstract_state(c)[0].params)
+    assert 0.8 * 2 * parameters < total("all-gather") < 1.1 * 2 * parameters
+    assert 0.8 * parameters < total("reduce-scatter") < 1.1 * parameters
+    assert {one.axes for one in found.collectives} == {("fsdp",)}
+
+
+def test_what_is_sent_takes_longer_over_a_slower_network():
+    pod = topology.Topology("h100:2x1x4", "h100", (1, 4), 2, jax.devices(), True)
+    mesh = mesh_of(8, data=2, fsdp=4)
+    assert predict.network_of(("data",), mesh, pod).name == "DCN"
+    assert predict.network_of(("fsdp",), mesh, pod).name == "NVLink"
+    one = Collective("all-gather", ("fsdp",), 4_000_000, 4, 10, False)
+    assert predict.seconds(one, 1e9) == pytest.approx(10 * 3e6 / 1e9)
+    assert predict.seconds(one._replace(kind="all-reduce"), 1e9) == pytest.approx(20 * 3e6 / 1e9)
+    busy = predict.step_times(Program([one], 0.0, {}), 1e15, 0.0, mesh, pod)
+    assert busy.low <= busy.expected <= busy.high and busy.low == busy.work  # all of it fits beside the work
+
+
+# ---------------------------------------------------------------- topologies
+
+
+@pytest.mark.parametrize("text, chip, shape", [
+    ("v5p:4x4x4", "v5p", (4, 4, 4)), ("v5p-128", "v5p", (4, 4, 4)), ("v5e-256", "v5e", (16, 16)),
+    ("h100:8", "h100", (1, 1, 8)), ("h100:64", "h100", (1, 8, 8)), ("h100:2x16x8", "h100", (2, 16, 8)),
+])  # fmt: skip
+def test_a_topology_is_read(text, chip, shape):
+    assert topology.parse(text) == (chip, shape)
+    assert math.prod(shape) > 0
+
+
+@pytest.mark.parametrize("text, hint", [
+    ("v5q:4x4x4", "did you mean"), ("v5p:4x4", "3 dimensions"), ("v5p-100", "one of"), ("v5e:", "give a shape"),
+    ("h100:1x2x3x4", "slices x hosts x GPUs"),
+])  # fmt: skip
+def test_a_topology_that_is_none_is_told(text, hint):
+    with pytest.raises(ConfigError, match=hint):
+        topology.parse(text)
+
+
+def test_chips_are_known_by_what_jax_calls_them():
+    assert topology.find_chip("TPU v5 lite") == "v5e" and topology.find_chip("TPU v5") == "v5p"
+    assert topology.find_chip("NVIDIA H100 80GB HBM3") == "h100" and topology.find_chip("cpu") is None
+    assert topology.peak_flops("NVIDIA H100 PCIe") == 756e12
+
+
+# ---------------------------------------------------------------- the program
+
+SMALL = ["--config=configs/llama.py:1b"] + [f"--config.{key}" for key in (
+    "model.num_layers=2", "model.embed_dim=512", "model.mlp_dim=1024", "model.num_heads=4", "model.num_kv_heads=4",
+    "model.vocab_size=4096", "data.seq_len=512", "train.batch_size=8",
+)]  # fmt: skip
+
+
+def plan(tmp_path, *flags, check=True):
+    run = program("jaxlm.plan", *SMALL, f"--json={tmp_path / 'plan.json'}", *flags, check=check)
+    return run, json.loads((tmp_path / "plan.json").read_text()) if (tmp_path / "plan.json").exists() else {}
+
+
+def test_a_tpu_step_is_compiled_by_its_own_compiler(tmp_path):
+    pytest.importorskip("libtpu")
+    run, found = plan(tmp_path, "--topology=v5e:2x2", f"--save_hlo={tmp_path / 'a.hlo'}", "--price_per_chip_hour=1.2")
+    assert found["fits"] and not found["estimate"] and found["cycles"] > 0
+    assert "tpu_custom_call" in (tmp_path / "a.hlo").read_text()  # splash
+    parameters = 4096 * 512 + 512 + 2 * (2 * 512 + 4 * 512 * 512 + 3 * 512 * 1024)
+    whole = 4 * 5 * 512  # norms
+    assert found["memory"]["parameters"] == (4 * parameters - whole) // 4 + whole
+    assert found["memory"]["optimizer"] == 2 * found["memory"]["parameters"] + 8
+    assert found["time"]["low"] <= found["time"]["step"] <= found["time"]["high"] and 0 < found["mfu"] < 1
+    assert found["cost"] == pytest.approx(found["days"] * 24 * 4 * 1.2)
+    assert {row["network"] for row in found["collectives"]} == {"ICI"} and "fits: needs" in run.stdout
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_what_it_needs(tmp_path):
+    pytest.importorskip("libtpu")
+    run, found = plan(tmp_path, "--topology=v5e:2x2", "--config.train.batch_size=65536", check=False)
+    assert run.returncode == 1 and not found["fits"] and "doesn't fit: needs" in run.stdout, run.stderr
+    assert found["memory"]["needed"] > found["memory"]["available"] and "Traceback" not in run.stderr
+
+
+def test_without_a_compiler_it_is_an_estimate_and_says_so(tmp_path):
+    run, found = plan(tmp_path, "--topology=a100:2x1x4")
+    assert found["estimate"] and "AN ESTIMATE" in run.stdout and found["devices"] == 8
+    networks = {(tuple(row["axes"]), row["network"]) for row in found["collectives"]}
+    assert {network for axes, network in networks if axes == ("fsdp",)} == {"NVLink"}
+    assert {axes for axes, network in networks if network == "DCN"} <= {("data",), ("data", "fsdp")}
+
+
+def test_a_wrong_topology_is_one_message():
+    run = program("jaxlm.plan", *SMALL, "--topology=v5p:4x4", check=False)
+    assert run.returncode == 2 and "3 dimensions" in run.stderr and "Traceback" not in run.stderr
