@@ -103,7 +103,7 @@ def base() -> ConfigDict:
     t.batch_size = 32  # rows in one optimizer step, over all devices
     t.grad_accumulation = 1  # microbatches a step: less memory, the same result
     t.stop_at = 0  # end cleanly after this step, leaving the schedule as it is; 0: at steps
-    t.loss_chunk = 0  # positions whose logits exist at one time; 0: as many as fit in about 64 MiB a device
+    t.loss_chunk = 0  # positions whose logits exist at one time; 0: 64 MiB of them on a CPU, else 512
     t.z_loss = 0.0  # weight of log(Z)^2, keeps logits from drifting (PaLM: 1e-4)
     t.ema = 0.0  # decay of an average of the parameters, used for evaluation and generation; 0: off
     t.max_skipped = 20  # stop after this many steps in a row whose gradients were not finite

@@ -76,6 +76,7 @@ class Collective(NamedTuple):
     size: int  # devices of a group
     times: int
     overlapped: bool  # it has a start and an end, between which other work may run
+    inside: bool = False  # of one slice, although its axes may lie across slices
 
 
 class Program(NamedTuple):
@@ -90,13 +91,25 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 
-def count(text: str, mesh) -> Program:
-    """text: scheduled HLO, as `compiled.as_text()`. mesh: whose axes the collectives are told by."""
+MEGASCALE = "_xla_megascale_transfer_type"  # TPU slices: each has its own program, and sends to the others
+
+
+def count(text: str, mesh, slices: int = 1, across: str = "data") -> Program:
+    """text: scheduled HLO, as `compiled.as_text()`. mesh: whose axes the collectives are told by.
+
+    across: the axis that lies over the slices, if there are several.
+    """
     bodies, entry = computations(text)
-    axes = axes_of_groups(mesh)
+    shape, apart = dict(mesh.shape), MEGASCALE in text
+    if apart:
+        shape[across] //= slices
     program = Program([], 0.0, Counter())
-    cycles = walk(bodies, entry, 1, axes, program, in_fusion=False)
-    return program._replace(cycles=cycles)
+    cycles = walk(bodies, entry, 1, axes_of_groups(shape), program, in_fusion=False)
+    found = [
+        one._replace(axes=(across,), size=slices) if one.axes == (MEGASCALE,) else one._replace(inside=apart)
+        for one in program.collectives
+    ]
+    return program._replace(cycles=cycles, collectives=found)
 
 
 def computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -138,6 +151,10 @@ def walk(bodies, name: str, times: int, axes: dict, program: Program, in_fusion:
             walk(bodies, called("calls"), times, axes, program, True)
         elif op.removesuffix("-start") in KINDS:
             program.collectives.append(collective(line, result, op, times, axes, name))
+        elif op == "send" and MEGASCALE in line:
+            kind = re.search(rf'{MEGASCALE}="(\w+)"', line)[1].lower().replace("_", "-")
+            sent = sum(array_bytes(*found) for found in ARRAY.findall(result) if found[1])
+            program.collectives.append(Collective(kind, (MEGASCALE,), sent, 1, times, True))
         elif op == "custom-call":
             program.custom_calls[re.search(r'custom_call_target="([^"]+)"', line)[1]] += times
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
@@ -200,10 +217,10 @@ def groups_of(line: str) -> list[list[int]]:
     return []
 
 
-def axes_of_groups(mesh) -> dict[frozenset, tuple[str, ...]]:
+def axes_of_groups(shape: dict[str, int]) -> dict[frozenset, tuple[str, ...]]:
     """{groups of devices: the mesh axes along which they lie}, for every set of axes."""
-    names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
-    grid = np.arange(mesh.size).reshape([mesh.shape[name] for name in names])
+    names = [name for name in shape if shape[name] > 1]
+    grid = np.arange(math.prod(shape.values())).reshape([shape[name] for name in names])
     table = {}
     for mask in range(1, 2 ** len(names)):
         over = [i for i in range(len(names)) if mask >> i & 1]

@@ -22,7 +22,7 @@ from jaxlm.count import Program, count, matmul_flops
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.kernels.attention import BLOCK
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.predict import Times, step_times
+from jaxlm.predict import Times, network_of, step_times
 from jaxlm.search import changed, remedies, search
 from jaxlm.state import abstract_inputs, abstract_state, check_sharding, jit_train_step, state_shardings
 from jaxlm.topology import Topology
@@ -63,7 +63,7 @@ def make_plan(config: ConfigDict, pod: Topology) -> Plan:
     kept = found.output_size_in_bytes - found.alias_size_in_bytes
     whole = found.argument_size_in_bytes + found.temp_size_in_bytes + kept
     memory["needed"] = min(found.peak_memory_in_bytes or whole, whole) + memory["code"]  # temporaries may share
-    program, devices = count(text, mesh), len(pod.devices)
+    program, devices = count(text, mesh, pod.slices, config.mesh.across), len(pod.devices)
     times = step_times(program, flops["executed"] / devices, flops["kernels"] / devices, mesh, pod)
     return Plan(config, pod, memory, flops, program, times, time.perf_counter() - began, text)
 
@@ -141,14 +141,13 @@ def fits(plan: Plan) -> bool:
 
 def collectives(plan: Plan) -> list[dict]:
     """One row for each kind and axes: runs and bytes a device and step, network and seconds."""
-    rows: dict = {}
+    rows, mesh = {}, make_mesh(plan.config, plan.topology.devices)
     for one in plan.program.collectives:
-        row = rows.setdefault((one.kind, one.axes), {"kind": one.kind, "axes": list(one.axes), "count": 0, "bytes": 0})
+        network = network_of(one.axes, mesh, plan.topology, one.inside).name
+        empty = {"kind": one.kind, "axes": list(one.axes), "network": network, "count": 0, "bytes": 0}
+        row = rows.setdefault((one.kind, one.axes, network), empty)
         row["count"] += one.times
         row["bytes"] += one.times * one.bytes
-    networks = dict(plan.times.communication.keys())
-    for (_, axes), row in rows.items():
-        row["network"] = networks[axes]
     return sorted(rows.values(), key=lambda row: -row["bytes"])
 
 

@@ -38,13 +38,16 @@ class Network(NamedTuple):
     bandwidth: float  # bytes a second, one way, for each device of a ring through all of them
 
 
-def network_of(axes: tuple[str, ...], mesh, topology: Topology) -> Network:
-    """The slowest network within a group of devices along these mesh axes."""
+def network_of(axes: tuple[str, ...], mesh, topology: Topology, inside: bool = False) -> Network:
+    """The slowest network within a group of devices along these mesh axes. inside: of their part in one slice."""
     chip, names = topology.spec, list(mesh.axis_names)
     index = tuple(slice(None) if name in axes or axes == ("?",) else 0 for name in names)
     place = {device: i for i, device in enumerate(topology.devices)}
-    group, size = list(mesh.devices[index].flat), len(topology.devices) // topology.slices
-    if len({getattr(device, "slice_index", place[device] // size) for device in group}) > 1:
+    size = len(topology.devices) // topology.slices
+    slice_of = lambda device: getattr(device, "slice_index", place[device] // size)
+    group = list(mesh.devices[index].flat)
+    group = [device for device in group if slice_of(device) == slice_of(group[0])] if inside else group
+    if len(set(map(slice_of, group))) > 1:
         return Network("DCN", chip.network)
     if chip.dims:
         spans = sum(len({device.coords[d] for device in group}) > 1 for d in range(3))
@@ -71,7 +74,7 @@ def step_times(program: Program, flops: float, kernel_flops: float, mesh, topolo
         work = flops / (GPU_WORK * chip.flops)
     communication: dict = {}
     for collective in program.collectives:
-        network = network_of(collective.axes, mesh, topology)
+        network = network_of(collective.axes, mesh, topology, collective.inside)
         key = collective.axes, network.name
         communication[key] = communication.get(key, 0.0) + seconds(collective, network.bandwidth)
     total = math.fsum(communication.values())

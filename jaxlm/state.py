@@ -14,7 +14,8 @@ from jaxlm.losses import token_loss
 from jaxlm.models import build
 from jaxlm.models.moe import balance
 from jaxlm.optim import optimizer, require_cover, schedule
-from jaxlm.parallel.mesh import OPTIMIZER_RULES, partition_spec, require_sharded, shardings
+from jaxlm.parallel.mesh import OPTIMIZER_RULES, partition_spec, platform, require_sharded, shardings
+from jaxlm.topology import COMPILER_OPTIONS
 
 
 @flax.struct.dataclass
@@ -125,7 +126,9 @@ def apply_gradients(state: State, grads: dict, sums: dict, *, config: ConfigDict
 def jit_train_step(config: ConfigDict, mesh):
     """The compiled form of `train_step`: (state, batch) -> (state, metrics), the given state's memory being reused."""
     out = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
-    return jax.jit(partial(train_step, config=config), donate_argnums=0, out_shardings=out)
+    with jax.set_mesh(mesh):
+        options = {option: value for option, (value, _) in COMPILER_OPTIONS[platform()].items()}
+    return jax.jit(partial(train_step, config=config), donate_argnums=0, out_shardings=out, compiler_options=options)
 
 
 def abstract_inputs(config: ConfigDict, mesh) -> tuple[State, dict]:

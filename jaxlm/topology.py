@@ -41,6 +41,18 @@ CHIPS = {
     "h100": Chip(("H100",), 989e12, 80 * GIB, 3352 * GB, 450 * GB, 50 * GB),
     "h200": Chip(("H200",), 989e12, 141 * GB, 4800 * GB, 450 * GB, 50 * GB),
 }
+# What the compiler is told, {option: (value, reason)}; by train and by plan alike, so a refusal is found before a run.
+TPU_OPTIONS = {
+    "xla_tpu_enable_data_parallel_all_reduce_opt": (True, "sums over DCN run beside the next layers' work"),
+    "xla_tpu_data_parallel_opt_different_sized_ops": (True, "also where layers differ in size"),
+}
+GPU_OPTIONS = {
+    "xla_gpu_enable_latency_hiding_scheduler": (True, "collectives start early and end late, beside products"),
+    "xla_gpu_all_gather_combine_threshold_bytes": (512 << 20, "one gather for a layer, not one for each matrix"),
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": (512 << 20, "the same for its gradients"),
+    "xla_gpu_all_reduce_combine_threshold_bytes": (512 << 20, "and for those that are summed over copies"),
+}
+COMPILER_OPTIONS = {"tpu": TPU_OPTIONS, "gpu": GPU_OPTIONS, "cpu": {}}
 PCIE = {"H100 PCIe": 756e12}  # slower cards of the same name
 # Google's names of TPU slices: v4 and v5p count cores, two a chip; v5e and v6e count chips.
 SHAPES_3D = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8",

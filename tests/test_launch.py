@@ -197,7 +197,9 @@ def test_a_run_that_cannot_delete_does_not_end_with_0(cloud):
 def test_ctrl_c_leaves_the_training_which_the_next_run_watches(cloud):
     cloud.plan("wait")
     command = cloud.command("run", "--", *TRAIN)
-    run = subprocess.Popen(command, env=cloud.env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background ignore it, and bash inherits
+    pipe = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True, "preexec_fn": heard}
+    run = subprocess.Popen(command, env=cloud.env, **pipe)
     while len(cloud.lines("trained")) < 2:
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGINT)
@@ -235,15 +237,16 @@ def test_a_worker_trains_on_without_its_connection(tmp_path):
     (tmp_path / "launch").mkdir()
     shutil.copy(ROOT / "launch/tpu_worker.sh", tmp_path / "launch")
     (tmp_path / ".venv/bin").mkdir(parents=True)
-    script(
-        tmp_path / ".venv/bin/python", "#!/bin/bash\ntouch ready\nwhile ! [ -e finish ]; do sleep 0.02; done\nexit 5\n"
-    )
+    wait = "for _ in {1..1500}; do [ -e finish ] && break; sleep 0.02; done"
+    script(tmp_path / ".venv/bin/python", f"#!/bin/bash\ntouch ready\n{wait}\nexit 5\n")
     (tmp_path / "train.exit").write_text("0\n")  # of an earlier training
     worker = ["bash", str(tmp_path / "launch/tpu_worker.sh")]
     ask = lambda word: subprocess.run([*worker, word], capture_output=True, text=True).stdout
     start = subprocess.Popen([*worker, "start"], start_new_session=True)
     assert start.wait(timeout=20) == 0
-    while not (tmp_path / "ready").exists():
+    for _ in range(1000):
+        if (tmp_path / "ready").exists():
+            break
         time.sleep(0.02)
     os.killpg(start.pid, signal.SIGHUP)
     assert "ended: not" in ask("look") and "already" in ask("start") and not (tmp_path / "train.exit").exists()

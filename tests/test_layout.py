@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 # Each may import those before it, and its own folder.
 ORDER = (
-    "errors cli config check data parallel kernels models losses optim state decode costs topology count predict "
+    "errors cli config check data parallel kernels models losses optim topology state decode costs count predict "
     "search checkpoint monitor lm laws programs"
 ).split()
 PROGRAMS = {"train", "evaluate", "generate", "verify", "plan"}

@@ -108,9 +108,20 @@ def test_every_way_of_writing_groups_is_read(text, groups):
 
 def test_groups_are_told_by_their_mesh_axes():
     mesh = mesh_of(8, data=2, fsdp=2, tensor=2)
-    table = axes_of_groups(mesh)
+    table = axes_of_groups(dict(mesh.shape))
     assert table[frozenset(map(frozenset, [[0, 1], [2, 3], [4, 5], [6, 7]]))] == ("tensor",)
     assert table[frozenset(map(frozenset, [[0, 2, 4, 6], [1, 3, 5, 7]]))] == ("data", "fsdp")
+
+
+def test_what_one_tpu_slice_sends_to_another_is_told_apart():
+    """In the form in which the TPU compiler writes it: a program for each slice, and transfers by the host."""
+    text = """ENTRY %main (p: f32[8]) -> f32[8] {
+  %gathered = f32[4,8]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+  %send = (f32[16,8]{1,0}, u32[], token[]) send(%x, %t), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+}"""
+    inner, outer = count(text, mesh_of(8, data=2, fsdp=4), 2, "data").collectives
+    assert inner[:5] == ("all-gather", ("fsdp",), 128, 4, 1) and inner.inside
+    assert outer[:5] == ("all-reduce", ("data",), 512, 2, 1) and not outer.inside
 
 
 def compiled(c, mesh):
@@ -197,11 +208,13 @@ def test_a_tpu_step_is_compiled_by_its_own_compiler(tmp_path):
     assert {row["network"] for row in found["collectives"]} == {"ICI"} and "fits: needs" in run.stdout
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_refused_with_what_it_needs(tmp_path):
     pytest.importorskip("libtpu")
     run, found = plan(tmp_path, "--topology=v5e:2x2", "--config.train.batch_size=65536", check=False)
     assert run.returncode == 1 and not found["fits"] and "doesn't fit: needs" in run.stdout, run.stderr
     assert found["memory"]["needed"] > found["memory"]["available"] and "Traceback" not in run.stderr
+    assert sum(row["fits"] for row in found["remedies"]) == 2
 
 
 def test_without_a_compiler_it_is_an_estimate_and_says_so(tmp_path):
