@@ -5,7 +5,7 @@
 
 2-7b: 6,738,415,616 parameters (Llama 2). 1b: 1,235,814,400 (Llama 3.2). 8b, 70b, 405b: 8,030,261,248,
 70,553,706,496 and 405,853,388,800 (Llama 3.1). A second word sets batch and mesh for a pod, by the name of its
-topology: PODS.
+topology: PODS. By plan, 8b,v5p-128: 6.79 of 95 GiB, 1.73 s a step, MFU 59.8%. The others have not been compiled yet.
 """
 
 from jaxlm.config import base, variant
@@ -20,7 +20,7 @@ SIZES = {
 PODS = {  # rows of a step, and the mesh besides fsdp
     "2-7b,v5e-256": {"batch": 512},
     "8b,v5e-256": {"batch": 256},
-    "8b,v5p-128": {"batch": 128},
+    "8b,v5p-128": {"batch": 64},
     "8b,v6e-256": {"batch": 512},
     "70b,v5p-256": {"batch": 128},
     "70b,v6e-256": {"batch": 256},

@@ -62,7 +62,8 @@ def make_plan(config: ConfigDict, pod: Topology) -> Plan:
     memory["code"] = found.generated_code_size_in_bytes
     kept = found.output_size_in_bytes - found.alias_size_in_bytes
     whole = found.argument_size_in_bytes + found.temp_size_in_bytes + kept
-    memory["needed"] = min(found.peak_memory_in_bytes or whole, whole) + memory["code"]  # temporaries may share
+    peak = found.peak_memory_in_bytes if pod.spec.dims else 0  # TPUs: some temporaries lie where arguments were
+    memory["needed"] = min(peak or whole, whole) + memory["code"]
     program, devices = count(text, mesh, pod.slices, config.mesh.across), len(pod.devices)
     times = step_times(program, flops["executed"] / devices, flops["kernels"] / devices, mesh, pod)
     return Plan(config, pod, memory, flops, program, times, time.perf_counter() - began, text)
@@ -163,6 +164,8 @@ def page(plan: Plan, found: dict) -> str:
     lines += ["", f"memory      {verdict}: needs {human(needed)} of {human(available)}, {room}"]
     kinds = ("parameters", "optimizer", "EMA", "batch", "gradients and activations", "code")
     lines += [f"            {kind:26}{human(plan.memory[kind]):>12}" for kind in kinds if plan.memory.get(kind)]
+    if sum(plan.memory.get(kind, 0) for kind in kinds) > needed and found["fits"]:
+        lines.append("            (some of these share memory)")
     model, executed = plan.flops["model"], plan.flops["executed"]
     lines += [
         "",
