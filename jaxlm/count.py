@@ -29,9 +29,8 @@ def matmul_flops(jaxpr, visited: float = 1.0, kernels_only: bool = False) -> flo
             (contracted, _), _ = p["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
             total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
-        elif (
-            name in ("ragged_dot", "ragged_dot_general") and not kernels_only
-        ):  # [M, D] x [E, D, F], or its transpose: M D F either way
+        elif name in ("ragged_dot", "ragged_dot_general") and not kernels_only:
+            # [M, D] x [E, D, F] or one of its transposes: M D F either way
             sizes = math.prod(v.aval.size for v in (*eqn.invars[:2], eqn.outvars[0]))
             total += 2.0 * math.sqrt(sizes / eqn.invars[2].aval.shape[-1])
         elif name == "pallas_call":

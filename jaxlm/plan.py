@@ -141,7 +141,7 @@ def fits(plan: Plan) -> bool:
 
 
 def collectives(plan: Plan) -> list[dict]:
-    """One row for each kind and axes: runs and bytes a device and step, network and seconds."""
+    """One row for each kind, axes and network: runs and bytes a device and step."""
     rows, mesh = {}, make_mesh(plan.config, plan.topology.devices)
     for one in plan.program.collectives:
         network = network_of(one.axes, mesh, plan.topology, one.inside).name
@@ -167,10 +167,7 @@ def page(plan: Plan, found: dict) -> str:
     if sum(plan.memory.get(kind, 0) for kind in kinds) > needed and found["fits"]:
         lines.append("            (some of these share memory)")
     model, executed = plan.flops["model"], plan.flops["executed"]
-    lines += [
-        "",
-        f"work        {executed:.4g} FLOPs a step (the model's: {model:.4g})",
-    ]
+    lines += ["", f"work        {executed:.4g} FLOPs a step (the model's: {model:.4g})"]
     if plan.times is None:
         return "\n".join(lines)
     lines += ["", "collectives a step and device"]
@@ -281,10 +278,7 @@ def find(text: str, slices: int) -> Topology:
     if text == "local":
         return topology.local()
     chip, shape = topology.parse(text)
-    size = slices
-    for n in shape:
-        size *= n
-    topology.prepare_environment(1 if topology.CHIPS[chip].dims else size)
+    topology.prepare_environment(1 if topology.CHIPS[chip].dims else slices * math.prod(shape))
     return topology.describe(text, slices)
 
 

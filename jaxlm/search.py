@@ -121,6 +121,5 @@ def remedies(config: ConfigDict, pod: Topology, needed: int) -> Iterator[dict]:
 
 def estimate_of_activations(option: Option, pod: Topology) -> float:
     """Bytes on a device that fall with the rows of a microbatch."""
-    config = option.config
-    half = estimate(config, {"train.batch_size": config.train.batch_size * 2}, pod)
-    return half.memory - option.memory if half else 0.0
+    twice = estimate(option.config, {"train.batch_size": 2 * option.config.train.batch_size}, pod)
+    return twice.memory - option.memory if twice else 0.0

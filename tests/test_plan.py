@@ -1,7 +1,6 @@
 """plan: what is counted is what was computed and sent, and a step compiles for pods that are not here."""
 
 import json
-import math
 from functools import partial
 
 import jax
@@ -163,7 +162,6 @@ def test_what_is_sent_takes_longer_over_a_slower_network():
 ])  # fmt: skip
 def test_a_topology_is_read(text, chip, shape):
     assert topology.parse(text) == (chip, shape)
-    assert math.prod(shape) > 0
 
 
 @pytest.mark.parametrize("text, hint", [
@@ -222,7 +220,8 @@ def test_without_a_compiler_it_is_an_estimate_and_says_so(tmp_path):
     assert found["estimate"] and "AN ESTIMATE" in run.stdout and found["devices"] == 8
     networks = {(tuple(row["axes"]), row["network"]) for row in found["collectives"]}
     assert {network for axes, network in networks if axes == ("fsdp",)} == {"NVLink"}
-    assert {axes for axes, network in networks if network == "DCN"} <= {("data",), ("data", "fsdp")}
+    between_hosts = {axes for axes, network in networks if network == "DCN"}
+    assert between_hosts and between_hosts <= {("data",), ("data", "fsdp")}
 
 
 def test_a_wrong_topology_is_one_message():
