@@ -29,12 +29,8 @@ def matmul_flops(jaxpr, visited: float = 1.0, kernels_only: bool = False) -> flo
             (contracted, _), _ = p["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
             total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
-        elif name in ("ragged_dot", "ragged_dot_general") and not kernels_only:
-            # [M, D] x [E, D, F] or one of its transposes: M D F either way
-            sizes = math.prod(v.aval.size for v in (*eqn.invars[:2], eqn.outvars[0]))
-            total += 2.0 * math.sqrt(sizes / eqn.invars[2].aval.shape[-1])
         elif name == "pallas_call":
-            total += math.prod(p["grid_mapping"].grid) * run_share(p["grid_mapping"].grid) * matmul_flops(p["jaxpr"])
+            total += kernel_flops(p)
         elif name.startswith("dot_product_attention_"):  # cuDNN; forward 2 products, backward 5 (two of them again)
             (B, T, N, H), S = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
             total += 2.0 * (5 if "bwd" in name else 2) * B * T * S * N * H / 2  # causal: half is skipped
@@ -45,6 +41,14 @@ def matmul_flops(jaxpr, visited: float = 1.0, kernels_only: bool = False) -> flo
             times = p["length"] if name == "scan" else p["mesh"].size if name == "shard_map" else 1
             total += times * sum(map(inside, inner_jaxprs(p)))
     return total
+
+
+def kernel_flops(params: dict) -> float:
+    """Of a Pallas kernel: by its grid, or what it says of itself where the grid's size depends on the data."""
+    grid = params["grid_mapping"].grid
+    if not all(isinstance(n, int) for n in grid):
+        return float(params["cost_estimate"].flops)
+    return math.prod(grid) * run_share(grid) * matmul_flops(params["jaxpr"])
 
 
 def run_share(grid: tuple[int, ...]) -> float:
@@ -74,7 +78,6 @@ class Collective(NamedTuple):
     bytes: int  # of its result on one device; of a reduce-scatter of what it takes in
     size: int  # devices of a group
     times: int
-    overlapped: bool  # it has a start and an end, between which other work may run
     inside: bool = False  # of one slice, although its axes may lie across slices
 
 
@@ -103,7 +106,7 @@ def count(text: str, mesh, slices: int = 1, across: str = "data") -> Program:
     if apart:
         shape[across] //= slices
     program = Program([], 0.0, Counter())
-    cycles = walk(bodies, entry, 1, axes_of_groups(shape), program, in_fusion=False)
+    cycles = walk(bodies, entry, 1, axes_of_groups(shape), program)
     found = [
         one._replace(axes=(across,), size=slices) if one.axes == (MEGASCALE,) else one._replace(inside=apart)
         for one in program.collectives
@@ -126,9 +129,13 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def walk(bodies, name: str, times: int, axes: dict, program: Program, in_fusion: bool) -> float:
-    """Cycles of one run of a computation; adds to `program` what it does in all of its `times`."""
-    total = 0.0
+def walk(bodies, name: str, times: int, axes: dict, program: Program, fused: set | None = None) -> float:
+    """Cycles of one run of a computation; adds to `program` what it does in all of its `times`.
+
+    fused: of a fusion's body, the channels that other fusions beside it have told of: a collective may be spread over
+    several, each with the whole instruction.
+    """
+    total, in_fusion, channels = 0.0, fused is not None, set() if fused is None else fused
     for line in bodies.get(name, []):
         found = re.search(r" = (\(.*?\)|\S+) ([a-z][\w\-]*)\(", line)
         if not found:
@@ -137,23 +144,28 @@ def walk(bodies, name: str, times: int, axes: dict, program: Program, in_fusion:
         called = lambda key, line=line: re.search(rf"\b{key}=%?([\w.\-]+)", line)[1]
         if op == "while":
             n = trips(line, bodies)
-            total += n * walk(bodies, called("body"), times * n, axes, program, in_fusion)
+            total += n * walk(bodies, called("body"), times * n, axes, program, fused)
         elif op == "conditional":
             names = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
             for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
                 names += re.findall(r"%?([\w.\-]+)", group)
-            total += max((walk(bodies, branch, times, axes, program, in_fusion) for branch in names), default=0)
+            total += max((walk(bodies, branch, times, axes, program, fused) for branch in names), default=0)
         elif op in ("call", "async-start"):
             key = "to_apply" if "to_apply=" in line else "calls"
-            total += walk(bodies, called(key), times, axes, program, in_fusion)
+            total += walk(bodies, called(key), times, axes, program, fused)
         elif op == "fusion":  # collectives may be fused with what feeds them, or with a slice of their result
-            walk(bodies, called("calls"), times, axes, program, True)
+            walk(bodies, called("calls"), times, axes, program, channels)
         elif op.removesuffix("-start") in KINDS:
+            channel = re.search(r"channel_id=(\d+)", line)
+            if in_fusion and channel:
+                if channel[1] in channels:
+                    continue
+                channels.add(channel[1])
             program.collectives.append(collective(line, result, op, times, axes, name))
         elif op == "send" and MEGASCALE in line:
             kind = re.search(rf'{MEGASCALE}="(\w+)"', line)[1].lower().replace("_", "-")
             sent = sum(array_bytes(*found) for found in ARRAY.findall(result) if found[1])
-            program.collectives.append(Collective(kind, (MEGASCALE,), sent, 1, times, True))
+            program.collectives.append(Collective(kind, (MEGASCALE,), sent, 1, times))
         elif op == "custom-call":
             program.custom_calls[re.search(r'custom_call_target="([^"]+)"', line)[1]] += times
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
@@ -187,7 +199,7 @@ def collective(line: str, result: str, op: str, times: int, axes: dict, name: st
     along = axes.get(frozenset(frozenset(group) for group in groups)) if kind != "collective-permute" else (
         axes_of_pairs(groups, axes)
     )  # fmt: skip
-    return Collective(kind, along or ("?",), number, size, times, op.endswith("-start"))
+    return Collective(kind, along or ("?",), number, size, times)
 
 
 def array_bytes(dtype: str, shape: str) -> int:

@@ -14,6 +14,7 @@ from jaxlm.config import MESH_AXES
 from jaxlm.count import Collective, Program, axes_of_groups, count, groups_of, matmul_flops, run_share
 from jaxlm.errors import ConfigError
 from jaxlm.kernels.attention import attention
+from jaxlm.kernels.grouped_matmul import grouped_matmul
 from jaxlm.kernels.splash import splash
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.state import abstract_inputs, abstract_state, jit_train_step
@@ -38,11 +39,11 @@ def test_products_are_counted_in_loops_branches_and_recomputed():
     assert flops(batched, (2, 3, 4), (4, 5)) == 2 * 2 * 3 * 4 * 5
 
 
-def test_a_ragged_product_is_counted_once_for_each_row_and_its_transposes_too():
-    sizes = jnp.array([3, 5])
-    f = lambda x, y: jnp.sum(jax.lax.ragged_dot(x, y, sizes))
-    assert flops(f, (8, 4), (2, 4, 6)) == 2 * 8 * 4 * 6
-    assert flops(jax.grad(f, argnums=(0, 1)), (8, 4), (2, 4, 6)) == 3 * 2 * 8 * 4 * 6
+def test_a_grouped_product_is_counted_once_for_each_row_and_its_transposes_too():
+    sizes = jnp.array([3, 125])
+    f = lambda x, y: jnp.sum(grouped_matmul(x, y, sizes, implementation="megablox"))
+    assert flops(f, (128, 4), (2, 4, 6)) == 2 * 128 * 4 * 6
+    assert flops(jax.grad(f, argnums=(0, 1)), (128, 4), (2, 4, 6)) == 3 * 2 * 128 * 4 * 6
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"stage": 2, "fsdp": 4}], ids=str)
@@ -123,6 +124,18 @@ def test_what_one_tpu_slice_sends_to_another_is_told_apart():
     assert outer[:5] == ("all-reduce", ("data",), 512, 2, 1) and not outer.inside
 
 
+def test_a_collective_spread_over_fusions_is_one():
+    """As the TPU compiler puts a gather beside products: a start, middles and an end, each with the instruction."""
+    gather = "%g = f32[4,8]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}"
+    fusion = "= f32[4,8]{1,0} fusion(%p), kind=kCustom, calls=%"
+    bodies = [f"%{name} (p: f32[8]) -> f32[8] {{\n  {gather}\n}}\n" for name in ("start", "end")]
+    body = f"%body (p: f32[8]) -> f32[8] {{\n  %a {fusion}start\n  %b {fusion}end\n}}\n"
+    loop = '%w = f32[8]{0} while(%p), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}'
+    text = "".join(bodies) + body + f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  {loop}\n  %a {fusion}start\n}}"
+    found = count(text, mesh_of(8, data=2, fsdp=4)).collectives
+    assert [(one.axes, one.bytes, one.times) for one in found] == [(("fsdp",), 128, 5), (("fsdp",), 128, 1)]
+
+
 def compiled(c, mesh):
     with jax.set_mesh(mesh):
         return jit_train_step(c, mesh).lower(*abstract_inputs(c, mesh)).compile()
@@ -146,7 +159,7 @@ def test_what_is_sent_takes_longer_over_a_slower_network():
     mesh = mesh_of(8, data=2, fsdp=4)
     assert predict.network_of(("data",), mesh, pod).name == "DCN"
     assert predict.network_of(("fsdp",), mesh, pod).name == "NVLink"
-    one = Collective("all-gather", ("fsdp",), 4_000_000, 4, 10, False)
+    one = Collective("all-gather", ("fsdp",), 4_000_000, 4, 10)
     assert predict.seconds(one, 1e9) == pytest.approx(10 * 3e6 / 1e9)
     assert predict.seconds(one._replace(kind="all-reduce"), 1e9) == pytest.approx(20 * 3e6 / 1e9)
     busy = predict.step_times(Program([one], 0.0, {}), 1e15, 0.0, mesh, pod)

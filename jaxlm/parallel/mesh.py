@@ -7,6 +7,7 @@ knows the mesh. With `jax.set_mesh(mesh)` in force, the same code runs on one de
 import functools
 import logging
 import math
+from functools import partial
 
 import jax
 import numpy as np
@@ -69,7 +70,9 @@ def make_mesh(config: ConfigDict, devices=None) -> Mesh:
     inner = shape | {across: shape[across] // slices}
     size = len(devices) // slices
     groups = [devices[i * size : (i + 1) * size] for i in range(slices)]
-    grids = [create_device_mesh(tuple(inner.values()), group) for group in groups]
+    # Split: an axis may have part of a TPU slice's dimension, where no product of whole ones is as long.
+    place = partial(create_device_mesh, tuple(inner.values()), allow_split_physical_axes=True)
+    grids = [place(group) for group in groups]
     grid = np.concatenate(grids, axis=MESH_AXES.index(across))
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
