@@ -1,13 +1,14 @@
 """What a run costs, by arithmetic: parameters, FLOPs, bytes per device. Nothing here touches a device."""
 
 import math
+from collections import defaultdict
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from jaxlm.config import MESH_AXES, pipeline_microbatches
-from jaxlm.parallel.mesh import abstract_mesh, batch_shards
+from jaxlm.parallel.mesh import RULES, abstract_mesh, batch_shards, names_of
 from jaxlm.parallel.pipeline import bubble_fraction
 from jaxlm.state import abstract_state, state_shardings
 
@@ -49,6 +50,41 @@ def bytes_per_device(abstract, shardings) -> int:
         lambda x, s: math.prod(s.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize, abstract, shardings
     )
     return sum(jax.tree.leaves(sizes))
+
+
+def least_traffic(config: ConfigDict, mesh) -> dict[tuple[str, tuple[str, ...]], int]:
+    """{(gather, sum or permute; mesh axes): bytes on a device} that a step of this strategy moves at least.
+
+    Counted as what a gather gives, a sum takes in, a permutation sends, in the compute dtype. Every matrix is gathered
+    for the forward and for the backward pass of a microbatch, and its gradient summed: over what it is sharded by in
+    each microbatch (Rajbhandari et al. 2020), over its copies once. Tensor parallelism gathers and sums a layer's
+    activations twice in each pass (Korthikanti et al. 2022); a ring passes on keys and values, and then their
+    gradients too (Liu et al. 2023). Looked-up tables, norms, recomputation and experts' tokens are not in it.
+    """
+    m, parts, (state, axes) = config.model, config.train.grad_accumulation, abstract_state(config)
+    params, axes, places = state.params, axes.params, state_shardings(config, mesh).params
+    if "unembed" in params:  # the other table is only looked up
+        params, axes, places = ({k: v for k, v in tree.items() if k != "embed"} for tree in (params, axes, places))
+    itemsize, traffic = np.dtype(m.dtype).itemsize, defaultdict(int)
+    in_order = lambda names: tuple(name for name in MESH_AXES if name in names and mesh.shape[name] > 1)
+    tokens = {*RULES["batch"], *RULES["length"]}
+    for leaf, logical, place in zip(*map(jax.tree.leaves, (params, axes, places))):
+        rows = [names_of(entry) for axis, entry in zip(logical, place.spec) if axis in ("embed", "expert_embed")]
+        if not rows:  # a norm, a bias
+            continue
+        mine = itemsize * math.prod(place.shard_shape(leaf.shape))
+        gathered, copies = in_order(rows[0]), in_order(tokens - {n for entry in place.spec for n in names_of(entry)})
+        whole = parts * mine * math.prod(mesh.shape[name] for name in gathered)
+        for what, names, number in (("gather", gathered, 2 * whole), ("sum", gathered, whole), ("sum", copies, mine)):
+            traffic[what, names] += number if names else 0
+    n, sequence = mesh.shape["tensor"], mesh.shape["sequence"]
+    here = itemsize * config.train.batch_size * config.data.seq_len // (batch_shards(mesh) * sequence)
+    if n > 1:
+        traffic["gather", ("tensor",)] = traffic["sum", ("tensor",)] = 4 * here * m.embed_dim * m.num_layers
+    if sequence > 1:
+        heads = max(m.num_kv_heads // n, 1)
+        traffic["permute", ("sequence",)] = 6 * (sequence - 1) * here * heads * m.head_dim * m.num_layers
+    return {key: number for key, number in traffic.items() if number}
 
 
 def human(num_bytes: float) -> str:

@@ -136,20 +136,28 @@ def figures(plan: Plan, price: float = 0.0) -> dict:
     return result
 
 
+MOVES = {"all-gather": "gather", "all-reduce": "sum", "reduce-scatter": "sum", "collective-permute": "permute"}
+
+
 def fits(plan: Plan) -> bool:
     return plan.memory["needed"] <= plan.memory["available"]
 
 
 def collectives(plan: Plan) -> list[dict]:
-    """One row for each kind, axes and network: runs and bytes a device and step."""
+    """One row for each kind, axes and network: runs and bytes a device and step, beside the least of its strategy."""
     rows, mesh = {}, make_mesh(plan.config, plan.topology.devices)
+    least = costs.least_traffic(plan.config, mesh)
     for one in plan.program.collectives:
         network = network_of(one.axes, mesh, plan.topology, one.inside).name
         empty = {"kind": one.kind, "axes": list(one.axes), "network": network, "count": 0, "bytes": 0}
         row = rows.setdefault((one.kind, one.axes, network), empty)
         row["count"] += one.times
         row["bytes"] += one.times * one.bytes
-    return sorted(rows.values(), key=lambda row: -row["bytes"])
+    ordered = sorted(rows.values(), key=lambda row: -row["bytes"])
+    for row in ordered:  # the first of its sort: a sum may be one all-reduce, or a reduce-scatter
+        what = (MOVES.get(row["kind"]), tuple(row["axes"]))
+        row["least"] = least.pop(what, None)
+    return ordered
 
 
 def page(plan: Plan, found: dict) -> str:
@@ -170,12 +178,11 @@ def page(plan: Plan, found: dict) -> str:
     lines += ["", f"work        {executed:.4g} FLOPs a step (the model's: {model:.4g})"]
     if plan.times is None:
         return "\n".join(lines)
-    lines += ["", "collectives a step and device"]
+    lines += ["", "collectives a step and device (the least: what this strategy must move, by arithmetic)"]
     for row in found["collectives"]:
-        along = "+".join(row["axes"])
-        lines.append(
-            f"            {row['kind']:20}{along:18}{row['count']:>7,} x{human(row['bytes']):>12} {row['network']}"
-        )
+        along, least = "+".join(row["axes"]), f"  least {human(row['least'])}" if row["least"] else ""
+        line = f"{row['kind']:20}{along:18}{row['count']:>7,} x{human(row['bytes']):>12} {row['network']}{least}"
+        lines.append(" " * 12 + line)
     t, days = plan.times, found["days"]
     lines += [
         "",
