@@ -23,7 +23,7 @@ from jaxlm.errors import ConfigError, UserError
 from jaxlm.kernels.attention import BLOCK
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.predict import Times, network_of, step_times
-from jaxlm.search import changed, remedies, search
+from jaxlm.search import changed, faster, remedies, search
 from jaxlm.state import abstract_inputs, abstract_state, check_sharding, jit_train_step, state_shardings
 from jaxlm.topology import Topology
 
@@ -214,6 +214,20 @@ def advise(config: ConfigDict, plan: Plan, count: int = 2) -> list[dict]:
     return rows
 
 
+def suggest(config: ConfigDict, pod: Topology) -> list[dict]:
+    """What arithmetic finds faster. config: unresolved."""
+    rows = [{"overrides": row[0], "saves": row[1], "needs": row[2]} for row in faster(config, pod)]
+    if rows:
+        print("\nfaster, by arithmetic alone (--search=3 compiles the likeliest of all):")
+    for row in rows:
+        print(f"            {-row['saves']:.0%} time, about {human(row['needs'])}  {flags_of(row['overrides'])}")
+    return rows
+
+
+def flags_of(overrides: dict) -> str:
+    return " ".join(f"--config.{key}={value}" for key, value in overrides.items())
+
+
 def frontier(config: ConfigDict, pod: Topology, count: int) -> list[dict]:
     """The compiled options, the fastest first; * where none is both faster and smaller."""
     rows = [row_of(*found) for found in search(config, pod, lambda config: make_plan(config, pod), count)]
@@ -236,10 +250,9 @@ def row_of(overrides: dict, plan: Plan) -> dict:
 
 
 def line_of(row: dict) -> str:
-    flags = " ".join(f"--config.{key}={value}" for key, value in row["overrides"].items())
     speed = f"{row['step']:8.3f} s, MFU {row['mfu']:5.1%}" if "step" in row else " " * 20
     verdict = "fits" if row["fits"] else "doesn't fit"
-    return f"{'*' if row.get('frontier') else ' '} {verdict:11}  {human(row['needed']):>11} {speed}  {flags}"
+    return f"{'*' if row.get('frontier') else ' '} {verdict:11}  {human(row['needed']):>11} {speed}  {flags_of(row['overrides'])}"
 
 
 # ---------------------------------------------------------------- the program
@@ -270,6 +283,8 @@ def main(argv: list[str]) -> int:
     print(page(plan, found))
     if not found["fits"]:
         found["remedies"] = advise(config, plan)
+    elif not args.search:
+        found["faster"] = suggest(config, pod)
     if args.search:
         found["search"] = frontier(config, pod, args.search)
     if args.json:

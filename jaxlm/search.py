@@ -19,6 +19,8 @@ from jaxlm.topology import Topology
 KEPT = {"full": 1, "attention": 1, "dots": 4, "none": 8}  # of D-wide activations a layer besides the MLP's
 MATRIX = 0.7  # part of the peak that products reach, before anything is compiled
 LOGITS = 3 * (512 << 20)  # bytes of a chunk of the loss
+NEUTRAL = {"model.remat": "full", "train.grad_accumulation": 1, "mesh.tensor": 1}  # the state is the same: traced once
+WORTHWHILE = 0.05  # of the step's time: less is not suggested
 GATHER = 2  # layers' weights that are whole on a device at one time
 
 
@@ -45,13 +47,13 @@ def estimate(config: ConfigDict, overrides: dict, pod: Topology) -> Option | Non
     config = changed(config, overrides)
     if check(config, len(pod.devices)):
         return None
-    config = resolve(config)
-    mesh, (shapes, axes) = abstract_mesh(config, len(pod.devices)), abstract_state(config)
+    config, same = resolve(config), resolve(changed(config, NEUTRAL))
+    mesh, (shapes, axes) = abstract_mesh(config, len(pod.devices)), abstract_state(same)
     try:
         require_sharded(shapes.params, shardings(shapes.params, axes.params, mesh), mesh)
     except ConfigError:
         return None
-    places, m, chip = state_shardings(config, mesh), config.model, pod.spec
+    places, m, chip = state_shardings(same, mesh), config.model, pod.spec
     of = lambda name: costs.bytes_per_device(getattr(shapes, name), getattr(places, name))
     parts, tensor, sequence = config.train.grad_accumulation, mesh.shape["tensor"], mesh.shape["sequence"]
     rows = config.train.batch_size / parts / batch_shards(mesh)
@@ -117,6 +119,20 @@ def remedies(config: ConfigDict, pod: Topology, needed: int) -> Iterator[dict]:
         option = estimate(config, {"mesh.tensor": tensor}, pod)
         if tensor > config.mesh.tensor and option and option.memory < fixed.memory:
             yield {"mesh.tensor": tensor}
+
+
+def faster(config: ConfigDict, pod: Topology, count: int = 3) -> list[tuple[dict, float, float]]:
+    """[(overrides, part of the step's time saved, bytes on a device)]: single changes, by arithmetic, that should fit.
+
+    config: unresolved. The first saves most.
+    """
+    now, parts, tensor = estimate(config, {}, pod), config.train.grad_accumulation, max(config.mesh.tensor, 1)
+    changes = [{"model.remat": remat} for remat in ("none", "dots", "attention") if remat != config.model.remat]
+    changes += [{"train.grad_accumulation": parts // 2}] if parts > 1 else []
+    changes += [{"mesh.tensor": n} for n in (2 * tensor, tensor // 2) if n]
+    tried = [option for option in (estimate(config, change, pod) for change in changes) if option and now]
+    found = [(o.overrides, 1 - o.seconds / now.seconds, o.memory) for o in tried if o.memory <= 0.9 * pod.spec.memory]
+    return sorted((row for row in found if row[1] >= WORTHWHILE), key=lambda row: -row[1])[:count]
 
 
 def estimate_of_activations(option: Option, pod: Topology) -> float:

@@ -1,6 +1,6 @@
 """The heart: training state, described before it exists, and the pure train and eval steps."""
 
-from functools import partial
+from functools import cache, partial
 
 import flax
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.losses import token_loss
 from jaxlm.models import build
@@ -41,6 +41,11 @@ def create_state(config: ConfigDict) -> State:
 
 def abstract_state(config: ConfigDict) -> tuple[State, State]:
     """(shapes and dtypes, PartitionSpecs of logical axis names) of the state, without making an array."""
+    return trace_state(FrozenConfigDict(config))
+
+
+@cache  # half a second, and asked for at every turn
+def trace_state(config: FrozenConfigDict) -> tuple[State, State]:
     shapes = jax.eval_shape(partial(create_state, config))
     variables = jax.eval_shape(lambda: build(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     axes = nn.get_partition_spec(variables)["params"]

@@ -86,7 +86,7 @@ def rotary(positions_BT, head_dim: int, theta: float) -> tuple[jax.Array, jax.Ar
 def rotate(x_BTNH, sin_cos) -> jax.Array:
     """Rotates the pairs (h, h + H/2), the layout of the published Llama weights."""
     sin, cos = sin_cos
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    a, b = (half.astype(jnp.float32) for half in jnp.split(x_BTNH, 2, axis=-1))
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 

@@ -44,8 +44,11 @@ def columns(x_BTD: jax.Array, kernels: list[jax.Array], axes: list[tuple]) -> li
 
     def f(x, *kernels):
         whole = gather(x, 1, extra) if any(parts) else x
-        pairs = [(whole if part else x, kernel, spec) for part, kernel, spec in zip(parts, kernels, specs)]
-        return [jnp.tensordot(x, gather_weight(kernel, spec[:1], x), 1) for x, kernel, spec in pairs]
+        return [product(whole if part else x, *pair) for part, *pair in zip(parts, kernels, specs)]
+
+    def product(x, kernel, spec):  # of two dimensions: the TPU compiler would copy a gathered [D, N, H], transposed
+        flat = gather_weight(kernel.reshape(kernel.shape[0], -1), spec[:1], x)
+        return jnp.tensordot(x, flat, 1).reshape(*x.shape[:2], *kernel.shape[1:])
 
     out = [PartitionSpec(rows, inside if part else between, *spec[1:]) for part, spec in zip(parts, specs)]
     in_specs = PartitionSpec(rows, between), *specs
