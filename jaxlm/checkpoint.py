@@ -8,7 +8,7 @@ measured at that step.
 import base64
 import importlib.metadata
 import logging
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
 import orbax.checkpoint as ocp
@@ -19,6 +19,7 @@ from jaxlm.config import flatten, unflatten
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import CheckpointError
 from jaxlm.state import State
+from jaxlm.workdir import in_bucket, run_directory
 
 ITEMS = {
     "params": ocp.StandardCheckpointHandler,
@@ -61,12 +62,13 @@ class Manager(ocp.CheckpointManager):
 class Checkpoints:
     """The checkpoints of a run directory. Raises CheckpointError where the directory cannot be used."""
 
-    def __init__(self, workdir: str | Path, config: ConfigDict | None = None):
+    def __init__(self, workdir: str | PurePath, config: ConfigDict | None = None):
         """config: of the run that saves; None to read only."""
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every step it takes
-        self.path = Path(workdir).absolute() / "checkpoints"
+        workdir = run_directory(workdir)
+        self.path = (workdir if in_bucket(workdir) else workdir.absolute()) / "checkpoints"
         if config is None and not self.path.is_dir():
-            found = "is not a directory" if not Path(workdir).is_dir() else "has no checkpoints/"
+            found = "is not a directory" if not workdir.is_dir() else "has no checkpoints/"
             raise CheckpointError(f"{workdir} {found}: give the --workdir of a jaxlm.train run that has saved")
         options = {"read_only": True}
         if config is not None:

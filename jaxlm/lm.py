@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from pathlib import Path
+from pathlib import PurePath
 from typing import NamedTuple
 
 import jax
@@ -193,7 +193,7 @@ def row_losses(model, params, batch, config):
     return (token_losses(model, params, batch, places, config)[0] * batch["weights"]).sum(axis=1)
 
 
-def load(path: str | Path, *, step: str | int = "latest", mesh: dict[str, int] | None = None) -> LM:
+def load(path: str | PurePath, *, step: str | int = "latest", mesh: dict[str, int] | None = None) -> LM:
     """The model of a run directory. step: latest, best or a number. mesh: sizes of axes, such as {"tensor": 4}.
 
     Without `mesh`: the run's own where it fits the devices, else the parameters sharded over all of them. Raises

@@ -4,12 +4,14 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jaxlm.workdir import in_bucket, write_whole
 
 ROUTING = ("expert_load", "dropped_tokens")  # of a mixture of experts, in the step's metrics
 
@@ -20,7 +22,9 @@ class Monitor:
     Rows of metrics.jsonl after `start`, redone because of a restart, are dropped, so that each step appears once.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict, start: int, flops_per_token: int, peak_flops: float | None):
+    def __init__(
+        self, workdir: PurePath, config: ConfigDict, start: int, flops_per_token: int, peak_flops: float | None
+    ):
         self.active = jax.process_index() == 0
         self.config, self.start = config, start
         self.step_tokens = config.train.batch_size * config.data.seq_len
@@ -31,7 +35,7 @@ class Monitor:
             return
         path = workdir / "metrics.jsonl"
         keep_rows(path, start)
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in close)
+        self.file = Upload(path) if in_bucket(path) else open(path, "a", buffering=1)  # noqa: SIM115 (closed in close)
         self.board = tensorboard(workdir) if config.log.tensorboard else None
         self.progress = progress_bar() if sys.stdout.isatty() else None
         if self.progress:
@@ -112,6 +116,10 @@ class Monitor:
                 if key != "step" and not isinstance(value, str):
                     self.board.add_scalar(key, value, row["step"])
 
+    def flush(self) -> None:
+        if self.active:
+            self.file.flush()
+
     def close(self) -> None:
         if self.active:
             self.file.close()
@@ -121,7 +129,23 @@ class Monitor:
                 self.progress.stop()
 
 
-def keep_rows(path: Path, last_step: int) -> None:
+class Upload:
+    """Lines to append to an object in a bucket, which cannot be appended to: `flush` writes all of it again."""
+
+    def __init__(self, path: PurePath):
+        self.path, self.lines = path, [path.read_text()] if path.exists() else []
+
+    def write(self, line: str) -> None:
+        self.lines.append(line)
+
+    def flush(self) -> None:
+        self.path.write_text("".join(self.lines))
+
+    def close(self) -> None:
+        """Writes nothing: it may belong to another run by now."""
+
+
+def keep_rows(path: PurePath, last_step: int) -> None:
     """Drops the rows of later steps, and a last line that a crash cut short."""
     if not path.exists():
         return
@@ -132,16 +156,17 @@ def keep_rows(path: Path, last_step: int) -> None:
                 rows.append(line + "\n")
         except ValueError:
             continue
-    new = path.with_suffix(".tmp")
-    new.write_text("".join(rows))
-    new.replace(path)
+    write_whole(path, "".join(rows))
 
 
-def tensorboard(workdir: Path):
-    """A writer of workdir/tensorboard, or None where tensorboardX is not installed."""
+def tensorboard(workdir: PurePath):
+    """A writer of workdir/tensorboard, or None where tensorboardX is not installed and in a bucket."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
+        return None
+    if in_bucket(workdir):  # it writes from a thread, and where that fails once the run would wait for it for ever
+        print("no TensorBoard files in a bucket: metrics.jsonl has the same numbers")
         return None
     return SummaryWriter(str(workdir / "tensorboard"))
 

@@ -4,13 +4,12 @@ The same command again goes on from the newest checkpoint. --dry_run shows what 
 """
 
 import ctypes
-import fcntl
 import json
 import math
 import os
 import signal
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import jax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
@@ -22,13 +21,14 @@ from jaxlm.checkpoint import Checkpoints, describe_run
 from jaxlm.config import MESH_AXES, flatten, load, override, resolve
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.pipeline import fingerprint, open_stores, prefetch, train_batches, validation_batches
-from jaxlm.errors import CheckpointError, ConfigError, NumericsError, UserError
+from jaxlm.errors import CheckpointError, NumericsError, UserError
 from jaxlm.evaluate import Evaluator
 from jaxlm.monitor import Monitor
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import abstract_mesh, make_mesh
 from jaxlm.state import State, abstract_state, check_sharding, init_state, jit_train_step, state_shardings
 from jaxlm.topology import peak_flops
+from jaxlm.workdir import Hold, run_directory, write_whole
 
 
 class StopSignal:
@@ -90,9 +90,9 @@ def start_state(config, mesh, checkpoints: Checkpoints, data: dict, allow_data_c
     return checkpoints.restore(step, abstract_state(config)[0], state_shardings(config, mesh)), meta
 
 
-def train(config: ConfigDict, workdir: Path, allow_data_change: bool = False) -> int:
+def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False) -> int:
     """Runs a resolved config to train.stop_at. Returns the exit code: 0, or 75 where a signal asked it to stop."""
-    lock = lock_workdir(workdir)
+    hold = Hold(workdir)
     if jax.default_backend() == "cpu":
         reuse_freed_memory()
     mesh, stop = make_mesh(config), StopSignal()
@@ -114,13 +114,13 @@ def train(config: ConfigDict, workdir: Path, allow_data_change: bool = False) ->
         for name, text in costs.pipeline_lines(config, mesh):
             monitor.say(f"{name}: {text}")
         try:
-            run = Run(config, mesh, checkpoints, monitor, describe_run(config, tokenizer, data), best)
+            run = Run(config, mesh, checkpoints, monitor, describe_run(config, tokenizer, data), best, hold)
             last_step = run.loop(state, start, stop)
             checkpoints.wait()
         finally:
             monitor.close()
             checkpoints.close()
-            lock.close()
+            hold.close()
     stopped = stop.number is not None and last_step < config.train.stop_at
     if jax.process_index() == 0:
         why = f"stopped by {signal.Signals(stop.number).name}" if stopped else "done"
@@ -132,9 +132,11 @@ def train(config: ConfigDict, workdir: Path, allow_data_change: bool = False) ->
 class Run:
     """The loop and what it carries from step to step."""
 
-    def __init__(self, config, mesh, checkpoints: Checkpoints, monitor: Monitor, meta: dict, best: BestLoss):
+    def __init__(
+        self, config, mesh, checkpoints: Checkpoints, monitor: Monitor, meta: dict, best: BestLoss, hold: Hold
+    ):
         self.config, self.mesh, self.checkpoints, self.monitor, self.best = config, mesh, checkpoints, monitor, best
-        self.meta = meta
+        self.meta, self.hold = meta, hold
         self.evaluate = Evaluator(config, mesh) if config.eval.every else None
         self.skipped = (0, 0)  # steps so far whose gradients were not finite, and of these the last in a row
         self.train_step = jit_train_step(config, mesh)
@@ -176,6 +178,7 @@ class Run:
         self.skipped = (metrics["skipped"], in_a_row + 1 if metrics["skipped"] > before else 0)
         self.monitor.step(step, metrics)
         if self.skipped[1] >= self.config.train.max_skipped:
+            self.monitor.flush()
             raise NumericsError(
                 f"{self.skipped[1]} steps in a row up to step {step} had a loss or gradients that are not finite "
                 f"(loss {metrics['loss']}); the newest checkpoint is {self.checkpoints.latest()}. Lower "
@@ -191,6 +194,8 @@ class Run:
             loss = result["loss"]
             if step % self.config.eval.every == 0:  # the one at stop_at is extra: patience must not depend on stops
                 better = self.best.update(loss)
+        self.hold.check()
+        self.monitor.flush()  # before the checkpoint: a bucket keeps the rows of every step that is not redone
         exhausted = self.exhausted()
         keep_best = better and self.config.checkpoint.keep_best
         if ended or exhausted or keep_best or step % self.config.checkpoint.every == 0:
@@ -222,29 +227,13 @@ def reuse_freed_memory() -> None:
         mallopt(option, value)
 
 
-def lock_workdir(workdir: Path):
-    """Makes the directory and takes it for this run, a lock for each process. Raises ConfigError where it cannot."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / f".lock-{jax.process_index()}", "w")  # noqa: SIM115 (held until the run ends)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"--workdir={workdir}: another run is using it; wait for it, or give another") from None
-    except OSError as error:
-        raise ConfigError(f"--workdir={workdir}: {error.strerror}; give a directory that can be written") from None
-    hosts.require_shared(workdir)
-    return lock
-
-
-def write_config(workdir: Path, config: ConfigDict, last: dict) -> None:
+def write_config(workdir: PurePath, config: ConfigDict, last: dict) -> None:
     """Writes config.json, and says what is not as in the last checkpoint."""
     new = json.loads(json.dumps(flatten(config)))
     for key, old in last.get("config", {}).items():
         if key in new and new[key] != old:
             print(f"config.{key}: {old} -> {new[key]}")
-    path = workdir / "config.json"
-    path.with_suffix(".tmp").write_text(json.dumps(new, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+    write_whole(workdir / "config.json", json.dumps(new, indent=1) + "\n")
 
 
 def main(argv: list[str]) -> int:
@@ -270,6 +259,7 @@ def main(argv: list[str]) -> int:
         fixed = [config.mesh[axis] for axis in MESH_AXES if config.mesh[axis] > 0]
         devices = args.devices or max(math.prod(fixed), jax.device_count())
     elif args.workdir:
+        workdir = run_directory(args.workdir)
         hosts.connect(args)
         devices = jax.device_count()
     else:
@@ -297,7 +287,7 @@ def main(argv: list[str]) -> int:
         validation_batches(config)  # raises where there is nothing to evaluate on, before the run begins
     if config.data.path:
         config.data.path = str(Path(config.data.path).absolute())  # evaluation may start elsewhere
-    return train(config, Path(args.workdir), args.allow_data_change)
+    return train(config, workdir, args.allow_data_change)
 
 
 if __name__ == "__main__":

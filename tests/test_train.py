@@ -11,7 +11,8 @@ import pytest
 from conftest import FLAGS, ROOT, program
 
 from jaxlm.data.prepare import prepare
-from jaxlm.train import BestLoss, lock_workdir
+from jaxlm.train import BestLoss
+from jaxlm.workdir import Hold
 
 SETTINGS = {
     "model.num_layers": 2, "model.embed_dim": 32, "model.num_heads": 4, "model.num_kv_heads": 2, "model.scan": False,
@@ -135,11 +136,11 @@ def test_data_can_be_a_mixture(tmp_path, text_dir):
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(tmp_path, text_dir):
-    lock = lock_workdir(tmp_path)
+    hold = Hold(tmp_path)
     run = train(tmp_path, text_dir, check=False, train__steps=20)
     assert run.returncode == 2 and "another run is using it" in run.stderr
-    lock.close()
-    lock_workdir(tmp_path).close()
+    hold.close()
+    Hold(tmp_path).close()
 
 
 def test_a_refused_resume_leaves_config_json_as_it_was(tmp_path, text_dir):

@@ -13,7 +13,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
 import numpy as np
@@ -185,7 +185,7 @@ def require_same(text: str, problem: str) -> None:
         raise ConfigError(f"{problem} (process 0 is not as {', '.join(others)}); give all processes the same")
 
 
-def require_shared(directory: Path) -> None:
+def require_shared(directory: PurePath) -> None:
     """Raises ConfigError, on every process, where `directory` is not one that all of them see."""
     if jax.process_count() == 1:
         return
@@ -198,7 +198,7 @@ def require_shared(directory: Path) -> None:
         note.unlink()
 
 
-def read_if_there(path: Path) -> str:
+def read_if_there(path: PurePath) -> str:
     try:
         return path.read_text()
     except FileNotFoundError:
