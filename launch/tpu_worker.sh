@@ -8,7 +8,7 @@ case $1 in
   install) # uv, because the machine's own Python may be older than 3.11
     export PATH="$HOME/.local/bin:$PATH"
     command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
-    bash launch/install.sh tpu
+    bash launch/install.sh tpu,gcs
     ;;
   start) # detached, so that a lost connection does not end it; train.lock is held while it runs
     shift
