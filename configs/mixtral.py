@@ -9,17 +9,16 @@
 
 from jaxlm.config import base, variant
 
+SIZES = {
+    "8x7b": {"layers": 32, "width": 4096, "heads": 32, "mlp": 14336, "length": 8192, "batch": 512},
+    "small": {"layers": 8, "width": 512, "heads": 8, "mlp": 1792, "length": 1024, "batch": 128},
+}
+PODS = {"8x7b,v5p-128": {"length": 4096, "batch": 128}}
+
 
 def get_config(arg="8x7b"):
     c = base()
-    v = variant(
-        arg,
-        {
-            "8x7b": {"layers": 32, "width": 4096, "heads": 32, "mlp": 14336, "length": 8192, "batch": 512},
-            "8x7b,v5p-128": {"layers": 32, "width": 4096, "heads": 32, "mlp": 14336, "length": 4096, "batch": 128},
-            "small": {"layers": 8, "width": 512, "heads": 8, "mlp": 1792, "length": 1024, "batch": 128},
-        },
-    )
+    v = variant(arg.partition(",")[0], SIZES) | (variant(arg, PODS) if "," in arg else {})
     c.data.seq_len = v["length"]
     c.model.num_layers, c.model.embed_dim, c.model.mlp_dim = v["layers"], v["width"], v["mlp"]
     c.model.num_heads, c.model.num_kv_heads = v["heads"], v["heads"] // 4

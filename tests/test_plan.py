@@ -228,6 +228,20 @@ def test_a_tpu_step_is_compiled_by_its_own_compiler(tmp_path):
 
 
 @pytest.mark.slow
+def test_experts_on_a_tpu_are_computed_by_its_kernels(tmp_path):
+    """Forward, again and backward, each product by grouped rows: no more FLOPs than each token's own experts'."""
+    pytest.importorskip("libtpu")
+    flags = "model.num_layers=2 data.seq_len=256 model.vocab_size=4096 train.batch_size=16".split()
+    run = program(
+        "jaxlm.plan", "--config=configs/mixtral.py:small", *(f"--config.{flag}" for flag in flags),
+        "--topology=v5p:2x2x1", f"--json={tmp_path / 'plan.json'}", f"--save_hlo={tmp_path / 'a.hlo'}",
+    )  # fmt: skip
+    found, text = json.loads((tmp_path / "plan.json").read_text()), (tmp_path / "a.hlo").read_text()
+    assert found["fits"] and "jit(gmm)" in text and "jit(tgmm)" in text, run.stdout
+    assert found["flops"]["executed"] < 1.4 * found["flops"]["model"]
+
+
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_refused_with_what_it_needs(tmp_path):
     pytest.importorskip("libtpu")
     run, found = plan(tmp_path, "--topology=v5e:2x2", "--config.train.batch_size=65536", check=False)

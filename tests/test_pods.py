@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import program
 
-ROW = re.compile(r"^ *(?P<arg>\w\S*,\S+) +(?P<needs>[\d.]+) of \d+ GiB +(?P<step>[\d.]+) s +(?P<mfu>[\d.]+)%", re.MULTILINE)
+ROW = re.compile(
+    r"^ *(?P<arg>\w\S*,\S+) +(?P<needs>[\d.]+) of \d+ GiB +(?P<step>[\d.]+) s +(?P<mfu>[\d.]+)%", re.MULTILINE
+)
 RECIPES = ("llama", "mixtral")
 TOLD = [(recipe, row) for recipe in RECIPES for row in ROW.finditer(Path(f"configs/{recipe}.py").read_text())]
 

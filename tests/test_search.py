@@ -86,5 +86,7 @@ def test_a_faster_setting_is_suggested_only_where_there_is_room(config, pod):
     assert rows and all(saves >= 0.05 and needs < pod.spec.memory for _, saves, needs in rows)
     assert [row[1] for row in rows] == sorted((row[1] for row in rows), reverse=True)
     for overrides, saves, _ in rows:
-        assert estimate(config, overrides, pod).seconds == pytest.approx((1 - saves) * estimate(config, {}, pod).seconds)
+        assert estimate(config, overrides, pod).seconds == pytest.approx(
+            (1 - saves) * estimate(config, {}, pod).seconds
+        )
     assert faster(changed(config, {"train.batch_size": 2048}), pod) == []
