@@ -252,7 +252,8 @@ def row_of(overrides: dict, plan: Plan) -> dict:
 def line_of(row: dict) -> str:
     speed = f"{row['step']:8.3f} s, MFU {row['mfu']:5.1%}" if "step" in row else " " * 20
     verdict = "fits" if row["fits"] else "doesn't fit"
-    return f"{'*' if row.get('frontier') else ' '} {verdict:11}  {human(row['needed']):>11} {speed}  {flags_of(row['overrides'])}"
+    star, flags = "*" if row.get("frontier") else " ", flags_of(row["overrides"])
+    return f"{star} {verdict:11}  {human(row['needed']):>11} {speed}  {flags}"
 
 
 # ---------------------------------------------------------------- the program
