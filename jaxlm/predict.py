@@ -5,6 +5,7 @@ Work and communication are what `jaxlm.count` finds in the program; what turns t
 """
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 from jaxlm.count import Collective, Program
@@ -35,31 +36,38 @@ class Network(NamedTuple):
     """What the devices of some mesh axes talk over."""
 
     name: str  # ICI, NVLink, or DCN
-    bandwidth: float  # bytes a second, one way, for each device of a ring through all of them
+    bandwidth: float  # bytes a second, one way, for each device
+    ring: float  # the same in rings through all: NCCL has one for each adapter of the group's GPUs on a host
 
 
 def network_of(axes: tuple[str, ...], mesh, topology: Topology, inside: bool = False) -> Network:
-    """The slowest network within a group of devices along these mesh axes. inside: of their part in one slice."""
+    """The slowest network within a group of devices along these mesh axes. inside: of their part in one slice.
+
+    GPUs of one host talk over NVLink, those of several over DCN, whether or not they are of one slice.
+    """
     chip, names = topology.spec, list(mesh.axis_names)
     index = tuple(slice(None) if name in axes or axes == ("?",) else 0 for name in names)
     place = {device: i for i, device in enumerate(topology.devices)}
     size = len(topology.devices) // topology.slices
     slice_of = lambda device: getattr(device, "slice_index", place[device] // size)
     group = list(mesh.devices[index].flat)
+    if not chip.dims:
+        hosts = Counter(place[device] // topology.shape[-1] for device in group)
+        ring = chip.link if len(hosts) == 1 else min(chip.link, chip.network * min(hosts.values()))
+        return Network("NVLink", chip.link, ring) if len(hosts) == 1 else Network("DCN", chip.network, ring)
     group = [device for device in group if slice_of(device) == slice_of(group[0])] if inside else group
     if len(set(map(slice_of, group))) > 1:
-        return Network("DCN", chip.network)
-    if chip.dims:
-        spans = sum(len({device.coords[d] for device in group}) > 1 for d in range(3))
-        return Network("ICI", 2 * chip.link * max(spans, 1))
-    if len({place[device] // topology.shape[-1] for device in group}) > 1:
-        return Network("DCN", chip.network)
-    return Network("NVLink", chip.link)
+        return Network("DCN", chip.network, chip.network)
+    spans = sum(len({device.coords[d] for device in group}) > 1 for d in range(3))
+    links = 2 * chip.link * max(spans, 1)
+    return Network("ICI", links, links)
 
 
-def seconds(collective: Collective, bandwidth: float) -> float:
-    """Of all runs of a collective in a step, by rings: each device sends and receives the parts of the others."""
+def seconds(collective: Collective, network: Network) -> float:
+    """Of all runs of a collective in a step: each device sends and receives the parts of the others."""
     share = (collective.size - 1) / max(collective.size, 1)
+    rings = collective.kind in ("all-gather", "reduce-scatter", "all-reduce")
+    bandwidth = network.ring if rings else network.bandwidth
     sent = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(collective.kind, share)
     return collective.times * collective.bytes * sent / bandwidth
 
@@ -76,7 +84,7 @@ def step_times(program: Program, flops: float, kernel_flops: float, mesh, topolo
     for collective in program.collectives:
         network = network_of(collective.axes, mesh, topology, collective.inside)
         key = collective.axes, network.name
-        communication[key] = communication.get(key, 0.0) + seconds(collective, network.bandwidth)
+        communication[key] = communication.get(key, 0.0) + seconds(collective, network)
     total = math.fsum(communication.values())
     exposed = max(total * (1 - HIDDEN), total - work)
     return Times(matrix, work, communication, exposed, work + max(total - work, 0), work + total)

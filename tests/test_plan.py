@@ -168,10 +168,43 @@ def test_what_is_sent_takes_longer_over_a_slower_network():
     assert predict.network_of(("data",), mesh, pod).name == "DCN"
     assert predict.network_of(("fsdp",), mesh, pod).name == "NVLink"
     one = Collective("all-gather", ("fsdp",), 4_000_000, 4, 10)
-    assert predict.seconds(one, 1e9) == pytest.approx(10 * 3e6 / 1e9)
-    assert predict.seconds(one._replace(kind="all-reduce"), 1e9) == pytest.approx(20 * 3e6 / 1e9)
+    slow = predict.Network("DCN", 1e9, 1e9)
+    assert predict.seconds(one, slow) == pytest.approx(10 * 3e6 / 1e9)
+    assert predict.seconds(one._replace(kind="all-reduce"), slow) == pytest.approx(20 * 3e6 / 1e9)
     busy = predict.step_times(Program([one], 0.0, {}), 1e15, 0.0, mesh, pod)
     assert busy.low <= busy.expected <= busy.high and busy.low == busy.work  # all of it fits beside the work
+
+
+@pytest.mark.parametrize(("sizes", "networks"), [
+    ({"fsdp": 2, "tensor": 4}, {("tensor",): "NVLink", ("fsdp",): "DCN", ("fsdp", "tensor"): "DCN"}),
+    ({"fsdp": 4, "tensor": 2}, {("tensor",): "NVLink", ("fsdp",): "DCN", ("fsdp", "tensor"): "DCN"}),
+    ({"fsdp": 8}, {("fsdp",): "DCN"}),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("shape", [(1, 2, 4), (2, 1, 4)])  # hosts of one slice, or slices of one host
+def test_gpus_of_one_host_and_of_several_are_told_apart(sizes, networks, shape):
+    """By the groups of a compiled program's text, for two hosts of four GPUs."""
+    slices, *of_one = shape
+    pod, mesh = topology.Topology("h100", "h100", tuple(of_one), slices, jax.devices(), True), mesh_of(8, **sizes)
+    order = np.arange(8).reshape(sizes.get("fsdp", 1), sizes.get("tensor", 1))
+    groups = {("tensor",): order, ("fsdp",): order.T, ("fsdp", "tensor"): order.reshape(1, 8)}
+    write = lambda rows: "{" + ",".join("{" + ",".join(map(str, row)) + "}" for row in rows.tolist()) + "}"
+    lines = [
+        f"  %g.{i} = f32[8,8]{{1,0}} all-gather(%p), replica_groups={write(groups[axes])}, dimensions={{0}}"
+        for i, axes in enumerate(networks)
+    ]
+    found = count("\n".join(["ENTRY %main (p: f32[8]) -> f32[8] {", *lines, "}"]), mesh).collectives
+    assert {one.axes: predict.network_of(one.axes, mesh, pod).name for one in found} == networks
+
+
+def test_rings_through_hosts_use_the_adapters_of_all_their_gpus():
+    pod, mesh = topology.Topology("h100:1x2x4", "h100", (2, 4), 1, jax.devices(), True), mesh_of(8, fsdp=4, tensor=2)
+    adapter = topology.CHIPS["h100"].network
+    assert predict.network_of(("fsdp",), mesh, pod) == ("DCN", adapter, 2 * adapter)  # of four GPUs two are on each host
+    assert predict.network_of(("fsdp", "tensor"), mesh, pod) == ("DCN", adapter, 4 * adapter)
+    one = Collective("all-gather", ("fsdp", "tensor"), 8_000_000, 8, 1, False)
+    network = predict.network_of(one.axes, mesh, pod)
+    assert predict.seconds(one, network) == pytest.approx(7e6 / (4 * adapter))
+    assert predict.seconds(one._replace(kind="all-to-all"), network) == pytest.approx(7e6 / adapter)  # not a ring
 
 
 # ---------------------------------------------------------------- topologies
