@@ -2,6 +2,7 @@
 
 Compiles the train step of a config, the very one that jaxlm.train runs, for a pod that is not here, with that pod's own
 compiler, and prints whether it fits, what it computes and sends, how long a step should take, and what to change.
+--topology=local compiles it for the devices that are here, runs it, and prints what was measured beside the prediction.
 """
 
 import json
@@ -21,6 +22,7 @@ from jaxlm.costs import human
 from jaxlm.count import Program, count, matmul_flops
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.kernels.attention import BLOCK
+from jaxlm.measure import STEPS, WARM_UP, Measured, measure
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.predict import Times, network_of, step_times
 from jaxlm.search import changed, faster, remedies, search
@@ -34,9 +36,9 @@ class Plan(NamedTuple):
     memory: dict[str, int]  # bytes on a device by kind; `needed` of `available`
     flops: dict[str, float]  # of a step, on all devices
     program: Program | None  # None where it does not fit
-    times: Times | None
+    times: Times | None  # nor where the chip is not known
     seconds: float  # that compiling took
-    text: str  # scheduled HLO
+    compiled: jax.stages.Compiled | None
 
 
 def make_plan(config: ConfigDict, pod: Topology) -> Plan:
@@ -55,7 +57,7 @@ def make_plan(config: ConfigDict, pod: Topology) -> Plan:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
             memory["needed"] = needed_by(str(error))
-            return Plan(config, pod, memory, flops, None, None, time.perf_counter() - began, "")
+            return Plan(config, pod, memory, flops, None, None, time.perf_counter() - began, None)
     text, found = compiled.as_text(), compiled.memory_analysis()
     memory["batch"] = found.argument_size_in_bytes - sum(memory[kind] for kind in ("parameters", "optimizer", "EMA"))
     memory["gradients and activations"] = found.temp_size_in_bytes
@@ -65,8 +67,9 @@ def make_plan(config: ConfigDict, pod: Topology) -> Plan:
     peak = found.peak_memory_in_bytes if pod.spec.dims else 0  # TPUs: some temporaries lie where arguments were
     memory["needed"] = min(peak or whole, whole) + memory["code"]
     program, devices = count(text, mesh, pod.slices, config.mesh.across), len(pod.devices)
-    times = step_times(program, flops["executed"] / devices, flops["kernels"] / devices, mesh, pod)
-    return Plan(config, pod, memory, flops, program, times, time.perf_counter() - began, text)
+    each = flops["executed"] / devices, flops["kernels"] / devices
+    times = step_times(program, *each, mesh, pod) if pod.spec.flops else None
+    return Plan(config, pod, memory, flops, program, times, time.perf_counter() - began, compiled)
 
 
 def tokens_per_step(config: ConfigDict) -> int:
@@ -105,8 +108,8 @@ def needed_by(error: str) -> int:
 # ---------------------------------------------------------------- the page
 
 
-def figures(plan: Plan, price: float = 0.0) -> dict:
-    """What --json writes: numbers in bytes, seconds and FLOPs."""
+def figures(plan: Plan, price: float = 0.0, measured: Measured | None = None) -> dict:
+    """What --json writes: numbers in bytes, seconds and FLOPs; errors as predicted / measured - 1."""
     devices, times = len(plan.topology.devices), plan.times
     result = {
         "topology": plan.topology.name,
@@ -118,12 +121,20 @@ def figures(plan: Plan, price: float = 0.0) -> dict:
         "flops": plan.flops,
         "compile_seconds": round(plan.seconds, 1),
     }
+    if plan.program is None:
+        return result
+    result["collectives"] = collectives(plan)
+    result["cycles"] = plan.program.cycles
+    if measured:
+        error = lambda predicted, found: predicted / found - 1 if predicted and found else None
+        result["measured"] = {
+            "step": measured.seconds, "step_error": error(times and times.expected, measured.seconds), "steps": STEPS,
+            "memory": measured.memory, "memory_error": error(plan.memory["needed"], measured.memory),
+        }  # fmt: skip
     if times is None:
         return result
     tokens, steps = tokens_per_step(plan.config), plan.config.train.steps
     days = times.expected * steps / 86400
-    result["collectives"] = collectives(plan)
-    result["cycles"] = plan.program.cycles
     result["time"] = {
         "step": times.expected, "low": times.low, "high": times.high, "matrix": times.matrix, "work": times.work,
         "communication": sum(times.communication.values()), "exposed": times.exposed,
@@ -161,7 +172,7 @@ def collectives(plan: Plan) -> list[dict]:
 
 
 def page(plan: Plan, found: dict) -> str:
-    pod, config = plan.topology, plan.config
+    pod = plan.topology
     available, needed = plan.memory["available"], plan.memory["needed"]
     axes = " x ".join(f"{axis}={n}" for axis, n in found["mesh"].items()) or "one device"
     lines = [f"{pod.name}: {found['devices']:,} devices of {human(available)}, {axes}"]
@@ -176,25 +187,42 @@ def page(plan: Plan, found: dict) -> str:
         lines.append("            (some of these share memory)")
     model, executed = plan.flops["model"], plan.flops["executed"]
     lines += ["", f"work        {executed:.4g} FLOPs a step (the model's: {model:.4g})"]
-    if plan.times is None:
+    if plan.program is None:
         return "\n".join(lines)
     lines += ["", "collectives a step and device (the least: what this strategy must move, by arithmetic)"]
     for row in found["collectives"]:
         along, least = "+".join(row["axes"]), f"  least {human(row['least'])}" if row["least"] else ""
         line = f"{row['kind']:20}{along:18}{row['count']:>7,} x{human(row['bytes']):>12} {row['network']}{least}"
         lines.append(" " * 12 + line)
-    t, days = plan.times, found["days"]
-    lines += [
-        "",
+    if plan.times:
+        lines += ["", *time_lines(plan, found)]
+    if "measured" in found:
+        lines += ["", *measured_lines(plan, found["measured"])]
+    return "\n".join([*lines, f"compiled in {plan.seconds:.0f} s"])
+
+
+def time_lines(plan: Plan, found: dict) -> list[str]:
+    t, days, train = plan.times, found["days"], plan.config.train
+    return [
         f"time        {t.expected:.3f} s a step ({t.low:.3f} to {t.high:.3f}): MFU {found['mfu']:.1%}, "
         f"{found['tokens_per_second']:,.0f} tokens/s",
         f"            on the device {t.work:.3f} s, of which matrix units at their peak {t.matrix:.3f} s",
         f"            communication {found['time']['communication']:.3f} s, of which waited for {t.exposed:.3f} s",
-        f"run         {tokens_per_step(config) * config.train.steps:,} tokens in {config.train.steps:,} steps: "
+        f"run         {tokens_per_step(plan.config) * train.steps:,} tokens in {train.steps:,} steps: "
         f"{days:,.1f} days" + (f", {found['cost']:,.0f} at the given price" if "cost" in found else ""),
-        f"compiled in {plan.seconds:.0f} s",
     ]
-    return "\n".join(lines)
+
+
+def measured_lines(plan: Plan, found: dict) -> list[str]:
+    chip, predicted, peak = plan.topology.chip, human(plan.memory["needed"]), found["memory"]
+    step = f"measured    {found['step']:.4g} s a step, the mean of {STEPS} after {WARM_UP} to warm up; "
+    if plan.times:
+        step += f"predicted {plan.times.expected:.4g} s: error {found['step_error']:+.1%}"
+    else:
+        step += f"not predicted: there is no data sheet of {chip}"
+    memory = f"{human(peak)} at its peak" if peak else f"not measured ({chip} does not tell)"
+    error = f": error {found['memory_error']:+.1%}" if peak else ""
+    return [step, f"            memory {memory}; predicted {predicted}{error}"]
 
 
 # ---------------------------------------------------------------- what to change
@@ -280,7 +308,9 @@ def main(argv: list[str]) -> int:
         config.mesh.slices = pod.slices
     require(problems + check(config, len(pod.devices)))
     plan = make_plan(resolve(config), pod)
-    found = figures(plan, args.price_per_chip_hour)
+    here = args.topology == "local" and fits(plan)
+    measured = measure(plan.config, make_mesh(plan.config, pod.devices), plan.compiled) if here else None
+    found = figures(plan, args.price_per_chip_hour, measured)
     print(page(plan, found))
     if not found["fits"]:
         found["remedies"] = advise(config, plan)
@@ -291,7 +321,7 @@ def main(argv: list[str]) -> int:
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
     if args.save_hlo:
-        Path(args.save_hlo).write_text(plan.text)
+        Path(args.save_hlo).write_text(plan.compiled.as_text() if plan.compiled else "")
     return 0 if found["fits"] else 1
 
 

@@ -35,7 +35,7 @@ class Times(NamedTuple):
 class Network(NamedTuple):
     """What the devices of some mesh axes talk over."""
 
-    name: str  # ICI, NVLink, or DCN
+    name: str  # ICI, NVLink, DCN, or "here" of chips that are not known
     bandwidth: float  # bytes a second, one way, for each device
     ring: float  # the same in rings through all: NCCL has one for each adapter of the group's GPUs on a host
 
@@ -51,6 +51,8 @@ def network_of(axes: tuple[str, ...], mesh, topology: Topology, inside: bool = F
     size = len(topology.devices) // topology.slices
     slice_of = lambda device: getattr(device, "slice_index", place[device] // size)
     group = list(mesh.devices[index].flat)
+    if not chip.flops:
+        return Network("here", math.inf, math.inf)
     if not chip.dims:
         hosts = Counter(place[device] // topology.shape[-1] for device in group)
         ring = chip.link if len(hosts) == 1 else min(chip.link, chip.network * min(hosts.values()))

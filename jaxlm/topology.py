@@ -62,7 +62,7 @@ SHAPES_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128:
 
 class Topology(NamedTuple):
     name: str  # v5p:4x4x4, h100:1x8x8
-    chip: str  # a key of CHIPS
+    chip: str  # a key of CHIPS; of devices that are here perhaps another word, such as cpu
     shape: tuple[int, ...]  # of one slice: the torus, or hosts x GPUs
     slices: int
     devices: list  # of all slices
@@ -70,7 +70,8 @@ class Topology(NamedTuple):
 
     @property
     def spec(self) -> Chip:
-        return CHIPS[self.chip]
+        """Of a chip without a data sheet in CHIPS its memory alone: `flops` is 0 and no time can be predicted."""
+        return CHIPS.get(self.chip) or Chip((self.chip,), 0.0, memory_here(), 0.0, 0.0, 0.0)
 
 
 def find_chip(device_kind: str) -> str | None:
@@ -193,10 +194,14 @@ def gpus(text: str, chip: str, shape: tuple[int, int], slices: int) -> Topology:
 
 
 def local() -> Topology:
-    """The devices that are here."""
+    """The devices that are here, also of a chip that is not in CHIPS."""
     devices = jax.devices()
-    chip = find_chip(devices[0].device_kind)
-    if chip is None:
-        known = ", ".join(CHIPS)
-        raise ConfigError(f"--topology=local: {devices[0].device_kind} is not in the table of chips ({known})")
-    return Topology("local", chip, (1, len(devices)), 1, devices, False)
+    kind = devices[0].device_kind
+    return Topology("local", find_chip(kind) or kind, (1, len(devices)), 1, devices, False)
+
+
+def memory_here() -> int:
+    """Bytes that each device here may use: its own, or, of CPUs, its part of the machine's."""
+    devices = jax.local_devices()
+    stats = devices[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)

@@ -17,8 +17,9 @@ from jaxlm.errors import ConfigError
 from jaxlm.kernels.attention import attention
 from jaxlm.kernels.grouped_matmul import grouped_matmul
 from jaxlm.kernels.splash import splash
+from jaxlm.measure import Measured
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.plan import MOVES
+from jaxlm.plan import MOVES, Plan, figures, page
 from jaxlm.state import abstract_inputs, abstract_state, jit_train_step
 
 # ---------------------------------------------------------------- FLOPs
@@ -199,7 +200,11 @@ def test_gpus_of_one_host_and_of_several_are_told_apart(sizes, networks, shape):
 def test_rings_through_hosts_use_the_adapters_of_all_their_gpus():
     pod, mesh = topology.Topology("h100:1x2x4", "h100", (2, 4), 1, jax.devices(), True), mesh_of(8, fsdp=4, tensor=2)
     adapter = topology.CHIPS["h100"].network
-    assert predict.network_of(("fsdp",), mesh, pod) == ("DCN", adapter, 2 * adapter)  # of four GPUs two are on each host
+    assert predict.network_of(("fsdp",), mesh, pod) == (
+        "DCN",
+        adapter,
+        2 * adapter,
+    )  # two of four on each host
     assert predict.network_of(("fsdp", "tensor"), mesh, pod) == ("DCN", adapter, 4 * adapter)
     one = Collective("all-gather", ("fsdp", "tensor"), 8_000_000, 8, 1, False)
     network = predict.network_of(one.axes, mesh, pod)
@@ -290,6 +295,30 @@ def test_without_a_compiler_it_is_an_estimate_and_says_so(tmp_path):
     assert {network for axes, network in networks if axes == ("fsdp",)} == {"NVLink"}
     between_hosts = {axes for axes, network in networks if network == "DCN"}
     assert between_hosts and between_hosts <= {("data",), ("data", "fsdp")}
+
+
+def test_on_the_devices_here_a_prediction_stands_beside_what_is_measured(tmp_path):
+    """A CPU has no data sheet: its memory is predicted, its time only measured."""
+    run, found = plan(tmp_path, "--topology=local", "--config.model.dtype=float32", "--config.data.seq_len=128")
+    assert found["devices"] == 1 and found["fits"] and "time" not in found
+    measured = found["measured"]
+    assert measured["step"] > 0 and measured["step_error"] is None and measured["steps"] == 10
+    if measured["memory"]:  # 0.1 GiB or so of the process is not the step's
+        assert found["memory"]["needed"] < 1.2 * measured["memory"] < 1.2 * (1.2 * found["memory"]["needed"] + 2**28)
+        assert measured["memory_error"] == pytest.approx(found["memory"]["needed"] / measured["memory"] - 1)
+    assert "the mean of 10 after 3 to warm up; not predicted: there is no data sheet of cpu" in run.stdout
+
+
+def test_what_is_measured_is_told_with_its_error():
+    pod = topology.Topology("local", "h100", (1, 8), 1, jax.devices(), False)
+    times = predict.Times(0.5, 0.8, {}, 0.1, 0.8, 1.0)
+    c, memory = small_config(), {"needed": 3 * 2**30, "available": 80 * 2**30}
+    made = Plan(c, pod, memory, {"model": 1e15, "executed": 1e15}, Program([], 0.0, {}), times, 1.0, None)
+    found = figures(made, measured=Measured(1.0, 4 * 2**30))
+    assert found["measured"]["step_error"] == pytest.approx(-0.1) and found["measured"]["memory_error"] == -0.25
+    text = page(made, found)
+    assert "measured    1 s a step" in text and "predicted 0.9 s: error -10.0%" in text
+    assert "memory 4.00 GiB at its peak; predicted 3.00 GiB: error -25.0%" in text
 
 
 def test_a_wrong_topology_is_one_message():
