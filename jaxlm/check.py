@@ -107,7 +107,7 @@ def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
             f"config.data.seq_len={c.data.seq_len}: longer than the table of learned positions, "
             f"config.model.context_length={m.context_length}"
         )
-    if m.attention_softcap and m.attention not in ("auto", "reference", "blockwise"):
+    if m.attention_softcap and m.attention not in ("auto", "reference", "blockwise", "tokamax"):
         problems.append(f"config.model.attention={m.attention}: has no attention_softcap; set auto or reference")
     if m.num_experts and m.experts_per_token > m.num_experts:
         problems.append(

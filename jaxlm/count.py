@@ -34,6 +34,10 @@ def matmul_flops(jaxpr, visited: float = 1.0, kernels_only: bool = False) -> flo
         elif name.startswith("dot_product_attention_"):  # cuDNN; forward 2 products, backward 5 (two of them again)
             (B, T, N, H), S = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
             total += 2.0 * (5 if "bwd" in name else 2) * B * T * S * N * H / 2  # causal: half is skipped
+        elif name == "mpmd_map":  # attention in Pallas on GPUs: 2 products forward; dq 3; dk and dv 4
+            (*B, T, N, H), S = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[-3]
+            backward = eqn.invars[3].aval.shape == eqn.invars[0].aval.shape  # gradients come in after q, k and v
+            total += 2.0 * (2 + len(eqn.outvars) * backward) * math.prod(B) * T * S * N * H / 2
         elif name == "cond":
             costs = [inside(branch.jaxpr) for branch in p["branches"]]
             total += max(costs) * (visited if min(costs) == 0 else 1)

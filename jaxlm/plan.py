@@ -45,7 +45,7 @@ def make_plan(config: ConfigDict, pod: Topology) -> Plan:
     """config: resolved, for as many devices as the pod has. Raises ConfigError where the mesh leaves too much whole."""
     began, mesh = time.perf_counter(), make_mesh(config, pod.devices)
     check_sharding(config, mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), jax.default_device(pod.devices[0]):  # of which kernels ask what it can do
         traced = jit_train_step(config, mesh).trace(*abstract_inputs(config, mesh))
         flops = {
             "model": float(costs.flops_per_token(config, abstract_state(config)[0].params) * tokens_per_step(config)),

@@ -69,7 +69,7 @@ def shrink(c: ConfigDict) -> ConfigDict:
         m.experts_per_token = min(m.experts_per_token, max(m.num_experts // 2, 1))
         c.optim.eps = max(c.optim.eps, 1e-3)  # so that Adam makes no steps of mere rounding, which choose experts
     m.dropout, m.dtype, m.param_dtype, m.pipeline_microbatches = 0.0, "float32", "float32", 0
-    m.attention = "reference" if m.attention in ("cudnn", "xla") else m.attention
+    m.attention = "reference" if m.attention in ("cudnn", "tokamax", "xla") else m.attention
     d.seq_len, d.path, d.mixture = 64, "", ""
     t.grad_accumulation = min(t.grad_accumulation, 2)
     t.batch_size, t.steps, t.stop_at = 16 * t.grad_accumulation, STEPS, 0

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jaxlm.kernels import attention as kernel
-from jaxlm.kernels.attention import attention
+from jaxlm.kernels.attention import attention, visible
 from jaxlm.kernels.cross_entropy import chunk_length, cross_entropy, logits_of
+from jaxlm.kernels.hopper import first_keys
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
@@ -58,6 +59,26 @@ def test_attention_by_blocks_is_the_reference(monkeypatch, T, S, N, K, segmented
     bound = 1e-5 if dtype == "float32" else 3e-2
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
         np.testing.assert_allclose(a, b.astype(jnp.float32), rtol=bound, atol=bound * max(1, float(jnp.abs(a).max())))
+
+
+@pytest.mark.parametrize("window", [1, 5, 32, 100])
+@pytest.mark.parametrize("segmented", [True, False])
+def test_the_first_key_of_each_query_says_what_it_sees(window, segmented):
+    """What the kernel for Hopper GPUs is told: with the causal mask it is the mask of the others, padding included."""
+    T, rng = 32, np.random.default_rng(0)
+    rows = [np.sort(rng.integers(1, documents + 1, T)) for documents in (1, 3, 40)] + [
+        np.r_[[1] * 5, [2] * 9, [0] * 18]
+    ]
+    segments = jnp.asarray(rows, jnp.int32) if segmented else None
+    places, keys = jnp.arange(T)[:, None], jnp.arange(T)
+    seen = (keys >= first_keys(segments, T, window)[:, :, None]) & (keys <= places)
+    np.testing.assert_array_equal(seen, visible((keys, segments), (keys, segments), window))
+
+
+def test_the_kernel_for_hopper_gpus_is_refused_elsewhere():
+    x = jnp.ones((1, 128, 1, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="Hopper"):
+        attention(x, x, x, window=128, implementation="tokamax")
 
 
 def test_a_query_that_sees_no_key_gets_zero_and_gives_no_gradient():

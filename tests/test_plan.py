@@ -265,6 +265,21 @@ def test_a_tpu_step_is_compiled_by_its_own_compiler(tmp_path):
     assert {row["network"] for row in found["collectives"]} == {"ICI"} and "fits: needs" in run.stdout
 
 
+@pytest.mark.parametrize("flags, kernel", [
+    (["--config.model.layers=SL"], "mosaic_gpu"),  # packed documents and windows: tokamax
+    (["--config.data.isolate=False"], "__cudnn$fmha"),
+], ids=["packed", "plain"])  # fmt: skip
+def test_attention_on_hopper_gpus_is_a_library_kernel(tmp_path, flags, kernel):
+    pytest.importorskip("jax_cuda13_plugin")
+    if kernel == "mosaic_gpu":
+        pytest.importorskip("tokamax")
+    hlo = tmp_path / "a.hlo"
+    _, found = plan(tmp_path, "--topology=h100:1x1x8", f"--save_hlo={hlo}", "--config.model.remat=full", *flags)
+    targets = [line for line in hlo.read_text().splitlines() if f'custom_call_target="{kernel}' in line]
+    assert found["fits"] and not found["estimate"] and targets and "512,512]" not in "".join(targets)
+    assert found["flops"]["executed"] > found["flops"]["model"]  # the kernels' products are counted
+
+
 @pytest.mark.slow
 def test_experts_on_a_tpu_are_computed_by_its_kernels(tmp_path):
     """Forward, again and backward, each product by grouped rows: no more FLOPs than each token's own experts'."""

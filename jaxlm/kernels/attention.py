@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm.kernels.hopper import hopper, takes
 from jaxlm.kernels.splash import LANES, splash
 from jaxlm.parallel.mesh import platform
 
@@ -63,7 +64,7 @@ ATTENTION = {
     "reference": reference,
     "xla": library("xla"),
     "cudnn": library("cudnn"),
-}  # and blockwise and splash, without a mask
+}  # and blockwise, splash and tokamax, without a mask
 
 
 def attention(
@@ -74,9 +75,9 @@ def attention(
 
     segments: int [B, T] and [B, S], or None where every row is one document. places: int32 [T] and [S], where queries
     and keys are in the sequence; None: 0, 1, ... window: tokens a query sees, itself included. implementation: see
-    ATTENTION; auto: splash on a TPU, cuDNN on a GPU in half precision where the mask is plainly causal (elsewhere it
-    is slow), else by blocks where the logits are many, else the reference. What the backward pass needs is named
-    "attention".
+    ATTENTION; auto: splash on a TPU; on a GPU in half precision cuDNN where the mask is plainly causal (elsewhere it is
+    slow) and tokamax on a Hopper; else by blocks where the logits are many, else the reference. What the backward pass
+    needs is named "attention"; of the kernels for GPUs only the result is, and their forward pass runs again.
     """
     T, S, N = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2]
     in_order = places_T is None and places_S is None and T == S
@@ -86,14 +87,21 @@ def attention(
         implementation = "splash"
     if implementation == "auto":
         fits = q_BTNH.shape[-1] % 8 == 0 and q_BTNH.shape[-1] <= 128  # what cuDNN takes on every GPU
-        fast = plain and half and fits and not softcap and platform() == "gpu"
+        gpu = platform() == "gpu"
         many = 4 * q_BTNH.shape[0] * N * T * S > MAX_LOGITS
-        implementation = "cudnn" if fast else "blockwise" if many else "reference"
+        implementation = (
+            "cudnn" if gpu and plain and half and fits and not softcap else
+            "tokamax" if gpu and in_order and takes(q_BTNH) else
+            "blockwise" if many else "reference"
+        )  # fmt: skip
     if implementation == "splash":
         return splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window=window, softcap=softcap)
+    if implementation == "tokamax" and in_order:  # else, as in generation, by blocks
+        out_BTNH = hopper(q_BTNH, k_BSKH, v_BSKH, segments_BT, window=window, softcap=softcap)
+        return checkpoint_name(out_BTNH, "attention")
     at_T = (jnp.arange(T) if places_T is None else places_T, segments_BT)
     at_S = (jnp.arange(S) if places_S is None else places_S, segments_BS)
-    if implementation == "blockwise":
+    if implementation in ("blockwise", "tokamax"):
         return blockwise(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap)
     if implementation == "cudnn" and plain and not softcap:
         out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
