@@ -82,6 +82,7 @@ class Collective(NamedTuple):
     bytes: int  # of its result on one device; of a reduce-scatter of what it takes in
     size: int  # devices of a group
     times: int
+    overlapped: bool  # it has a start and an end, or is spread over fusions: other work may run beside it
     inside: bool = False  # of one slice, although its axes may lie across slices
 
 
@@ -133,13 +134,13 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def walk(bodies, name: str, times: int, axes: dict, program: Program, fused: set | None = None) -> float:
+def walk(bodies, name: str, times: int, axes: dict, program: Program, fused: dict | None = None) -> float:
     """Cycles of one run of a computation; adds to `program` what it does in all of its `times`.
 
-    fused: of a fusion's body, the channels that other fusions beside it have told of: a collective may be spread over
-    several, each with the whole instruction.
+    fused: of a fusion's body, the channels that fusions beside it have told of, and where in `program`: a collective
+    may be spread over several, each with the whole instruction.
     """
-    total, in_fusion, channels = 0.0, fused is not None, set() if fused is None else fused
+    total, in_fusion, channels = 0.0, fused is not None, {} if fused is None else fused
     for line in bodies.get(name, []):
         found = re.search(r" = (\(.*?\)|\S+) ([a-z][\w\-]*)\(", line)
         if not found:
@@ -163,13 +164,15 @@ def walk(bodies, name: str, times: int, axes: dict, program: Program, fused: set
             channel = re.search(r"channel_id=(\d+)", line)
             if in_fusion and channel:
                 if channel[1] in channels:
+                    at = channels[channel[1]]
+                    program.collectives[at] = program.collectives[at]._replace(overlapped=True)
                     continue
-                channels.add(channel[1])
+                channels[channel[1]] = len(program.collectives)
             program.collectives.append(collective(line, result, op, times, axes, name))
         elif op == "send" and MEGASCALE in line:
             kind = re.search(rf'{MEGASCALE}="(\w+)"', line)[1].lower().replace("_", "-")
             sent = sum(array_bytes(*found) for found in ARRAY.findall(result) if found[1])
-            program.collectives.append(Collective(kind, (MEGASCALE,), sent, 1, times))
+            program.collectives.append(Collective(kind, (MEGASCALE,), sent, 1, times, True))
         elif op == "custom-call":
             program.custom_calls[re.search(r'custom_call_target="([^"]+)"', line)[1]] += times
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
@@ -203,7 +206,7 @@ def collective(line: str, result: str, op: str, times: int, axes: dict, name: st
     along = axes.get(frozenset(frozenset(group) for group in groups)) if kind != "collective-permute" else (
         axes_of_pairs(groups, axes)
     )  # fmt: skip
-    return Collective(kind, along or ("?",), number, size, times)
+    return Collective(kind, along or ("?",), number, size, times, op.endswith("-start"))
 
 
 def array_bytes(dtype: str, shape: str) -> int:

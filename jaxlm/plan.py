@@ -304,6 +304,8 @@ def main(argv: list[str]) -> int:
     config = load(args.config)
     problems = override(config, args.overrides)
     pod = find(args.topology, args.slices)
+    if args.search < 0 or args.search and not pod.spec.flops:
+        raise ConfigError(f"--search={args.search}: a number of options, for a chip with a data sheet, not {pod.chip}")
     if pod.slices > 1:
         config.mesh.slices = pod.slices
     require(problems + check(config, len(pod.devices)))
@@ -314,7 +316,7 @@ def main(argv: list[str]) -> int:
     print(page(plan, found))
     if not found["fits"]:
         found["remedies"] = advise(config, plan)
-    elif not args.search:
+    elif pod.spec.flops and not args.search:
         found["faster"] = suggest(config, pod)
     if args.search:
         found["search"] = frontier(config, pod, args.search)

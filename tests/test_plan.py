@@ -136,7 +136,9 @@ def test_a_collective_spread_over_fusions_is_one():
     loop = '%w = f32[8]{0} while(%p), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}'
     text = "".join(bodies) + body + f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  {loop}\n  %a {fusion}start\n}}"
     found = count(text, mesh_of(8, data=2, fsdp=4)).collectives
-    assert [(one.axes, one.bytes, one.times) for one in found] == [(("fsdp",), 128, 5), (("fsdp",), 128, 1)]
+    assert [(one.axes, one.bytes, one.times, one.overlapped) for one in found] == [
+        (("fsdp",), 128, 5, True), (("fsdp",), 128, 1, False),
+    ]  # fmt: skip
 
 
 def compiled(c, mesh):
@@ -168,7 +170,7 @@ def test_what_is_sent_takes_longer_over_a_slower_network():
     mesh = mesh_of(8, data=2, fsdp=4)
     assert predict.network_of(("data",), mesh, pod).name == "DCN"
     assert predict.network_of(("fsdp",), mesh, pod).name == "NVLink"
-    one = Collective("all-gather", ("fsdp",), 4_000_000, 4, 10)
+    one = Collective("all-gather", ("fsdp",), 4_000_000, 4, 10, False)
     slow = predict.Network("DCN", 1e9, 1e9)
     assert predict.seconds(one, slow) == pytest.approx(10 * 3e6 / 1e9)
     assert predict.seconds(one._replace(kind="all-reduce"), slow) == pytest.approx(20 * 3e6 / 1e9)

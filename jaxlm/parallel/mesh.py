@@ -54,11 +54,12 @@ def make_mesh(config: ConfigDict, devices=None) -> Mesh:
     """Mesh over all devices, or those given. The axis that talks most is last: nearest neighbours share it.
 
     Devices of several slices (joined by a slower network, DCN): mesh.across is split over the slices first, every
-    other axis stays inside one. Without slice numbers, mesh.slices equal groups in a row count as slices.
+    other axis stays inside one. TPUs say which slice they are in; otherwise mesh.slices equal groups in a row count as
+    slices (GPUs have such a number too, but it tells hosts apart, which any axis may span).
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(config, len(devices))
-    found = {getattr(device, "slice_index", 0) for device in devices}
+    found = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
     slices = len(found) if len(found) > 1 else config.mesh.slices
     across = config.mesh.across
     if shape[across] % slices:
