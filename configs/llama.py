@@ -24,7 +24,7 @@ PODS = {  # rows of a step, and the mesh besides fsdp
     "8b,v6e-256": {"batch": 512},
     "70b,v5p-256": {"batch": 128},
     "70b,v6e-256": {"batch": 256},
-    "405b,v5p-1024x2": {"batch": 1024, "mesh": {"data": 2, "tensor": 8}},
+    "405b,v5p-1024x2": {"batch": 1024, "mesh": {"data": 2}},
     "8b,v5p-256,1m": {"batch": 1, "length": 1_048_576, "mesh": {"sequence": 128}},
 }
 

@@ -175,7 +175,8 @@ def page(plan: Plan, found: dict) -> str:
     pod = plan.topology
     available, needed = plan.memory["available"], plan.memory["needed"]
     axes = " x ".join(f"{axis}={n}" for axis, n in found["mesh"].items()) or "one device"
-    lines = [f"{pod.name}: {found['devices']:,} devices of {human(available)}, {axes}"]
+    devices = f"{found['devices']:,} device{'s' if found['devices'] > 1 else ''}"
+    lines = [f"{pod.name}: {devices} of {human(available)}, {axes}"]
     if pod.estimate:
         lines.append("AN ESTIMATE: compiled for CPUs; this chip's own compiler was not asked (README, plan)")
     verdict = "fits" if found["fits"] else "doesn't fit"
@@ -189,7 +190,8 @@ def page(plan: Plan, found: dict) -> str:
     lines += ["", f"work        {executed:.4g} FLOPs a step (the model's: {model:.4g})"]
     if plan.program is None:
         return "\n".join(lines)
-    lines += ["", "collectives a step and device (the least: what this strategy must move, by arithmetic)"]
+    if found["collectives"]:
+        lines += ["", "collectives a step and device (the least: what this strategy must move, by arithmetic)"]
     for row in found["collectives"]:
         along, least = "+".join(row["axes"]), f"  least {human(row['least'])}" if row["least"] else ""
         line = f"{row['kind']:20}{along:18}{row['count']:>7,} x{human(row['bytes']):>12} {row['network']}{least}"

@@ -124,6 +124,7 @@ def prepare_environment(num_devices: int) -> None:
         "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to wait for
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5p-8",
+        "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's warnings of what does not fit are told on the page
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # nothing is locked: another plan may run
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num_devices}",
     }
