@@ -306,7 +306,7 @@ def main(argv: list[str]) -> int:
     config = load(args.config)
     problems = override(config, args.overrides)
     pod = find(args.topology, args.slices)
-    if args.search < 0 or args.search and not pod.spec.flops:
+    if args.search < 0 or (args.search and not pod.spec.flops):
         raise ConfigError(f"--search={args.search}: a number of options, for a chip with a data sheet, not {pod.chip}")
     if pod.slices > 1:
         config.mesh.slices = pod.slices
