@@ -5,7 +5,17 @@
 
 2-7b: 6,738,415,616 parameters (Llama 2). 1b: 1,235,814,400 (Llama 3.2). 8b, 70b, 405b: 8,030,261,248,
 70,553,706,496 and 405,853,388,800 (Llama 3.1). A second word sets batch and mesh for a pod, by the name of its
-topology: PODS. By plan, 8b,v5p-128: 6.79 of 95 GiB, 1.73 s a step, MFU 59.8%. The others have not been compiled yet.
+topology. What plan says of a chip, with model.remat=full:
+
+    recipe              memory            step       MFU
+    2-7b,v5e-256         4.24 of 16 GiB     3.20 s   59.8%
+    8b,v5e-256           5.61 of 16 GiB     3.96 s   60.8%
+    8b,v5p-128           6.79 of 95 GiB     1.68 s   61.7%
+    8b,v6e-256           8.56 of 32 GiB     2.40 s   43.0%
+    70b,v5p-256         25.37 of 95 GiB    12.88 s   66.7%
+    70b,v6e-256         20.81 of 32 GiB     9.74 s   44.1%
+    405b,v5p-1024x2     59.13 of 95 GiB    77.43 s   60.5%   two slices of 512 chips
+    8b,v5p-256,1m        6.03 of 95 GiB   308.58 s    9.8%   1,048,576 tokens in a ring; by blocks in XLA, no kernel yet
 """
 
 from jaxlm.config import base, variant
@@ -24,7 +34,7 @@ PODS = {  # rows of a step, and the mesh besides fsdp
     "8b,v6e-256": {"batch": 512},
     "70b,v5p-256": {"batch": 128},
     "70b,v6e-256": {"batch": 256},
-    "405b,v5p-1024x2": {"batch": 1024, "mesh": {"data": 2}},
+    "405b,v5p-1024x2": {"batch": 1024, "mesh": {"data": 2, "tensor": 8}},
     "8b,v5p-256,1m": {"batch": 1, "length": 1_048_576, "mesh": {"sequence": 128}},
 }
 

@@ -4,7 +4,10 @@
     python -m jaxlm.train --config=configs/mixtral.py:small --workdir=runs/mixtral --config.data.path=DIR
 
 8x7b: 46,702,792,704 parameters, of which a token meets 12,879,925,248. small: 8 layers of width 512, 214,213,120 and
-82,092,544 parameters.
+82,092,544 parameters. What plan says of a chip, with model.remat=full:
+
+    recipe              memory            step       MFU
+    8x7b,v5p-128        19.48 of 95 GiB     4.35 s   34.1%
 """
 
 from jaxlm.config import base, variant
