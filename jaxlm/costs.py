@@ -56,10 +56,11 @@ def least_traffic(config: ConfigDict, mesh) -> dict[tuple[str, tuple[str, ...]],
     """{(gather, sum or permute; mesh axes): bytes on a device} that a step of this strategy moves at least.
 
     Counted as what a gather gives, a sum takes in, a permutation sends, in the compute dtype. Every matrix is gathered
-    for the forward and for the backward pass of a microbatch, and its gradient summed: over what it is sharded by in
-    each microbatch (Rajbhandari et al. 2020), over its copies once. Tensor parallelism gathers and sums a layer's
-    activations twice in each pass (Korthikanti et al. 2022); a ring passes on keys and values, and then their
-    gradients too (Liu et al. 2023). Looked-up tables, norms, recomputation and experts' tokens are not in it.
+    for the forward and for the backward pass of a microbatch (the output table once for both), and its gradient summed:
+    over what it is sharded by in each microbatch (Rajbhandari et al. 2020), over its copies once. Tensor parallelism
+    gathers and sums a layer's activations twice in each pass (Korthikanti et al. 2022); a ring passes on keys and
+    values, and then their gradients too (Liu et al. 2023). Looked-up tables, norms, recomputation and experts' tokens
+    are not in it.
     """
     m, parts, (state, axes) = config.model, config.train.grad_accumulation, abstract_state(config)
     params, axes, places = state.params, axes.params, state_shardings(config, mesh).params
@@ -68,14 +69,19 @@ def least_traffic(config: ConfigDict, mesh) -> dict[tuple[str, tuple[str, ...]],
     itemsize, traffic = np.dtype(m.dtype).itemsize, defaultdict(int)
     in_order = lambda names: tuple(name for name in MESH_AXES if name in names and mesh.shape[name] > 1)
     tokens = {*RULES["batch"], *RULES["length"]}
-    for leaf, logical, place in zip(*map(jax.tree.leaves, (params, axes, places))):
+    for (path, leaf), logical, place in zip(jax.tree.leaves_with_path(params), *map(jax.tree.leaves, (axes, places))):
         rows = [names_of(entry) for axis, entry in zip(logical, place.spec) if axis in ("embed", "expert_embed")]
         if not rows:  # a norm, a bias
             continue
         mine = itemsize * math.prod(place.shard_shape(leaf.shape))
         gathered, copies = in_order(rows[0]), in_order(tokens - {n for entry in place.spec for n in names_of(entry)})
         whole = parts * mine * math.prod(mesh.shape[name] for name in gathered)
-        for what, names, number in (("gather", gathered, 2 * whole), ("sum", gathered, whole), ("sum", copies, mine)):
+        passes = 2 if path[0].key == "layers" else 1
+        for what, names, number in (
+            ("gather", gathered, passes * whole),
+            ("sum", gathered, whole),
+            ("sum", copies, mine),
+        ):
             traffic[what, names] += number if names else 0
     n, sequence = mesh.shape["tensor"], mesh.shape["sequence"]
     here = itemsize * config.train.batch_size * config.data.seq_len // (batch_shards(mesh) * sequence)

@@ -7,7 +7,6 @@ each fusion should take. Loops are multiplied out.
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -89,7 +88,6 @@ class Collective(NamedTuple):
 class Program(NamedTuple):
     collectives: list[Collective]
     cycles: float  # of everything that the TPU compiler estimates, kernels in Pallas apart; 0 from other compilers
-    custom_calls: Counter  # {target: times}
 
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
@@ -110,7 +108,7 @@ def count(text: str, mesh, slices: int = 1, across: str = "data") -> Program:
     shape, apart = dict(mesh.shape), MEGASCALE in text
     if apart:
         shape[across] //= slices
-    program = Program([], 0.0, Counter())
+    program = Program([], 0.0)
     cycles = walk(bodies, entry, 1, axes_of_groups(shape), program)
     found = [
         one._replace(axes=(across,), size=slices) if one.axes == (MEGASCALE,) else one._replace(inside=apart)
@@ -173,8 +171,6 @@ def walk(bodies, name: str, times: int, axes: dict, program: Program, fused: dic
             kind = re.search(rf'{MEGASCALE}="(\w+)"', line)[1].lower().replace("_", "-")
             sent = sum(array_bytes(*found) for found in ARRAY.findall(result) if found[1])
             program.collectives.append(Collective(kind, (MEGASCALE,), sent, 1, times, True))
-        elif op == "custom-call":
-            program.custom_calls[re.search(r'custom_call_target="([^"]+)"', line)[1]] += times
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
         if cycles and op != "while" and not in_fusion:
             total += int(cycles[1])
@@ -210,7 +206,7 @@ def collective(line: str, result: str, op: str, times: int, axes: dict, name: st
 
 
 def array_bytes(dtype: str, shape: str) -> int:
-    return BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n) if dtype in BYTES else 0
+    return BYTES.get(dtype, 0) * math.prod(int(n) for n in shape.split(",") if n)
 
 
 def groups_of(line: str) -> list[list[int]]:

@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 from jaxlm.count import Collective, Program
 from jaxlm.topology import Topology
+from jaxlm.topology import wraps as topology_wraps
 
 CYCLES = 0.8  # real time of compiled fusions over the TPU compiler's own estimate
 KERNELS = 0.65  # part of the peak that kernels in Pallas reach: attention, experts' products
 HIDDEN = 0.5  # part of the communication beside work where a schedule does not say (GPUs, arithmetic; not measured)
+ERROR = 0.07  # of the step time: the worst of the fit
 GPU_WORK = 0.6  # part of the peak that a GPU reaches over a whole step besides communication (not measured by us)
 
 
@@ -24,8 +26,8 @@ class Times(NamedTuple):
     work: float  # on the device: matrix units, memory and all else, kernels included
     communication: dict[tuple[tuple[str, ...], str], float]  # {(mesh axes, network): seconds}
     exposed: float  # of the communication, what is waited for
-    low: float  # with all communication hidden that fits beside the work
-    high: float  # with none hidden
+    low: float  # with all communication hidden that fits beside the work, and less by ERROR
+    high: float  # with none hidden, and more by ERROR
 
     @property
     def expected(self) -> float:
@@ -36,8 +38,8 @@ class Network(NamedTuple):
     """What the devices of some mesh axes talk over."""
 
     name: str  # ICI, NVLink, DCN, or "here" of chips that are not known
-    bandwidth: float  # bytes a second, one way, for each device
-    ring: float  # the same in rings through all: NCCL has one for each adapter of the group's GPUs on a host
+    bandwidth: float  # bytes a second, one way, of a device to another
+    ring: float  # the same in rings through all: along every link of a torus; NCCL has one for each adapter of a host
 
 
 def network_of(axes: tuple[str, ...], mesh, topology: Topology, inside: bool = False) -> Network:
@@ -60,9 +62,9 @@ def network_of(axes: tuple[str, ...], mesh, topology: Topology, inside: bool = F
     group = [device for device in group if slice_of(device) == slice_of(group[0])] if inside else group
     if len(set(map(slice_of, group))) > 1:
         return Network("DCN", chip.network, chip.network)
-    spans = sum(len({device.coords[d] for device in group}) > 1 for d in range(3))
-    links = 2 * chip.link * max(spans, 1)
-    return Network("ICI", links, links)
+    spans = [len({device.coords[d] for device in group}) > 1 for d in range(chip.dims)]
+    links = sum(1 + wraps for spanned, wraps in zip(spans, topology_wraps(topology.shape)) if spanned)
+    return Network("ICI", chip.link, chip.link * max(links, 1))
 
 
 def seconds(collective: Collective, network: Network) -> float:
@@ -91,4 +93,5 @@ def step_times(program: Program, flops: float, kernel_flops: float, mesh, topolo
     total = math.fsum(communication.values())
     waited = waited if program.cycles else total * (1 - HIDDEN)  # a TPU's schedule says what runs beside work
     exposed = max(waited, total - work)
-    return Times(matrix, work, communication, exposed, work + max(total - work, 0), work + total)
+    low, high = (1 - ERROR) * max(work, total), (1 + ERROR) * (work + total)
+    return Times(matrix, work, communication, exposed, low, high)

@@ -32,7 +32,7 @@ class Option(NamedTuple):
 
 
 def options(config: ConfigDict, pod: Topology) -> Iterator[Option]:
-    """Every valid mesh, remat and number of microbatches. config: unresolved."""
+    """Every valid tensor parallelism, remat and number of microbatches. config: unresolved."""
     n = len(pod.devices) // pod.slices
     tensors = [t for t in (1, 2, 4, 8, 16) if n % t == 0]
     for tensor, remat, parts in itertools.product(tensors, ("full", "dots", "none"), (1, 2, 4, 8, 16)):
@@ -64,13 +64,16 @@ def estimate(config: ConfigDict, overrides: dict, pod: Topology) -> Option | Non
     one_layer = 2 * costs.num_parameters(shapes.params["layers"]) / m.num_layers / tensor
     layer_work = tokens * 2 * (4 * width + 3 * mlp)  # of the layer that is computed again
     memory = of("params") + of("opt_state") + of("ema") + (of("params") if parts > 1 else 0)
-    memory += 2 * tokens * kept * m.num_layers + layer_work + GATHER * one_layer + LOGITS
+    memory += 2 * tokens * kept * m.num_layers + layer_work + GATHER * one_layer
+    memory += min(LOGITS, 12 * tokens * m.vocab_size)
     again = {"full": 8, "attention": 8, "dots": 6.3, "none": 6}[m.remat] / 6
     flops = costs.flops_per_token(config, shapes.params) * config.train.batch_size * config.data.seq_len * again
     work = flops / len(pod.devices) / (MATRIX * chip.flops)
     weights = 3 * parts * 2 * costs.num_parameters(shapes.params) / tensor * (mesh.shape["fsdp"] > 1)
     activations = (8 if m.remat == "full" else 6) * 2 * tokens * tensor * width * m.num_layers * parts * (tensor > 1)
-    sent = (weights + activations) / (2 * chip.link * max(chip.dims, 1))
+    hosts = len(pod.devices) // pod.slices > chip.host
+    gpu = min(chip.link, chip.network * chip.host) if hosts else chip.link
+    sent = (weights + activations) / (2 * chip.link * chip.dims or gpu)
     return Option(overrides, config, memory, work + max(sent * (1 - HIDDEN), sent - work))
 
 
@@ -82,20 +85,22 @@ def changed(config: ConfigDict, overrides: dict) -> ConfigDict:
 
 
 def search(config: ConfigDict, pod: Topology, compile: Callable, count: int) -> list[tuple[dict, object]]:
-    """[(overrides, plan)] of the `count` options that arithmetic finds fastest among those that should fit, compiled.
+    """[(overrides, plan)] of the options that arithmetic finds fastest among those that should fit, compiled.
 
-    compile: resolved config -> plan. Of one that does not fit, the next with less memory is tried in its place.
+    compile: resolved config -> plan. Until `count` fit, at most twice as many: one that does not fit rules out those
+    that need more.
     """
     room = 1.1 * pod.spec.memory  # arithmetic is not exact
     promising = sorted((o for o in options(config, pod) if o.memory <= room), key=lambda o: o.seconds)
-    found, limit = [], math.inf
+    found, fitting, limit = [], 0, math.inf
     for option in promising:
-        if option.memory < limit:
-            plan = compile(option.config)
-            if plan.times is None:
-                limit = min(limit, option.memory)
-            found.append((option.overrides, plan))
-        if len(found) == count:
+        if option.memory >= limit:
+            continue
+        plan = compile(option.config)
+        fits = plan.memory["needed"] <= plan.memory["available"]
+        fitting, limit = fitting + fits, limit if fits else option.memory
+        found.append((option.overrides, plan))
+        if fitting == count or len(found) == 2 * count:
             break
     return found
 
@@ -108,6 +113,9 @@ def remedies(config: ConfigDict, pod: Topology, needed: int) -> Iterator[dict]:
     parts = config.train.grad_accumulation
     state = fixed.memory - estimate_of_activations(fixed, pod)
     factor = (needed - state) / max(pod.spec.memory * 0.95 - state, 1)
+    sharded = estimate(config, {"mesh.strategy": "fsdp"}, pod)
+    if sharded and sharded.memory < fixed.memory:
+        yield {"mesh.strategy": "fsdp"}
     if config.model.remat != "full":
         yield {"model.remat": "full"}
     for more in (2, 4, 8, 16, 32, 64):

@@ -91,7 +91,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 def parse(text: str) -> tuple[str, tuple[int, ...]]:
     """(chip, shape) of "v5p:4x4x4", "v5p-128", "h100:8", "h100:1x16x8" (slices x hosts x GPUs). Raises ConfigError."""
-    chip, separator, size = re.fullmatch(r"([^:-]*)([:-]?)(.*)", text).groups()
+    chip, separator, size = re.fullmatch(r"([^:-]*)([:-]?)(.*)", text.replace("v5litepod", "v5e")).groups()
     if chip not in CHIPS:
         known = ", ".join(CHIPS)
         raise ConfigError(f"--topology={text}: no chip {chip!r}{did_you_mean(chip, CHIPS)} (known: {known}, or local)")
@@ -110,10 +110,12 @@ def parse(text: str) -> tuple[str, tuple[int, ...]]:
     if not dims:
         if len(shape) > 3:
             raise ConfigError(f"--topology={text}: GPUs are slices x hosts x GPUs of a host, such as {chip}:1x8x8")
-        gpus = math.prod(shape)
-        shape = (1, *((1,) * (2 - len(shape))), *shape) if len(shape) < 3 else shape
-        if len(text.split("x")) == 1 and gpus > CHIPS[chip].host:  # h100:64 is eight hosts of eight
-            shape = (1, gpus // CHIPS[chip].host, CHIPS[chip].host)
+        host = CHIPS[chip].host
+        if len(shape) == 1 and shape[0] > host and shape[0] % host == 0:  # h100:64 is eight hosts of eight
+            shape = (shape[0] // host, host)
+        shape = (1,) * (3 - len(shape)) + shape
+        if shape[-1] > host:
+            raise ConfigError(f"--topology={text}: a host has {host} {chip} at most, so give hosts x GPUs: 1x2x{host}")
     return chip, shape
 
 
@@ -144,11 +146,19 @@ def describe(text: str, slices: int = 1) -> Topology:
             topology_name=f"{chip}:{'x'.join(map(str, shape))}",
             num_slices=slices,
             **({"wrap": wrap + (False,) * (3 - len(wrap))} if any(wrap) else {}),
+            **({"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}),
         )
     except Exception as error:
-        if "libtpu" in str(error) or "Unable to initialize" in str(error) or isinstance(error, ImportError):
+        if (
+            "libtpu" in str(error)
+            or "not installed" in str(error)
+            or "Unable to initialize" in str(error)
+            or isinstance(error, ImportError)
+        ):
             raise UserError(f"--topology={text} needs the TPU compiler: pip install 'jaxlm[tpu]' ({error})") from None
         raise ConfigError(f"--topology={text}: the TPU compiler knows no such slice ({error})") from None
+    if len(found.devices) != slices * math.prod(shape):
+        raise ConfigError(f"--topology={text}: the compiler counts the cores of {chip}, two a chip, as train does not")
     return Topology(text, chip, shape, slices, list(found.devices), False)
 
 

@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 # Each may import those before it, and its own folder.
 ORDER = (
     "errors cli config check data parallel kernels models losses optim topology state decode costs count predict "
-    "measure search workdir checkpoint monitor lm laws programs"
+    "measure page search workdir checkpoint monitor lm laws programs"
 ).split()
 PROGRAMS = {"train", "evaluate", "generate", "verify", "plan"}
 

@@ -18,8 +18,8 @@ from jaxlm.kernels.attention import attention
 from jaxlm.kernels.grouped_matmul import grouped_matmul
 from jaxlm.kernels.splash import splash
 from jaxlm.measure import Measured
+from jaxlm.page import MOVES, Plan, figures, page
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.plan import MOVES, Plan, figures, page
 from jaxlm.state import abstract_inputs, abstract_state, jit_train_step
 
 # ---------------------------------------------------------------- FLOPs
@@ -148,7 +148,7 @@ def compiled(c, mesh):
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"tensor": 8}, {"fsdp": 2, "sequence": 4}])
 def test_little_more_is_sent_than_must_be(sizes):
-    """Parameters gathered twice, gradients summed once: within 10% of the least; a ring has one turn more."""
+    """Layers gathered twice, gradients summed once: within 10% of the least; a ring has one turn more."""
     c = small_config(model__num_layers=4, model__vocab_size=64, train__batch_size=64, data__seq_len=128)
     c.model.update({"num_heads": 8, "num_kv_heads": 8})
     c.mesh.update(dict.fromkeys(MESH_AXES, 1) | sizes)
@@ -159,7 +159,8 @@ def test_little_more_is_sent_than_must_be(sizes):
     least = costs.least_traffic(c, mesh)
     parameters = 4 * costs.num_parameters(abstract_state(c)[0].params)
     if sizes == {"fsdp": 8}:
-        assert least["gather", ("fsdp",)] == 2 * least["sum", ("fsdp",)] == pytest.approx(2 * parameters, rel=0.02)
+        assert least["sum", ("fsdp",)] == pytest.approx(parameters, rel=0.02)
+        assert least["gather", ("fsdp",)] == 2 * least["sum", ("fsdp",)] - 4 * c.model.vocab_size * c.model.embed_dim
     for (what, axes), number in least.items():
         more = {"tensor": 1.7, "sequence": 1.1 if what != "permute" else 1.5}.get(axes[-1], 1.1)
         assert 0.9 * number < sent[what, axes] < more * number, (what, axes, sent[what, axes] / number)
@@ -174,8 +175,9 @@ def test_what_is_sent_takes_longer_over_a_slower_network():
     slow = predict.Network("DCN", 1e9, 1e9)
     assert predict.seconds(one, slow) == pytest.approx(10 * 3e6 / 1e9)
     assert predict.seconds(one._replace(kind="all-reduce"), slow) == pytest.approx(20 * 3e6 / 1e9)
-    busy = predict.step_times(Program([one], 0.0, {}), 1e15, 0.0, mesh, pod)
-    assert busy.low <= busy.expected <= busy.high and busy.low == busy.work  # all of it fits beside the work
+    busy = predict.step_times(Program([one], 0.0), 1e15, 0.0, mesh, pod)
+    assert busy.low == pytest.approx((1 - predict.ERROR) * busy.work)  # all of it fits beside the work
+    assert busy.low < busy.expected < busy.high
 
 
 @pytest.mark.parametrize(("sizes", "networks"), [
@@ -330,7 +332,7 @@ def test_what_is_measured_is_told_with_its_error():
     pod = topology.Topology("local", "h100", (1, 8), 1, jax.devices(), False)
     times = predict.Times(0.5, 0.8, {}, 0.1, 0.8, 1.0)
     c, memory = small_config(), {"needed": 3 * 2**30, "available": 80 * 2**30}
-    made = Plan(c, pod, memory, {"model": 1e15, "executed": 1e15}, Program([], 0.0, {}), times, 1.0, None)
+    made = Plan(c, pod, memory, {"model": 1e15, "executed": 1e15}, Program([], 0.0), times, 1.0, None)
     found = figures(made, measured=Measured(1.0, 4 * 2**30))
     assert found["measured"]["step_error"] == pytest.approx(-0.1) and found["measured"]["memory_error"] == -0.25
     text = page(made, found)
