@@ -1,6 +1,8 @@
 """plan: what is counted is what was computed and sent, and a step compiles for pods that are not here."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
 
@@ -222,6 +224,7 @@ def test_rings_through_hosts_use_the_adapters_of_all_their_gpus():
 @pytest.mark.parametrize("text, chip, shape", [
     ("v5p:4x4x4", "v5p", (4, 4, 4)), ("v5p-128", "v5p", (4, 4, 4)), ("v5e-256", "v5e", (16, 16)),
     ("h100:8", "h100", (1, 1, 8)), ("h100:64", "h100", (1, 8, 8)), ("h100:2x16x8", "h100", (2, 16, 8)),
+    ("v5litepod-16", "v5e", (4, 4)),
 ])  # fmt: skip
 def test_a_topology_is_read(text, chip, shape):
     assert topology.parse(text) == (chip, shape)
@@ -229,7 +232,7 @@ def test_a_topology_is_read(text, chip, shape):
 
 @pytest.mark.parametrize("text, hint", [
     ("v5q:4x4x4", "did you mean"), ("v5p:4x4", "3 dimensions"), ("v5p-100", "one of"), ("v5e:", "give a shape"),
-    ("h100:1x2x3x4", "slices x hosts x GPUs"),
+    ("h100:1x2x3x4", "slices x hosts x GPUs"), ("h100:12", "a host has 8"), ("h100:1x2x16", "a host has 8"),
 ])  # fmt: skip
 def test_a_topology_that_is_none_is_told(text, hint):
     with pytest.raises(ConfigError, match=hint):
@@ -340,6 +343,19 @@ def test_what_is_measured_is_told_with_its_error():
     assert "memory 4.00 GiB at its peak; predicted 3.00 GiB: error -25.0%" in text
 
 
-def test_a_wrong_topology_is_one_message():
-    run = program("jaxlm.plan", *SMALL, "--topology=v5p:4x4", check=False)
-    assert run.returncode == 2 and "3 dimensions" in run.stderr and "Traceback" not in run.stderr
+@pytest.mark.parametrize("flags, hint", [
+    ("--topology=v5p:4x4", "3 dimensions"),
+    ("--topology=a100:8 --slices=2 --config.mesh.slices=4", "--slices give 2"),
+    ("--topology=a100:8 --config.model.vocab_size=0", "it is the tokenizer's"),
+    ("--topology=a100:8 --json=tests", "give a file"),
+])  # fmt: skip
+def test_what_cannot_be_planned_is_one_message(flags, hint):
+    run = program("jaxlm.plan", *SMALL, *flags.split(), check=False)
+    assert run.returncode == 2 and hint in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_slice_of_one_chip_and_one_whose_cores_are_counted():
+    pytest.importorskip("libtpu")
+    code = "from jaxlm import topology as t; t.prepare_environment(1); print(len(t.describe('v6e-1').devices))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1\n"
+    assert "counts the cores" in program("jaxlm.plan", *SMALL, "--topology=v4-8", check=False).stderr
