@@ -48,7 +48,7 @@ def make_plan(config: ConfigDict, pod: Topology) -> Plan:
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            memory["needed"] = needed_by(str(error))
+            memory["needed"] = max(needed_by(str(error)), pod.spec.memory + 1)  # told in three digits; it did not fit
             memory["gradients and activations"] = memory["needed"] - sum(memory[kind] for kind in STATE)
             return Plan(config, pod, memory, flops, None, None, time.perf_counter() - began, None)
     text, found = compiled.as_text(), compiled.memory_analysis()

@@ -118,11 +118,11 @@ def remedies(config: ConfigDict, pod: Topology, needed: int) -> Iterator[dict]:
         yield {"mesh.strategy": "fsdp"}
     if config.model.remat != "full":
         yield {"model.remat": "full"}
-    for more in (2, 4, 8, 16, 32, 64):
-        if more >= factor > 0 and estimate(config, {"train.grad_accumulation": parts * more}, pod):
+    enough = [more for more in (2, 4, 8, 16, 32, 64) if more >= factor > 0]
+    for more in enough[:2]:  # the second because arithmetic is not exact
+        if estimate(config, {"train.grad_accumulation": parts * more}, pod):
             yield {"train.grad_accumulation": parts * more}
             yield {"train.batch_size": config.train.batch_size // more}
-            break
     for tensor in (2, 4, 8):
         option = estimate(config, {"mesh.tensor": tensor}, pod)
         if tensor > config.mesh.tensor and option and option.memory < fixed.memory:
