@@ -77,11 +77,8 @@ def least_traffic(config: ConfigDict, mesh) -> dict[tuple[str, tuple[str, ...]],
         gathered, copies = in_order(rows[0]), in_order(tokens - {n for entry in place.spec for n in names_of(entry)})
         whole = parts * mine * math.prod(mesh.shape[name] for name in gathered)
         passes = 2 if path[0].key == "layers" else 1
-        for what, names, number in (
-            ("gather", gathered, passes * whole),
-            ("sum", gathered, whole),
-            ("sum", copies, mine),
-        ):
+        moved = ("gather", gathered, passes * whole), ("sum", gathered, whole), ("sum", copies, mine)
+        for what, names, number in moved:
             traffic[what, names] += number if names else 0
     n, sequence = mesh.shape["tensor"], mesh.shape["sequence"]
     here = itemsize * config.train.batch_size * config.data.seq_len // (batch_shards(mesh) * sequence)

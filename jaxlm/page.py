@@ -81,15 +81,8 @@ def collectives(plan: Plan) -> list[dict]:
     least = costs.least_traffic(plan.config, mesh)
     for one in plan.program.collectives:
         network = network_of(one.axes, mesh, plan.topology, one.inside)
-        empty = {
-            "kind": one.kind,
-            "axes": list(one.axes),
-            "network": network.name,
-            "count": 0,
-            "bytes": 0,
-            "seconds": 0,
-        }
-        row = rows.setdefault((one.kind, one.axes, network.name), empty)
+        named = {"kind": one.kind, "axes": list(one.axes), "network": network.name}
+        row = rows.setdefault((one.kind, one.axes, network.name), named | {"count": 0, "bytes": 0, "seconds": 0.0})
         row["count"] += one.times
         row["bytes"] += one.times * one.bytes
         row["seconds"] += seconds(one, network)

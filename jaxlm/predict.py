@@ -9,8 +9,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from jaxlm.count import Collective, Program
-from jaxlm.topology import Topology
-from jaxlm.topology import wraps as topology_wraps
+from jaxlm.topology import Topology, wraps
 
 CYCLES = 0.8  # real time of compiled fusions over the TPU compiler's own estimate
 KERNELS = 0.65  # part of the peak that kernels in Pallas reach: attention, experts' products
@@ -63,7 +62,7 @@ def network_of(axes: tuple[str, ...], mesh, topology: Topology, inside: bool = F
     if len(set(map(slice_of, group))) > 1:
         return Network("DCN", chip.network, chip.network)
     spans = [len({device.coords[d] for device in group}) > 1 for d in range(chip.dims)]
-    links = sum(1 + wraps for spanned, wraps in zip(spans, topology_wraps(topology.shape)) if spanned)
+    links = sum(1 + ring for spanned, ring in zip(spans, wraps(topology.shape)) if spanned)
     return Network("ICI", chip.link, chip.link * max(links, 1))
 
 

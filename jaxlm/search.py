@@ -11,6 +11,7 @@ from jaxlm import costs
 from jaxlm.check import check
 from jaxlm.config import resolve, set_key
 from jaxlm.errors import ConfigError
+from jaxlm.page import fits
 from jaxlm.parallel.mesh import abstract_mesh, batch_shards, require_sharded, shardings
 from jaxlm.predict import HIDDEN
 from jaxlm.state import abstract_state, state_shardings
@@ -97,8 +98,7 @@ def search(config: ConfigDict, pod: Topology, compile: Callable, count: int) -> 
         if option.memory >= limit:
             continue
         plan = compile(option.config)
-        fits = plan.memory["needed"] <= plan.memory["available"]
-        fitting, limit = fitting + fits, limit if fits else option.memory
+        fitting, limit = fitting + fits(plan), limit if fits(plan) else option.memory
         found.append((option.overrides, plan))
         if fitting == count or len(found) == 2 * count:
             break

@@ -149,12 +149,8 @@ def describe(text: str, slices: int = 1) -> Topology:
             **({"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}),
         )
     except Exception as error:
-        if (
-            "libtpu" in str(error)
-            or "not installed" in str(error)
-            or "Unable to initialize" in str(error)
-            or isinstance(error, ImportError)
-        ):
+        missing = any(words in str(error) for words in ("libtpu", "not installed", "Unable to initialize"))
+        if missing or isinstance(error, ImportError):
             raise UserError(f"--topology={text} needs the TPU compiler: pip install 'jaxlm[tpu]' ({error})") from None
         raise ConfigError(f"--topology={text}: the TPU compiler knows no such slice ({error})") from None
     if len(found.devices) != slices * math.prod(shape):

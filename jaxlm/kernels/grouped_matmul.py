@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 
+from jaxlm.kernels.splash import LANES
 from jaxlm.parallel.experts import nowhere, permute
 from jaxlm.parallel.mesh import platform
 
@@ -44,7 +45,6 @@ def blocks(rows_MD, kernel_EDF, sizes_E):
     return permute(y_NRF.reshape(-1, F), jnp.where(group_M < E, place_M, nowhere(M, N * R)))
 
 
-LANES = 128  # of a TPU's vector registers
 TILE = (512, 1024, 1024)  # of rows, inputs and outputs: 11 MiB of a TPU's vector memory in bfloat16
 
 
