@@ -7,23 +7,28 @@ import re
 from ml_collections import ConfigDict
 
 from jaxlm.cli import did_you_mean
-from jaxlm.config import CHOICES, MESH_AXES, flatten, mesh_sizes, pipeline_microbatches
+from jaxlm.config import flatten, mesh_sizes, pipeline_microbatches
 from jaxlm.errors import ConfigError
+from jaxlm.keys import CHOICES, MESH_AXES, ROLES, TOKEN_TASKS, TWO_SIDED
 
 AT_LEAST_ONE = (
     "model.num_layers model.embed_dim model.num_heads model.window data.seq_len train.steps train.batch_size "
     "train.grad_accumulation train.max_skipped model.experts_per_token model.pipeline_rounds checkpoint.every "
-    "checkpoint.keep log.every data.prefetch mesh.slices"
+    "checkpoint.keep log.every data.prefetch mesh.slices task.window data.vocab_size data.min_count eval.beams"
 ).split()
 AT_LEAST_ZERO = (
     "model.num_kv_heads model.head_dim model.mlp_dim model.vocab_size model.context_length model.logit_softcap "
     "seed model.attention_softcap model.num_experts model.expert_dim model.shared_experts model.capacity_factor "
     "model.balance_loss model.router_z_loss model.balance_rate model.pipeline_microbatches train.stop_at "
     "train.loss_chunk train.z_loss optim.weight_decay optim.clip optim.adam_learning_rate eval.every eval.batches "
-    "eval.patience"
+    "eval.patience eval.generate eval.max_tokens eval.length_penalty task.focal model.encoder_layers model.num_labels "
+    "model.lora_rank data.examples_per_row data.enc_len"
 ).split()
-POSITIVE = "model.norm_eps model.rope_theta model.embed_std optim.learning_rate optim.eps".split()
-BELOW_ONE = "model.dropout train.ema optim.b1 optim.b2 optim.momentum".split()
+POSITIVE = (
+    "model.norm_eps model.rope_theta model.embed_std model.lora_alpha optim.learning_rate optim.eps task.temperature "
+    "task.beta"
+).split()
+BELOW_ONE = "model.dropout train.ema optim.b1 optim.b2 optim.momentum task.label_smoothing data.word_dropout".split()
 
 
 def require(problems: list[str]) -> None:
@@ -43,6 +48,8 @@ def check(c: ConfigDict, devices: int | None = None, vocab_size: int | None = No
     sections = {key.split(".")[0] for key in bad}  # arithmetic on nonsense would only add noise
     if not sections & {"model", "data"}:
         problems += model(c, vocab_size)
+    if not sections & {"model", "task", "data"}:
+        problems += task(c)
     if not sections & {"train", "data"}:
         problems += training(c)
     return problems + mesh(c, devices, bad)
@@ -57,7 +64,14 @@ def ranges(c: ConfigDict) -> list[str]:
         (["optim.warmup_steps"], "must not be negative, or -1 for 5% of train.steps", lambda v: v >= -1),
         (POSITIVE, "must be positive", lambda v: 0 < v < math.inf),
         (BELOW_ONE, "must be in [0, 1)", lambda v: 0 <= v < 1),
-        (["optim.end_factor", "optim.cooldown_fraction"], "must be in [0, 1]", lambda v: 0 <= v <= 1),
+        (
+            ["optim.end_factor", "optim.cooldown_fraction", "task.fim_rate", "task.distill"],
+            "must be in [0, 1]",
+            lambda v: 0 <= v <= 1,
+        ),
+        (["task.mask_rate"], "must be in (0, 1)", lambda v: 0 < v < 1),
+        (["task.span_length"], "must be at least 1", lambda v: v >= 1),
+        (["model.embed_dropout"], "must be in [0, 1), or -1 for model.dropout", lambda v: v == -1 or 0 <= v < 1),
     ):
         problems += [f"config.{key}={flat[key]}: {rule}" for key in keys if not ok(flat[key])]
     for key, allowed in CHOICES.items():
@@ -119,6 +133,41 @@ def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
             f"config.model.vocab_size={m.vocab_size}: the tokenizer of config.data has {vocab_size} ids; "
             f"set 0 (as the tokenizer) or at least {vocab_size}"
         )
+    return problems
+
+
+def task(c: ConfigDict) -> list[str]:
+    """What the task, its model and its data must be to each other."""
+    k, m, d, problems = c.task, c.model, c.data, []
+    kinds = ("encoder_decoder",) if k.name in TWO_SIDED else ("decoder", "encoder")
+    kinds = {"mlm": ("encoder",), "skipgram": ("decoder",)}.get(k.name, kinds)
+    if k.name in ("lm", "prefix_lm", "fim", "sft", "dpo"):
+        kinds = ("decoder",)
+    if m.name not in kinds:
+        problems.append(f"config.model.name={m.name}: task {k.name} needs {' or '.join(kinds)}")
+    if k.name in ROLES and (d.path or d.mixture):
+        problems.append(f"config.data.path: task {k.name} learns from examples; give config.data.train and data.val")
+    if k.name in TOKEN_TASKS and (d.train or d.val):
+        problems.append(f"config.data.train: task {k.name} learns from prepared tokens; give config.data.path")
+    if "S" in m.layers and (m.name != "decoder" or k.name == "prefix_lm"):
+        problems.append(f"config.model.layers={m.layers!r}: windows (S) are for causal decoders; set L")
+    if m.name == "encoder_decoder" and (m.num_experts or c.mesh.stage > 1):
+        problems.append(
+            "config.model.name=encoder_decoder: has no experts and no pipeline; set num_experts=0, mesh.stage=1"
+        )
+    if k.distill and not k.teacher:
+        problems.append(f"config.task.distill={k.distill}: needs config.task.teacher, a run directory")
+    if k.distill and k.name in ("qa", "dpo", "multilabel", "regress"):
+        problems.append(f"config.task.distill={k.distill}: task {k.name} cannot be distilled; set 0")
+    if k.name == "dpo" and not (k.teacher or c.train.init_from):
+        problems.append("config.train.init_from: dpo starts from a model, which is its reference; give a run directory")
+    if k.label_smoothing and m.logit_softcap:
+        problems.append("config.task.label_smoothing: not with config.model.logit_softcap; set one of them to 0")
+    if m.lora_rank:
+        try:
+            re.compile(m.lora_targets)
+        except re.error as error:
+            problems.append(f"config.model.lora_targets={m.lora_targets!r}: not a regular expression: {error}")
     return problems
 
 

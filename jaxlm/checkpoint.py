@@ -135,12 +135,19 @@ class Checkpoints:
         """The state at `step`, on the mesh of `shardings`. Raises CheckpointError where it does not fit `abstract`."""
         places = items(shardings)
         got = self._read(step, **{name: as_target(tree, places[name]) for name, tree in items(abstract).items()})
-        return State(params=got["params"], ema=got.get("ema"), **got["rest"])
+        return State(params=got["params"], ema=got.get("ema"), teacher=None, **got["rest"])
 
     def restore_params(self, step: int, abstract: State, shardings: State) -> dict:
         """What evaluation and generation use: the average of the parameters where the run keeps one, else these."""
         name = "params" if abstract.ema is None else "ema"
         return self._read(step, **{name: as_target(items(abstract)[name], items(shardings)[name])})[name]
+
+    def read_params(self, step: int, place) -> dict:
+        """What evaluation uses, as it was saved, whatever the model. place: (name, shape) -> sharding."""
+        name = "ema" if self.meta(step)["config"].get("train.ema") else "params"
+        saved = self.manager.item_metadata(step)[name].tree
+        target = lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(name_of(path), x.shape))
+        return self._read(step, **{name: jax.tree_util.tree_map_with_path(target, saved)})[name]
 
     def _read(self, step: int, **targets):
         for name, target in targets.items():
@@ -153,8 +160,9 @@ class Checkpoints:
 
     def _require_fit(self, step: int, name: str, target) -> None:
         """Orbax casts dtypes silently and reports other shapes unreadably: compare first."""
-        key = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-        flat = lambda tree: {key(path): (tuple(x.shape), str(x.dtype)) for path, x in jax.tree.leaves_with_path(tree)}
+        flat = lambda tree: {
+            name_of(path): (tuple(x.shape), str(x.dtype)) for path, x in jax.tree.leaves_with_path(tree)
+        }
         saved, wanted = flat(self.manager.item_metadata(step)[name].tree), flat(target)
         both = [path for path in wanted if path in saved and saved[path] != wanted[path]]
         lines = [f"{path}: saved {saved[path]}, wanted {wanted[path]}" for path in both]
@@ -173,6 +181,11 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def name_of(path) -> str:
+    """'layers/block_0/mlp/up/kernel' of a leaf's path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def items(state: State) -> dict:

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm.config import MESH_AXES, pipeline_microbatches
+from jaxlm.config import pipeline_microbatches
+from jaxlm.keys import MESH_AXES
 from jaxlm.parallel.mesh import RULES, abstract_mesh, batch_shards, names_of
 from jaxlm.parallel.pipeline import bubble_fraction
 from jaxlm.state import abstract_state, state_shardings

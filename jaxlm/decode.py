@@ -1,4 +1,7 @@
-"""Generation: prefill and every further token in one jitted loop over a key-value cache."""
+"""Generation, by sampling or beam search: prefill and every further token in one jitted loop over a model's cache.
+
+K hypotheses of a row, J = 2 K candidates, M new tokens, R = B K; the other letters are those of jaxlm/models/__init__.
+"""
 
 from functools import partial
 
@@ -7,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxlm.kernels.attention import NEVER
 from jaxlm.kernels.cross_entropy import logits_of
-from jaxlm.models.transformer import init_cache, unembedding
+from jaxlm.models.transformer import unembedding
 
 
 def sample(logits_BV, keys_B, temperature, top_k: int, top_p: float) -> jax.Array:
@@ -29,23 +33,39 @@ def sample(logits_BV, keys_B, temperature, top_k: int, top_p: float) -> jax.Arra
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("model", "max_tokens", "temperature", "top_k", "top_p", "eos_id"))
-def generate_tokens(
-    model: nn.Module, params, prompts_BP, lengths_B, seeds_B, *, max_tokens, temperature, top_k, top_p, eos_id
-):
-    """int32 [B, max_tokens]: what follows each prompt; eos_id, or 0, after the end.
+def start(model, params, prompts_BP, lengths_B, length: int, source: dict | None, whole: bool):
+    """(log-probabilities after each prompt [B, V], a function of the next tokens, the cache): all but the loop.
 
-    prompts: int32 [B, P], each at the right end of its row. seeds: a row's text depends on its own seed alone.
+    prompts: int32 [B, P], each at the right end of its row. length: positions to make room for. source: enc_tokens and
+    enc_segments [B, S] of an encoder-decoder. whole: every token of a prompt sees all of it (a prefix).
     """
     B, P = prompts_BP.shape
-    end = 0 if eos_id is None else eos_id
     offset_BP = jnp.arange(P) - (P - lengths_B)[:, None]
-    keys_B = jax.vmap(jax.random.key)(seeds_B)
     table_VD = unembedding(params)
 
-    def forward(tokens_BT, segments_BT, positions_BT, cache):
-        x_BTD, cache = model.apply({"params": params}, tokens_BT, segments_BT, positions_BT, cache=cache)
+    def forward(tokens_BT, segments_BT, positions_BT, cache, **seen):
+        x_BTD, cache = model.apply({"params": params}, tokens_BT, segments_BT, positions_BT, cache=cache, **seen)
         return logits_of(x_BTD[:, -1:], table_VD, model.config.logit_softcap)[:, 0], cache
+
+    sizes = (source["enc_tokens"].shape[1],) if source else ()
+    seen = source or ({"reach_BT": jnp.full((B, P), P - 1)} if whole else {})
+    segments_BP, positions_BP = (offset_BP >= 0).astype(jnp.int32), jnp.maximum(offset_BP, 0)
+    logits_BV, cache = forward(prompts_BP, segments_BP, positions_BP, model.init_cache(B, P + length, *sizes), **seen)
+    return logits_BV, forward, cache
+
+
+@partial(jax.jit, static_argnames=("model", "max_tokens", "temperature", "top_k", "top_p", "eos_id", "whole"))
+def generate_tokens(
+    model: nn.Module, params, prompts_BP, lengths_B, seeds_B, source=None, *, max_tokens, temperature, top_k, top_p,
+    eos_id, whole=False,
+):  # fmt: skip
+    """int32 [B, max_tokens]: what follows each prompt; eos_id, or 0, after the end.
+
+    seeds: a row's text depends on its own seed alone. The others: see `start`.
+    """
+    B, end = len(prompts_BP), 0 if eos_id is None else eos_id
+    keys_B = jax.vmap(jax.random.key)(seeds_B)
+    logits_BV, forward, cache = start(model, params, prompts_BP, lengths_B, max_tokens, source, whole)
 
     def more(carry):
         i, _, _, done_B, _ = carry
@@ -60,17 +80,69 @@ def generate_tokens(
         logits_BV, cache = forward(token_B[:, None], jnp.ones((B, 1), jnp.int32), (lengths_B + i)[:, None], cache)
         return i + 1, logits_BV, cache, done_B, out_BM
 
-    cache = init_cache(model.config, B, P + max_tokens)
-    segments_BP = (offset_BP >= 0).astype(jnp.int32)
-    logits_BV, cache = forward(prompts_BP, segments_BP, jnp.maximum(offset_BP, 0), cache)
-    start = (jnp.zeros((), jnp.int32), logits_BV, cache, jnp.zeros(B, bool), jnp.full((B, max_tokens), end, jnp.int32))
-    return jax.lax.while_loop(more, step, start)[-1]
+    zero, out_BM = jnp.zeros((), jnp.int32), jnp.full((B, max_tokens), end, jnp.int32)
+    return jax.lax.while_loop(more, step, (zero, logits_BV, cache, jnp.zeros(B, bool), out_BM))[-1]
+
+
+@partial(jax.jit, static_argnames=("model", "max_tokens", "beams", "eos_id", "whole"))
+def beam_search(
+    model: nn.Module, params, prompts_BP, lengths_B, source=None, *, max_tokens, beams, length_penalty, eos_id,
+    whole=False,
+):  # fmt: skip
+    """(int32 [B, K, max_tokens], scores [B, K]): the K best continuations, the best first; eos_id after the end.
+
+    A score is the sum of log-probabilities over ((5 + length) / 6) ** length_penalty (Wu et al. 2016). The 2 K best
+    extensions of K hypotheses always hold K that have not ended. The others: see `start`.
+    """
+    B, K, M = len(prompts_BP), beams, max_tokens
+    logits_BV, forward, cache = start(model, params, prompts_BP, lengths_B, M, source, whole)
+    V = logits_BV.shape[1]
+    flat = lambda x: x.reshape(B * K, *x.shape[2:])
+    pick = lambda x, index_BJ: jnp.take_along_axis(x, index_BJ.reshape(B, -1, *[1] * (x.ndim - 2)), axis=1)
+    penalty = lambda length: ((5.0 + length) / 6.0) ** length_penalty
+
+    def best(score_BJ, *others):
+        order_BK = jnp.argsort(-score_BJ)[:, :K]
+        return [pick(x, order_BK) for x in (score_BJ, *others)]
+
+    every_row = jnp.repeat(jnp.arange(B), K)
+    lengths_R, cache = lengths_B[every_row], model.take_rows(cache, every_row)
+
+    def more(carry):
+        i, _, _, alive_BK, _, done_BK, _ = carry
+        hope_B = alive_BK.max(axis=1) / penalty(M)  # log-probabilities only fall: no hypothesis can end better
+        return (i < M) & jnp.any(hope_B > done_BK.min(axis=1))
+
+    def step(carry):
+        i, logits_BKV, cache, alive_BK, alive_BKM, done_BK, done_BKM = carry
+        total_BKV = alive_BK[..., None] + jax.nn.log_softmax(logits_BKV.astype(jnp.float32))
+        score_BJ, index_BJ = jax.lax.top_k(total_BKV.reshape(B, -1), 2 * K)
+        beam_BJ, token_BJ = index_BJ // V, (index_BJ % V).astype(jnp.int32)
+        text_BJM = jax.lax.dynamic_update_slice_in_dim(pick(alive_BKM, beam_BJ), token_BJ[..., None], i, axis=2)
+        ended_BJ = (token_BJ == eos_id) if eos_id is not None else jnp.zeros_like(token_BJ, bool)
+        ended_BJ |= i + 1 == M  # what is cut off counts too
+        done_BK, done_BKM = best(
+            jnp.concatenate([done_BK, jnp.where(ended_BJ, score_BJ / penalty(i + 1), NEVER)], axis=1),
+            jnp.concatenate([done_BKM, text_BJM], axis=1),
+        )
+        alive_BK, alive_BKM, beam_BK, token_BK = best(jnp.where(ended_BJ, NEVER, score_BJ), text_BJM, beam_BJ, token_BJ)
+        rows = (jnp.arange(B)[:, None] * K + beam_BK).reshape(-1)
+        ones = jnp.ones((B * K, 1), jnp.int32)
+        logits, cache = forward(flat(token_BK)[:, None], ones, (lengths_R + i)[:, None], model.take_rows(cache, rows))
+        return i + 1, logits.reshape(B, K, V), cache, alive_BK, alive_BKM, done_BK, done_BKM
+
+    first_BK = jnp.where(jnp.arange(K) == 0, 0.0, NEVER) + jnp.zeros((B, 1))  # one hypothesis, not K alike
+    nothing = jnp.full((B, K, M), 0 if eos_id is None else eos_id, jnp.int32)
+    logits_BKV = jnp.broadcast_to(logits_BV[:, None], (B, K, V))
+    carry = (jnp.zeros((), jnp.int32), logits_BKV, cache, first_BK, nothing, jnp.full((B, K), NEVER), nothing)
+    *_, done_BK, done_BKM = jax.lax.while_loop(more, step, carry)
+    return done_BKM, done_BK
 
 
 def pad_prompts(prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """(int32 [B, P], lengths [B]): each prompt at the right end, P a power of two so that few shapes are compiled."""
     lengths = np.array([len(p) for p in prompts], np.int32)
-    P = 1 << max(int(lengths.max()) - 1, 15).bit_length()
+    P = 1 << max(int(lengths.max()) - 1, 15).bit_length() if lengths.max() > 1 else 1
     padded = np.zeros((len(prompts), P), np.int32)
     for row, prompt in zip(padded, prompts):
         row[P - len(prompt) :] = prompt

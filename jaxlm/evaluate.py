@@ -17,40 +17,65 @@ from ml_collections import ConfigDict
 from jaxlm import cli
 from jaxlm.check import mixture
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.data.pipeline import eval_rows, open_stores, prefetch, validation_batches
+from jaxlm.data.pipeline import eval_rows, open_sources, open_stores, prefetch, validation_batches
 from jaxlm.data.store import Store
 from jaxlm.errors import ConfigError, DataError
 from jaxlm.parallel import hosts
+from jaxlm.respond import of_examples
+from jaxlm.score import SCORED, WRITTEN, score, score_texts
 from jaxlm.state import eval_step
 
 
 class Evaluator:
     """Compiles once; `evaluator(params)` runs over config.data's validation split, or its first eval.batches."""
 
-    def __init__(self, config: ConfigDict, mesh):
+    def __init__(self, config: ConfigDict, mesh, tokenizer=None):
+        """tokenizer: the model's, where that is not config.data's own."""
         self.config, self.mesh = config, mesh
-        self.batches = validation_batches(config, hosts.local_rows(mesh, eval_rows(config)))
-        self.num_bytes = sum(map(predicted_bytes, open_stores(config, "val"), [path for path, _ in mixture(config)]))
+        self.sources = open_sources(config, "val", tokenizer)
+        self.batches = validation_batches(config, hosts.local_rows(mesh, eval_rows(config)), self.sources)
         self.step = jax.jit(partial(eval_step, config=config), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self.num_bytes = None
+        if config.task.name == "lm":
+            paths = [path for path, _ in mixture(config)]
+            self.num_bytes = sum(map(predicted_bytes, open_stores(config, "val"), paths))
 
-    def __call__(self, params) -> dict:
-        """loss (nats per token), perplexity, tokens, and over the whole split bits_per_byte and bytes."""
-        whole = len(self.batches)
-        stop = min(self.config.eval.batches or whole, whole)
-        place = lambda rows: hosts.to_global(rows, self.mesh, eval_rows(self.config))
-        loss = weight = 0.0  # float64 sums of float32 batches
-        for batch in prefetch(self.batches, 0, stop, self.config.data.prefetch, place):
-            sums = jax.device_get(self.step(params, batch))
-            loss, weight = loss + float(sums["loss"]), weight + float(sums["weight"])
-        if not weight:
-            raise DataError(
-                "the validation split has no token to predict: prepare the data with a larger --val_fraction"
-            )
-        mean = loss / weight
-        result = {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": int(weight)}
-        if stop == whole:
-            result |= {"bits_per_byte": loss / math.log(2) / self.num_bytes, "bytes": self.num_bytes}
+    def __call__(self, params, teacher=None) -> dict:
+        """The figures of a task: always loss (nats), and what jaxlm/score.py makes of the scores of its examples.
+
+        For text also perplexity, tokens, and over the whole split bits_per_byte and bytes.
+        """
+        sums, scores, complete = self.run(params, teacher)
+        means = {key: value / sums["weight"] for key, value in sums.items() if key != "weight"}
+        if scores is not None:
+            return means | {"examples": len(scores)} | score(self.config, self.sources[0], scores)
+        unit = "pairs" if self.config.task.name == "dpo" else "tokens"
+        result = means | {"perplexity": math.exp(min(means["loss"], 700.0)), unit: int(sums["weight"])}
+        if unit == "pairs":
+            del result["perplexity"]
+        if complete and self.num_bytes:
+            result |= {"bits_per_byte": sums["loss"] / math.log(2) / self.num_bytes, "bytes": self.num_bytes}
+        if self.config.task.name in WRITTEN and self.config.eval.generate:
+            result |= score_texts(self.config, self.sources[0], params, self.config.eval.generate)
         return result
+
+    def run(self, params, teacher=None) -> tuple[dict, list | None, bool]:
+        """(float64 sums over the batches, the scores of each example where the task has them, whether that was all)."""
+        whole, B = len(self.batches), eval_rows(self.config)
+        stop = min(self.config.eval.batches or whole, whole)
+        place = lambda rows: hosts.to_global(rows, self.mesh, B)
+        sums, rows = {}, []
+        for batch in prefetch(self.batches, 0, stop, self.config.data.prefetch, place):
+            part, scores = self.step(params, batch, teacher)
+            sums = {key: sums.get(key, 0.0) + float(value) for key, value in jax.device_get(part).items()}
+            if self.config.task.name in SCORED:
+                rows += list(hosts.fetch(scores))
+        if not sums["weight"]:
+            raise DataError(
+                "the validation split has nothing that counts: prepare the data with a larger --val_fraction"
+            )
+        scores = of_examples(self.sources[0], rows) if rows else None
+        return sums, scores, stop == whole
 
 
 def predicted_bytes(store: Store, path: str) -> int:

@@ -1,8 +1,16 @@
-"""python -m jaxlm.generate --workdir=DIR --prompt "...": text from a trained model."""
+"""python -m jaxlm.generate --workdir=DIR --prompt "...": text from a trained model.
+
+A model fine-tuned on a task answers: a translation or a reply of its own, the probability of each class, the tag of
+each word. --input reads the prompts from a file, one a line; --beams searches instead of sampling.
+"""
+
+import json
+from pathlib import Path
 
 import jax
 
 from jaxlm import cli
+from jaxlm.keys import ROLES
 from jaxlm.parallel import hosts
 
 SAMPLING = "max_tokens temperature top_k top_p num_samples seed stop".split()
@@ -12,6 +20,12 @@ def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="jaxlm.generate", description=__doc__)
     parser.add_argument("--workdir", required=True, help="run directory of jaxlm.train")
     parser.add_argument("--prompt", action="append", help="how the text begins (repeat for several; default: nothing)")
+    parser.add_argument("--input", metavar="FILE", help="prompts, one a line")
+    parser.add_argument("--output", metavar="FILE", help="write the answers there, one a line")
+    parser.add_argument(
+        "--beams", type=int, default=1, help="hypotheses of a beam search; 1: greedy (translation, chat)"
+    )
+    parser.add_argument("--length_penalty", type=float, default=0.6, help="of the beam search")
     parser.add_argument("--max_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
     parser.add_argument("--top_k", type=int, default=0, help="choose among the k likeliest; 0: all")
@@ -29,7 +43,11 @@ def main(argv: list[str]) -> None:
     import jaxlm
 
     lm = jaxlm.load(args.workdir, step=args.step)
-    prompts = args.prompt or [""]
+    prompts = args.prompt or ([] if args.input else [""])
+    if args.input:
+        prompts += Path(args.input).read_text().splitlines()
+    if lm.config.task.name in ROLES:
+        return answer(lm, prompts, args)
     texts = lm.generate(prompts, **{name: getattr(args, name) for name in SAMPLING})
     if jax.process_index():
         return  # the first process tells
@@ -38,6 +56,22 @@ def main(argv: list[str]) -> None:
         if not alone:
             print(f"--- sample {i + 1} ---")
         print(prompts[i // args.num_samples] + text)
+
+
+def answer(lm, prompts: list[str], args) -> None:
+    options = {}
+    if lm.config.task.name in ("seq2seq", "sft"):
+        options = {"beams": args.beams, "length_penalty": args.length_penalty, "max_tokens": args.max_tokens}
+        options |= {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+        options["temperature"] = 0.0 if lm.config.task.name == "seq2seq" else args.temperature
+    answers = lm.answer(prompts, **options)
+    lines = [said if isinstance(said, str) else json.dumps(said) for said in answers]
+    if jax.process_index():
+        return
+    if args.output:
+        Path(args.output).write_text("".join(line + "\n" for line in lines))
+    else:
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

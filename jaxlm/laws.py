@@ -8,9 +8,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxlm.check import check
-from jaxlm.config import MESH_AXES, resolve, set_key
+from jaxlm.config import resolve, set_key
 from jaxlm.costs import bytes_per_device
 from jaxlm.errors import ConfigError
+from jaxlm.keys import MESH_AXES
 from jaxlm.models import build
 from jaxlm.parallel.hosts import to_global
 from jaxlm.parallel.mesh import make_mesh, replicated_share

@@ -12,16 +12,20 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from jaxlm.check import fits
 from jaxlm.checkpoint import Checkpoints, config_of, tokenizer_of
 from jaxlm.cli import did_you_mean
-from jaxlm.config import MESH_AXES, mesh_sizes
+from jaxlm.config import mesh_sizes
+from jaxlm.data.examples import encoder_of
 from jaxlm.data.pipeline import eval_rows
+from jaxlm.data.transforms import Vocabulary
 from jaxlm.decode import generate_tokens, pad_prompts
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.kernels.cross_entropy import logits_of
+from jaxlm.keys import MESH_AXES, ROLES
 from jaxlm.losses import mesh_order, token_losses
 from jaxlm.models import build
 from jaxlm.models.transformer import unembedding
 from jaxlm.parallel.hosts import fetch, to_global
 from jaxlm.parallel.mesh import make_mesh
+from jaxlm.respond import label, write
 from jaxlm.state import abstract_state, state_shardings
 
 
@@ -119,6 +123,36 @@ class LM:
             )  # fmt: skip
         stop = (stop,) if isinstance(stop, str) else stop
         return [self._text(prompt, row, stop) for prompt, row in zip(ids, fetch(out))]
+
+    def answer(self, examples, **options) -> list:
+        """What a fine-tuned model says to examples: dicts of the columns of its task, or strings of the first of them.
+
+        classify, multilabel: {label: probability} each; regress: a number; tag: the tag of each word; qa: text of the
+        context; seq2seq, sft: the text that it writes. options: see jaxlm.respond.write; beams=4, say.
+        """
+        task, d = self.config.task.name, self.config.data
+        if task not in ROLES:
+            raise UserError(f"lm.answer: task {task} has no examples to answer; use lm.generate, lm.loss or lm.logits")
+        column = "prompt" if task == "sft" else ROLES[task][0].rstrip("?")
+        examples = [{column: example} if isinstance(example, str) else dict(example) for example in examples]
+        with jax.set_mesh(self.mesh):
+            if task in ("seq2seq", "sft"):
+                encode = encoder_of(self.tokenizer, d.lowercase)
+                return write(self.config, self.params, Vocabulary(self.tokenizer, task), encode, examples, **options)
+            return label(self.config, self.params, self.tokenizer, examples)
+
+    def neighbors(self, word: str, count: int = 10) -> list[tuple[str, float]]:
+        """The tokens whose embeddings have the largest cosine similarity with the mean of the word's, and that."""
+        ids = self.tokenizer.encode(word)
+        if not len(ids):
+            raise UserError(f"lm.neighbors: {word!r} has no token")
+        table_VD = fetch(self.params["embed"]["tokens"])[: self.tokenizer.vocab_size].astype(np.float32)
+        table_VD /= np.maximum(np.linalg.norm(table_VD, axis=1, keepdims=True), 1e-9)
+        mean_D = table_VD[ids].mean(axis=0)
+        similar = table_VD @ (mean_D / max(np.linalg.norm(mean_D), 1e-9))
+        similar[ids] = -np.inf
+        best = np.argsort(-similar)[:count]
+        return [(self.tokenizer.decode([i]), float(similar[i])) for i in best if np.isfinite(similar[i])]
 
     def _prompt(self, prompt: str) -> np.ndarray:
         ids, bos = self.tokenizer.encode(prompt), self.tokenizer.bos_id

@@ -13,7 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxlm.workdir import in_bucket, write_whole
 
-ROUTING = ("expert_load", "dropped_tokens")  # of a mixture of experts, in the step's metrics
+# Of a step, where there are: a mixture of experts' routing, and what a task's loss says besides.
+MORE = ("expert_load", "dropped_tokens", "accuracy", "margin", "divergence")
+SHOWN = ("bits_per_byte", "accuracy", "f1", "auc", "margin", "bleu", "chrf", "rougeL", "exact_match", "mse")
 
 
 class Monitor:
@@ -69,7 +71,7 @@ class Monitor:
             "data_seconds": round(self.data_seconds / steps, 6),
             "skipped": int(metrics["skipped"]),
         }
-        row |= {key: round(metrics[key], 4) for key in ROUTING if key in metrics}
+        row |= {key: round(metrics[key], 4) for key in MORE if key in metrics}
         if self.peak_flops:
             row["mfu"] = round(rate * self.flops_per_token / (self.peak_flops * jax.device_count()), 4)
         if step == self.start + 1:  # compiling: no speed is measured by it
@@ -95,9 +97,10 @@ class Monitor:
     def evaluation(self, step: int, result: dict) -> None:
         """A row of eval/ metrics. The time since the last row is not counted as the steps'."""
         if self.active:
-            self.write({"step": step} | {f"eval/{key}": value for key, value in result.items()})
-            bits = f"  bits per byte {result['bits_per_byte']:.4f}" if "bits_per_byte" in result else ""
-            self.say(f"step {step:>6}  validation loss {result['loss']:.4f}{bits}")
+            numbers = {key: value for key, value in result.items() if isinstance(value, (int, float))}
+            self.write({"step": step} | {f"eval/{key}": value for key, value in numbers.items()})
+            told = "".join(f"  {key.replace('_', ' ')} {result[key]:.4f}" for key in SHOWN if key in result)
+            self.say(f"step {step:>6}  validation loss {result['loss']:.4f}{told}")
 
     def pause(self, began: float) -> None:
         """Takes what has passed since `began` (perf_counter) out of the step time."""

@@ -10,8 +10,9 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxlm.losses import token_loss
-from jaxlm.models import build
+from jaxlm.data.pipeline import batch_shapes
+from jaxlm.losses import loss_of, teacher_section, total_weight
+from jaxlm.models import build, build_section
 from jaxlm.models.moe import balance
 from jaxlm.optim import optimizer, require_cover, schedule
 from jaxlm.parallel.mesh import OPTIMIZER_RULES, partition_spec, platform, require_sharded, shardings
@@ -20,23 +21,32 @@ from jaxlm.topology import COMPILER_OPTIONS
 
 @flax.struct.dataclass
 class State:
-    """step: int32, steps done. ema: average of params, or None. skipped: int32, steps dropped as not finite."""
+    """step: int32, steps done. ema: average of params, or None. skipped: int32, steps dropped as not finite.
+
+    teacher: parameters that the loss compares with and nothing changes, or None; not saved in checkpoints.
+    """
 
     step: jax.Array
     params: dict
     opt_state: optax.OptState
     ema: dict | None
     skipped: jax.Array
+    teacher: dict | None = None
 
 
 def create_state(config: ConfigDict) -> State:
     """The state at step 0. Call it through `init_state`, or under jax.eval_shape."""
-    variables = build(config).init(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32))
-    params = nn.unbox(variables["params"])
+    params = nn.unbox(initial(build(config), config.seed))
     require_cover(config.optim.decay, params, "config.optim.decay")
     zero = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.copy, params) if config.train.ema else None
-    return State(zero, params, optimizer(config).init(params), ema, zero)
+    teacher = nn.unbox(initial(build_section(teacher_section(config)), 0)) if config.task.teacher_model else None
+    return State(zero, params, optimizer(config).init(params), ema, zero, teacher)
+
+
+def initial(model: nn.Module, seed: int) -> dict:
+    """A model's parameters, each in a box with its logical axes."""
+    return model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def abstract_state(config: ConfigDict) -> tuple[State, State]:
@@ -47,9 +57,10 @@ def abstract_state(config: ConfigDict) -> tuple[State, State]:
 @cache  # half a second, and asked for at every turn
 def trace_state(config: FrozenConfigDict) -> tuple[State, State]:
     shapes = jax.eval_shape(partial(create_state, config))
-    variables = jax.eval_shape(lambda: build(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-    axes = nn.get_partition_spec(variables)["params"]
-    by_path = {tuple(path): names for path, names in jax.tree.leaves_with_path(axes)}
+    models = [build(config)] + ([build_section(teacher_section(config))] if config.task.teacher_model else [])
+    axes = [nn.get_partition_spec(jax.eval_shape(partial(initial, model, 0))) for model in models]
+    # The student's last: where both have a parameter of one name, the axes are the same.
+    by_path = {tuple(path): names for tree in reversed(axes) for path, names in jax.tree.leaves_with_path(tree)}
 
     def like_its_parameter(path, leaf):
         # Moments and averages repeat the tree of parameters somewhere below: the end of the path says which one.
@@ -79,18 +90,18 @@ def init_state(config: ConfigDict, mesh) -> State:
     return jax.jit(partial(create_state, config), out_shardings=state_shardings(config, mesh))()
 
 
-def gradients(params: dict, batch: dict, key: jax.Array, config: ConfigDict) -> tuple[dict, dict]:
+def gradients(params: dict, batch: dict, key: jax.Array, config: ConfigDict, teacher=None) -> tuple[dict, dict]:
     """(gradients, sums): of the loss over a global batch, in train.grad_accumulation microbatches.
 
-    The loss is the sum of weighted token losses over the sum of weights of the whole batch, in however many
-    microbatches. sums: the means `loss` and what else jaxlm.losses.token_loss reports, over that batch.
+    The loss is the sum of weighted losses over the sum of weights of the whole batch, in however many microbatches.
+    sums: the means of `loss` and of what else the task's loss reports over that batch, and `routing`.
     """
-    model, parts = build(config), config.train.grad_accumulation
-    total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    model, parts, loss = build(config), config.train.grad_accumulation, loss_of(config)
+    weight = total_weight(batch, config)
 
     def objective(params, rows, key):
-        sums = token_loss(model, params, rows, config, key)
-        return sums.pop("objective") / total_weight, sums
+        sums = loss(model, params, rows, config, key, teacher)
+        return sums["objective"] / weight, {name: sums[name] for name in sums if name not in ("objective", "scores")}
 
     gradient = jax.grad(objective, has_aux=True)
     if parts == 1:
@@ -100,13 +111,14 @@ def gradients(params: dict, batch: dict, key: jax.Array, config: ConfigDict) -> 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(gradient, params, batch, key))
         add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(params, *part)), None)
         (grads, sums), _ = jax.lax.scan(add, zeros, (micro, jax.random.split(key, parts)))
-    return grads, sums | {"loss": sums["loss"] / total_weight}
+    routing, _ = sums.pop("routing"), sums.pop("weight")
+    return grads, {name: value / weight for name, value in sums.items()} | {"routing": routing}
 
 
 def train_step(state: State, batch: dict, *, config: ConfigDict) -> tuple[State, dict]:
     """One optimizer step on a global batch: (new state, metrics as float32 scalars)."""
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    return apply_gradients(state, *gradients(state.params, batch, key, config), config=config)
+    return apply_gradients(state, *gradients(state.params, batch, key, config, state.teacher), config=config)
 
 
 def apply_gradients(state: State, grads: dict, sums: dict, *, config: ConfigDict) -> tuple[State, dict]:
@@ -122,10 +134,10 @@ def apply_gradients(state: State, grads: dict, sums: dict, *, config: ConfigDict
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
     keep = lambda new, old: jax.tree.map(partial(jnp.where, finite), new, old)
     params, opt_state, ema = keep((params, opt_state, ema), (state.params, state.opt_state, state.ema))
-    new = State(state.step + 1, params, opt_state, ema, state.skipped + ~finite)
+    new = State(state.step + 1, params, opt_state, ema, state.skipped + ~finite, state.teacher)
     rate = schedule(config, config.optim.learning_rate)(state.step - state.skipped)  # dropped steps do not count
-    metrics = {"loss": sums["loss"], "grad_norm": norm, "learning_rate": rate, "skipped": new.skipped}
-    return new, metrics | routing
+    metrics = {name: value for name, value in sums.items() if name != "routing"}
+    return new, metrics | {"grad_norm": norm, "learning_rate": rate, "skipped": new.skipped} | routing
 
 
 def jit_train_step(config: ConfigDict, mesh):
@@ -139,15 +151,15 @@ def jit_train_step(config: ConfigDict, mesh):
 def abstract_inputs(config: ConfigDict, mesh) -> tuple[State, dict]:
     """(state, batch) of the train step: shapes, dtypes and shardings, without a number."""
     like = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    shape = config.train.batch_size, config.data.seq_len
-    place = NamedSharding(mesh, partition_spec(("batch", None), shape, mesh))
-    ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
-    batch = dict.fromkeys(("tokens", "targets", "positions", "segments"), ints)
-    weights = {"weights": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)}
-    return jax.tree.map(like, abstract_state(config)[0], state_shardings(config, mesh)), batch | weights
+    batch = {}
+    for name, (shape, dtype) in batch_shapes(config).items():
+        place = NamedSharding(mesh, partition_spec(("batch",) + (None,) * (len(shape) - 1), shape, mesh))
+        batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    return jax.tree.map(like, abstract_state(config)[0], state_shardings(config, mesh)), batch
 
 
-def eval_step(params: dict, batch: dict, *, config: ConfigDict) -> dict:
-    """Sums over the batch, float32: `loss` in nats and `weight`."""
-    sums = token_loss(build(config), params, batch, config)
-    return {"loss": sums["loss"], "weight": sums["weight"]}
+def eval_step(params: dict, batch: dict, teacher=None, *, config: ConfigDict) -> tuple[dict, jax.Array | None]:
+    """(sums over the batch, float32: `loss` in nats, `weight` and others of the task; scores of its examples)."""
+    sums = loss_of(config)(build(config), params, batch, config, teacher=teacher)
+    kept = {name: value for name, value in sums.items() if name not in ("objective", "routing", "scores")}
+    return kept, sums.get("scores")

@@ -16,16 +16,18 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 from ml_collections import ConfigDict
 
 from jaxlm import cli, costs
-from jaxlm.check import check, mixture, require
-from jaxlm.checkpoint import Checkpoints, describe_run
-from jaxlm.config import MESH_AXES, flatten, load, override, resolve
-from jaxlm.data import tokenizer as tokenizers
-from jaxlm.data.pipeline import fingerprint, open_stores, prefetch, train_batches, validation_batches
-from jaxlm.errors import CheckpointError, NumericsError, UserError
+from jaxlm.check import check, require
+from jaxlm.checkpoint import Checkpoints, as_target, describe_run
+from jaxlm.config import flatten, load, override, resolve
+from jaxlm.data.pipeline import describe, fingerprint, load_tokenizer, prefetch, train_batches, validation_batches
+from jaxlm.errors import CheckpointError, ConfigError, NumericsError, UserError
 from jaxlm.evaluate import Evaluator
+from jaxlm.keys import MESH_AXES
 from jaxlm.monitor import Monitor
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import abstract_mesh, make_mesh
+from jaxlm.score import less_is_better
+from jaxlm.start import inherit, read_run, warm_start
 from jaxlm.state import State, abstract_state, check_sharding, init_state, jit_train_step, state_shardings
 from jaxlm.topology import peak_flops
 from jaxlm.workdir import Hold, run_directory, write_whole
@@ -61,16 +63,26 @@ class StopSignal:
         return self.number is not None
 
 
-class BestLoss:
-    """The lowest validation loss so far, and the evaluations since; saved, so that a restart changes nothing."""
+class Best:
+    """The best value of a metric so far, and the evaluations since; saved, so that a restart changes nothing."""
 
-    def __init__(self, loss: float | None = None, since: int = 0):
-        self.loss, self.since = loss, since
+    def __init__(self, metric: str, value: float | None = None, since: int = 0):
+        self.metric, self.value, self.since = metric, value, since
 
-    def update(self, loss: float) -> bool:
-        """True where it is the lowest."""
-        better = math.isfinite(loss) and (self.loss is None or loss < self.loss)
-        self.loss, self.since = (loss, 0) if better else (self.loss, self.since + 1)
+    def badness(self, result: dict) -> float:
+        """The metric of an evaluation, so that less is better. Raises ConfigError where it is not among the results."""
+        if self.metric not in result:
+            raise ConfigError(
+                f"config.eval.metric={self.metric}: an evaluation of this task has {', '.join(result)}"
+                f"{cli.did_you_mean(self.metric, result)}"
+            )
+        return result[self.metric] if less_is_better(self.metric) else -result[self.metric]
+
+    def update(self, result: dict) -> bool:
+        """True where it is the best."""
+        badness = self.badness(result)
+        better = math.isfinite(badness) and (self.value is None or badness < self.value)
+        self.value, self.since = (badness, 0) if better else (self.value, self.since + 1)
         return better
 
 
@@ -78,7 +90,8 @@ def start_state(config, mesh, checkpoints: Checkpoints, data: dict, allow_data_c
     """(state, what the last checkpoint says) of the newest checkpoint, or a fresh state. Raises CheckpointError."""
     step = checkpoints.latest()
     if step is None:
-        return init_state(config, mesh), {}
+        state = init_state(config, mesh)
+        return state.replace(params=warm_start(state.params, config)) if config.train.init_from else state, {}
     meta = checkpoints.meta(step)
     changed = [f"{key}: {meta['data'].get(key)} -> {data[key]}" for key in data if meta["data"].get(key) != data[key]]
     if changed and not allow_data_change:
@@ -96,14 +109,18 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
     if jax.default_backend() == "cpu":
         reuse_freed_memory()
     mesh, stop = make_mesh(config), StopSignal()
-    data, tokenizer = fingerprint(config), tokenizers.load(mixture(config)[0][0])
+    data, tokenizer = fingerprint(config), load_tokenizer(config)
     hosts.require_same(json.dumps([flatten(config), data]), "the config or the data differ between processes")
     with jax.set_mesh(mesh):
         checkpoints = Checkpoints(workdir, config)
         state, last = start_state(config, mesh, checkpoints, data, allow_data_change)
+        if config.task.teacher_model:
+            like = as_target(abstract_state(config)[0].teacher, state_shardings(config, mesh).teacher)
+            state = state.replace(teacher=read_run(config.task.teacher, like))
         if jax.process_index() == 0:
             write_config(workdir, config, last)
-        start, best = int(state.step), BestLoss(*last.get("best", ()))
+            (workdir / tokenizer.filename).write_bytes(tokenizer.to_bytes())
+        start, best = int(state.step), Best(config.eval.metric, *last.get("best", ()))
         parameters = costs.num_parameters(state.params)
         flops, peak = costs.flops_per_token(config, state.params), peak_flops(jax.devices()[0].device_kind)
         monitor = Monitor(workdir, config, start, flops, peak)
@@ -132,9 +149,7 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
 class Run:
     """The loop and what it carries from step to step."""
 
-    def __init__(
-        self, config, mesh, checkpoints: Checkpoints, monitor: Monitor, meta: dict, best: BestLoss, hold: Hold
-    ):
+    def __init__(self, config, mesh, checkpoints: Checkpoints, monitor: Monitor, meta: dict, best: Best, hold: Hold):
         self.config, self.mesh, self.checkpoints, self.monitor, self.best = config, mesh, checkpoints, monitor, best
         self.meta, self.hold = meta, hold
         self.evaluate = Evaluator(config, mesh) if config.eval.every else None
@@ -187,20 +202,20 @@ class Run:
 
     def visit(self, state: State, step: int, ended: bool, evaluates: bool) -> bool:
         """Evaluation and checkpoint after a step. True where the run is to end."""
-        loss, better = None, False
+        badness, better = None, False
         if evaluates:
-            result = self.evaluate(state.params if state.ema is None else state.ema)
+            result = self.evaluate(state.params if state.ema is None else state.ema, state.teacher)
             self.monitor.evaluation(step, result)
-            loss = result["loss"]
+            badness = self.best.badness(result)
             if step % self.config.eval.every == 0:  # the one at stop_at is extra: patience must not depend on stops
-                better = self.best.update(loss)
+                better = self.best.update(result)
         self.hold.check()
         self.monitor.flush()  # before the checkpoint: a bucket keeps the rows of every step that is not redone
         exhausted = self.exhausted()
         keep_best = better and self.config.checkpoint.keep_best
         if ended or exhausted or keep_best or step % self.config.checkpoint.every == 0:
-            meta = self.meta | {"best": [self.best.loss, self.best.since]}
-            self.checkpoints.save(state, meta, loss if loss is not None and math.isfinite(loss) else None)
+            meta = self.meta | {"best": [self.best.value, self.best.since]}
+            self.checkpoints.save(state, meta, badness if badness is not None and math.isfinite(badness) else None)
         return ended or exhausted
 
     def exhausted(self) -> bool:
@@ -208,7 +223,9 @@ class Run:
         patience = self.config.eval.patience
         if not patience or self.best.since < patience:
             return False
-        self.monitor.say(f"no lower validation loss than {self.best.loss} in {patience} evaluations: stopping")
+        self.monitor.say(
+            f"no better {self.best.metric} than {abs(self.best.value)} in {patience} evaluations: stopping"
+        )
         return True
 
 
@@ -265,11 +282,11 @@ def main(argv: list[str]) -> int:
     else:
         parser.error("the following arguments are required: --workdir")
 
+    problems += inherit(config)
     try:
-        stores, data_problem = open_stores(config, "train"), None
+        (vocab_size, config.data.labels, num_tokens), data_problem = describe(config), None
     except UserError as error:
-        stores, data_problem = [], error
-    vocab_size = stores[0].vocab_size if stores else 0
+        vocab_size, num_tokens, data_problem = 0, 0, error
     if not (config.model.vocab_size or vocab_size) and (args.dry_run or args.print_config):
         problems.append(f"config.model.vocab_size=0: it is the tokenizer's, and {data_problem}")
     require(problems + check(config, devices, vocab_size))
@@ -281,7 +298,7 @@ def main(argv: list[str]) -> int:
         raise data_problem
     check_sharding(config, abstract_mesh(config, devices))
     if args.dry_run:
-        print(costs.describe(config, devices, sum(store.num_tokens for store in stores) or None))
+        print(costs.describe(config, devices, num_tokens or None))
         return 0
     if config.eval.every:
         validation_batches(config)  # raises where there is nothing to evaluate on, before the run begins

@@ -30,11 +30,12 @@ from ml_collections import ConfigDict
 
 from jaxlm import cli
 from jaxlm.check import check, require
-from jaxlm.config import MESH_AXES, flatten, load, override, resolve
+from jaxlm.config import flatten, load, override, resolve
 from jaxlm.costs import human
 from jaxlm.data.pipeline import train_batches
 from jaxlm.data.prepare import prepare
 from jaxlm.errors import ConfigError, UserError
+from jaxlm.keys import MESH_AXES
 from jaxlm.laws import DEVICES, STEPS, Result, on_mesh, packed_as_alone, same_as_one_device, train_on
 from jaxlm.parallel.mesh import make_mesh
 

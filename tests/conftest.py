@@ -16,8 +16,8 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from jaxlm import config as configs
-from jaxlm.config import MESH_AXES
 from jaxlm.data.prepare import prepare
+from jaxlm.keys import MESH_AXES
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.state import create_state, train_step
 

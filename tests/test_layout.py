@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 # Each may import those before it, and its own folder.
 ORDER = (
-    "errors cli config check data parallel kernels models losses optim topology state decode costs count predict "
-    "measure page search workdir checkpoint monitor lm laws programs"
+    "errors cli keys config check data parallel kernels models losses optim topology state decode costs count predict "
+    "measure page search workdir checkpoint start monitor respond metrics pictures score lm laws programs"
 ).split()
 PROGRAMS = {"train", "evaluate", "generate", "verify", "plan"}
 
@@ -70,7 +70,7 @@ def test_no_cycles():
         visit(module)
 
 
-@pytest.mark.parametrize("name", ["data", "errors", "cli", "config", "check"])
+@pytest.mark.parametrize("name", ["data", "errors", "cli", "keys", "config", "check"])
 def test_the_front_needs_no_jax(name):
     for file in FILES:
         if box(module_of(file) + "._") == name:
@@ -101,7 +101,7 @@ def test_no_hidden_defaults():
 
 
 def test_every_key_has_a_reason():
-    source = (ROOT / "jaxlm/config.py").read_text()
+    source = (ROOT / "jaxlm/keys.py").read_text()
     lines = source[source.index("def base()") : source.index("return c.lock()")].splitlines()
     for above, line in pairwise(lines):
         if re.match(r"    c?[a-z.]+ = ", line) and "ConfigDict()" not in line:

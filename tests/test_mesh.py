@@ -11,9 +11,10 @@ from conftest import mesh_of, random_batch, small_config
 
 from jaxlm import config as configs
 from jaxlm.check import check
-from jaxlm.config import MESH_AXES, pipeline_microbatches
+from jaxlm.config import pipeline_microbatches
 from jaxlm.costs import bytes_per_device
 from jaxlm.errors import ConfigError
+from jaxlm.keys import MESH_AXES, STRATEGIES
 from jaxlm.laws import STEPS, Run, compare, difference, train_on
 from jaxlm.parallel import mesh as meshes
 from jaxlm.parallel.hosts import to_global
@@ -256,7 +257,7 @@ def test_problems_of_all_sections_are_told_at_once():
 
 
 def test_a_strategy_is_one_word():
-    for strategy, axis in configs.STRATEGIES.items():
+    for strategy, axis in STRATEGIES.items():
         c = small_config(mesh__strategy=strategy)
         assert make_mesh(c).shape[axis] == 8
 

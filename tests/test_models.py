@@ -10,7 +10,7 @@ from jaxlm import config as configs
 from jaxlm.costs import flops_per_token, num_parameters
 from jaxlm.kernels.cross_entropy import logits_of
 from jaxlm.models import build
-from jaxlm.models.transformer import init_cache, unembedding
+from jaxlm.models.transformer import unembedding
 from jaxlm.state import abstract_state
 
 VARIANTS = {
@@ -79,7 +79,7 @@ def test_no_gradient_flows_between_packed_documents(made):
 def test_the_cache_changes_nothing(made):
     c, model, params, logits = made
     tokens = jax.random.randint(jax.random.key(2), (2, 32), 0, 64)
-    cache, parts = init_cache(model.config, 2, 40), []
+    cache, parts = model.init_cache(2, 40), []
     for start, stop in ((0, 20), (20, 21), (21, 32)):
         x, cache = model.apply({"params": params}, tokens[:, start:stop], cache=cache)
         parts.append(logits_of(x, unembedding(params), c.model.logit_softcap))

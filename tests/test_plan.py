@@ -13,12 +13,12 @@ import pytest
 from conftest import mesh_of, program, small_config
 
 from jaxlm import costs, predict, topology
-from jaxlm.config import MESH_AXES
 from jaxlm.count import Collective, Program, axes_of_groups, count, groups_of, matmul_flops, run_share
 from jaxlm.errors import ConfigError
 from jaxlm.kernels.attention import attention
 from jaxlm.kernels.grouped_matmul import grouped_matmul
 from jaxlm.kernels.splash import splash
+from jaxlm.keys import MESH_AXES
 from jaxlm.measure import Measured
 from jaxlm.page import MOVES, Plan, figures, page
 from jaxlm.parallel.mesh import make_mesh

@@ -10,7 +10,7 @@ from conftest import mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.kernels import attention as kernel
-from jaxlm.kernels.attention import FLASH, attention
+from jaxlm.kernels.attention import ANYWHERE, FLASH, attention
 from jaxlm.models.transformer import REMAT
 from jaxlm.parallel.ring import own_kv_heads, sharded_attention, zigzag
 
@@ -24,8 +24,9 @@ def small_blocks(monkeypatch):
 def sharded(q, k, v, segments, places, context_parallel, **options):
     options = {"softcap": 0.0, "implementation": "auto"} | options
     return sharded_attention(
-        q, k, v, segments, places, attend=attention, flash=FLASH, context_parallel=context_parallel, **options
-    )
+        q, k, v, segments, segments, places, places, attend=attention, flash=FLASH, anywhere=ANYWHERE,
+        context_parallel=context_parallel, **options,
+    )  # fmt: skip
 
 
 def gradients(attend, *qkv):

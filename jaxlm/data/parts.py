@@ -25,7 +25,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from jaxlm.data.readers import BAD_SHOWN, PIECE_BYTES, Notes, Piece, Source, Span, beginning, character, read
 from jaxlm.data.store import ShardWriter, token_dtype
-from jaxlm.data.tokenizer import Sample, load
+from jaxlm.data.tokenizer import load
+from jaxlm.data.vocabulary import Sample
 from jaxlm.errors import DataError
 
 PART_BYTES = 32 << 20  # of input in a part ...

@@ -1,12 +1,17 @@
-"""Token shards to batches. Batch k is a pure function of (seed, data, k): no iterator state, on any number of hosts.
+"""Tokens, or examples, to batches. Batch k is a pure function of (seed, data, k): no iterator state, on any host.
 
 A *batch* is a dict of numpy arrays [B, T], B rows of the global batch (all, or some), T = data.seq_len:
 
     tokens     int32    inputs; at the start of a document the tokenizer's bos id
-    targets    int32    the token that follows each input
-    weights    float32  1 where the target counts, 0 on padding
+    targets    int32    the token that follows each input; or what the task wants at its place
+    weights    float32  how much the target counts, 0 on padding
     positions  int32    from 0 in each document of the row
     segments   int32    1, 2, ... for the documents packed into the row; 0 on padding
+
+Where the task needs them also (jaxlm/data/rows.py): `enc_tokens enc_positions enc_segments`, the sources of the
+segments, [B, data.enc_len]; `reach`, the last place that a token sees; `labels` of the row's examples, [B, M] or
+[B, M, C], M = data.examples_per_row, instead of targets, and weights [B, M]; and for preferences an axis of 2, the
+chosen and the rejected, before T.
 
 A split is one stream of tokens, each document ended by eos where the tokenizer has one. Row w holds the targets
 [w T, (w + 1) T) of that stream: every token is a target exactly once, the first of a document too. (With a tokenizer
@@ -19,11 +24,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grain
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.check import mixture
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.examples import Examples, label_names, tokenizer_of
+from jaxlm.data.rows import from_tokens, row_shapes
 from jaxlm.data.store import Store
+from jaxlm.data.transforms import Vocabulary
 from jaxlm.errors import DataError
+from jaxlm.keys import ROLES, TWO_SIDED
 
 ALL = slice(None)
 
@@ -88,30 +98,76 @@ def read_rows(store: Store, rows: np.ndarray, seq_len: int) -> dict[str, np.ndar
     }
 
 
-def read_mixed(stores: list[Store], ids: np.ndarray, seq_len: int) -> dict[str, np.ndarray]:
-    """The batch of (source, row) pairs, int64 [B, 2]."""
+class Documents:
+    """The rows of a store as a source of batches, in the shape that config.task asks for."""
+
+    def __init__(self, config: ConfigDict, store: Store, tokenizer):
+        self.config, self.store, self.num_tokens = config, store, store.num_tokens
+        self.length = config.data.enc_len if config.task.name in TWO_SIDED else config.data.seq_len
+        self.num_rows, self.fingerprint = num_rows(store, self.length), store.fingerprint
+        self.vocab = None if config.task.name == "lm" else Vocabulary(tokenizer, config.task.name)
+
+    def read(self, rows: np.ndarray, keys: list[tuple]) -> dict[str, np.ndarray]:
+        """The batch of these row numbers; one past the end is padding. keys: of what is random in each row."""
+        batch = read_rows(self.store, rows, self.length)
+        return from_tokens(batch, keys, self.config, self.vocab) if self.vocab else batch
+
+
+def open_sources(config: ConfigDict, split: str, tokenizer=None) -> list:
+    """What config.data names: objects with num_rows, num_tokens, fingerprint and read(rows, keys).
+
+    tokenizer: a model's, where it is not the data's own. Raises DataError that names every problem.
+    """
+    if config.task.name in ROLES:
+        return [Examples(config, split, tokenizer)]
+    stores = open_stores(config, split)
+    tokenizer = tokenizer or (None if config.task.name == "lm" else tokenizers.load(mixture(config)[0][0]))
+    return [Documents(config, store, tokenizer) for store in stores]
+
+
+def describe(config: ConfigDict) -> tuple[int, tuple[str, ...], int]:
+    """(ids of the vocabulary, names of the labels, tokens of the training data). Raises DataError."""
+    if config.task.name in ROLES:
+        if not config.data.train:
+            raise DataError(f"config.data.train is empty: give the examples of task {config.task.name}")
+        tokenizer, labels = load_tokenizer(config), label_names(config)
+        return Vocabulary(tokenizer, config.task.name).size, labels, 0
+    stores = open_stores(config, "train")
+    extra = 0 if config.task.name == "lm" else Vocabulary(load_tokenizer(config), config.task.name).size
+    return extra or stores[0].vocab_size, (), sum(store.num_tokens for store in stores)
+
+
+def load_tokenizer(config: ConfigDict):
+    """The tokenizer of config.data."""
+    if config.task.name in ROLES:
+        return tokenizer_of(FrozenConfigDict(config.data), config.task.name)
+    return tokenizers.load(mixture(config)[0][0])
+
+
+def read_mixed(sources: list, ids: np.ndarray, keys: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """The batch of (source, row) pairs, int64 [B, 2]. keys: int64 [B], a number for what is random in each."""
     batch = {}
     for source in np.unique(ids[:, 0]):
         here = ids[:, 0] == source
-        for key, value in read_rows(stores[source], ids[here, 1], seq_len).items():
-            batch.setdefault(key, np.zeros((len(ids), seq_len), value.dtype))[here] = value
+        for name, value in sources[source].read(ids[here, 1], [(seed, key) for key in keys[here]]).items():
+            batch.setdefault(name, np.zeros((len(ids), *value.shape[1:]), value.dtype))[here] = value
     return batch
 
 
 def train_batches(config: ConfigDict, rows: slice | np.ndarray = ALL) -> grain.MapDataset:
     """Endless: element k is these rows of global batch k. Each epoch of a source has every row exactly once."""
-    stores = open_stores(config, "train")
-    sources = []
-    for source, store in enumerate(stores):
-        if not store.num_tokens:
-            raise DataError(f"{mixture(config)[source][0]}: the train split is empty")
-        order = grain.MapDataset.range(num_rows(store, config.data.seq_len)).seed(config.seed + source)
+    sources, orders, B = open_sources(config, "train"), [], config.train.batch_size
+    for number, source in enumerate(sources):
+        if not source.num_rows:
+            raise DataError(f"{mixture(config)[number][0] or config.data.train}: the train split is empty")
+        order = grain.MapDataset.range(source.num_rows).seed(config.seed + number)
         order = order.shuffle() if config.data.shuffle else order
-        sources.append(order.repeat().map(lambda row, source=source: (source, row)))
+        orders.append(order.repeat().map(lambda row, number=number: (number, row)))
     weights = [weight for _, weight in mixture(config)]
-    ids = sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, weights)
-    batches = ids.batch(config.train.batch_size, drop_remainder=True, batch_fn=lambda ids: np.array(ids, np.int64))
-    return batches.map(lambda ids: read_mixed(stores, ids[rows], config.data.seq_len))
+    ids = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
+    batches = ids.batch(B, drop_remainder=True, batch_fn=lambda ids: np.array(ids, np.int64))
+    place = np.arange(B)
+    return batches.map_with_index(lambda k, ids: read_mixed(sources, ids[rows], (k * B + place)[rows], config.seed))
 
 
 def eval_rows(config: ConfigDict) -> int:
@@ -119,13 +175,17 @@ def eval_rows(config: ConfigDict) -> int:
     return config.train.batch_size // config.train.grad_accumulation
 
 
-def validation_batches(config: ConfigDict, rows: slice | np.ndarray = ALL) -> grain.MapDataset:
+def validation_batches(
+    config: ConfigDict, rows: slice | np.ndarray = ALL, sources: list | None = None
+) -> grain.MapDataset:
     """The validation splits once, in order, `eval_rows` at a time, the last padded: of each batch these rows.
 
-    Raises DataError where there is no validation split.
+    sources: `open_sources` of them, where they are open. Raises DataError where there is no validation split.
     """
-    B, stores = eval_rows(config), open_stores(config, "val")
-    counts = [num_rows(store, config.data.seq_len) for store in stores]
+    if config.task.name in ROLES and not config.data.val:
+        raise DataError("config.data.val is empty: give examples to measure on, or set eval.every=0")
+    B, sources = eval_rows(config), sources or open_sources(config, "val")
+    counts = [source.num_rows for source in sources]
     if not sum(counts):
         paths = ", ".join(path for path, _ in mixture(config))
         raise DataError(f"{paths}: the validation split is empty; prepare it with --val_fraction, or set eval.every=0")
@@ -133,22 +193,34 @@ def validation_batches(config: ConfigDict, rows: slice | np.ndarray = ALL) -> gr
     longest = int(np.argmax(counts))
     padding = np.tile([[longest, counts[longest]]], (-len(ids) % B, 1))  # a row past the end of a source
     ids = np.concatenate([ids, padding]).astype(np.int64)
-    batches = grain.MapDataset.range(len(ids) // B).map(lambda k: ids[k * B : (k + 1) * B][rows])
-    return batches.map(lambda ids: read_mixed(stores, ids, config.data.seq_len))
+    keys = np.arange(len(ids))
+    part = lambda x, k: x[k * B : (k + 1) * B][rows]
+    batches = grain.MapDataset.range(len(ids) // B)
+    # What is masked does not depend on the run's seed: every model is asked the same.
+    return batches.map(lambda k: read_mixed(sources, part(ids, k), part(keys, k), 0))
 
 
 def fingerprint(config: ConfigDict) -> dict:
     """All that the order of data depends on. Equal fingerprints: batch k is the same batch."""
-    stores = open_stores(config, "train")
-    return {
+    known = {
         "seed": config.seed,
         "batch_size": config.train.batch_size,
         "seq_len": config.data.seq_len,
         "shuffle": config.data.shuffle,
         "weights": [weight for _, weight in mixture(config)],
-        "sources": [store.fingerprint for store in stores],
-        "tokenizer": stores[0].manifest["tokenizer"]["sha256"],
+        "sources": [source.fingerprint for source in open_sources(config, "train")],
+        "tokenizer": load_tokenizer(config).fingerprint,
     }
+    if config.task.name != "lm":
+        known["task"] = config.task.name
+        known |= {key: config.task[key] for key in ("mask_rate", "class_weights", "balanced_sampling", "fim_rate")}
+        known |= {key: config.data[key] for key in ("enc_len", "pack", "examples_per_row", "word_dropout")}
+    return known
+
+
+def batch_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], type]]:
+    """{key: (shape, dtype)} of a global batch. config: resolved."""
+    return {key: ((config.train.batch_size, *shape), dtype) for key, (shape, dtype) in row_shapes(config).items()}
 
 
 def prefetch(batches, start: int, stop: int, depth: int, place: Callable = lambda batch: batch) -> Iterator:

@@ -22,7 +22,8 @@ from rich.console import Console
 from jaxlm import cli
 from jaxlm.data import parts, readers, store
 from jaxlm.data.parts import Job, Options
-from jaxlm.data.tokenizer import SAMPLE_CHARS, Bytes, Tokenizer, chars_from, load, train_sentencepiece
+from jaxlm.data.tokenizer import Bytes, Tokenizer, load
+from jaxlm.data.vocabulary import SAMPLE_CHARS, chars_from, train_sentencepiece
 from jaxlm.errors import ConfigError, DataError, UserError
 
 TRAINED = ("sentencepiece", "bytes", "chars")  # --tokenizer: one of these, else a path

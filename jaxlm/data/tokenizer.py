@@ -1,11 +1,9 @@
 """Text to token ids and back: sentencepiece, UTF-8 bytes, characters, or Hugging Face's tokenizer.json."""
 
 import hashlib
-import io
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +13,6 @@ from jaxlm.data import store
 from jaxlm.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
-SAMPLE_CHARS = 10_000_000  # enough for a vocabulary; more text changes few pieces and takes longer
-CHUNK_CHARS = 4096  # the trainer's unit of text; it drops what is longer than its max_sentence_length
 
 
 class Tokenizer(ABC):
@@ -109,6 +105,27 @@ class Chars(Tokenizer):
         return self._points[ids].tobytes().decode("utf-32-le")
 
 
+class Words(Tokenizer):
+    """Words between spaces; id 0 stands for those that it does not know."""
+
+    name, filename = "words", "tokenizer.json"
+    UNKNOWN = "<unk>"
+
+    def __init__(self, data: bytes):
+        self.words = [self.UNKNOWN, *json.loads(data)["words"]]
+        self.vocab_size = len(self.words)
+        self._ids = {word: i for i, word in enumerate(self.words)}
+
+    def to_bytes(self) -> bytes:
+        return json.dumps({"jaxlm": self.name, "words": self.words[1:]}).encode()
+
+    def _encode(self, text: str):
+        return [self._ids.get(word, 0) for word in text.split()]
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return " ".join(self.words[i] for i in ids)
+
+
 class SentencePiece(Tokenizer):
     """A sentencepiece model: one trained here, or anyone's .model file."""
 
@@ -175,7 +192,7 @@ class HuggingFace(Tokenizer):
         return self._model.decode(ids.tolist(), skip_special_tokens=True)
 
 
-TOKENIZERS = {kind.name: kind for kind in (SentencePiece, Bytes, Chars, HuggingFace)}
+TOKENIZERS = {kind.name: kind for kind in (SentencePiece, Bytes, Chars, Words, HuggingFace)}
 
 
 def from_bytes(name: str, data: bytes) -> Tokenizer:
@@ -197,12 +214,15 @@ def from_bytes(name: str, data: bytes) -> Tokenizer:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """The tokenizer of a prepared directory, or of a file: sentencepiece's .model, Hugging Face's or our .json.
+    """The tokenizer of a prepared or a run directory, or of a file: sentencepiece's .model, Hugging Face's, our .json.
 
     Raises: DataError that says which file is missing, changed or broken.
     """
     path = Path(path)
     if path.is_dir():
+        for name in ("tokenizer.json", "tokenizer.model"):  # of a run
+            if not (path / store.MANIFEST).exists() and (path / name).is_file():
+                return _read(path / name)
         entry = store.load_manifest(path)["tokenizer"]
         tokenizer = _read(store.inside(path, entry["file"]), entry["name"])
         if tokenizer.fingerprint != entry["sha256"]:
@@ -224,77 +244,6 @@ def _read(path: Path, name: str | None = None) -> Tokenizer:
         raise
     except (ValueError, AttributeError) as error:
         raise DataError(f"{path} is not a tokenizer: {error}") from None
-
-
-def chars_from(characters: Iterable[str]) -> Tokenizer:
-    """The tokenizer of these characters."""
-    alphabet = "".join(sorted(set(characters)))
-    if not alphabet:
-        raise DataError("a character tokenizer needs at least one character")
-    return Chars(json.dumps({"characters": alphabet}).encode())
-
-
-def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A BPE model of at most `vocab_size` pieces that gives back every text exactly, code above all.
-
-    BPE, not unigram: on 10 MB of Python it trains in 2 s instead of 25 and gives 6% more bytes per token. Nothing is
-    normalised; runs of spaces and newlines become pieces, digits stay single, and whatever has no piece is spelled in
-    bytes. Where the text has fewer pieces, the vocabulary is smaller. The result does not depend on the machine.
-    Raises: ConfigError where the vocabulary is too small for the characters of the text.
-    """
-    file = io.BytesIO()
-    chunks = (text[i : i + CHUNK_CHARS] for text in texts for i in range(0, len(text), CHUNK_CHARS))
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=chunks,
-            model_writer=file,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            character_coverage=0.9995,
-            required_chars="\u2581",  # its space: spelled in bytes, it would not come back as one
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            max_sentence_length=4 * CHUNK_CHARS,
-            bos_id=-1,
-            pad_id=-1,
-            unk_id=0,
-            eos_id=1,
-            eos_piece=END_OF_TEXT,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if need := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-            raise ConfigError(
-                f"vocab_size {vocab_size} is too small for this text, whose bytes and characters alone need {need[1]}; "
-                f"pass --vocab_size={2 * int(need[1])} or more"
-            ) from None
-        raise ConfigError("there is too little text to train sentencepiece on; use --tokenizer=bytes") from error
-    return SentencePiece(file.getvalue())
-
-
-class Sample:
-    """An even sample of a stream of text, of about `limit` characters at most, that depends on the stream alone."""
-
-    def __init__(self, limit: int):
-        self.chunks: list[str] = []
-        self._limit, self._size, self._seen, self._stride = limit, 0, 0, 1
-
-    def add(self, text: str) -> None:
-        for start in range(0, len(text), CHUNK_CHARS):
-            if self._seen % self._stride == 0:
-                self.chunks.append(text[start : start + CHUNK_CHARS])
-                self._size += len(self.chunks[-1])
-            self._seen += 1
-            if self._size > self._limit:
-                self.chunks = self.chunks[::2]
-                self._size = sum(map(len, self.chunks))
-                self._stride *= 2
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:

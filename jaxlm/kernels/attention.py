@@ -1,7 +1,9 @@
 """Scaled dot-product attention (Vaswani et al. 2017) with causal, segment and window masks and grouped queries.
 
 B batch, T queries, S keys, N query heads, K key-value heads, G = N / K, H head dimension. What decides who sees whom,
-at_T and at_S: (places int32 [T] or [S], segments int [B, T] or [B, S], or None where all are one segment).
+at_T and at_S: (places int32 [T] or [S], segments int [B, T] or [B, S], or None where all are one segment). A query's
+place is the last that it sees: its own under the causal mask, ANYWHERE without it, and the end of the prefix, [B, T],
+in a prefix (Raffel et al. 2020).
 
 `flash_forward` and `flash_backward` go through keys and queries in blocks (Rabe & Staats 2021, FlashAttention: Dao et
 al. 2022): memory grows with T, not with T x S. Within a block T and S are the block's. Both may be given a part of the
@@ -24,13 +26,15 @@ BLOCK = 512  # positions of queries, and of keys, whose logits exist at one time
 MAX_LOGITS = 64 << 20  # bytes of float32 logits beyond which auto goes by blocks
 NEVER = -1e30  # a logit that no exponential survives; finite, so that differences are numbers
 LAST = np.iinfo(np.int32).max
+ANYWHERE = LAST - 1  # the place of a query that sees all keys, with a window of LAST
 einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def visible(at_T, at_S, window) -> jax.Array:
     """bool [B or 1, T, S]: key s, of the same segment, is at the place of query t or less than `window` before it."""
     (places_T, segments_BT), (places_S, segments_BS) = at_T, at_S
-    mask_BTS = ((places_S <= places_T[:, None]) & (places_S > places_T[:, None] - window))[None]
+    mask_BTS = (places_S <= places_T[..., None]) & (places_S > places_T[..., None] - window)
+    mask_BTS = mask_BTS if mask_BTS.ndim == 3 else mask_BTS[None]
     if segments_BT is not None:
         mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BS[:, None, :])
     return mask_BTS
@@ -69,19 +73,22 @@ ATTENTION = {
 
 def attention(
     q_BTNH, k_BSKH, v_BSKH, segments_BT=None, segments_BS=None, *, places_T=None, places_S=None,
-    window, softcap=0.0, implementation="auto",
+    window, causal=True, softcap=0.0, implementation="auto",
 ) -> jax.Array:  # fmt: skip
     """[B, T, N, H]. Queries see keys of their own segment, none later than themselves, at most `window` back.
 
     segments: int [B, T] and [B, S], or None where every row is one document. places: int32 [T] and [S], where queries
-    and keys are in the sequence; None: 0, 1, ... window: tokens a query sees, itself included. implementation: see
+    and keys are in the sequence; None: 0, 1, ...; of queries also [B, T], the last place that each sees. window: tokens
+    a query sees, itself included. causal: False: all keys of the segment, whatever the window. implementation: see
     ATTENTION; auto: splash on a TPU; on a GPU in half precision cuDNN where the mask is plainly causal (elsewhere it is
     slow) and tokamax on a Hopper; else by blocks where the logits are many, else the reference. What the backward pass
     needs is named "attention"; of the kernels for GPUs only the result is, and their forward pass runs again.
     """
     T, S, N = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2]
     in_order = places_T is None and places_S is None and T == S
-    plain = in_order and segments_BS is None and window >= S
+    plain = in_order and segments_BS is None and (window >= S or not causal)
+    if not causal:
+        window = LAST
     half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
     if implementation == "auto" and platform() == "tpu" and in_order and T % LANES == 0:
         implementation = "splash"
@@ -91,20 +98,22 @@ def attention(
         many = 4 * q_BTNH.shape[0] * N * T * S > MAX_LOGITS
         implementation = (
             "cudnn" if gpu and plain and half and fits and not softcap else
-            "tokamax" if gpu and in_order and takes(q_BTNH) else
+            "tokamax" if gpu and causal and in_order and takes(q_BTNH) else
             "blockwise" if many else "reference"
         )  # fmt: skip
     if implementation == "splash":
-        return splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window=window, softcap=softcap)
-    if implementation == "tokamax" and in_order:  # else, as in generation, by blocks
+        return splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window=window, causal=causal, softcap=softcap)
+    if implementation == "tokamax" and causal and in_order:  # else, as in generation, by blocks
         out_BTNH = hopper(q_BTNH, k_BSKH, v_BSKH, segments_BT, window=window, softcap=softcap)
         return checkpoint_name(out_BTNH, "attention")
+    if not causal:
+        places_T = jnp.full(T, ANYWHERE)
     at_T = (jnp.arange(T) if places_T is None else places_T, segments_BT)
     at_S = (jnp.arange(S) if places_S is None else places_S, segments_BS)
     if implementation in ("blockwise", "tokamax"):
         return blockwise(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap)
     if implementation == "cudnn" and plain and not softcap:
-        out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
+        out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=causal, implementation="cudnn")
     else:
         out_BTNH = ATTENTION[implementation](q_BTNH, k_BSKH, v_BSKH, visible(at_T, at_S, window), softcap)
     return checkpoint_name(out_BTNH, "attention")
@@ -252,7 +261,7 @@ def split_queries(x_BTN, K: int):
 def split_marks(at, fill: int):
     """fill: the place of padding. Before all keys for queries, after all queries for keys: neither sees any."""
     places, segments = at
-    return split(places, 0, fill), None if segments is None else split(segments)
+    return split(places, places.ndim - 1, fill), None if segments is None else split(segments)
 
 
 def join(x, length: int):

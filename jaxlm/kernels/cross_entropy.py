@@ -75,3 +75,26 @@ def chunked(x_BTD, unembed_VD, targets_BT, softcap, chunk, vocab, scattered):
     loss, log_z = jax.lax.map(lambda parts: one(*parts), (split(x_BTD), split(targets_BT)))
     join = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, T)
     return join(loss), join(log_z)
+
+
+def divergence(student: tuple, teacher: tuple, temperature: float) -> jax.Array:
+    """float32 [B, T]: KL(teacher || student) of the softened next-token distributions, times temperature^2.
+
+    Hinton et al. 2015. student, teacher: (x [B, T, D], table [V, D], softcap), of one vocabulary. Like cross_entropy,
+    logits exist a chunk of positions at a time and are not kept.
+    """
+    (x_BTD, table, softcap), (y_BTE, their_table, their_softcap) = student, teacher
+    B, T, _ = x_BTD.shape
+    chunk = chunk_length(2 * B, T, table.shape[0])
+
+    @jax.checkpoint
+    def one(parts):
+        x, y = parts
+        mine = jax.nn.log_softmax(logits_of(x, table, softcap) / temperature)
+        theirs = jax.nn.log_softmax(logits_of(y, their_table, their_softcap) / temperature)
+        return temperature**2 * jnp.sum(jnp.exp(theirs) * (theirs - mine), axis=-1)
+
+    if chunk == T:
+        return one((x_BTD, y_BTE))
+    split = lambda a: jnp.moveaxis(a.reshape(B, T // chunk, chunk, -1), 1, 0)
+    return jnp.moveaxis(jax.lax.map(one, (split(x_BTD), split(y_BTE))), 0, 1).reshape(B, T)

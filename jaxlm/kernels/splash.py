@@ -1,4 +1,4 @@
-"""Splash attention, JAX's flash attention kernel for TPUs (jax.experimental.pallas.ops.tpu), for packed causal rows.
+"""Splash attention, JAX's flash attention kernel for TPUs (jax.experimental.pallas.ops.tpu), for packed rows.
 
 The letters are those of jaxlm/kernels/attention.py. Blocks that no query sees are skipped. For the backward pass the
 result and its log-sum-exp are kept, named "attention".
@@ -11,11 +11,14 @@ LANES = 128  # of a TPU's vector registers: lengths and blocks are multiples
 BLOCKS = (1024, 512, 256, 128)  # positions of queries, and of keys; the largest that divides the length
 
 
-def splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, window: int, softcap: float, interpret=False) -> jax.Array:
+def splash(
+    q_BTNH, k_BTKH, v_BTKH, segments_BT, *, window: int, softcap: float, causal=True, interpret=False
+) -> jax.Array:
     """[B, T, N, H]. T: a multiple of 128. segments: int32 [B, T] or None. interpret: on a CPU, slowly."""
     T, N, H = q_BTNH.shape[1:]
     block = next(size for size in BLOCKS if T % size == 0)
-    mask = library.LocalMask((T, T), (window - 1, 0), 0) if window < T else library.CausalMask((T, T))
+    masks = {True: library.CausalMask, False: library.splash_attention_mask.FullMask}
+    mask = library.LocalMask((T, T), (window - 1, 0), 0) if causal and window < T else masks[causal]((T, T))
     kernel = library.make_splash_mha_single_device(
         library.splash_attention_mask.MultiHeadMask([mask] * N),
         block_sizes=library.BlockSizes(*[block] * 8),

@@ -5,14 +5,26 @@ B batch, T positions (queries), S positions (keys), D embed, N query heads, K ke
 F MLP, V vocabulary, L layers.
 """
 
+from functools import partial
+
 from flax import linen as nn
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxlm.models.transformer import Decoder
+from jaxlm.models.encoder_decoder import EncoderDecoder
+from jaxlm.models.transformer import Transformer
 
-MODELS = {"decoder": Decoder}
+MODELS = {
+    "decoder": Transformer,
+    "encoder": partial(Transformer, causal=False),
+    "encoder_decoder": EncoderDecoder,
+}
 
 
 def build(config: ConfigDict) -> nn.Module:
     """The model of a resolved config (jaxlm.config.resolve)."""
-    return MODELS[config.model.name](FrozenConfigDict(config.model))
+    return build_section(config.model)
+
+
+def build_section(section: ConfigDict) -> nn.Module:
+    """The model of a resolved `model` section."""
+    return MODELS[section.name](FrozenConfigDict(section))

@@ -1,6 +1,7 @@
 """Linear maps, norms, embeddings, positions and MLPs. Every parameter names its logical axes beside its shape."""
 
 import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,8 @@ class Weights(NamedTuple):
 class Linear(nn.Module):
     """The weights of a linear map, for `into` and `back`; kernel ~ N(0, scale^2 / inputs).
 
-    axes: logical axes of the kernel, the first `inputs` of them summed over.
+    axes: logical axes of the kernel, the first `inputs` of them summed over. Where model.lora_targets names it, the
+    product of two narrow matrices is added (LoRA: Hu et al. 2021), of which the second starts at zero.
     """
 
     config: FrozenConfigDict
@@ -40,11 +42,38 @@ class Linear(nn.Module):
     def __call__(self) -> Weights:
         std = self.scale / math.sqrt(math.prod(self.shape[: self.inputs]))
         kernel = parameter(self, "kernel", nn.initializers.normal(std), self.axes, self.shape, self.config)
+        if self.config.lora_rank and re.fullmatch(self.config.lora_targets, self.name):
+            kernel += self.adapter()
         bias = None
         if self.config.bias:
             axes, shape = self.axes[self.inputs :], self.shape[self.inputs :]
             bias = parameter(self, "bias", nn.initializers.zeros, axes, shape, self.config)
         return Weights(kernel, bias, self.axes)
+
+    def adapter(self) -> jax.Array:
+        c, n, rank = self.config, self.inputs, self.config.lora_rank
+        std = 1 / math.sqrt(math.prod(self.shape[:n]))
+        a = parameter(self, "lora_a", nn.initializers.normal(std), (*self.axes[:n], None), (*self.shape[:n], rank), c)
+        b = parameter(self, "lora_b", nn.initializers.zeros, (None, *self.axes[n:]), (rank, *self.shape[n:]), c)
+        return (c.lora_alpha / rank) * jnp.tensordot(a, b, 1)
+
+
+class Head(nn.Module):
+    """The weights of a linear map to model.num_labels outputs, which the losses apply: kernel [D, C], bias [C]."""
+
+    config: FrozenConfigDict
+
+    @nn.compact
+    def __call__(self) -> Weights:
+        c, axes = self.config, ("embed", None)
+        init = nn.initializers.normal(c.embed_dim**-0.5)
+        kernel = parameter(self, "kernel", init, axes, (c.embed_dim, c.num_labels), c)
+        return Weights(kernel, parameter(self, "bias", nn.initializers.zeros, (None,), (c.num_labels,), c), axes)
+
+
+def embedding_dropout(config: FrozenConfigDict, train: bool) -> nn.Module:
+    rate = config.dropout if config.embed_dropout < 0 else config.embed_dropout
+    return nn.Dropout(rate, deterministic=not train)
 
 
 def product(tree):
@@ -107,6 +136,8 @@ class Embed(nn.Module):
         init = nn.initializers.normal(c.embed_std)
         table_VD = parameter(self, "tokens", init, ("vocab", "embed"), (c.vocab_size, c.embed_dim), c)
         x_BTD = lookup(table_VD, tokens_BT, ("vocab", "embed"))
+        if c.scale_embeddings:
+            x_BTD *= math.sqrt(c.embed_dim)
         if c.positions == "learned":
             axes, shape = (None, "embed"), (c.context_length, c.embed_dim)
             x_BTD += lookup(parameter(self, "positions", init, axes, shape, c), positions_BT, axes)
@@ -118,6 +149,7 @@ class Embed(nn.Module):
 ACTIVATIONS = {
     "swiglu": nn.silu,  # gated: Shazeer 2020
     "gelu": nn.gelu,  # tanh form, as GPT-2
+    "relu": nn.relu,  # Vaswani et al. 2017
     "relu2": lambda x: jnp.square(jnp.maximum(x, 0)),  # So et al. 2021 (Primer)
 }
 

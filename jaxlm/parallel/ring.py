@@ -30,25 +30,31 @@ def zigzag(length: int, parts: int) -> np.ndarray:
 
 
 def sharded_attention(
-    q_BTNH, k_BTKH, v_BTKH, segments_BT=None, places_T=None, *, attend, flash, context_parallel, **options
+    q_BTNH, k_BSKH, v_BSKH, segments_BT=None, segments_BS=None, places_T=None, places_S=None, *, attend, flash,
+    context_parallel, anywhere, causal=True, **options
 ) -> jax.Array:  # fmt: skip
     """[B, T, N, H]: `attend` on every device's shards, or as it is without a mesh that divides the batch evenly.
 
     q, k, v: as jaxlm.parallel.linear.columns leaves them: heads over the tensor axis, or, where it does not divide
-    them, positions. The result is sharded as q. places: int32 [T] where positions are not in their order (`zigzag`).
-    attend: jaxlm.kernels.attention.attention; flash: its (flash_forward, flash_backward), of which the ring is made.
+    them, positions. The result is sharded as q. places: int32 [T] and [S] where positions are not in their order
+    (`zigzag`); of queries also [B, T], the last place that each sees. attend: jaxlm.kernels.attention.attention;
+    flash: its (flash_forward, flash_backward), of which the ring is made; anywhere: its place of a query that sees all.
     context_parallel: ring | all_gather. options: window, softcap and implementation; the ring is always of `flash`.
     """
-    (B, T, N, _), K = q_BTNH.shape, k_BTKH.shape[2]
+    (B, T, N, _), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    options["causal"] = causal
     mesh = even_mesh(B, T)
-    if mesh is None:
-        return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT, places_T=places_T, places_S=places_T, **options)
+    if mesh is None or even_mesh(B, S) is None:
+        return attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, places_T=places_T, places_S=places_S, **options)
     rows, inside, between, extra = activation_specs(B, T, mesh)
     heads, kv_heads = partition_spec(("heads",), (N,), mesh)[0], partition_spec(("kv_heads",), (K,), mesh)[0]
     length_T, length_S = (inside if set(extra) <= set(names_of(entry)) else between for entry in (heads, kv_heads))
-    if places_T is None and length_T is not None:
-        places_T = jnp.arange(T)
+    if length_T is not None and causal:
+        places_T = jnp.arange(T) if places_T is None else places_T
+        places_S = jnp.arange(S) if places_S is None else places_S
     ring_axis = inside if context_parallel == "ring" else None
+    if ring_axis and not causal:
+        places_T, places_S, options["window"] = jnp.full(T, anywhere), jnp.arange(S), anywhere + 1
     gathered = () if ring_axis else names_of(inside)
 
     def f(q_BTNH, k_BSKH, v_BSKH, at_T, at_S):
@@ -67,9 +73,13 @@ def sharded_attention(
     # that no spec names are then summed over in the backward pass: all of size 1 are named, for the rows.
     rows = (*names_of(rows), *(name for name in mesh.axis_names if mesh.shape[name] == 1))
     q_spec, k_spec = PartitionSpec(rows, length_T, heads), PartitionSpec(rows, length_S, kv_heads)
-    at_specs = [(PartitionSpec(length), PartitionSpec(rows, length)) for length in (length_T, inside)]
+    of_rows = (rows,) if places_T is not None and places_T.ndim == 2 else ()
+    at_specs = (
+        (PartitionSpec(*of_rows, length_T), PartitionSpec(rows, length_T)),
+        (PartitionSpec(inside), PartitionSpec(rows, inside)),
+    )
     call = jax.shard_map(f, in_specs=(q_spec, k_spec, k_spec, *at_specs), out_specs=q_spec, check_vma=False)
-    return call(q_BTNH, k_BTKH, v_BTKH, (places_T, segments_BT), (places_T, segments_BT))
+    return call(q_BTNH, k_BSKH, v_BSKH, (places_T, segments_BT), (places_S, segments_BS))
 
 
 def own_kv_heads(num_heads: int, group: int, index: jax.Array) -> jax.Array:

@@ -1,0 +1,300 @@
+"""What is learned, as data: a document or an example becomes a *piece*, which jaxlm/data/rows.py lays out in a batch.
+
+A piece is a dict of 1-D arrays: `tokens`, and of their length `targets`, `weights` and `reach` where the task has them;
+`enc_tokens`, the source; and `label`. TOKENS makes one of a stretch of a document (its ids, the inputs that foretell
+them), EXAMPLES of an example (a dict of its columns). To add an objective, add a function to one of the two tables and
+its name to jaxlm/config.py.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from jaxlm.keys import ROLES
+
+SPECIALS = "begin end mask user assistant system prefix suffix middle".split()  # ids after the tokenizer's, in order
+MODES = "span_mode long_mode tail_mode".split()  # UL2's denoisers
+SENTINELS = 100  # T5: as many
+PLAIN = ("lm", "prefix_lm", "skipgram")  # tasks without special tokens
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer and the special ids of a task: attributes begin, end, mask, ..., `sentinel(i)`."""
+
+    tokenizer: object
+    task: str
+
+    @property
+    def size(self) -> int:
+        spans = len(MODES) + SENTINELS if self.task in ("span_corruption", "ul2") else 0
+        return self.tokenizer.vocab_size + (0 if self.task in PLAIN else len(SPECIALS) + spans)
+
+    def __getattr__(self, name: str) -> int:
+        names = SPECIALS + MODES
+        if name not in names:
+            raise AttributeError(name)
+        return self.tokenizer.vocab_size + names.index(name)
+
+    def sentinel(self, i: int) -> int:
+        return self.tokenizer.vocab_size + len(SPECIALS) + len(MODES) + i
+
+    @property
+    def end_id(self) -> int | None:
+        """What ends a text that the model writes."""
+        return self.tokenizer.eos_id if self.task in PLAIN else self.end
+
+    @cached_property
+    def spaces(self) -> np.ndarray:
+        """bool [2, vocabulary]: whether the text of a token begins, and ends, with a space (words: always)."""
+        texts = [self.tokenizer.decode([i]) for i in range(self.tokenizer.vocab_size)]
+        always = self.tokenizer.name == "words"
+        ends = [(always or text[:1].isspace(), always or text[-1:].isspace()) for text in texts]
+        return np.array(ends, bool).reshape(-1, 2).T
+
+    def words(self, ids: np.ndarray) -> np.ndarray:
+        """int [len(ids)]: the number of the word that each token is of."""
+        begins, ends = self.spaces[:, np.minimum(ids, self.tokenizer.vocab_size - 1)]
+        return np.cumsum(begins | np.roll(ends, 1))
+
+
+# ---------------------------------------------------------------- of a stream of tokens
+
+
+def mlm(ids, inputs, rng, task, vocab) -> dict:
+    """Masked tokens (Devlin et al. 2019): of those chosen 80% are hidden, 10% replaced, 10% left as they are."""
+    groups = vocab.words(ids) if task.whole_words else np.arange(len(ids))
+    _, group = np.unique(groups, return_inverse=True)
+    chosen = (rng.random(group.max() + 1) < task.mask_rate)[group]
+    fate = rng.random(len(ids))
+    tokens = np.where(chosen & (fate < 0.8), vocab.mask, ids)
+    random = rng.integers(0, vocab.tokenizer.vocab_size, len(ids))
+    tokens = np.where(chosen & (fate >= 0.8) & (fate < 0.9), random, tokens)
+    return {"tokens": tokens, "targets": ids, "weights": chosen.astype(np.float32)}
+
+
+def prefix_lm(ids, inputs, rng, task, vocab) -> dict:
+    """A random prefix is read in both directions, the rest is learned (Raffel et al. 2020)."""
+    cut = rng.integers(1, max(len(ids), 2))
+    place = np.arange(len(ids))
+    return {
+        "tokens": inputs,
+        "targets": ids,
+        "weights": place + 1 >= cut,
+        "reach": np.where(place < cut, cut - 1, place),
+    }
+
+
+def fim(ids, inputs, rng, task, vocab) -> dict:
+    """Fill in the middle (Bavarian et al. 2022), in the order prefix, suffix, middle, of part of the documents."""
+    if len(ids) < 3 or rng.random() >= task.fim_rate:
+        return {"tokens": inputs, "targets": ids}
+    first, second = np.sort(rng.integers(0, len(ids) + 1, 2))
+    parts = ([vocab.prefix], ids[:first], [vocab.suffix], ids[second:], [vocab.middle], ids[first:second], [vocab.end])
+    return shifted(np.concatenate(parts))
+
+
+def shifted(ids) -> dict:
+    """Each token foretells the next."""
+    return {"tokens": ids[:-1], "targets": ids[1:]}
+
+
+def spans(length: int, rate: float, mean: float, rng) -> np.ndarray:
+    """bool [length]: hidden spans of about `mean` tokens, `rate` of all (T5: random_spans_noise_mask)."""
+    hidden = min(max(round(length * rate), 1), max(length - 1, 1))
+    count = min(max(round(hidden / mean), 1), hidden, max(length - hidden, 1), SENTINELS)
+    cut = lambda total: np.diff([0, *np.sort(rng.choice(np.arange(1, total), count - 1, replace=False)), total])
+    if length - hidden < count:
+        return np.ones(length, bool)
+    lengths = np.stack([cut(length - hidden), cut(hidden)], 1).ravel()
+    return np.repeat(np.arange(2 * count) % 2 == 1, lengths)
+
+
+def corrupt(ids, hidden, vocab) -> dict:
+    """Source: a sentinel for each hidden span; target: the sentinels, each with its span (Raffel et al. 2020)."""
+    begins = hidden & ~np.roll(hidden, 1)
+    begins[0] = hidden[0]
+    number = np.cumsum(begins) - 1
+    source = np.where(hidden, vocab.sentinel(number), ids)[~hidden | begins]
+    target = []
+    for i in range(begins.sum()):
+        target += [vocab.sentinel(i), *ids[hidden & (number == i)]]
+    return two_sided(source, target, vocab)
+
+
+def two_sided(source, target, vocab) -> dict:
+    return {"enc_tokens": np.append(source, vocab.end)} | shifted(np.concatenate([[vocab.begin], target, [vocab.end]]))
+
+
+def span_corruption(ids, inputs, rng, task, vocab) -> dict:
+    return corrupt(ids, spans(len(ids), task.mask_rate, task.span_length, rng), vocab)
+
+
+def ul2(ids, inputs, rng, task, vocab) -> dict:
+    """A mixture of denoisers (Tay et al. 2022): short spans, long or many spans, or the tail; the source says which."""
+    mode = rng.integers(3)
+    if mode == 2:
+        hidden = np.arange(len(ids)) >= max(round(len(ids) * (1 - rng.uniform(0.1, 0.5))), 1)
+    else:
+        long = ((0.5, task.span_length), (task.mask_rate, 32.0), (0.5, 32.0))
+        rate, mean = long[rng.integers(3)] if mode else (task.mask_rate, task.span_length)
+        hidden = spans(len(ids), rate, mean, rng)
+    piece = corrupt(ids, hidden if hidden.any() else np.ones(len(ids), bool), vocab)
+    return piece | {"enc_tokens": np.append(getattr(vocab, MODES[mode]), piece["enc_tokens"])}
+
+
+def skipgram(ids, inputs, rng, task, vocab) -> dict:
+    """Each token foretells one at a random distance of at most task.window (Mikolov et al. 2013; full softmax)."""
+    place = np.arange(len(ids))
+    distance = rng.integers(1, task.window + 1, len(ids)) * rng.choice([-1, 1], len(ids))
+    there = np.where((place + distance >= 0) & (place + distance < len(ids)), place + distance, place - distance)
+    inside = (there >= 0) & (there < len(ids))
+    return {"tokens": ids, "targets": ids[np.where(inside, there, 0)], "weights": inside}
+
+
+TOKENS: dict[str, Callable] = {f.__name__: f for f in (mlm, prefix_lm, fim, span_corruption, ul2, skipgram)}
+
+
+# ---------------------------------------------------------------- of examples
+
+
+def classify(example, encode, vocab, labels) -> dict:
+    texts = [example[name] for name in ("text", "text2") if name in example]
+    ids = np.concatenate([[vocab.begin], *(np.append(encode(text), vocab.end) for text in texts)])
+    return {"tokens": ids, "label": number_of(example["label"], labels)}
+
+
+def number_of(label: str, labels) -> int:
+    if label not in labels:
+        raise ValueError(f"{label!r} is not one of {', '.join(labels[:20])}")
+    return labels.index(label)
+
+
+def multilabel(example, encode, vocab, labels) -> dict:
+    """label: names joined by commas, or a list; none is allowed."""
+    given = split_names(example["label"])
+    return classify(example, encode, vocab, [example["label"]]) | {
+        "label": np.array([name in given for name in labels], np.float32)
+    }
+
+
+def split_names(value) -> list[str]:
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else list(value)
+
+
+def regress(example, encode, vocab, labels) -> dict:
+    return classify(example, encode, vocab, [example["label"]]) | {"label": np.float32(example["label"])}
+
+
+def tag(example, encode, vocab, labels) -> dict:
+    """The tag of a word is that of its first token. words, tags: lists, or joined by spaces."""
+    words, tags = words_of(example["words"]), words_of(example["tags"])
+    if len(words) != len(tags):
+        raise ValueError(f"{len(words)} words and {len(tags)} tags")
+    pieces = [encode(" " * bool(i) + word) for i, word in enumerate(words)]
+    pieces = [piece if len(piece) else np.array([vocab.mask]) for piece in pieces]
+    first = np.concatenate([np.arange(len(piece)) == 0 for piece in pieces])
+    targets = np.repeat([number_of(name, labels) for name in tags], [len(piece) for piece in pieces])
+    return {"tokens": np.concatenate(pieces), "targets": targets, "weights": first}
+
+
+def words_of(value) -> list[str]:
+    return value.split() if isinstance(value, str) else list(value)
+
+
+START, STOP, ALLOWED = 1, 2, 4  # bits of qa's targets: the answer's first and last token, and where it may lie
+
+
+def qa(example, encode, vocab, labels) -> dict:
+    """The answer's first and last word in the context; without one (SQuAD 2), the first token of all.
+
+    answer: text, or a list of texts of which the first is learned; start: its character, else where it is first found.
+    """
+    context, words = example["context"], word_spans(example["context"])
+    answers = example["answer"] if isinstance(example["answer"], (list, tuple)) else [example["answer"]]
+    answer = answers[0] if answers else ""
+    start = int(example.get("start", -1)) if answer else -1
+    start = context.find(answer) if answer and start < 0 else start
+    if answer and start < 0:
+        raise ValueError(f"the answer {answer!r} is not in its context")
+    pieces = [encode(" " * bool(i) + context[a:b]) for i, (a, b) in enumerate(words)]
+    question = np.concatenate([[vocab.begin], encode(example["question"]), [vocab.end]])
+    targets = [np.zeros(len(question), np.int32)]
+    targets[0][0] = ALLOWED | (0 if answer else START | STOP)
+    inside = [i for i, (a, b) in enumerate(words) if answer and a < start + len(answer) and b > start]
+    for i, piece in enumerate(pieces):
+        bits = np.full(len(piece), ALLOWED, np.int32)
+        if len(piece) and inside and i == inside[0]:
+            bits[0] |= START
+        if len(piece) and inside and i == inside[-1]:
+            bits[-1] |= STOP
+        targets.append(bits)
+    targets = np.concatenate(targets)
+    return {"tokens": np.concatenate([question, *pieces]), "targets": targets, "weights": targets & START != 0}
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """(start, stop) characters of the words."""
+    spans, stop = [], 0
+    for word in text.split():
+        start = text.index(word, stop)
+        stop = start + len(word)
+        spans.append((start, stop))
+    return spans
+
+
+def answer_text(example, encode, first: int, last: int) -> str:
+    """The context from the word of token `first` to that of token `last` of `qa`'s piece; "" for the first token."""
+    words = word_spans(example["context"])
+    lengths = [len(encode(" " * bool(i) + example["context"][a:b])) for i, (a, b) in enumerate(words)]
+    owner = np.repeat(np.arange(len(words)), lengths)
+    offset = 2 + len(encode(example["question"]))
+    if first < offset or last < first or last - offset >= len(owner):
+        return ""
+    return example["context"][words[owner[first - offset]][0] : words[owner[last - offset]][1]]
+
+
+def seq2seq(example, encode, vocab, labels) -> dict:
+    return two_sided(encode(example["source"]), encode(example["target"]), vocab)
+
+
+def chat(messages, encode, vocab) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, which of them the assistant writes): begin, then for each message its role, its text and `end`."""
+    ids, written = [np.array([vocab.begin])], [np.zeros(1, bool)]
+    for message in messages:
+        role = message["role"]
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"the role {role!r} is not system, user or assistant")
+        text = np.append(encode(message["content"]), vocab.end)
+        ids += [np.array([getattr(vocab, role)]), text]
+        written += [np.zeros(1, bool), np.full(len(text), role == "assistant")]
+    return np.concatenate(ids), np.concatenate(written)
+
+
+def messages_of(example) -> list[dict]:
+    if "messages" in example:
+        given = example["messages"]
+        return json.loads(given) if isinstance(given, str) else list(given)
+    roles = {"prompt": "user", "response": "assistant"}
+    return [{"role": role, "content": example[name]} for name, role in roles.items() if name in example]
+
+
+def sft(example, encode, vocab, labels) -> dict:
+    """Only what the assistant says is learned."""
+    ids, written = chat(messages_of(example), encode, vocab)
+    return shifted(ids) | {"weights": written[1:]}
+
+
+def dpo(example, encode, vocab, labels) -> dict:
+    """Two dialogues with the same prompt, [2, tokens]: the chosen and the rejected."""
+    answers = (example[name] for name in ROLES["dpo"][1:])
+    both = [sft({"prompt": example["prompt"], "response": answer}, encode, vocab, labels) for answer in answers]
+    length = max(len(side["tokens"]) for side in both)
+    pad = lambda x: np.pad(x, (0, length - len(x)))
+    return {key: np.stack([pad(side[key]) for side in both]) for key in both[0]} | {"label": 0}
+
+
+EXAMPLES: dict[str, Callable] = {f.__name__: f for f in (classify, multilabel, regress, tag, qa, seq2seq, sft, dpo)}

@@ -1,0 +1,82 @@
+"""The figures of a task from a model's answers to its examples; jaxlm/metrics.py has the arithmetic."""
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxlm import metrics
+from jaxlm.data.examples import label_names
+from jaxlm.data.transforms import ALLOWED, answer_text
+from jaxlm.respond import best_span, write
+
+SCORED = ("classify", "multilabel", "regress", "tag", "qa")  # whose examples have scores
+WRITTEN = ("seq2seq", "sft")  # that are answered in text
+
+
+LOWER = ("loss", "perplexity", "bits", "mse", "mae", "error", "brier", "divergence")
+
+
+def less_is_better(metric: str) -> bool:
+    return any(word in metric for word in LOWER)
+
+
+def score(config: ConfigDict, source, scores: dict[int, np.ndarray]) -> dict:
+    """Metrics of the examples {number: scores} of a source."""
+    return MEASURES[config.task.name](config, source, list(scores), list(scores.values()))
+
+
+def of_classes(config, source, numbers, scores) -> dict:
+    labels = np.array([source.pieces[i]["label"] for i in numbers])
+    return metrics.classification(np.stack(scores), labels, list(label_names(config)))
+
+
+def of_sets(config, source, numbers, scores) -> dict:
+    return metrics.multilabel(np.stack(scores), np.stack([source.pieces[i]["label"] for i in numbers]))
+
+
+def of_numbers(config, source, numbers, scores) -> dict:
+    return metrics.regression(np.array(scores)[:, 0], np.array([source.pieces[i]["label"] for i in numbers]))
+
+
+def of_tags(config, source, numbers, scores) -> dict:
+    names, predicted, gold = label_names(config), [], []
+    for i, score in zip(numbers, scores):
+        piece = source.pieces[i]
+        counts = piece["weights"][: len(score)] > 0
+        predicted.append([names[c] for c in score.argmax(axis=-1)[counts]])
+        gold.append([names[c] for c in piece["targets"][: len(score)][counts]])
+    return metrics.tagging(predicted, gold)
+
+
+def of_spans(config, source, numbers, scores) -> dict:
+    predicted, answers = [], []
+    for i, score in zip(numbers, scores):
+        allowed = source.pieces[i]["targets"][: len(score)] & ALLOWED != 0
+        predicted.append(answer_text(source.examples[i], source.encode, *best_span(score, allowed)))
+        given = source.examples[i]["answer"]
+        answers.append(list(given) if isinstance(given, (list, tuple)) else [given])
+    return metrics.question_answering(predicted, answers)
+
+
+MEASURES = {"classify": of_classes, "multilabel": of_sets, "regress": of_numbers, "tag": of_tags, "qa": of_spans}
+
+
+def write_answers(config: ConfigDict, source, params, count: int = 0) -> tuple[list[str], list[str]]:
+    """(what the model writes to the first `count` examples, or all; what they say)."""
+    examples, e = source.examples[: count or None], config.eval
+    options = {"beams": e.beams, "max_tokens": e.max_tokens, "length_penalty": e.length_penalty}
+    said = write(config, params, source.vocab, source.encode, examples, **options)
+    return said, [reference_of(example, config) for example in examples]
+
+
+def reference_of(example: dict, config: ConfigDict) -> str:
+    if "messages" in example:
+        text = example["messages"][-1]["content"]
+    else:
+        text = example["target" if "target" in example else "response"]
+    return text.lower() if config.data.lowercase else text
+
+
+def score_texts(config: ConfigDict, source, params, count: int = 0) -> dict:
+    """BLEU, chrF and ROUGE of what the model writes to the examples."""
+    said, references = write_answers(config, source, params, count)
+    return metrics.translation(said, references, lowercase=config.data.lowercase) | metrics.rouge(said, references)

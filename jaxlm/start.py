@@ -1,0 +1,105 @@
+"""A run that begins where another ended: its model, its tokenizer and its parameters; and the teacher of one."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from jaxlm.checkpoint import Checkpoints, name_of
+from jaxlm.config import unflatten
+from jaxlm.data.vocabulary import MADE
+from jaxlm.errors import CheckpointError
+from jaxlm.keys import ROLES
+from jaxlm.workdir import run_directory
+
+# Keys of the model section that say nothing of the parameters it starts from: the new run's own.
+OWN = (
+    "num_labels pooling lora_rank lora_alpha lora_targets dropout embed_dropout recurrent_dropout remat attention "
+    "context_parallel pipeline_microbatches pipeline_rounds dtype param_dtype vocab_size"
+).split()
+
+
+def split_step(spec: str) -> tuple[str, str]:
+    """("DIR", "best") of "DIR@best"; the step is `latest` where none is given."""
+    path, at, step = spec.rpartition("@")
+    return (path, step) if at and (step in ("best", "latest") or step.isdecimal()) else (spec, "latest")
+
+
+def read_config(spec: str) -> ConfigDict:
+    """The resolved config of a run directory. Raises CheckpointError."""
+    file = run_directory(split_step(spec)[0]) / "config.json"
+    try:
+        return unflatten(json.loads(file.read_text()))
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror or error}: give the --workdir of a jaxlm.train run") from None
+
+
+def inherit(config: ConfigDict) -> list[str]:
+    """Takes the model section and the tokenizer from train.init_from, the teacher's from its run; returns problems."""
+    problems, task = [], config.task
+    for key, spec in (("train.init_from", config.train.init_from), ("task.teacher", task.teacher)):
+        if spec and not (Path(split_step(spec)[0]) / "config.json").exists() and "://" not in spec:
+            problems.append(f"config.{key}={spec}: is not the --workdir of a jaxlm.train run")
+    if problems:
+        return problems
+    if start := config.train.init_from:
+        theirs = read_config(start).model
+        config.model.update({key: theirs[key] for key in theirs if key not in OWN})
+        config.model.vocab_size = max(config.model.vocab_size, theirs.vocab_size)
+        if task.name in ROLES and config.data.tokenizer in MADE:
+            config.data.tokenizer = str(Path(split_step(start)[0]).absolute())
+    if task.name == "dpo":
+        task.teacher = task.teacher or start
+    if task.teacher and not task.teacher_model:
+        task.teacher_model = tuple(read_config(task.teacher).model.items())
+    return problems
+
+
+def read_run(spec: str, like: dict) -> dict:
+    """The parameters of a run directory, "DIR" or "DIR@STEP", sharded as those of the same name and shape in `like`."""
+    known = {name_of(path): x for path, x in jax.tree.leaves_with_path(like)}
+    mesh = next(iter(known.values())).sharding.mesh
+
+    def place(name, shape):
+        same = name in known and known[name].shape == shape
+        return known[name].sharding if same else NamedSharding(mesh, PartitionSpec())
+
+    path, step = split_step(spec)
+    checkpoints = Checkpoints(path)
+    params = checkpoints.read_params(checkpoints.choose(step), place)
+    checkpoints.close()
+    return params
+
+
+def warm_start(params: dict, config: ConfigDict) -> dict:
+    """The parameters of train.init_from in place of those of the same name; the rest stays, and is told of.
+
+    Tables of a larger vocabulary keep their further rows. Raises CheckpointError where shapes are not alike.
+    """
+    spec = config.train.init_from
+    saved = {name_of(path): x for path, x in jax.tree.leaves_with_path(read_run(spec, params))}
+    fresh, unlike = [], []
+
+    def one(path, x):
+        name = name_of(path)
+        old = saved.pop(name, None)
+        if old is None:
+            fresh.append(name)
+            return x
+        if old.shape[1:] != x.shape[1:] or len(old) > len(x) or (len(old) < len(x) and "embed" not in name):
+            unlike.append(f"{name}: {old.shape} there, {x.shape} here")
+            return x
+        put = lambda x, old: jnp.concatenate([old.astype(x.dtype), x[len(old) :]])
+        return jax.jit(put, out_shardings=x.sharding)(x, old)
+
+    params = jax.tree_util.tree_map_with_path(one, params)
+    if unlike:
+        raise CheckpointError(f"train.init_from={spec} has other shapes:\n  " + "\n  ".join(unlike[:8]))
+    if jax.process_index() == 0:
+        told = [f"new: {', '.join(fresh[:6])}{' ...' if len(fresh) > 6 else ''}"] if fresh else []
+        told += [f"not used: {', '.join(list(saved)[:6])}"] if saved else []
+        print(f"starts from {spec}" + "".join(f"; {text}" for text in told))
+    return params
