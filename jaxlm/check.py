@@ -143,6 +143,8 @@ def task(c: ConfigDict) -> list[str]:
     kinds = {"mlm": ("encoder",), "skipgram": ("decoder",)}.get(k.name, kinds)
     if k.name in ("lm", "prefix_lm", "fim", "sft", "dpo"):
         kinds = ("decoder",)
+    if k.name == "lm":
+        kinds += ("ngram",)
     if m.name not in kinds:
         problems.append(f"config.model.name={m.name}: task {k.name} needs {' or '.join(kinds)}")
     if k.name in ROLES and (d.path or d.mixture):

@@ -11,8 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxlm.kernels.attention import NEVER
-from jaxlm.kernels.cross_entropy import logits_of
-from jaxlm.models.transformer import unembedding
+from jaxlm.models import next_logits
 
 
 def sample(logits_BV, keys_B, temperature, top_k: int, top_p: float) -> jax.Array:
@@ -41,11 +40,10 @@ def start(model, params, prompts_BP, lengths_B, length: int, source: dict | None
     """
     B, P = prompts_BP.shape
     offset_BP = jnp.arange(P) - (P - lengths_B)[:, None]
-    table_VD = unembedding(params)
 
     def forward(tokens_BT, segments_BT, positions_BT, cache, **seen):
         x_BTD, cache = model.apply({"params": params}, tokens_BT, segments_BT, positions_BT, cache=cache, **seen)
-        return logits_of(x_BTD[:, -1:], table_VD, model.config.logit_softcap)[:, 0], cache
+        return next_logits(model, params, x_BTD[:, -1:])[:, 0], cache
 
     sizes = (source["enc_tokens"].shape[1],) if source else ()
     seen = source or ({"reach_BT": jnp.full((B, P), P - 1)} if whole else {})

@@ -29,7 +29,7 @@ LABELLED = ("classify", "multilabel", "regress")  # one label an example, not on
 CHOICES = {
     "task.name": (*TOKEN_TASKS, *ROLES),
     "task.class_weights": ("none", "balanced"),
-    "model.name": ("decoder", "encoder", "encoder_decoder"),
+    "model.name": ("decoder", "encoder", "encoder_decoder", "ngram"),
     "model.norm": ("rms", "layer"),
     "model.norm_place": ("pre", "post"),
     "model.pooling": ("mean", "max", "first", "last"),
@@ -70,7 +70,7 @@ def base() -> ConfigDict:
     k.beta = 0.1  # dpo: how far to stay with the reference (Rafailov et al. 2023)
 
     c.model = m = ConfigDict()
-    m.name = "decoder"  # decoder | encoder | encoder_decoder
+    m.name = "decoder"  # decoder | encoder | encoder_decoder | ngram: a builder in jaxlm.models.MODELS
     m.num_layers = 6  # blocks of attention and MLP
     m.embed_dim = 384  # width of the residual stream
     m.num_heads = 6  # query heads
@@ -108,6 +108,9 @@ def base() -> ConfigDict:
     m.lora_rank = 0  # width of low-rank adapters beside frozen weights (LoRA); 0: none
     m.lora_alpha = 16.0  # they count alpha / rank times
     m.lora_targets = "query|value"  # regex of the linear maps that get one
+    m.order = 6  # ngram: tokens of the longest, the last of which is foretold
+    m.discount = 0.0  # ngram: taken from each count; 0: three, estimated (Chen & Goodman 1998)
+    m.ngrams = ()  # how many of each length are stored; filled in
     m.dropout = 0.0  # on embeddings and on each block's output
     m.embed_dropout = -1.0  # on embeddings alone; -1: as dropout
     m.embed_std = 0.02  # standard deviation of the initial embeddings; matrices start at 1 / sqrt(inputs)

@@ -18,11 +18,9 @@ from jaxlm.data.pipeline import eval_rows
 from jaxlm.data.transforms import Vocabulary
 from jaxlm.decode import generate_tokens, pad_prompts
 from jaxlm.errors import ConfigError, UserError
-from jaxlm.kernels.cross_entropy import logits_of
 from jaxlm.keys import MESH_AXES, ROLES
 from jaxlm.losses import mesh_order, token_losses
-from jaxlm.models import build
-from jaxlm.models.transformer import unembedding
+from jaxlm.models import build, next_logits
 from jaxlm.parallel.hosts import fetch, to_global
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.respond import label, write
@@ -217,7 +215,7 @@ def require_sampling(max_tokens, temperature, top_k, top_p, num_samples) -> None
 @partial(jax.jit, static_argnames="model")
 def forward_logits(model, params, tokens, segments, positions):
     x_BTD, _ = model.apply({"params": params}, tokens, segments, positions)
-    return logits_of(x_BTD, unembedding(params), model.config.logit_softcap)
+    return next_logits(model, params, x_BTD)
 
 
 @partial(jax.jit, static_argnames=("model", "config"))

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from jaxlm.data.transforms import ALLOWED, START, STOP
 from jaxlm.kernels.attention import NEVER
-from jaxlm.kernels.cross_entropy import cross_entropy, divergence
+from jaxlm.kernels.cross_entropy import divergence
 from jaxlm.keys import LABELLED
-from jaxlm.models import build_section
+from jaxlm.models import build_section, nats_of
 from jaxlm.models.transformer import unembedding
 from jaxlm.parallel.mesh import even_mesh
 from jaxlm.parallel.ring import zigzag
@@ -67,8 +67,7 @@ def token_losses(model: nn.Module, params, batch, places, config: ConfigDict, dr
     The first two are float32 [B, T], unweighted. The arguments are those of `forward`.
     """
     x_BTD, aux = forward(model, params, batch, places, config, dropout_key)
-    options = {"softcap": config.model.logit_softcap, "chunk": config.train.loss_chunk}
-    return *cross_entropy(x_BTD, unembedding(params), batch["targets"], **options), x_BTD, aux
+    return *nats_of(model, params, x_BTD, batch["targets"], config.train.loss_chunk), x_BTD, aux
 
 
 def token_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=None, teacher=None) -> dict:

@@ -1,18 +1,22 @@
 """A run that begins where another ended: its model, its tokenizer and its parameters; and the teacher of one."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxlm.checkpoint import Checkpoints, name_of
 from jaxlm.config import unflatten
+from jaxlm.data.pipeline import open_stores
 from jaxlm.data.vocabulary import MADE
 from jaxlm.errors import CheckpointError
 from jaxlm.keys import ROLES
+from jaxlm.models import ngram
 from jaxlm.workdir import run_directory
 
 # Keys of the model section that say nothing of the parameters it starts from: the new run's own.
@@ -72,6 +76,23 @@ def read_run(spec: str, like: dict) -> dict:
     params = checkpoints.read_params(checkpoints.choose(step), place)
     checkpoints.close()
     return params
+
+
+def count_ngrams(config: ConfigDict) -> dict:
+    """The parameters of an n-gram model of the training data; fills in config.model.ngrams."""
+    stores = open_stores(config, "train")
+    m, bos = config.model, stores[0].bos_id
+    params = ngram.fit((text for store in stores for text in documents(store)), m.order, m.vocab_size, bos, m.discount)
+    m.ngrams = ngram.sizes(params)
+    return params
+
+
+def documents(store):
+    """Each document's tokens, int32, bos in front where the tokenizer has one."""
+    starts = [*store.document_starts(0, store.num_tokens), store.num_tokens]
+    front = [] if store.bos_id is None else [store.bos_id]
+    for start, stop in pairwise(starts):
+        yield np.concatenate([front, store.read(int(start), int(stop - start))]).astype(np.int32)
 
 
 def warm_start(params: dict, config: ConfigDict) -> dict:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path, PurePath
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 from ml_collections import ConfigDict
 
@@ -27,7 +28,7 @@ from jaxlm.monitor import Monitor
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import abstract_mesh, make_mesh
 from jaxlm.score import less_is_better
-from jaxlm.start import inherit, read_run, warm_start
+from jaxlm.start import count_ngrams, inherit, read_run, warm_start
 from jaxlm.state import State, abstract_state, check_sharding, init_state, jit_train_step, state_shardings
 from jaxlm.topology import peak_flops
 from jaxlm.workdir import Hold, run_directory, write_whole
@@ -110,6 +111,7 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
         reuse_freed_memory()
     mesh, stop = make_mesh(config), StopSignal()
     data, tokenizer = fingerprint(config), load_tokenizer(config)
+    counted = count_ngrams(config) if config.model.name == "ngram" else None
     hosts.require_same(json.dumps([flatten(config), data]), "the config or the data differ between processes")
     with jax.set_mesh(mesh):
         checkpoints = Checkpoints(workdir, config)
@@ -132,7 +134,7 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
             monitor.say(f"{name}: {text}")
         try:
             run = Run(config, mesh, checkpoints, monitor, describe_run(config, tokenizer, data), best, hold)
-            last_step = run.loop(state, start, stop)
+            last_step = run.loop(state, start, stop) if counted is None else run.keep(state, counted)
             checkpoints.wait()
         finally:
             monitor.close()
@@ -185,6 +187,13 @@ class Run:
                 self.monitor.pause(began)
         ready.close()
         return step
+
+    def keep(self, state: State, params: dict) -> int:
+        """Evaluates and saves parameters that were counted, as step 1."""
+        place = lambda x, old: jax.device_put(x, old.sharding)
+        params = jax.tree.map(place, params, state.params)
+        self.visit(state.replace(params=params, step=jnp.ones_like(state.step)), 1, True, self.evaluate)
+        return 1
 
     def record(self, step: int, metrics) -> None:
         """Hands a step's metrics on. Raises NumericsError after too many steps in a row that were not finite."""

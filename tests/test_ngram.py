@@ -9,7 +9,7 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from jaxlm.errors import DataError
-from jaxlm.models.ngram import NGram, discounts, find_contexts, fit, log_probs, target_log_probs
+from jaxlm.models.ngram import NGram, discounts, find_contexts, fit, log_probs, sizes, target_log_probs
 
 V = 9
 
@@ -87,7 +87,8 @@ def log_probs_at(params, tokens):
 
 @partial(jax.jit, static_argnums=0)
 def apply(module, params, *inputs, **options):
-    return module.apply({"params": params}, *inputs, **options)
+    x_BTC, cache = module.apply({"params": params}, *inputs, **options)
+    return log_probs(params, x_BTC), cache
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,8 @@ def rows():
 def model(request):
     """(module, its parameters), of some orders."""
     documents, bos = TEXTS["bos and eos"]
-    return NGram(FrozenConfigDict({"order": request.param})), fit(documents, request.param, V, bos)
+    params = fit(documents, request.param, V, bos)
+    return NGram(FrozenConfigDict({"ngrams": sizes(params)})), params
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.4])

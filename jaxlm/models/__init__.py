@@ -7,16 +7,20 @@ F MLP, V vocabulary, L layers.
 
 from functools import partial
 
+import jax
 from flax import linen as nn
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from jaxlm.kernels.cross_entropy import cross_entropy, logits_of
+from jaxlm.models import ngram
 from jaxlm.models.encoder_decoder import EncoderDecoder
-from jaxlm.models.transformer import Transformer
+from jaxlm.models.transformer import Transformer, unembedding
 
 MODELS = {
     "decoder": Transformer,
     "encoder": partial(Transformer, causal=False),
     "encoder_decoder": EncoderDecoder,
+    "ngram": ngram.NGram,
 }
 
 
@@ -28,3 +32,17 @@ def build(config: ConfigDict) -> nn.Module:
 def build_section(section: ConfigDict) -> nn.Module:
     """The model of a resolved `model` section."""
     return MODELS[section.name](FrozenConfigDict(section))
+
+
+def next_logits(model: nn.Module, params, x) -> jax.Array:
+    """float32 [B, T, V]: logits of the next token, of what the model returned, [B, T, ...]."""
+    if isinstance(model, ngram.NGram):
+        return ngram.log_probs(params, x)
+    return logits_of(x, unembedding(params), model.config.logit_softcap)
+
+
+def nats_of(model: nn.Module, params, x, targets_BT, chunk: int = 0) -> tuple[jax.Array, jax.Array]:
+    """(nats of each target, log of the softmax's denominator), float32 [B, T]; the logits are not kept."""
+    if isinstance(model, ngram.NGram):
+        return -ngram.log_probs_of(params, x, targets_BT), targets_BT * 0.0
+    return cross_entropy(x, unembedding(params), targets_BT, softcap=model.config.logit_softcap, chunk=chunk)

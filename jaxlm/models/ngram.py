@@ -168,28 +168,32 @@ class Cache(NamedTuple):
 
 
 class NGram(nn.Module):
-    """Tokens -> log-probabilities of the next token. Parameters: those of `fit`. config: `order`, as they were fit."""
+    """Tokens -> contexts; `log_probs` and `log_probs_of` follow outside. Parameters: those of `fit`.
+
+    config: the `model` section; its `ngrams` says how many k-grams are stored for k = 1 ... order.
+    """
 
     config: FrozenConfigDict
 
     def init_cache(self, batch: int, length: int = 0) -> Cache:
         """An empty cache, the same for any length."""
-        return Cache(jnp.zeros((batch, self.config.order - 1), jnp.int32), jnp.zeros(batch, jnp.int32))
+        return Cache(jnp.zeros((batch, len(self.config.ngrams) - 1), jnp.int32), jnp.zeros(batch, jnp.int32))
 
-    def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, *, cache=None, places_T=None, train=False):
-        """(float32 [B, T, V], the cache with these tokens added). Arguments as those of the Decoder."""
-        x_BTC, cache = self.contexts(tokens_BT, segments_BT, positions_BT, cache=cache, places_T=places_T)
-        return log_probs(self.variables["params"], x_BTC), cache
+    def take_rows(self, cache: Cache, rows_B) -> Cache:
+        return Cache(*(jnp.take(x, rows_B, axis=0) for x in cache))
 
-    def contexts(self, tokens_BT, segments_BT=None, positions_BT=None, *, cache=None, places_T=None):
-        """(contexts [B, T, C] for log_probs and log_probs_of, the cache with these tokens added)."""
-        params, (B, T), C = self.variables["params"], tokens_BT.shape, self.config.order - 1
-        assert f"prob_{C + 1}" in params and f"prob_{C + 2}" not in params, f"parameters not of order {C + 1}"
+    @nn.compact
+    def __call__(
+        self, tokens_BT, segments_BT=None, positions_BT=None, *, cache=None, places_T=None, reach_BT=None, train=False
+    ):
+        """(contexts [B, T, C], the cache with these tokens added). Arguments as those of the Transformer."""
+        params = self.tables()
+        (B, T), C = tokens_BT.shape, len(self.config.ngrams) - 1
         segments_BT = jnp.ones((B, T), jnp.int32) if segments_BT is None else segments_BT
         positions_BT = jnp.full((B, T), jnp.iinfo(jnp.int32).max) if positions_BT is None else positions_BT
-        if cache is None and places_T is not None:
-            x_BTC, _ = self.contexts(*(x[:, jnp.argsort(places_T)] for x in (tokens_BT, segments_BT, positions_BT)))
-            return x_BTC[:, places_T], None
+        if cache is None and places_T is not None:  # back to their order, and the contexts to that of places
+            order_T = jnp.argsort(places_T)
+            tokens_BT, segments_BT, positions_BT = (x[:, order_T] for x in (tokens_BT, segments_BT, positions_BT))
         old = self.init_cache(B) if cache is None else cache
         begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
         begin_BT = jax.lax.cummax(jnp.where(begins_BT, jnp.arange(T), -old.count_B[:, None]), axis=1)
@@ -197,4 +201,23 @@ class NGram(nn.Module):
         tokens_BS = jnp.concatenate([old.tokens_BC, tokens_BT], axis=1)
         positions_BS = jnp.concatenate([old.count_B[:, None] - C + jnp.arange(C), positions_BT], axis=1)
         x_BTC = find_contexts(params, tokens_BS, positions_BS)[:, C:]
-        return x_BTC, None if cache is None else Cache(tokens_BS[:, T:], positions_BT[:, -1] + 1)
+        if cache is None:
+            return x_BTC if places_T is None else x_BTC[:, places_T], None
+        return x_BTC, Cache(tokens_BS[:, T:], positions_BT[:, -1] + 1)
+
+    def tables(self) -> dict:
+        params, sizes = {}, self.config.ngrams
+        for k, size in enumerate(sizes, 1):
+            shapes = {"prob": (size, jnp.float32)} | ({"token": (size, jnp.int32)} if k > 1 else {})
+            if k < len(sizes):
+                shapes |= {"start": (size + 1, jnp.int32), "backoff": (size, jnp.float32)}
+            for name, (length, dtype) in shapes.items():
+                init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+                params[f"{name}_{k}"] = self.param(f"{name}_{k}", init, (length,), dtype)
+        return params
+
+
+def sizes(params: dict) -> tuple[int, ...]:
+    """`ngrams` of the parameters of `fit`."""
+    order = sum(name.startswith("prob_") for name in params)
+    return tuple(len(params[f"prob_{k}"]) for k in range(1, order + 1))
