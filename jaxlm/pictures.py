@@ -1,0 +1,157 @@
+"""Pictures of figures of merit, as PNG, whose title says what was found. They need matplotlib, of jaxlm[eval]."""
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePath
+
+import numpy as np
+
+from jaxlm import metrics
+from jaxlm.errors import DataError
+
+# Okabe and Ito's colours, which the colour-blind tell apart, without the yellow, too pale for lines
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+
+
+@contextmanager
+def drawing(path, width: float, height: float):
+    """A figure of these inches and what sets its title; written at the end. `$` in a name begins no formula."""
+    asian = [name for name in metrics.library("matplotlib.font_manager").get_font_names() if "CJK" in name]
+    style = {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8}
+    style |= {"font.size": 9, "legend.frameon": False, "font.family": ["DejaVu Sans", *asian]}
+    with metrics.library("matplotlib").rc_context(style):
+        figure = metrics.library("matplotlib.figure").Figure((width, height), layout="constrained")
+        wrap = lambda text: "\n".join(textwrap.fill(line, int(12 * width)) for line in text.splitlines())
+        yield figure, lambda text: figure.suptitle(wrap(text), x=0.01, ha="left", fontsize=11)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, format="png")
+
+
+def short(name, most: int = 24) -> str:
+    name = " ".join(str(name).split()) or "(empty)"
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def roc(path, scores_NC, labels_N, names: Sequence[str] | None = None) -> None:
+    """Of two classes the curve of class 1; of more, each against the rest, the 6 of the lowest AUC in colour."""
+    result, labels = metrics.classification(scores_NC, labels_N, names), np.asarray(labels_N)
+    table, curve = result["classes"], metrics.library("sklearn.metrics").roc_curve
+    shown = sorted((row["auc"], k) for k, row in enumerate(table) if "auc" in row and (k == 1 or len(table) != 2))
+    only = short(table[1 if shown else int(labels[0])]["name"], 40)
+    with drawing(path, 5.6, 5.9) as (figure, title):
+        axes = figure.add_subplot(aspect="equal", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+        for rank, (area, k) in reversed([*enumerate(shown)]):
+            colour, width, name = (COLOURS[rank], 1.5, short(table[k]["name"])) if rank < 6 else ("#C4C4C4", 0.7, "")
+            x, y, _ = curve(labels == k, np.asarray(scores_NC)[:, k])
+            axes.plot(x, y, color=colour, linewidth=width, label=name and f"{area:.3f} {name}")
+        axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1, label="0.500 chance")
+        axes.legend(title="AUC", loc="lower right", alignment="left")
+        of = f" for the class {only}" if len(table) == 2 else f", mean of {len(shown)} classes, each against the rest"
+        of += f"; {len(table) - len(shown)} absent" if 2 < len(table) > len(shown) else ""
+        of += "\nin colour: the 6 lowest" if len(shown) > 6 else ""
+        title(f"AUC {result['auc']:.3f}{of}" if shown else f"AUC is not defined: all are of the class {only}")
+        axes.set(xlabel="false positive rate (of all negatives)", ylabel="true positive rate (of all positives)")
+
+
+def confusion(path, matrix: Sequence[Sequence[int]], names: Sequence[str] | None = None) -> None:
+    """matrix[i][j]: examples of class i that were taken for class j. Colours are shares of each row."""
+    counts = metrics.numbers("confusion", matrix, 2).astype(int)
+    names = [short(name) for name in (range(len(counts)) if names is None else names)]
+    classes, total = metrics.count(names=names, rows=counts, columns=counts.T), max(counts.sum(), 1)
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    few, every = classes <= 16, range(0, classes, -(-classes // 100))
+    size, side = 8 if few else 6, np.clip(classes * (0.5 if few else 0.14), 3, 14)
+    room = 0.01 * size * max(map(len, names))  # inches of the longest name
+    norm = metrics.library("matplotlib.colors").PowerNorm(1 if few else 0.5, 0, 100)  # among many, few are visible
+    with drawing(path, side + room + 1.6, side + room + 1.2) as (figure, title):
+        axes = figure.add_subplot()
+        picture = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
+        figure.colorbar(picture, label="share of the true class (%)", shrink=0.6, fraction=0.04, aspect=30)
+        axes.set_xticks(every, names[:: every.step], rotation=90, fontsize=size)
+        axes.set_yticks(every, names[:: every.step], fontsize=size)
+        for (i, j), n in np.ndenumerate(counts if few else counts[:0]):
+            colour = "white" if shares[i, j] > 55 else "black"
+            axes.text(j, i, f"{n:,}", ha="center", va="center", fontsize=8 if n < 1e5 else 6, color=colour)
+        wrong = np.where(np.eye(classes), 0, counts)
+        i, j = np.unravel_index(wrong.argmax(), wrong.shape)
+        worst = f"most often {names[i]} is taken for {names[j]}: {wrong[i, j]:,} times"
+        title(f"accuracy {counts.trace() / total:.1%} of {total:,} examples\n{worst if wrong.any() else 'no mistakes'}")
+        axes.set(xlabel="predicted class", ylabel="true class")
+
+
+def calibration(path, result: Mapping) -> None:
+    """The reliability diagram of metrics.calibration's result, over the share of examples at each confidence."""
+    bins = {key: np.array([row[key] for row in result["bins"]]) for key in result["bins"][0]}
+    weights, place = bins["count"] / bins["count"].sum(), (bins["low"] + bins["high"]) / 2
+    (x, y), width = (bins["confidence"], bins["accuracy"]), bins["high"] - bins["low"]
+    sure, right = weights @ x, weights @ y
+    with drawing(path, 5.6, 6.6) as (figure, title):
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        above.bar(place, y, width, color=COLOURS[5], edgecolor="white", label="accuracy")
+        above.vlines(x, np.minimum(x, y), np.maximum(x, y), color=COLOURS[1], label="gap")
+        above.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1, label="accuracy = confidence")
+        figure.legend(loc="outside lower center", ncols=3)
+        verdict = ", overconfident" if sure > right + 0.01 else ", underconfident" if sure < right - 0.01 else ""
+        title(f"ECE {result['ece']:.1%}: confidence {sure:.1%}, accuracy {right:.1%}{verdict}")
+        above.set(ylabel="accuracy (fraction)", xlim=(0, 1), ylim=(0, 1.02))
+        below.bar(place, 100 * weights, width, color="grey", edgecolor="white")
+        below.set(xlabel="confidence (probability of the prediction)", ylabel=f"% of {bins['count'].sum():,}")
+
+
+def losses(path, runs: str | PurePath | Sequence[tuple[str, str | PurePath]]) -> None:
+    """Of a run's metrics.jsonl, or of [(name, path), ...]: training loss, smoothed over 2%, dashed validation loss."""
+    runs, lowest, tops = [("", runs)] if isinstance(runs, str | PurePath) else runs, {}, []
+    shades = metrics.library("matplotlib").colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
+    total = lambda x: np.convolve(x, np.ones(len(x) // 50 | 1), "same")
+    with drawing(path, 8, 5) as (figure, title):
+        axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+        for (run, file), shade in zip(runs, COLOURS if len(runs) < 8 else shades):
+            for key, style, colour in (("loss", "-", shade), ("eval/loss", "--o", shade if run else COLOURS[1])):
+                steps, values = read(file, key)
+                if not len(steps):
+                    continue
+                if key == "loss":
+                    axes.plot(steps, values, color=colour, alpha=0 if run else 0.25, linewidth=0.8)
+                    values = total(values) / total(np.ones(len(values)))
+                name = {"loss": "training loss", "eval/loss": "validation loss"}[key] + (run and f" of {short(run)}")
+                axes.plot(steps, values, style if len(steps) > 1 else "o", color=colour, markersize=3.5, label=name)
+                lowest[key] = min(lowest.get(key, (np.inf,)), (values.min(), name, steps[values.argmin()]))
+                tops.append(np.quantile(values, 0.97 if len(values) > 50 else 1))
+        if not lowest:
+            raise DataError(f"{', '.join(str(file) for _, file in runs)}: no row has a finite loss; wait for the first")
+        value, name, step = lowest.get("eval/loss") or lowest["loss"]
+        title(f"lowest {name}: {value:.4f}, at step {step:,.0f}")
+        low, top = axes.get_ylim()[0], max(tops)
+        axes.set(xlim=(0, None), ylim=(low, top + 0.1 * max(top - low, 0.1)))  # the first steps are beyond it
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside right upper") if len(runs) > 3 else axes.legend(loc="upper right")
+
+
+def read(file: str | PurePath, key: str) -> np.ndarray:
+    """Steps and finite values, [2, N], of rows of metrics.jsonl. NaN is a text there; a crash may cut a row short."""
+    points = []
+    try:
+        for line in (Path(file) if isinstance(file, str) else file).read_text().splitlines():
+            with suppress(ValueError, KeyError):
+                points.append((json.loads(line)["step"], float(json.loads(line)[key])))
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; give the metrics.jsonl of a run") from None
+    return np.array([point for point in points if np.isfinite(point[1])]).reshape(-1, 2).T
+
+
+def bars(path, named_values: Mapping[str, float], label: str) -> None:
+    """A bar for each name, in their order; `label` says what the values are, and in what unit."""
+    names, values = [short(name, 32) for name in named_values], metrics.numbers(label, [*named_values.values()], 1)
+    written = [f" {value:,.0f} " if abs(value) >= 1000 else f" {value:.4g} " for value in values]
+    low, high = (f"{written[i]}({names[i]})" for i in (values.argmin(), values.argmax()))
+    with drawing(path, 7, 1.2 + 0.26 * len(names)) as (figure, title):
+        axes = figure.add_subplot(xlabel=label, xmargin=0.12)
+        axes.bar_label(axes.barh(range(len(names)), values, color=COLOURS[0]), written, fontsize=8)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.xaxis.set_major_formatter("{x:,.6g}")
+        title(f"{label}: from{low} to{high}" if len(names) > 1 else f"{label}:{low}")
