@@ -12,13 +12,14 @@ from jaxlm.errors import ConfigError
 from jaxlm.keys import CHOICES, MESH_AXES, ROLES, TOKEN_TASKS, TWO_SIDED
 
 AT_LEAST_ONE = (
-    "model.num_layers model.embed_dim model.num_heads model.window data.seq_len train.steps train.batch_size "
+    "model.embed_dim model.num_heads model.window data.seq_len train.steps train.batch_size "
     "train.grad_accumulation train.max_skipped model.experts_per_token model.pipeline_rounds checkpoint.every "
     "checkpoint.keep log.every data.prefetch mesh.slices task.window data.vocab_size data.min_count eval.beams"
 ).split()
 AT_LEAST_ZERO = (
-    "model.num_kv_heads model.head_dim model.mlp_dim model.vocab_size model.context_length model.logit_softcap "
-    "seed model.attention_softcap model.num_experts model.expert_dim model.shared_experts model.capacity_factor "
+    "model.num_layers model.num_kv_heads model.head_dim model.mlp_dim model.vocab_size model.context_length "
+    "model.logit_softcap seed model.attention_softcap model.num_experts model.expert_dim model.shared_experts "
+    "model.capacity_factor "
     "model.balance_loss model.router_z_loss model.balance_rate model.pipeline_microbatches train.stop_at "
     "train.loss_chunk train.z_loss optim.weight_decay optim.clip optim.adam_learning_rate eval.every eval.batches "
     "eval.patience eval.generate eval.max_tokens eval.length_penalty task.focal model.encoder_layers model.num_labels "

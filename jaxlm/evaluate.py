@@ -6,84 +6,18 @@ of the text that was predicted (all of it, but for the first character of each d
 
 import gzip
 import json
-import math
-from functools import partial
 from pathlib import Path
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxlm import cli
-from jaxlm.check import mixture
-from jaxlm.data import tokenizer as tokenizers
-from jaxlm.data.pipeline import eval_rows, open_sources, open_stores, prefetch, validation_batches
+from jaxlm.data.pipeline import open_stores
 from jaxlm.data.store import Store
 from jaxlm.errors import ConfigError, DataError
+from jaxlm.keys import ROLES
 from jaxlm.parallel import hosts
-from jaxlm.respond import of_examples
-from jaxlm.score import SCORED, WRITTEN, score, score_texts
-from jaxlm.state import eval_step
-
-
-class Evaluator:
-    """Compiles once; `evaluator(params)` runs over config.data's validation split, or its first eval.batches."""
-
-    def __init__(self, config: ConfigDict, mesh, tokenizer=None):
-        """tokenizer: the model's, where that is not config.data's own."""
-        self.config, self.mesh = config, mesh
-        self.sources = open_sources(config, "val", tokenizer)
-        self.batches = validation_batches(config, hosts.local_rows(mesh, eval_rows(config)), self.sources)
-        self.step = jax.jit(partial(eval_step, config=config), out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self.num_bytes = None
-        if config.task.name == "lm":
-            paths = [path for path, _ in mixture(config)]
-            self.num_bytes = sum(map(predicted_bytes, open_stores(config, "val"), paths))
-
-    def __call__(self, params, teacher=None) -> dict:
-        """The figures of a task: always loss (nats), and what jaxlm/score.py makes of the scores of its examples.
-
-        For text also perplexity, tokens, and over the whole split bits_per_byte and bytes.
-        """
-        sums, scores, complete = self.run(params, teacher)
-        means = {key: value / sums["weight"] for key, value in sums.items() if key != "weight"}
-        if scores is not None:
-            return means | {"examples": len(scores)} | score(self.config, self.sources[0], scores)
-        unit = "pairs" if self.config.task.name == "dpo" else "tokens"
-        result = means | {"perplexity": math.exp(min(means["loss"], 700.0)), unit: int(sums["weight"])}
-        if unit == "pairs":
-            del result["perplexity"]
-        if complete and self.num_bytes:
-            result |= {"bits_per_byte": sums["loss"] / math.log(2) / self.num_bytes, "bytes": self.num_bytes}
-        if self.config.task.name in WRITTEN and self.config.eval.generate:
-            result |= score_texts(self.config, self.sources[0], params, self.config.eval.generate)
-        return result
-
-    def run(self, params, teacher=None) -> tuple[dict, list | None, bool]:
-        """(float64 sums over the batches, the scores of each example where the task has them, whether that was all)."""
-        whole, B = len(self.batches), eval_rows(self.config)
-        stop = min(self.config.eval.batches or whole, whole)
-        place = lambda rows: hosts.to_global(rows, self.mesh, B)
-        sums, rows = {}, []
-        for batch in prefetch(self.batches, 0, stop, self.config.data.prefetch, place):
-            part, scores = self.step(params, batch, teacher)
-            sums = {key: sums.get(key, 0.0) + float(value) for key, value in jax.device_get(part).items()}
-            if self.config.task.name in SCORED:
-                rows += list(hosts.fetch(scores))
-        if not sums["weight"]:
-            raise DataError(
-                "the validation split has nothing that counts: prepare the data with a larger --val_fraction"
-            )
-        scores = of_examples(self.sources[0], rows) if rows else None
-        return sums, scores, stop == whole
-
-
-def predicted_bytes(store: Store, path: str) -> int:
-    """UTF-8 bytes of a split's text, without the first tokens of documents where nothing precedes them."""
-    if store.bos_id is not None:
-        return store.num_bytes
-    first = store.rows(store.document_starts(0, store.num_tokens), 1)
-    return store.num_bytes - len(tokenizers.load(path).decode(first).encode())
+from jaxlm.report import REPORTS, report, table
 
 
 def gzip_bits_per_byte(stores: list[Store], tokenizer) -> float:
@@ -99,14 +33,29 @@ def gzip_bits_per_byte(stores: list[Store], tokenizer) -> float:
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="jaxlm.evaluate", description=__doc__)
     parser.add_argument("--workdir", required=True, help="run directory of jaxlm.train")
-    parser.add_argument("--data", help="a prepared directory (default: the one of the run)")
+    parser.add_argument("--data", help="a prepared directory, or files of examples (default: those of the run)")
     parser.add_argument("--step", default="latest", help="latest, best or a number (default: latest)")
+    parser.add_argument(
+        "--tasks", help=f"of {', '.join(REPORTS)}, with commas between (default: what the model is for)"
+    )
+    parser.add_argument("--beams", type=int, help="hypotheses of a beam search, for texts (default: the run's)")
+    parser.add_argument("--length_penalty", type=float, help="of a beam search (default: the run's)")
+    parser.add_argument("--max_tokens", type=int, help="of an answer (default: the run's)")
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamplings for intervals; 0: none")
+    parser.add_argument("--pictures", metavar="DIR", help="write pictures there, .png")
+    parser.add_argument("--answers", metavar="FILE", help="write every example with what the model says, .jsonl")
     parser.add_argument("--gzip", action="store_true", help="also bits per byte of gzip -9 on the same text")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     hosts.add_flags(parser)
     args = parser.parse(argv)
     if args.json and not Path(args.json).parent.is_dir():
         raise ConfigError(f"--json={args.json}: there is no directory {Path(args.json).parent}")
+    asked = None if args.tasks is None else [word.strip() for word in args.tasks.split(",")]
+    for word in asked or ():
+        if word not in REPORTS:
+            raise ConfigError(
+                f"--tasks={args.tasks}: no {word!r}{cli.did_you_mean(word, REPORTS)} ({', '.join(REPORTS)})"
+            )
 
     hosts.connect(args)
 
@@ -114,26 +63,34 @@ def main(argv: list[str]) -> None:
 
     lm = jaxlm.load(args.workdir, step=args.step)
     config = lm.config.copy_and_resolve_references()
-    config.eval.batches = 0
-    if args.data:
+    config.eval.batches = config.eval.generate = 0
+    for key in ("beams", "length_penalty", "max_tokens"):
+        if getattr(args, key) is not None:
+            config.eval[key] = getattr(args, key)
+    if args.data and config.task.name in ROLES:
+        config.data.val = args.data
+    elif args.data:
         config.data.path, config.data.mixture = args.data, ""
+    if config.task.name not in ROLES:
+        require_tokenizer(config, lm.tokenizer)
+    with jax.set_mesh(lm.mesh):
+        result = {"step": lm.step, **report(lm, config, asked, args)}
+    if jax.process_index():
+        return  # the first process tells
+    if args.gzip:
+        result["gzip_bits_per_byte"] = gzip_bits_per_byte(open_stores(config, "val"), lm.tokenizer)
+    print("\n".join(table(result)))
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def require_tokenizer(config: ConfigDict, tokenizer) -> None:
     stores = open_stores(config, "val")
-    if stores[0].manifest["tokenizer"]["sha256"] != lm.tokenizer.fingerprint:
+    if stores[0].manifest["tokenizer"]["sha256"] != tokenizer.fingerprint:
         raise DataError(
             f"{config.data.path} was prepared with another tokenizer than the model's; prepare it with "
             f"--tokenizer=DIR, DIR being the data that the model was trained on"
         )
-    with jax.set_mesh(lm.mesh):
-        result = {"step": lm.step, **Evaluator(config, lm.mesh)(lm.params)}
-    if jax.process_index():
-        return  # the first process tells
-    if args.gzip:
-        result["gzip_bits_per_byte"] = gzip_bits_per_byte(stores, lm.tokenizer)
-    width = max(map(len, result))
-    for key, value in result.items():
-        print(f"{key:{width}}  {value:,}" if isinstance(value, int) else f"{key:{width}}  {value:.4f}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

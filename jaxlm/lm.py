@@ -38,7 +38,7 @@ class LM:
 
     def __init__(self, config: ConfigDict, params, tokenizer, mesh, step: int):
         self.config, self.params, self.tokenizer, self.mesh, self.step = config, params, tokenizer, mesh, step
-        self.model = build(config)
+        self.model, self.teacher = build(config), None
 
     def __repr__(self):
         return f"<jaxlm.LM {self.config.model.name}, step {self.step}, {self.tokenizer.name} tokens>"

@@ -19,9 +19,10 @@ def less_is_better(metric: str) -> bool:
     return any(word in metric for word in LOWER)
 
 
-def score(config: ConfigDict, source, scores: dict[int, np.ndarray]) -> dict:
-    """Metrics of the examples {number: scores} of a source."""
-    return MEASURES[config.task.name](config, source, list(scores), list(scores.values()))
+def score(config: ConfigDict, source, scores: dict[int, np.ndarray] | None, pairs: list | None = None) -> dict:
+    """Metrics of the examples {number: scores} of a source, or of pairs (number, scores), in which one may repeat."""
+    numbers, values = zip(*(pairs or scores.items()))
+    return MEASURES[config.task.name](config, source, list(numbers), list(values))
 
 
 def of_classes(config, source, numbers, scores) -> dict:
@@ -50,14 +51,33 @@ def of_tags(config, source, numbers, scores) -> dict:
 def of_spans(config, source, numbers, scores) -> dict:
     predicted, answers = [], []
     for i, score in zip(numbers, scores):
-        allowed = source.pieces[i]["targets"][: len(score)] & ALLOWED != 0
-        predicted.append(answer_text(source.examples[i], source.encode, *best_span(score, allowed)))
+        predicted.append(spans_said(source, i, score))
         given = source.examples[i]["answer"]
         answers.append(list(given) if isinstance(given, (list, tuple)) else [given])
     return metrics.question_answering(predicted, answers)
 
 
 MEASURES = {"classify": of_classes, "multilabel": of_sets, "regress": of_numbers, "tag": of_tags, "qa": of_spans}
+
+
+def answers_of(config: ConfigDict, source, scores: dict | None, written=None) -> list[dict]:
+    """Each example with what the model says to it."""
+    if written is not None:
+        return [{**example, "answer": text} for example, text in zip(source.examples, written()[0])]
+    names = label_names(config)
+    say = {
+        "classify": lambda i, x: {"answer": names[int(x.argmax())], "scores": [round(float(p), 6) for p in x]},
+        "multilabel": lambda i, x: {"answer": [n for n, p in zip(names, x) if p >= 0.5]},
+        "regress": lambda i, x: {"answer": float(x[0])},
+        "qa": lambda i, x: {"answer": spans_said(source, i, x)},
+    }
+    speak = say.get(config.task.name, lambda i, x: {})
+    return [{**source.examples[i], **speak(i, x)} for i, x in (scores or {}).items()]
+
+
+def spans_said(source, number: int, score: np.ndarray) -> str:
+    allowed = source.pieces[number]["targets"][: len(score)] & ALLOWED != 0
+    return answer_text(source.examples[number], source.encode, *best_span(score, allowed))
 
 
 def write_answers(config: ConfigDict, source, params, count: int = 0) -> tuple[list[str], list[str]]:

@@ -22,7 +22,7 @@ from jaxlm.checkpoint import Checkpoints, as_target, describe_run
 from jaxlm.config import flatten, load, override, resolve
 from jaxlm.data.pipeline import describe, fingerprint, load_tokenizer, prefetch, train_batches, validation_batches
 from jaxlm.errors import CheckpointError, ConfigError, NumericsError, UserError
-from jaxlm.evaluate import Evaluator
+from jaxlm.evaluator import Evaluator
 from jaxlm.keys import MESH_AXES
 from jaxlm.monitor import Monitor
 from jaxlm.parallel import hosts

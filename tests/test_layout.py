@@ -12,7 +12,8 @@ FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 # Each may import those before it, and its own folder.
 ORDER = (
     "errors cli keys config check data parallel kernels models losses optim topology state decode costs count predict "
-    "measure page search workdir checkpoint start monitor respond metrics pictures score lm laws programs"
+    "measure page search workdir checkpoint start monitor respond metrics pictures score evaluator report lm laws "
+    "programs"
 ).split()
 PROGRAMS = {"train", "evaluate", "generate", "verify", "plan"}
 

@@ -17,7 +17,8 @@ from jaxlm.data.prepare import prepare
 from jaxlm.data.store import Store
 from jaxlm.decode import sample
 from jaxlm.errors import CheckpointError, ConfigError, UserError
-from jaxlm.evaluate import Evaluator, gzip_bits_per_byte, predicted_bytes
+from jaxlm.evaluate import gzip_bits_per_byte
+from jaxlm.evaluator import Evaluator, predicted_bytes
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.state import abstract_state, init_state, state_shardings
 

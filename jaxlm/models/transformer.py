@@ -310,8 +310,11 @@ def of_all_layers(path, leaf):
 def stack(
     config: FrozenConfigDict, train: bool, length: int | None = None, *, causal=True, cross=False, **place
 ) -> nn.Module:
-    """All layers, or `length` rounds of their pattern; one compiled round where config.scan. place: name or parent."""
-    if not config.scan:
+    """All layers (there may be none), or `length` rounds of their pattern; one compiled round where config.scan.
+
+    place: name or parent.
+    """
+    if not (config.scan and config.num_layers):
         kinds = (config.layers * config.num_layers)[: config.num_layers]
         return Pattern(config, kinds, train, causal, cross, **place)
     scanned = nn.scan(

@@ -1,0 +1,90 @@
+"""A model measured over a validation split on its mesh, every example once: in training, and by jaxlm.evaluate."""
+
+import importlib.util
+import logging
+import math
+from functools import cache, partial
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from jaxlm.check import mixture
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.pipeline import eval_rows, open_sources, open_stores, prefetch, validation_batches
+from jaxlm.data.store import Store
+from jaxlm.errors import DataError
+from jaxlm.parallel import hosts
+from jaxlm.respond import of_examples
+from jaxlm.score import SCORED, WRITTEN, score, score_texts
+from jaxlm.state import eval_step
+
+
+class Evaluator:
+    """Compiles once; `evaluator(params)` runs over config.data's validation split, or its first eval.batches."""
+
+    def __init__(self, config: ConfigDict, mesh, tokenizer=None):
+        """tokenizer: the model's, where that is not config.data's own."""
+        self.config, self.mesh = config, mesh
+        self.sources = open_sources(config, "val", tokenizer)
+        self.batches = validation_batches(config, hosts.local_rows(mesh, eval_rows(config)), self.sources)
+        self.step = jax.jit(partial(eval_step, config=config), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self.num_bytes = None
+        if config.task.name == "lm":
+            paths = [path for path, _ in mixture(config)]
+            self.num_bytes = sum(map(predicted_bytes, open_stores(config, "val"), paths))
+
+    def __call__(self, params, teacher=None) -> dict:
+        """The figures of a task: always loss (nats), and what jaxlm/score.py makes of its examples' scores or texts."""
+        sums, scores, complete = self.run(params, teacher)
+        result, config = self.figures(sums, complete), self.config
+        if scores is not None and installed():
+            result |= {name: x for name, x in score(config, self.sources[0], scores).items() if isinstance(x, float)}
+        if config.task.name in WRITTEN and config.eval.generate:
+            result |= score_texts(config, self.sources[0], params, config.eval.generate)
+        return result
+
+    def figures(self, sums: dict, complete: bool) -> dict:
+        """Means of the sums; of text also perplexity and tokens, and of all of a text bits_per_byte and bytes."""
+        result = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
+        if self.config.task.name in (*SCORED, "dpo"):
+            return result | ({"pairs": int(sums["weight"])} if self.config.task.name == "dpo" else {})
+        result |= {"perplexity": math.exp(min(result["loss"], 700.0)), "tokens": int(sums["weight"])}
+        if complete and self.num_bytes:
+            result |= {"bits_per_byte": sums["loss"] / math.log(2) / self.num_bytes, "bytes": self.num_bytes}
+        return result
+
+    def run(self, params, teacher=None) -> tuple[dict, dict | None, bool]:
+        """(float64 sums over the batches, {example: its scores} where the task has them, whether that was all)."""
+        whole, B = len(self.batches), eval_rows(self.config)
+        stop = min(self.config.eval.batches or whole, whole)
+        place = lambda rows: hosts.to_global(rows, self.mesh, B)
+        sums, rows = {}, []
+        for batch in prefetch(self.batches, 0, stop, self.config.data.prefetch, place):
+            part, scores = self.step(params, batch, teacher)
+            sums = {key: sums.get(key, 0.0) + float(value) for key, value in jax.device_get(part).items()}
+            if self.config.task.name in SCORED:
+                rows += list(hosts.fetch(scores))
+        if not sums["weight"]:
+            raise DataError(
+                "the validation split has nothing that counts: prepare the data with a larger --val_fraction"
+            )
+        scores = of_examples(self.sources[0], rows) if rows else None
+        return sums, scores, stop == whole
+
+
+@cache
+def installed() -> bool:
+    """Whether the libraries of jaxlm/metrics.py are here; training goes on without."""
+    here = importlib.util.find_spec("scipy") is not None
+    if not here:
+        logging.getLogger("jaxlm").warning('F1, AUC and other figures in training need: pip install "jaxlm[eval]"')
+    return here
+
+
+def predicted_bytes(store: Store, path: str) -> int:
+    """UTF-8 bytes of a split's text, without the first tokens of documents where nothing precedes them."""
+    if store.bos_id is not None:
+        return store.num_bytes
+    first = store.rows(store.document_starts(0, store.num_tokens), 1)
+    return store.num_bytes - len(tokenizers.load(path).decode(first).encode())

@@ -1,0 +1,177 @@
+"""What jaxlm.evaluate tells of a model: a report for each word of --tasks, and the table of them all."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxlm import metrics, pictures
+from jaxlm.check import mixture
+from jaxlm.data.examples import label_names
+from jaxlm.evaluator import Evaluator
+from jaxlm.keys import ROLES
+from jaxlm.score import SCORED, WRITTEN, answers_of, score, write_answers
+
+INTERVALS = {  # task -> the figures that get an interval
+    "classify": ("accuracy", "f1", "auc"),
+    "multilabel": ("f1", "f1_micro"),
+    "regress": ("mse", "pearson"),
+    "qa": ("exact_match", "f1"),
+}
+
+
+class Reporter:
+    """Runs the model at most once over the examples for all reports. args: those of jaxlm.evaluate."""
+
+    def __init__(self, lm, config: ConfigDict, args):
+        self.lm, self.config, self.args = lm, config, args
+        self.evaluator = Evaluator(config, lm.mesh, lm.tokenizer)
+        self.source = self.evaluator.sources[0]
+        self.sums, self.scores, self.complete = self.evaluator.run(lm.params, lm.teacher)
+
+    def loss(self) -> dict:
+        return self.evaluator.figures(self.sums, self.complete)
+
+    def labels(self) -> dict:
+        """The figures of the task, each with its interval; an ROC curve and a confusion matrix."""
+        result, config = {"examples": len(self.scores), **score(self.config, self.source, self.scores)}, self.config
+        numbers = list(self.scores)
+        if self.args.bootstrap and config.task.name in INTERVALS:
+            part = lambda chosen: score(
+                config, self.source, None, [(numbers[i], self.scores[numbers[i]]) for i in chosen]
+            )
+            for name in INTERVALS[config.task.name]:
+                if name in result:
+                    one = lambda chosen, name=name: part(chosen).get(name, np.nan)
+                    result[f"{name}_interval"] = self.interval(one, np.arange(len(numbers)))
+        if config.task.name == "classify" and self.args.pictures:
+            scores, labels, names = np.stack(list(self.scores.values())), self.gold(), list(label_names(config))
+            pictures.roc(self.picture("roc"), scores, labels, names)
+            pictures.confusion(self.picture("confusion"), result["confusion"], names)
+        return result
+
+    def calibration(self) -> dict:
+        """Is a class of which the model is 80% sure right in 80% of the cases (Guo et al. 2017)?"""
+        scores = np.stack(list(self.scores.values()))
+        result = metrics.calibration(scores, scores.argmax(axis=1) == self.gold())
+        if self.args.pictures:
+            pictures.calibration(self.picture("calibration"), result)
+        return {f"calibration_{name}": value for name, value in result.items()}
+
+    def texts(self) -> dict:
+        """BLEU, chrF and ROUGE of what the model writes."""
+        said, wanted = self.written()
+        result = metrics.translation(said, wanted, lowercase=self.config.data.lowercase) | metrics.rouge(said, wanted)
+        if self.args.bootstrap:
+            counts = metrics.bleu_counts(said, wanted)
+            result["bleu_interval"] = self.interval(metrics.bleu_of, counts)
+        return result
+
+    def samples(self) -> dict:
+        """Three texts: answers to the first examples, or what follows nothing."""
+        if self.config.task.name in WRITTEN:
+            said, wanted = self.written()
+            return {"samples": [f"{text!r} (wanted: {want!r})" for text, want in zip(said[:3], wanted)]}
+        start = "" if self.lm.tokenizer.bos_id is not None else "\n"
+        return {"samples": self.lm.generate(start, max_tokens=100, num_samples=3)}
+
+    def sources(self) -> dict:
+        """The loss on each directory of data.mixture."""
+        parts = {}
+        for path, _ in mixture(self.config):
+            alone = self.config.copy_and_resolve_references()
+            alone.data.path, alone.data.mixture = path, ""
+            parts[path] = Evaluator(alone, self.lm.mesh, self.lm.tokenizer)(self.lm.params, self.lm.teacher)
+        return {"sources": parts}
+
+    def groups(self) -> dict:
+        """The figures of each value of the examples' column `group`."""
+        groups = {}
+        for number in self.scores:
+            groups.setdefault(str(self.source.examples[number].get("group", "")), []).append(number)
+        parts = {}
+        for name, numbers in sorted(groups.items(), key=lambda item: -len(item[1])):
+            figures = score(self.config, self.source, {i: self.scores[i] for i in numbers})
+            parts[name] = {"count": len(numbers)} | {k: v for k, v in figures.items() if isinstance(v, float)}
+        return {"groups": parts}
+
+    def written(self) -> tuple[list[str], list[str]]:
+        if not hasattr(self, "_written"):
+            self._written = write_answers(self.config, self.source, self.lm.params)
+        return self._written
+
+    def gold(self) -> np.ndarray:
+        return np.array([self.source.pieces[i]["label"] for i in self.scores])
+
+    def interval(self, metric, *arrays) -> list[float]:
+        return [round(x, 6) for x in metrics.bootstrap(metric, *arrays, samples=self.args.bootstrap)]
+
+    def picture(self, name: str) -> Path:
+        return Path(self.args.pictures) / f"{name}.png"
+
+
+REPORTS = ("loss", "labels", "calibration", "texts", "samples", "sources", "groups")
+
+
+def usual(config: ConfigDict, source) -> list[str]:
+    """The reports that a task's model is for."""
+    task, words = config.task.name, ["loss"]
+    words += ["labels"] * (task in SCORED) + ["calibration"] * (task == "classify") + ["texts"] * (task in WRITTEN)
+    if task in SCORED and any("group" in example for example in source.examples):
+        words.append("groups")
+    return words + ["sources"] * (task not in ROLES and "," in config.data.mixture)
+
+
+def report(lm, config: ConfigDict, asked: list[str] | None, args) -> dict:
+    """The figures of all reports, one flat dict; what does not go with the task is told, and left out."""
+    reporter, result = Reporter(lm, config, args), {}
+    fits = {
+        "labels": config.task.name in SCORED,
+        "groups": config.task.name in SCORED,
+        "calibration": config.task.name == "classify",
+        "texts": config.task.name in WRITTEN,
+        "samples": config.task.name in (*WRITTEN, "lm", "prefix_lm", "fim"),
+        "sources": config.task.name not in ROLES,
+    }
+    for word in asked or usual(config, reporter.source):
+        if not fits.get(word, True):
+            print(f"--tasks: {word} is not for task {config.task.name}")
+            continue
+        result |= getattr(reporter, word)()
+    if args.pictures and jax.process_index() == 0 and (Path(args.workdir) / "metrics.jsonl").is_file():
+        pictures.losses(reporter.picture("losses"), Path(args.workdir) / "metrics.jsonl")
+    if args.answers and jax.process_index() == 0:
+        rows = answers_of(
+            config, reporter.source, reporter.scores, reporter.written if config.task.name in WRITTEN else None
+        )
+        Path(args.answers).write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
+    return result
+
+
+def table(result: dict) -> list[str]:
+    """The lines that are printed: figures, then tables of classes, sources and groups, then texts."""
+    plain = {key: value for key, value in result.items() if isinstance(value, (int, float, str))}
+    width, lines = max(map(len, plain)), []
+    for key, value in plain.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else value
+        if f"{key}_interval" in result:
+            low, high = result[f"{key}_interval"]
+            shown += f"  ({low:.4f} to {high:.4f}: 95% interval)"
+        lines.append(f"{key:{width}}  {shown}")
+    for name in ("classes", "tags", "entities", "sources", "groups"):
+        if rows := result.get(name):
+            rows = [{name: key, **row} for key, row in rows.items()] if isinstance(rows, dict) else rows
+            lines += ["", *columns(rows)]
+    return lines + [f"\n--- sample {i} ---\n{text}" for i, text in enumerate(result.get("samples", ()), 1)]
+
+
+def columns(rows: list[dict]) -> list[str]:
+    keys = [key for key in rows[0] if isinstance(rows[0][key], (int, float, str))]
+    cells = [keys] + [[f"{r[k]:.4f}" if isinstance(r.get(k), float) else str(r.get(k, "")) for k in keys] for r in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(keys))]
+    return [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in cells
+    ]
