@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxlm.check import fits
 from jaxlm.checkpoint import Checkpoints, config_of, tokenizer_of
 from jaxlm.cli import did_you_mean
 from jaxlm.config import mesh_sizes
@@ -20,6 +19,7 @@ from jaxlm.decode import generate_tokens, pad_prompts
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.keys import MESH_AXES, ROLES
 from jaxlm.losses import mesh_order, token_losses
+from jaxlm.meshes import fits
 from jaxlm.models import build, next_logits
 from jaxlm.parallel.hosts import fetch, to_global
 from jaxlm.parallel.mesh import make_mesh
