@@ -21,7 +21,7 @@ AT_LEAST_ZERO = (
     "model.logit_softcap seed model.attention_softcap model.num_experts model.expert_dim model.shared_experts "
     "model.capacity_factor "
     "model.balance_loss model.router_z_loss model.balance_rate model.pipeline_microbatches train.stop_at "
-    "train.loss_chunk train.z_loss optim.weight_decay optim.clip optim.adam_learning_rate eval.every eval.batches "
+    "train.loss_chunk train.z_loss optim.weight_decay optim.l1 optim.clip optim.adam_learning_rate eval.every eval.batches "
     "eval.patience eval.generate eval.max_tokens eval.length_penalty task.focal model.encoder_layers model.num_labels "
     "model.lora_rank data.examples_per_row data.enc_len"
 ).split()
@@ -65,6 +65,7 @@ def ranges(c: ConfigDict) -> list[str]:
         (["optim.warmup_steps"], "must not be negative, or -1 for 5% of train.steps", lambda v: v >= -1),
         (POSITIVE, "must be positive", lambda v: 0 < v < math.inf),
         (BELOW_ONE, "must be in [0, 1)", lambda v: 0 <= v < 1),
+        (["optim.layer_decay"], "must be in (0, 1]; 1: every layer alike", lambda v: 0 < v <= 1),
         (
             ["optim.end_factor", "optim.cooldown_fraction", "task.fim_rate", "task.distill"],
             "must be in [0, 1]",
@@ -186,14 +187,18 @@ def training(c: ConfigDict) -> list[str]:
         problems.append(f"config.train.stop_at={t.stop_at}: beyond config.train.steps={t.steps}")
     if c.eval.patience and not c.eval.every:
         problems.append("config.eval.patience: needs evaluations; set config.eval.every")
-    for item in o.decay:
+    factors = []
+    for key, item in [*(("decay", item) for item in o.decay), *(("rates", item) for item in o.rates)]:
         try:
             pattern, factor = item
             re.compile(pattern)
             if not 0 <= factor < math.inf:
                 raise ValueError("the factor must not be negative")
+            factors += [factor] * (key == "rates")
         except (TypeError, ValueError, re.error) as error:
-            problems.append(f"config.optim.decay: {item!r} is not (regular expression, factor): {error}")
+            problems.append(f"config.optim.{key}: {item!r} is not (regular expression, factor): {error}")
+    if factors and not any(factors):
+        problems.append("config.optim.rates: freezes every parameter; give some pattern a factor above 0")
     try:
         mixture(c)
     except ConfigError as error:

@@ -157,7 +157,10 @@ def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     if c.task.name in ROLES and not c.data.examples_per_row:  # an example of 8 tokens is a short one
         c.data.examples_per_row = max(c.data.seq_len // 8, 1) if c.data.pack else 1
     if m.name == "ngram":  # counted, not trained
-        c.optim.decay, c.train.steps, c.train.stop_at = ((r".*", 0.0),), 1, 1
+        c.optim.decay = c.optim.rates = ((r".*", 0.0),)
+        c.train.steps = c.train.stop_at = 1
+    elif m.lora_rank and c.optim.rates == ((r".*", 1.0),):  # adapters, and a head that is new
+        c.optim.rates = ((r"lora_|^head/", 1.0), (r".*", 0.0))
     c.train.stop_at = c.train.stop_at or c.train.steps
     c.eval.max_tokens = c.eval.max_tokens or c.data.seq_len
     c.optim.warmup_steps = c.train.steps // 20 if c.optim.warmup_steps == -1 else c.optim.warmup_steps

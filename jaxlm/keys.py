@@ -43,7 +43,7 @@ CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "mesh.strategy": tuple(STRATEGIES),
     "mesh.across": ("data", "fsdp", "stage"),
-    "optim.name": ("adamw", "muon"),
+    "optim.name": ("sgd", "adam", "adamw", "adafactor", "lion", "muon"),
     "optim.schedule": ("constant", "linear", "cosine", "wsd", "inverse_sqrt"),
 }
 
@@ -155,21 +155,26 @@ def base() -> ConfigDict:
     t.max_skipped = 20  # stop after this many steps in a row whose gradients were not finite
 
     c.optim = o = ConfigDict()
-    o.name = "adamw"  # adamw | muon (matrices by Muon, the rest by AdamW)
+    o.name = "adamw"  # sgd | adam | adamw | adafactor | lion | muon (matrices by Muon, the rest by AdamW)
     o.learning_rate = 3e-4  # peak
     o.schedule = "cosine"  # constant | linear | cosine | wsd | inverse_sqrt, each after a linear warm-up
     o.warmup_steps = -1  # steps from peak / warmup_steps up to the peak; -1: 5% of train.steps
     o.end_factor = 0.1  # final learning rate / peak (linear, cosine, wsd)
     o.cooldown_fraction = 0.2  # part of the run in which wsd decays
-    o.weight_decay = 0.1  # decoupled, times the learning rate
+    o.weight_decay = 0.1  # decoupled, times the learning rate; in sgd and adam a part of the gradient (L2)
     # Ordered (regex, factor of weight_decay); the first that is found in a parameter's name counts.
     o.decay = ((r"norm|bias|positions", 0.0), (r".*", 1.0))
-    o.b1 = 0.9  # Adam: decay of the mean of gradients
-    o.b2 = 0.95  # and of their squares (0.999 for small batches, 0.95 is steadier at large ones)
+    o.l1 = 0.0  # times sign(parameter), added to the gradient of what decay gives a factor above 0 (L1 penalty)
+    # Ordered (regex, factor of learning_rate), as decay; 0 freezes: no gradient, no optimizer state, no decay.
+    o.rates = ((r".*", 1.0),)
+    o.layer_decay = 1.0  # multiplies the rate of the last layer once, the one before twice, ... (fine-tuning: 0.65-0.9)
+    o.b1 = 0.9  # Adam, Lion: decay of the mean of gradients
+    o.b2 = 0.95  # Adam: and of their squares (0.999 for small batches, 0.95 is steadier at large ones); Lion: 0.99
     o.eps = 1e-8  # added to the root of the squares
     o.clip = 1.0  # largest global norm of the gradients; 0: off
     o.adam_learning_rate = 0.0  # muon: peak for embeddings, norms and biases; 0: as learning_rate
-    o.momentum = 0.95  # muon
+    o.momentum = 0.95  # sgd (0: none), muon
+    o.nesterov = False  # sgd: step along gradient + momentum x the new sum, a look ahead
 
     c.mesh = ConfigDict()  # devices along each axis; 0: 1, or for the strategy's axis (then data) the devices left
     c.mesh.strategy = "data"  # which axis takes them: data | zero1 | fsdp | tensor | sequence | expert

@@ -13,6 +13,7 @@ from jaxlm.costs import bytes_per_device
 from jaxlm.errors import ConfigError
 from jaxlm.keys import MESH_AXES
 from jaxlm.models import build
+from jaxlm.optim import split
 from jaxlm.parallel.hosts import to_global
 from jaxlm.parallel.mesh import make_mesh, replicated_share
 from jaxlm.state import State, abstract_state, apply_gradients, check_sharding, gradients, init_state, state_shardings
@@ -65,7 +66,7 @@ def train_on(config: ConfigDict, mesh, batches, start: int = 0) -> Run:
         return *apply_gradients(state, grads, sums, config=config), grads, sums["routing"]
 
     with jax.set_mesh(mesh):
-        step = jax.jit(step, donate_argnums=0, out_shardings=(places, None, places.params, None))
+        step = jax.jit(step, donate_argnums=0, out_shardings=(places, None, split(places.params, config)[0], None))
         state, losses, loads, grads = init_state(config, mesh), [], [], None
         for k in range(start, start + STEPS):
             batch = to_global(batches[k], mesh, config.train.batch_size)

@@ -14,7 +14,7 @@ from jaxlm.data.pipeline import batch_shapes
 from jaxlm.losses import loss_of, teacher_section, total_weight
 from jaxlm.models import build, build_section
 from jaxlm.models.moe import balance
-from jaxlm.optim import optimizer, require_cover, schedule
+from jaxlm.optim import merge, moment_axes, optimizer, require_trained, schedule, split
 from jaxlm.parallel.mesh import OPTIMIZER_RULES, partition_spec, platform, require_sharded, shardings
 from jaxlm.topology import COMPILER_OPTIONS
 
@@ -37,7 +37,7 @@ class State:
 def create_state(config: ConfigDict) -> State:
     """The state at step 0. Call it through `init_state`, or under jax.eval_shape."""
     params = nn.unbox(initial(build(config), config.seed))
-    require_cover(config.optim.decay, params, "config.optim.decay")
+    require_trained(params, config)
     zero = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.copy, params) if config.train.ema else None
     teacher = nn.unbox(initial(build_section(teacher_section(config)), 0)) if config.task.teacher_model else None
@@ -57,18 +57,21 @@ def abstract_state(config: ConfigDict) -> tuple[State, State]:
 @cache  # half a second, and asked for at every turn
 def trace_state(config: FrozenConfigDict) -> tuple[State, State]:
     shapes = jax.eval_shape(partial(create_state, config))
-    models = [build(config)] + ([build_section(teacher_section(config))] if config.task.teacher_model else [])
-    axes = [nn.get_partition_spec(jax.eval_shape(partial(initial, model, 0))) for model in models]
-    # The student's last: where both have a parameter of one name, the axes are the same.
-    by_path = {tuple(path): names for tree in reversed(axes) for path, names in jax.tree.leaves_with_path(tree)}
+    axes = nn.get_partition_spec(jax.eval_shape(partial(initial, build(config), 0)))
+    parameters = zip(jax.tree.leaves_with_path(shapes.params), jax.tree.leaves(axes), strict=True)
+    by_path = {tuple(path): (leaf.shape, names) for (path, leaf), names in parameters}
 
     def like_its_parameter(path, leaf):
         # Moments and averages repeat the tree of parameters somewhere below: the end of the path says which one.
         tails = (by_path.get(tuple(path[i:])) for i in range(len(path)))
-        names = next((names for names in tails if names is not None), None)
-        return PartitionSpec() if names is None else names
+        found = next((found for found in tails if found is not None), None)
+        return PartitionSpec() if found is None else moment_axes(path, leaf.shape, *found)
 
-    return shapes, jax.tree_util.tree_map_with_path(like_its_parameter, shapes)
+    places = jax.tree_util.tree_map_with_path(like_its_parameter, shapes)
+    if config.task.teacher_model:
+        teacher = jax.eval_shape(partial(initial, build_section(teacher_section(config)), 0))
+        places = places.replace(teacher=nn.get_partition_spec(teacher))
+    return shapes, places
 
 
 def state_shardings(config: ConfigDict, mesh) -> State:
@@ -94,22 +97,24 @@ def gradients(params: dict, batch: dict, key: jax.Array, config: ConfigDict, tea
     """(gradients, sums): of the loss over a global batch, in train.grad_accumulation microbatches.
 
     The loss is the sum of weighted losses over the sum of weights of the whole batch, in however many microbatches.
-    sums: the means of `loss` and of what else the task's loss reports over that batch, and `routing`.
+    gradients: None for what config.optim.rates freezes, of which none is computed. sums: the means of `loss` and of
+    what else the task's loss reports over that batch, and `routing`.
     """
     model, parts, loss = build(config), config.train.grad_accumulation, loss_of(config)
     weight = total_weight(batch, config)
+    trained, frozen = split(params, config)
 
-    def objective(params, rows, key):
-        sums = loss(model, params, rows, config, key, teacher)
+    def objective(trained, rows, key):
+        sums = loss(model, merge(trained, frozen), rows, config, key, teacher)
         return sums["objective"] / weight, {name: sums[name] for name in sums if name not in ("objective", "scores")}
 
     gradient = jax.grad(objective, has_aux=True)
     if parts == 1:
-        grads, sums = gradient(params, batch, key)
+        grads, sums = gradient(trained, batch, key)
     else:  # row i goes to microbatch i % parts: every device keeps its own rows
         micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(gradient, params, batch, key))
-        add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(params, *part)), None)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(gradient, trained, batch, key))
+        add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(trained, *part)), None)
         (grads, sums), _ = jax.lax.scan(add, zeros, (micro, jax.random.split(key, parts)))
     routing, _ = sums.pop("routing"), sums.pop("weight")
     return grads, {name: value / weight for name, value in sums.items()} | {"routing": routing}
@@ -127,10 +132,13 @@ def apply_gradients(state: State, grads: dict, sums: dict, *, config: ConfigDict
     if config.optim.clip:
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.optim.clip / (norm + 1e-6)), grads)
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
-    params, routing = balance(optax.apply_updates(state.params, updates), sums["routing"], config)
+    trained, frozen = split(state.params, config)
+    still = lambda tree: merge(split(tree, config)[0], frozen)  # to the bit; routers' biases move by no gradient
+    params, routing = balance(merge(optax.apply_updates(trained, updates), frozen), sums["routing"], config)
+    params = still(params)
     if (ema := state.ema) is not None:  # the decay rises from 0.1: the first parameters are soon forgotten
         decay = jnp.minimum(config.train.ema, (1 + state.step) / (10 + state.step))
-        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+        ema = still(jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params))
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
     keep = lambda new, old: jax.tree.map(partial(jnp.where, finite), new, old)
     params, opt_state, ema = keep((params, opt_state, ema), (state.params, state.opt_state, state.ema))
