@@ -21,9 +21,9 @@ AT_LEAST_ZERO = (
     "model.logit_softcap seed model.attention_softcap model.num_experts model.expert_dim model.shared_experts "
     "model.capacity_factor "
     "model.balance_loss model.router_z_loss model.balance_rate model.pipeline_microbatches train.stop_at "
-    "train.loss_chunk train.z_loss optim.weight_decay optim.l1 optim.clip optim.adam_learning_rate eval.every eval.batches "
-    "eval.patience eval.generate eval.max_tokens eval.length_penalty task.focal model.encoder_layers model.num_labels "
-    "model.lora_rank data.examples_per_row data.enc_len"
+    "train.loss_chunk train.z_loss optim.weight_decay optim.l1 optim.clip optim.adam_learning_rate eval.every "
+    "eval.batches eval.patience eval.generate eval.max_tokens eval.length_penalty task.focal model.encoder_layers "
+    "model.num_labels model.lora_rank data.examples_per_row data.enc_len"
 ).split()
 POSITIVE = (
     "model.norm_eps model.rope_theta model.embed_std model.lora_alpha optim.learning_rate optim.eps task.temperature "

@@ -18,6 +18,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from jaxlm.config import flatten, unflatten
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import CheckpointError
+from jaxlm.optim import name_of
 from jaxlm.state import State
 from jaxlm.workdir import in_bucket, run_directory
 
@@ -181,11 +182,6 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
-
-
-def name_of(path) -> str:
-    """'layers/block_0/mlp/up/kernel' of a leaf's path."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def items(state: State) -> dict:

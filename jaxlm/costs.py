@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from jaxlm.config import pipeline_microbatches
 from jaxlm.keys import MESH_AXES
+from jaxlm.optim import split
 from jaxlm.parallel.mesh import RULES, abstract_mesh, batch_shards, names_of
 from jaxlm.parallel.pipeline import bubble_fraction
 from jaxlm.state import abstract_state, state_shardings
@@ -110,6 +111,7 @@ def describe(config: ConfigDict, num_devices: int, train_tokens: int | None) -> 
     run_tokens = step_tokens * config.train.steps
     parameters, ema = bytes_per_device(state.params, places.params), bytes_per_device(state.ema, places.ema)
     optimizer = bytes_per_device(state.opt_state, places.opt_state)
+    gradients = bytes_per_device(*(split(tree.params, config)[0] for tree in (state, places)))
     saved = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))
     axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in MESH_AXES if mesh.shape[axis] > 1)
     lines = [
@@ -119,10 +121,10 @@ def describe(config: ConfigDict, num_devices: int, train_tokens: int | None) -> 
         ("tokens in all", f"{run_tokens:,} in {config.train.steps:,} steps ({flops * run_tokens:.3g} FLOPs)"),
         ("mesh", f"{axes}, {num_devices:,} devices" if num_devices > 1 else "one device"),
         *pipeline_lines(config, mesh),
-        ("bytes per device", f"{human(parameters + optimizer + parameters + ema)} besides activations"),
+        ("bytes per device", f"{human(parameters + optimizer + gradients + ema)} besides activations"),
         ("  parameters", human(parameters)),
         ("  optimizer", human(optimizer)),
-        ("  gradients", human(parameters)),
+        ("  gradients", human(gradients)),
         *([("  average (EMA)", human(ema))] if config.train.ema else []),
         ("checkpoint", human(saved)),
         ("data", f"{train_tokens:,} tokens, {run_tokens / train_tokens:.2f} epochs" if train_tokens else "not known"),

@@ -10,13 +10,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jaxlm.checkpoint import Checkpoints, name_of
+from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import unflatten
 from jaxlm.data.pipeline import open_stores
 from jaxlm.data.vocabulary import MADE
 from jaxlm.errors import CheckpointError
 from jaxlm.keys import ROLES
 from jaxlm.models import ngram
+from jaxlm.optim import name_of
 from jaxlm.workdir import run_directory
 
 # Keys of the model section that say nothing of the parameters it starts from: the new run's own.

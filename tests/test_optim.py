@@ -14,8 +14,8 @@ from optax.contrib import MuonDimensionNumbers
 
 from jaxlm.check import check
 from jaxlm.checkpoint import Checkpoints
-from jaxlm.config import CHOICES
 from jaxlm.errors import ConfigError
+from jaxlm.keys import CHOICES
 from jaxlm.optim import OPTIMIZERS, name_of, optimizer, rate_factors, require_cover, schedule
 from jaxlm.parallel.hosts import to_global
 from jaxlm.parallel.mesh import replicated_share
