@@ -157,6 +157,7 @@ def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     if c.task.name in ROLES and not c.data.examples_per_row:  # an example of 8 tokens is a short one
         c.data.examples_per_row = max(c.data.seq_len // 8, 1) if c.data.pack else 1
     if m.name == "ngram":  # counted, not trained
+        m.ngrams = m.ngrams or (m.vocab_size,) * m.order  # until it is
         c.optim.decay = c.optim.rates = ((r".*", 0.0),)
         c.train.steps = c.train.stop_at = 1
     elif m.lora_rank and c.optim.rates == ((r".*", 1.0),):  # adapters, and a head that is new

@@ -20,10 +20,10 @@ def num_parameters(params) -> int:
 
 
 def embedding_parameters(params) -> int:
-    """Of the input tables: token embeddings, where another table gives the output, and learned positions."""
+    """Of the tables that are looked up: learned positions, and token embeddings where they do not give the output."""
     embed = params["embed"]
     tables = [embed["positions"]] if "positions" in embed else []
-    return num_parameters(tables + ([embed["tokens"]] if "unembed" in params else []))
+    return num_parameters(tables + ([embed["tokens"]] if "unembed" in params or "head" in params else []))
 
 
 def active_parameters(config: ConfigDict, params) -> int:
@@ -37,13 +37,17 @@ def flops_per_token(config: ConfigDict, params) -> int:
     """Of one training step, model FLOPs without recomputation, as PaLM counts them (Chowdhery et al. 2022, appendix B).
 
     6 for each parameter that multiplies, and 12 N H T a layer for attention, T being at most the layer's window (the
-    half that the causal mask leaves out is counted, as the field does).
+    half that the causal mask leaves out is counted, as the field does). Of an encoder-decoder, a target's token: with as
+    many of the source's, one goes through each of the two stacks. What is counted, not trained, has none.
     """
     m, T = config.model, config.data.seq_len
+    if m.name == "ngram":
+        return 0
     reach = {"S": min(m.window, m.context_length, T), "L": min(m.context_length, T)}
     attended = sum(reach[m.layers[i % len(m.layers)]] for i in range(m.num_layers))
     multiplying = active_parameters(config, params) - embedding_parameters(params)
-    return 6 * multiplying + 12 * m.num_heads * m.head_dim * attended
+    attention = 0 if "lstm" in m.name else 12 * m.num_heads * m.head_dim * attended
+    return 6 * multiplying + attention
 
 
 def bytes_per_device(abstract, shardings) -> int:
