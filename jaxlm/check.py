@@ -23,13 +23,16 @@ AT_LEAST_ZERO = (
     "model.balance_loss model.router_z_loss model.balance_rate model.pipeline_microbatches train.stop_at "
     "train.loss_chunk train.z_loss optim.weight_decay optim.l1 optim.clip optim.adam_learning_rate eval.every "
     "eval.batches eval.patience eval.generate eval.max_tokens eval.length_penalty task.focal model.encoder_layers "
-    "model.num_labels model.lora_rank data.examples_per_row data.enc_len"
+    "model.hidden_dim model.num_labels model.lora_rank data.examples_per_row data.enc_len"
 ).split()
 POSITIVE = (
     "model.norm_eps model.rope_theta model.embed_std model.lora_alpha optim.learning_rate optim.eps task.temperature "
     "task.beta"
 ).split()
-BELOW_ONE = "model.dropout train.ema optim.b1 optim.b2 optim.momentum task.label_smoothing data.word_dropout".split()
+BELOW_ONE = (
+    "model.dropout model.recurrent_dropout train.ema optim.b1 optim.b2 optim.momentum task.label_smoothing "
+    "data.word_dropout"
+).split()
 
 
 def require(problems: list[str]) -> None:
@@ -131,12 +134,11 @@ def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
 def task(c: ConfigDict) -> list[str]:
     """What the task, its model and its data must be to each other."""
     k, m, d, problems = c.task, c.model, c.data, []
-    kinds = ("encoder_decoder",) if k.name in TWO_SIDED else ("decoder", "encoder")
-    kinds = {"mlm": ("encoder",), "skipgram": ("decoder",)}.get(k.name, kinds)
-    if k.name in ("lm", "prefix_lm", "fim", "sft", "dpo"):
-        kinds = ("decoder",)
-    if k.name == "lm":
-        kinds += ("ngram",)
+    causal, both_ways, two_sided = ("decoder", "lstm"), ("encoder", "bilstm"), ("encoder_decoder", "lstm_seq2seq")
+    kinds = {
+        "lm": (*causal, "ngram"), "mlm": both_ways, "prefix_lm": ("decoder",), "fim": causal, "skipgram": ("decoder",),
+        "sft": causal, "dpo": causal,
+    }.get(k.name, two_sided if k.name in TWO_SIDED else (*both_ways, *causal))  # fmt: skip
     if m.name not in kinds:
         problems.append(f"config.model.name={m.name}: task {k.name} needs {' or '.join(kinds)}")
     if k.name in ROLES and (d.path or d.mixture):
@@ -157,6 +159,12 @@ def task(c: ConfigDict) -> list[str]:
         problems.append("config.train.init_from: dpo starts from a model, which is its reference; give a run directory")
     if k.label_smoothing and m.logit_softcap:
         problems.append("config.task.label_smoothing: not with config.model.logit_softcap; set one of them to 0")
+    if ("lstm" in m.name or m.name == "ngram") and (c.mesh.sequence > 1 or c.mesh.stage > 1 or m.lora_rank):
+        problems.append(
+            f"config.model.name={m.name}: has no sequence or stage axis and no LoRA; set mesh.sequence=1 ..."
+        )
+    if m.name == "bilstm" and (m.hidden_dim or m.embed_dim) % 2:
+        problems.append(f"config.model.hidden_dim={m.hidden_dim}: must be even for bilstm, half for each direction")
     if m.lora_rank:
         try:
             re.compile(m.lora_targets)

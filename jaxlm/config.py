@@ -151,6 +151,7 @@ def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     m.expert_dim = m.expert_dim or m.mlp_dim
     m.vocab_size = m.vocab_size or vocab_size
     m.encoder_layers = m.encoder_layers or m.num_layers
+    m.hidden_dim = m.hidden_dim or m.embed_dim
     m.num_labels = m.num_labels or num_labels(c)
     c.data.enc_len = c.data.enc_len or c.data.seq_len
     m.context_length = m.context_length or max(c.data.seq_len, c.data.enc_len)

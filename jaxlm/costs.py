@@ -37,8 +37,8 @@ def flops_per_token(config: ConfigDict, params) -> int:
     """Of one training step, model FLOPs without recomputation, as PaLM counts them (Chowdhery et al. 2022, appendix B).
 
     6 for each parameter that multiplies, and 12 N H T a layer for attention, T being at most the layer's window (the
-    half that the causal mask leaves out is counted, as the field does). Of an encoder-decoder, a target's token: with as
-    many of the source's, one goes through each of the two stacks. What is counted, not trained, has none.
+    half that the causal mask leaves out is counted, as the field does). An encoder-decoder's is of a target
+    and a source token, one in each stack. What is counted, not trained, has none.
     """
     m, T = config.model, config.data.seq_len
     if m.name == "ngram":

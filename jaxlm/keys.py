@@ -29,7 +29,8 @@ LABELLED = ("classify", "multilabel", "regress")  # one label an example, not on
 CHOICES = {
     "task.name": (*TOKEN_TASKS, *ROLES),
     "task.class_weights": ("none", "balanced"),
-    "model.name": ("decoder", "encoder", "encoder_decoder", "ngram"),
+    "model.name": ("decoder", "encoder", "encoder_decoder", "lstm", "bilstm", "lstm_seq2seq", "ngram"),
+    "model.cross_attention": ("dot", "additive", "bilinear"),
     "model.norm": ("rms", "layer"),
     "model.norm_place": ("pre", "post"),
     "model.pooling": ("mean", "max", "first", "last"),
@@ -70,7 +71,7 @@ def base() -> ConfigDict:
     k.beta = 0.1  # dpo: how far to stay with the reference (Rafailov et al. 2023)
 
     c.model = m = ConfigDict()
-    m.name = "decoder"  # decoder | encoder | encoder_decoder | ngram: a builder in jaxlm.models.MODELS
+    m.name = "decoder"  # decoder | encoder | encoder_decoder | lstm | bilstm | lstm_seq2seq | ngram
     m.num_layers = 6  # blocks of attention and MLP
     m.embed_dim = 384  # width of the residual stream
     m.num_heads = 6  # query heads
@@ -102,6 +103,9 @@ def base() -> ConfigDict:
     m.logit_softcap = 0.0  # c * tanh(logits / c); 0: off
     m.attention_softcap = 0.0  # the same on attention logits; 0: off
     m.scale_embeddings = False  # times sqrt(embed_dim), as in 2017
+    m.hidden_dim = 0  # LSTMs: width of the state; 0: embed_dim
+    m.cross_attention = "dot"  # LSTMs: how a decoder scores the encoder's positions: dot | additive | bilinear
+    m.recurrent_dropout = 0.0  # LSTMs: on the state that goes round, the same at every step
     m.encoder_layers = 0  # encoder_decoder: blocks of the encoder; 0: as num_layers
     m.num_labels = 0  # outputs of a head for classes, tags, spans or numbers; 0: as the task and its data ask for
     m.pooling = "mean"  # mean | max | first | last: of an example's tokens, for its label

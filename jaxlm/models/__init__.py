@@ -14,12 +14,16 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from jaxlm.kernels.cross_entropy import cross_entropy, logits_of
 from jaxlm.models import ngram
 from jaxlm.models.encoder_decoder import EncoderDecoder
+from jaxlm.models.lstm import LSTM, BiLSTM, LSTMSeq2Seq
 from jaxlm.models.transformer import Transformer, unembedding
 
 MODELS = {
     "decoder": Transformer,
     "encoder": partial(Transformer, causal=False),
     "encoder_decoder": EncoderDecoder,
+    "lstm": LSTM,
+    "bilstm": BiLSTM,
+    "lstm_seq2seq": LSTMSeq2Seq,
     "ngram": ngram.NGram,
 }
 

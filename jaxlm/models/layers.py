@@ -71,9 +71,9 @@ class Head(nn.Module):
         return Weights(kernel, parameter(self, "bias", nn.initializers.zeros, (None,), (c.num_labels,), c), axes)
 
 
-def embedding_dropout(config: FrozenConfigDict, train: bool) -> nn.Module:
+def embedding_dropout(config: FrozenConfigDict, train: bool, **options) -> nn.Module:
     rate = config.dropout if config.embed_dropout < 0 else config.embed_dropout
-    return nn.Dropout(rate, deterministic=not train)
+    return nn.Dropout(rate, deterministic=not train, **options)
 
 
 def product(tree):

@@ -1,0 +1,249 @@
+"""LSTMs: a language model, a bidirectional encoder, and an encoder-decoder with attention.
+
+Here H is the width of the state, G the four gates, S the encoder's positions.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import FrozenConfigDict
+
+from jaxlm.kernels.lstm import Steps, recur
+from jaxlm.models.layers import Embed, Linear, Weights, back, embedding_dropout, into, parameter
+from jaxlm.models.transformer import heads
+from jaxlm.parallel.mesh import constrain
+
+
+class Cache(NamedTuple):
+    """The state after the positions seen so far, and the source of an encoder-decoder (else S = 0).
+
+    h, c: [L, B, H]. segments_B: int32, of the last position, 0 at first. keys: the encoder's output.
+    """
+
+    h: jax.Array
+    c: jax.Array
+    segments_B: jax.Array
+    keys_BSD: jax.Array
+    segments_BS: jax.Array
+
+
+def borders_of(segments_BT, positions_BT, before_B=0):
+    """Two float32 [B, T]: 0 where what comes from the left, from the right is not of a position's own document.
+
+    (None, None) where both inputs are None: every row is one document. Nothing goes into or out of padding, segment 0.
+    before: the segment of what precedes each row.
+    """
+    if segments_BT is None and positions_BT is None:
+        return None, None
+    same_BT = True
+    if segments_BT is not None:
+        before_BT = jnp.roll(segments_BT, 1, axis=1).at[:, 0].set(before_B)
+        same_BT = (segments_BT != 0) & (segments_BT == before_BT)
+    if positions_BT is not None:
+        same_BT &= positions_BT != 0
+    left_BT = same_BT.astype(jnp.float32)
+    return left_BT, jnp.pad(left_BT[:, 1:], ((0, 0), (0, 1)))
+
+
+def forget_one(key, shape, dtype):
+    """Biases 0, of the forget gate 1 (Gers et al. 2000, Jozefowicz et al. 2015)."""
+    return jnp.zeros(shape, dtype).at[1].set(1)
+
+
+class Direction(nn.Module):
+    """One LSTM over the positions, H = width."""
+
+    config: FrozenConfigDict
+    width: int
+    train: bool
+    reverse: bool = False
+
+    @nn.compact
+    def __call__(self, x_BTD, keep_BT, start_BTH=None, state=None):
+        """(h [B, T, H], the last (h, c)). start: c at the beginning of the document that a position is of; None: 0."""
+        c, B, D, H = self.config, x_BTD.shape[0], x_BTD.shape[-1], self.width
+        axes, normal = ("embed", None, "mlp"), nn.initializers.normal
+        kernel_DGH = parameter(self, "input_kernel", normal(D**-0.5), axes, (D, 4, H), c)
+        kernel_HGH = parameter(self, "recurrent_kernel", normal(H**-0.5), axes, (H, 4, H), c)
+        bias_GH = parameter(self, "bias", forget_one, axes[1:], (4, H), c)
+        (x_BTGH,) = into(x_BTD, Weights(kernel_DGH, bias_GH, axes))  # of all positions at once
+        x_TBGH = constrain(x_BTGH.swapaxes(0, 1), None, "batch", None, "mlp")
+        kernel_HGH = constrain(kernel_HGH, None, None, "mlp")  # gathered once, not at each step
+
+        keep_TB1, start = None if keep_BT is None else keep_BT.T[..., None], None
+        if start_BTH is not None:
+            start_TBH = (1 - keep_TB1) * start_BTH.swapaxes(0, 1)
+            start = jnp.tanh(start_TBH).astype(c.dtype), start_TBH
+        mask_BH = None
+        if self.train and c.recurrent_dropout:
+            mask_BH = nn.Dropout(c.recurrent_dropout, deterministic=False)(jnp.ones((B, H), c.dtype))
+        h_BH, c_BH = (jnp.zeros((B, H), c.dtype), jnp.zeros((B, H))) if state is None else state
+        h_TBH, *state = recur(self.reverse, kernel_HGH, Steps(x_TBGH, keep_TB1, start), mask_BH, h_BH, c_BH)
+        return constrain(h_TBH.swapaxes(0, 1), "batch", None, None), state
+
+
+class Layers(nn.Module):
+    """Stacked LSTMs, H wide; both: one half of H reads from the left, the other from the right. Then back to D.
+
+    Dropout is variational (Gal & Ghahramani 2016): one mask for all positions of a row.
+    """
+
+    config: FrozenConfigDict
+    num_layers: int
+    train: bool
+    both: bool = False
+
+    @nn.compact
+    def __call__(self, x_BTD, borders, start_BTLH=None, cache: Cache | None = None):
+        """(y [B, T, D], the last states: h and c, [L, B, H])."""
+        c, states, (left_BT, right_BT) = self.config, [], borders
+        drop = nn.Dropout(c.dropout, broadcast_dims=(1,), deterministic=not self.train)
+        y = embedding_dropout(c, self.train, broadcast_dims=(1,))(x_BTD)
+        for i in range(self.num_layers):
+            if self.both:
+                left, _ = Direction(c, c.hidden_dim // 2, self.train, name=f"left_{i}")(y, left_BT)
+                right, _ = Direction(c, c.hidden_dim // 2, self.train, True, name=f"right_{i}")(y, right_BT)
+                y = jnp.concatenate([left, right], axis=-1)
+            else:
+                start_BTH = None if start_BTLH is None else start_BTLH[:, :, i]
+                state = None if cache is None else (cache.h[i], cache.c[i])
+                y, state = Direction(c, c.hidden_dim, self.train, name=f"left_{i}")(y, left_BT, start_BTH, state)
+                states.append(state)
+            y = drop(y)
+        if c.hidden_dim != c.embed_dim:
+            y = back(y, Linear(c, (c.hidden_dim, c.embed_dim), ("mlp", "embed"), name="out")())
+        return constrain(y, "batch", "residual", None), [jnp.stack(x) for x in zip(*states)]
+
+
+def square(c: FrozenConfigDict, name: str, x_BTD):
+    return into(x_BTD, Linear(c, (c.embed_dim, c.embed_dim), ("embed", "mlp"), name=name)())[0]
+
+
+def dot(c: FrozenConfigDict, q_BTD, k_BSD):
+    return jnp.einsum("BTD,BSD->BTS", q_BTD, k_BSD, preferred_element_type=jnp.float32)
+
+
+def bilinear(c: FrozenConfigDict, q_BTD, k_BSD):
+    """q W k: "general" of Luong et al. 2015."""
+    return dot(c, square(c, "query", q_BTD), k_BSD)
+
+
+def additive(c: FrozenConfigDict, q_BTD, k_BSD):
+    """v tanh(W q + U k) (Bahdanau et al. 2015), a position of T at a time: [B, T, S, D] would be large."""
+    q_BTD, k_BSD = square(c, "query", q_BTD), square(c, "key", k_BSD)
+    v_D1 = Linear(c, (c.embed_dim, 1), ("mlp", None), name="score")().kernel
+    one = jax.checkpoint(lambda q_BD: (jnp.tanh(q_BD[:, None] + k_BSD) @ v_D1)[..., 0])
+    return jax.lax.map(one, q_BTD.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+SCORES = {"dot": dot, "bilinear": bilinear, "additive": additive}  # model.cross_attention
+
+
+class Attention(nn.Module):
+    """tanh(W [context; x]), context the keys averaged by the softmax of their scores: "global" of Luong et al. 2015."""
+
+    config: FrozenConfigDict
+
+    @nn.compact
+    def __call__(self, x_BTD, keys_BSD, same_BTS):
+        c = self.config
+        scores_BTS = SCORES[c.cross_attention](c, constrain(x_BTD, "batch", None, None), keys_BSD)
+        weights_BTS = jax.nn.softmax(jnp.where(same_BTS, scores_BTS.astype(jnp.float32), -1e30), axis=-1)
+        weights_BTS = jnp.where(same_BTS, weights_BTS, 0).astype(c.dtype)  # a document without a source: no context
+        context_BTD = jnp.einsum("BTS,BSD->BTD", weights_BTS, keys_BSD)
+        out = Linear(c, (2 * c.embed_dim, c.embed_dim), ("embed", "mlp"), name="out")()
+        return jnp.tanh(into(jnp.concatenate([context_BTD, x_BTD], axis=-1), out)[0])
+
+
+class Model(nn.Module):
+    """What the three have in common. config: the resolved `model` section."""
+
+    config: FrozenConfigDict
+
+    def outputs(self, x_BTD) -> jax.Array:
+        """x, once the parameters are made that losses apply to it."""
+        heads(self, self.config)
+        return constrain(x_BTD, "batch", "residual", None)
+
+    def init_cache(self, batch: int, length: int, enc_length: int = 0) -> Cache:
+        """Empty; a state has no length. enc_length: of the source."""
+        c = self.config
+        shape, keys = (c.num_layers, batch, c.hidden_dim), (batch, enc_length, c.embed_dim)
+        ints = lambda *shape: jnp.zeros(shape, jnp.int32)
+        return Cache(
+            jnp.zeros(shape, c.dtype), jnp.zeros(shape), ints(batch), jnp.zeros(keys, c.dtype), ints(*keys[:2])
+        )
+
+    def take_rows(self, cache: Cache, rows_B) -> Cache:
+        """The cache of these rows of the batch, in their order."""
+        return Cache(*(jnp.take(x, rows_B, axis=axis) for x, axis in zip(cache, (1, 1, 0, 0, 0))))
+
+
+class LSTM(Model):
+    """Language model: tokens -> final hidden states, as jaxlm.models.transformer.Transformer.
+
+    The state is zero where a document begins: at position 0, and where the segment changes.
+    """
+
+    both = False
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT, segments_BT=None, positions_BT=None, *, cache=None, places_T=None, reach_BT=None, train=False
+    ):
+        """(x [B, T, D], the cache after these tokens)."""
+        c, before_B = self.config, 0
+        if cache is not None:
+            segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
+            before_B = cache.segments_B
+        x_BTD = Embed(c, name="embed")(tokens_BT, positions_BT)
+        borders = borders_of(segments_BT, positions_BT, before_B)
+        x_BTD, states = Layers(c, c.num_layers, train, self.both, name="layers")(x_BTD, borders, cache=cache)
+        return self.outputs(x_BTD), cache and Cache(*states, segments_BT[:, -1], *cache[3:])
+
+
+class BiLSTM(LSTM):
+    """Encoder for classification and tagging: a token sees the whole of its document and nothing else. No cache."""
+
+    both = True
+
+
+class LSTMSeq2Seq(Model):
+    """A bidirectional encoder, and a decoder that attends to it after its recurrence (no input feeding).
+
+    So all but the recurrence is of all positions at once. A target sees the source of its own segment; its state begins
+    with a linear map of the mean of that source's encoding, c, and h = tanh(c).
+    """
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT, segments_BT=None, positions_BT=None, *, enc_tokens=None, enc_segments=None,
+        enc_positions=None, cache=None, places_T=None, reach_BT=None, train=False,
+    ):  # fmt: skip
+        """(x [B, T, D], the cache after these tokens). enc_*: [B, S]; not needed once the cache has them."""
+        c, embed = self.config, Embed(self.config, name="embed")
+        segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
+        if enc_tokens is None and self.is_initializing():
+            enc_tokens = tokens_BT
+        if enc_tokens is not None:
+            segments_BS = jnp.ones_like(enc_tokens) if enc_segments is None else enc_segments
+            encoder = Layers(c, c.encoder_layers, train, both=True, name="encoder")
+            keys_BSD, _ = encoder(embed(enc_tokens, enc_positions), borders_of(segments_BS, enc_positions))
+            keys_BSD = constrain(keys_BSD, "batch", None, None)
+        elif cache is not None:
+            keys_BSD, segments_BS = cache[3:]
+        else:
+            raise ValueError("an encoder-decoder needs enc_tokens, or the cache of an earlier call that had them")
+        same_BTS = (segments_BT[:, :, None] == segments_BS[:, None]) & (segments_BS != 0)[:, None]
+
+        share_BTS = same_BTS / jnp.maximum(same_BTS.sum(axis=-1, keepdims=True), 1)
+        mean_BTD = jnp.einsum("BTS,BSD->BTD", share_BTS.astype(c.dtype), keys_BSD)
+        start = Linear(c, (c.embed_dim, c.num_layers, c.hidden_dim), ("embed", None, "mlp"), name="start")()
+        (start_BTLH,) = into(mean_BTD, start)
+        borders = borders_of(segments_BT, positions_BT, 0 if cache is None else cache.segments_B)
+        decoder = Layers(c, c.num_layers, train, name="decoder")
+        x_BTD, states = decoder(embed(tokens_BT, positions_BT), borders, start_BTLH, cache)
+        x_BTD = self.outputs(Attention(c, name="attention")(x_BTD, keys_BSD, same_BTS))
+        return x_BTD, cache and Cache(*states, segments_BT[:, -1], keys_BSD, segments_BS)
