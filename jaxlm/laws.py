@@ -1,6 +1,7 @@
 """What verify shows of a config: any mesh is one device, and a packed document is as if alone. Names what differs."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,17 +13,30 @@ from jaxlm.config import resolve, set_key
 from jaxlm.costs import bytes_per_device
 from jaxlm.errors import ConfigError
 from jaxlm.keys import MESH_AXES
+from jaxlm.losses import arguments, rows_of
 from jaxlm.models import build
 from jaxlm.optim import split
 from jaxlm.parallel.hosts import to_global
 from jaxlm.parallel.mesh import make_mesh, replicated_share
-from jaxlm.state import State, abstract_state, apply_gradients, check_sharding, gradients, init_state, state_shardings
+from jaxlm.state import (
+    State,
+    abstract_state,
+    apply_gradients,
+    check_sharding,
+    eval_step,
+    gradients,
+    init_state,
+    state_shardings,
+)
 
 DEVICES, STEPS = 8, 20
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4  # relative; a gradient's to its largest entry
 ATTEMPTS, TIED = 5, 2  # other data after a tie between experts; tokens that one is of
 WORDS = {"zero1": "mesh.strategy", "ring": "model.context_parallel", "all_gather": "model.context_parallel"}
-ORDER = ("embed", "attention_norm", "attention", "mlp_norm", "mlp", "final_norm")  # modules, as the input meets them
+ORDER = (  # modules, as the input meets them
+    "embed attention_norm attention cross_attention_norm cross_attention mlp_norm mlp final_norm"
+).split()
+SIDES = ("encoder", "decoder")  # of a model of two
 
 
 class Result(NamedTuple):
@@ -62,7 +76,7 @@ def train_on(config: ConfigDict, mesh, batches, start: int = 0) -> Run:
 
     def step(state: State, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        grads, sums = gradients(state.params, batch, key, config)
+        grads, sums = gradients(state.params, batch, key, config, state.teacher)
         return *apply_gradients(state, grads, sums, config=config), grads, sums["routing"]
 
     with jax.set_mesh(mesh):
@@ -167,9 +181,9 @@ def module_outputs(config: ConfigDict, params, batch, mesh) -> list[tuple[str, n
     seen = lambda module, method: module.name in ORDER and method == "__call__"
 
     def f(params, batch):
-        arguments = batch["tokens"], batch["segments"], batch["positions"]
+        given, more = arguments(rows_of(batch), config)
         return build(config).apply(
-            {"params": params}, *arguments, capture_intermediates=seen, mutable=["intermediates"]
+            {"params": params}, *given, **more, capture_intermediates=seen, mutable=["intermediates"]
         )[1]["intermediates"]  # fmt: skip
 
     with jax.set_mesh(mesh):
@@ -179,16 +193,20 @@ def module_outputs(config: ConfigDict, params, batch, mesh) -> list[tuple[str, n
     for path, leaf in jax.tree.leaves_with_path(made):
         keys = [getattr(key, "key", None) for key in path]
         module = next(key for key in reversed(keys) if key in ORDER)
-        if leaf.ndim < 3 or path[-1] != jax.tree_util.SequenceKey(0):  # what a module returns first
+        call, *returned = (key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey))
+        if leaf.ndim < 3 or any(returned):  # what a module returns first
             continue
+        # Two sides have one table, which is asked for the source first.
+        side = SIDES.index(keys[0]) if keys[0] in SIDES else call
+        lead = f"{SIDES[side]}/" if config.model.name == "encoder_decoder" else ""
         stage = 0 if module == "embed" else 2 if module == "final_norm" else 1
         block = next((key for key in keys if str(key).startswith("block_")), "block_0")
         stacked = leaf if stage == 1 and config.model.scan else leaf[None]
         blocks = len(config.model.layers) if config.model.scan else 1
         for i, output in enumerate(stacked):
             layer = i * blocks + int(block.removeprefix("block_"))
-            name = module if stage != 1 else f"layer {layer} {module}"
-            places.append(((stage, layer, ORDER.index(module)), name, output))
+            name = lead + (module if stage != 1 else f"layer {layer} {module}")
+            places.append(((side, stage, layer, ORDER.index(module)), name, output))
     places.sort(key=lambda place: place[0])
     return [(name, output) for _, name, output in places]
 
@@ -217,32 +235,86 @@ def first_unlike(outputs: list, others: dict) -> str | None:
     return None
 
 
+def unpacked(batch: dict) -> dict:
+    """The same documents or examples, each at the start of a row of its own."""
+    rows = []
+    for row in range(len(batch["tokens"])):
+        mine = {name: batch[name][row] for name in batch}
+        for number in np.unique(mine["segments"])[np.unique(mine["segments"]) > 0]:
+            here = mine["segments"].reshape(-1, mine["segments"].shape[-1])[0] == number
+            there = mine["enc_segments"] == number if "enc_segments" in mine else None
+            alone = {}
+            for name, x in mine.items():
+                alone[name] = np.zeros_like(x)
+                if "labels" in mine and name in ("labels", "weights"):  # of examples
+                    alone[name][0] = x[number - 1]
+                else:
+                    part = x[..., there if name.startswith("enc_") else here]
+                    alone[name][..., : part.shape[-1]] = part
+            alone["segments"] = np.minimum(alone["segments"], 1)
+            if there is not None:
+                alone["enc_segments"] = np.minimum(alone["enc_segments"], 1)
+            if "reach" in mine:
+                alone["reach"] = np.maximum(alone["reach"] - np.argmax(here), np.arange(len(here)))
+            rows.append(alone)
+    return {name: np.stack([row[name] for row in rows]) for name in batch}
+
+
 def packed_as_alone(tiny: ConfigDict, batches) -> Result:
-    """A document's hidden states are the same whatever is packed beside it, and those that it has alone."""
+    """A document's hidden states are the same whatever is packed beside it, and as those that it has alone; so its loss.
+
+    Alone: at the start of a row of its own.
+    """
     name, config = "packed = alone", resolve(on_mesh(tiny, ""))
     if not config.data.isolate:
         return Result(name, True, {"refused": "data.isolate=False: documents in a row are meant to see each other"})
+    packed = lambda batch: batch["segments"].max(axis=tuple(range(1, batch["segments"].ndim))) > 1
+    batch = next((batches[k] for k in range(100) if packed(batches[k]).any()), None)
+    if batch is None:
+        return Result(name, True, {"refused": "no row of this data holds two examples"})
+    batch = {key: x[packed(batch)][:4] for key, x in batch.items()}
     mesh = make_mesh(config, jax.devices()[:1])
-    params = init_state(config, mesh).params
-    batch = next(batches[k] for k in range(100) if (batches[k]["segments"].max(axis=1) > 1).all())
-    first = batch["segments"] == 1
-    other = batch | {"tokens": np.where(first, batch["tokens"][::-1] % 100, batch["tokens"])}
-    later = (batch["segments"] > 1)[..., None]
-    one, two = (module_outputs(config, params, b, mesh) for b in (batch, other))
-    shown = lambda outputs: [(module, np.where(later, x, 0)) for module, x in outputs if x.shape[:2] == first.shape]
-    place = first_unlike(shown(one), dict(shown(two)))
+    state = init_state(config, mesh)
+    outputs = lambda batch: module_outputs(config, state.params, batch, mesh)
+    other = dict(batch)
+    for side in ("", "enc_") if "enc_tokens" in batch else ("",):
+        tokens = batch[f"{side}tokens"]
+        other[f"{side}tokens"] = np.where(batch[f"{side}segments"] == 1, (tokens + 1) % 100, tokens)
+
+    def later(module: str, x: np.ndarray) -> np.ndarray:
+        segments = batch["enc_segments" if module.startswith("encoder/") else "segments"]
+        return np.where(segments.reshape(-1, segments.shape[-1])[..., None] > 1, x, 0)
+
+    one, two = outputs(batch), outputs(other)
+    of_tokens = [i for i, (_, x) in enumerate(one) if x.ndim == 3]
+    place = first_unlike(
+        [(one[i][0], later(*one[i])) for i in of_tokens], {two[i][0]: later(*two[i]) for i in of_tokens}
+    )
     if place:
         return Result(name, False, {"place": f"{place} depends on the document before, in the same row"})
+    alone = unpacked(batch)
+    segments, single = (rows_of(x)["segments"] for x in (batch, alone))
+    hidden, theirs = one[-1][1], iter(outputs(alone)[-1][1])
+    pairs = batch["segments"].shape[1] if batch["segments"].ndim == 3 else 1
     differences = []
-    for row, segments in enumerate(batch["segments"][:4]):
-        here = segments == 2
-        alone = {key: batch[key][row : row + 1, here] for key in batch} | {
-            "segments": np.ones((1, here.sum()), np.int32)
-        }
-        hidden = module_outputs(config, params, alone, mesh)[-1][1][0]
-        differences.append(float(np.max(np.abs(hidden - one[-1][1][row, here]))))
-    figures = {"hidden_difference": max(differences)}
-    ok = max(differences) < 1e-4
-    return Result(
-        name, ok, figures if ok else figures | {"place": "positions: a document alone has other hidden states"}
-    )
+    for first in range(0, len(segments), pairs):  # the rows of a pair follow one another
+        for number in np.unique(segments[first])[np.unique(segments[first]) > 0]:
+            for row in range(first, first + pairs):
+                here = segments[row] == number
+                differences.append(float(np.max(np.abs(hidden[row, here] - next(theirs)[: here.sum()]))))
+    assert len(differences) == len(single)
+    sums = [sums_of_loss(config, state, x, mesh) for x in (batch, alone)]
+    apart = max(abs(sums[0][key] - sums[1][key]) / max(abs(sums[0][key]), 1e-6) for key in sums[0])
+    figures = {"hidden_difference": max(differences), "loss_difference": apart}
+    if max(differences) >= 1e-4:
+        figures["place"] = "positions: a document alone has other hidden states"
+    elif apart >= 1e-5:
+        figures["place"] = "the loss: its sums are not those over the examples alone"
+    return Result(name, "place" not in figures, figures)
+
+
+def sums_of_loss(config: ConfigDict, state: State, batch: dict, mesh) -> dict[str, float]:
+    """What eval_step sums over a batch."""
+    with jax.set_mesh(mesh):
+        sums, _ = jax.jit(partial(eval_step, config=config))(state.params, batch, state.teacher)
+    return {key: float(sums[key]) for key in ("loss", "weight")}

@@ -39,19 +39,31 @@ def mesh_order(batch: dict) -> tuple[dict, jax.Array | None]:
     return batch | {name: batch[name][:, places] for name in moved}, places
 
 
+def arguments(batch: dict, config: ConfigDict) -> tuple[tuple, dict]:
+    """What a model is called with, but for its parameters: of rows, see `rows_of`."""
+    seen = {"reach_BT" if name == "reach" else name: batch[name] for name in EXTRA if name in batch}
+    if not config.data.isolate:
+        return (batch["tokens"], None, None), {name: x for name, x in seen.items() if name != "enc_segments"}
+    return (batch["tokens"], batch["segments"], batch["positions"]), seen
+
+
+def rows_of(batch: dict) -> dict:
+    """The batch with [B, T] tokens: of pairs [B, 2, T], 2 B rows."""
+    if batch["tokens"].ndim == 2:
+        return batch
+    return {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in IN_ORDER if name in batch}
+
+
 def forward(model: nn.Module, params, batch, places, config: ConfigDict, dropout_key=None) -> tuple[jax.Array, dict]:
     """(final hidden states [B, T, D], what the layers say of their routing). batch, places: `mesh_order`'s.
 
     dropout_key: a key while training, None for evaluation.
     """
     train = dropout_key is not None
-    seen = {"reach_BT" if name == "reach" else name: batch[name] for name in EXTRA if name in batch}
-    if not config.data.isolate:
-        seen = {name: x for name, x in seen.items() if name != "enc_segments"}
+    given, seen = arguments(batch, config)
     (x_BTD, _), made = model.apply(
         {"params": params},
-        batch["tokens"],
-        *((batch["segments"], batch["positions"]) if config.data.isolate else (None, None)),
+        *given,
         places_T=places,
         train=train,
         rngs={"dropout": dropout_key} if train else None,
@@ -250,10 +262,7 @@ def preference_loss(model: nn.Module, params, batch, config: ConfigDict, dropout
     teacher: parameters of the reference model. Besides: `accuracy`, the part of the pairs in which the chosen one gains
     more over the reference, and `margin`, by how much, times beta.
     """
-    pairs = jax.tree.map(
-        lambda x: x.reshape(-1, x.shape[-1]), {name: batch[name] for name in IN_ORDER if name in batch}
-    )
-    pairs, places = mesh_order(pairs)
+    pairs, places = mesh_order(rows_of(batch))
     M = config.data.examples_per_row
 
     def log_likelihood(model, params, key):

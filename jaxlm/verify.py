@@ -6,6 +6,7 @@ and shows on 8 fake CPU devices, in float32 and with documents packed into rows,
   on every mesh as on one device: losses over 20 steps, and every parameter's gradient
   resumed as uninterrupted, packed as alone, on 2 hosts as on 1
 
+For every task: the data are random documents or examples of its kind, a teacher is a random model of the same shape.
 Exit code 1 where one of these breaks, with the mesh, the parameter and the first place in the model that differs.
 """
 
@@ -34,8 +35,10 @@ from jaxlm.config import flatten, load, override, resolve
 from jaxlm.costs import human
 from jaxlm.data.pipeline import train_batches
 from jaxlm.data.prepare import prepare
+from jaxlm.data.tokenizer import Bytes
+from jaxlm.data.transforms import Vocabulary
 from jaxlm.errors import ConfigError, UserError
-from jaxlm.keys import MESH_AXES
+from jaxlm.keys import MESH_AXES, ROLES
 from jaxlm.laws import DEVICES, STEPS, Result, on_mesh, packed_as_alone, same_as_one_device, train_on
 from jaxlm.parallel.mesh import make_mesh
 
@@ -44,6 +47,7 @@ MESHES = (
     "sequence=4 tensor=2 all_gather", "fsdp=2 sequence=2 tensor=2", "stage=4 fsdp=2", "stage=2 fsdp=2 tensor=2",
     "expert=4 data=2", "expert=2 fsdp=2 tensor=2",
 )  # fmt: skip
+LABELS = ("first", "second", "third")  # of examples
 HOSTS_TOLERANCE = 1e-6  # relative, of the losses
 
 
@@ -59,7 +63,8 @@ def shrink(c: ConfigDict) -> ConfigDict:
     group, kv_heads = few(m.num_heads // (m.num_kv_heads or m.num_heads)), few(m.num_kv_heads or m.num_heads)
     rounds_of_layers = m.num_layers // len(m.layers)
     scanned = next((n for n in (4, 2) if rounds_of_layers % (n * m.pipeline_rounds) == 0), 1) * m.pipeline_rounds
-    vocab = 264 + (m.vocab_size % 8)  # bytes; a size that no axis divides stays one
+    vocab = 8 * math.ceil(Vocabulary(Bytes(), c.task.name).size / 8) + m.vocab_size % 8  # what no axis divides stays so
+    layers = m.num_layers
     m.num_layers = len(m.layers) * (scanned if m.scan else max(1, 2 // len(m.layers)))
     m.num_heads, m.num_kv_heads, m.head_dim = group * kv_heads, kv_heads, 8
     m.embed_dim, m.mlp_dim, m.expert_dim, m.vocab_size = 64, 128, 64 if m.expert_dim else 0, vocab
@@ -69,20 +74,72 @@ def shrink(c: ConfigDict) -> ConfigDict:
         m.num_experts = next(n for n in (8, 4, m.num_experts) if m.num_experts % n == 0)
         m.experts_per_token = min(m.experts_per_token, max(m.num_experts // 2, 1))
         c.optim.eps = max(c.optim.eps, 1e-3)  # so that Adam makes no steps of mere rounding, which choose experts
-    m.dropout, m.dtype, m.param_dtype, m.pipeline_microbatches = 0.0, "float32", "float32", 0
+    m.dropout, m.embed_dropout, m.dtype, m.param_dtype, m.pipeline_microbatches = 0.0, -1.0, "float32", "float32", 0
+    m.encoder_layers = 3 * len(m.layers) if m.encoder_layers not in (0, layers) else 0
+    m.lora_rank, m.num_labels = min(m.lora_rank, 4), 0
     m.attention = "reference" if m.attention in ("cudnn", "tokamax", "xla") else m.attention
-    d.seq_len, d.path, d.mixture = 64, "", ""
+    d.seq_len, d.path, d.mixture, d.train, d.val, d.columns = 64, "", "", "", "", ""
+    d.enc_len = 64 + d.enc_len % 8 if d.enc_len else 0
+    d.tokenizer, d.min_count, d.examples_per_row = "bytes", 1, min(d.examples_per_row or 4, 4)
+    d.labels = LABELS if c.task.name in ("classify", "multilabel", "tag") else ()
     t.grad_accumulation = min(t.grad_accumulation, 2)
     t.batch_size, t.steps, t.stop_at = 16 * t.grad_accumulation, STEPS, 0
     t.loss_chunk = 16 if t.loss_chunk else 0
     c.optim.warmup_steps = -1 if c.optim.warmup_steps == -1 else min(c.optim.warmup_steps, 5)
-    c.eval.every = c.eval.patience = 0
+    c.eval.every = c.eval.patience = c.eval.generate = 0
     c.log.every, c.log.tensorboard, c.checkpoint.every = 1, False, 1000
     c.mesh.update(dict.fromkeys(MESH_AXES, 0) | {"slices": 1, "strategy": "data"})
+    t.init_from, c.task.teacher, c.task.teacher_model = "", "", ()
+    if needs_teacher(c):  # of the same shape, and another seed than its own, 0
+        c.task.teacher, c.seed = "teacher", c.seed or 1
+        c.task.teacher_model = tuple(resolve(c).model.items())
     return c
 
 
-def make_data(path: Path) -> None:
+def needs_teacher(c: ConfigDict) -> bool:
+    return c.task.name == "dpo" or c.task.distill > 0
+
+
+EXAMPLES = {  # column -> (a random text of so many letters, a word of it, a label) -> its value
+    "text": lambda text, word, label: text,
+    "text2": lambda text, word, label: word,
+    "label": lambda text, word, label: label,
+    "words": lambda text, word, label: text.split(),
+    "tags": lambda text, word, label: [label for _ in text.split()],
+    "question": lambda text, word, label: word[::-1],
+    "context": lambda text, word, label: text,
+    "answer": lambda text, word, label: word,
+    "source": lambda text, word, label: text,
+    "target": lambda text, word, label: text[::-1],
+    "prompt": lambda text, word, label: text,
+    "response": lambda text, word, label: word,
+    "chosen": lambda text, word, label: word,
+    "rejected": lambda text, word, label: text[:3],
+}
+
+
+def make_examples(file: Path, task: str) -> None:
+    """A few hundred examples of random letters, several of which fit into a row."""
+    rng, columns, rows = np.random.default_rng(0), [role.rstrip("?") for role in ROLES[task]], []
+    for i in range(400):
+        text = " ".join("".join(rng.choice(list("abcdefgh"), n)) for n in rng.integers(1, 6, rng.integers(2, 5)))
+        label = {"regress": float(rng.normal()), "multilabel": list(LABELS[: i % 4])}.get(task, LABELS[i % 3])
+        given = text, str(rng.choice(text.split())), label
+        rows.append({name: EXAMPLES[name](*given) for name in columns if name in EXAMPLES})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_data(path: Path, tiny: ConfigDict) -> None:
+    """Data for a tiny config: examples of its task, or token shards, named in its section `data`."""
+    if tiny.task.name in ROLES:
+        tiny.data.train = str(path / "examples.jsonl")
+        make_examples(Path(tiny.data.train), tiny.task.name)
+    else:
+        tiny.data.path = str(path / "tokens")
+        make_tokens(path)
+
+
+def make_tokens(path: Path) -> None:
     """A few hundred documents of random letters, most of them shorter than a row, as token shards of bytes."""
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcdefgh ,.\n"), rng.integers(2, 100))) for _ in range(600)]
@@ -132,14 +189,28 @@ def get_config():
 """
 
 
+def make_teacher(config: ConfigDict, folder: Path) -> Path:
+    """The workdir of a short run of this task without a teacher, or, where it cannot be without, of plain text."""
+    folder, plain = folder / "teacher", config.copy_and_resolve_references()
+    folder.mkdir()
+    plain.task.distill, plain.task.teacher, plain.task.teacher_model = 0.0, "", ()
+    if plain.task.name == "dpo":
+        plain.task.name = "lm"
+        plain.data.train = ""
+        make_data(folder, plain)
+    Trainer(plain, folder)("run", "--config.train.stop_at=2")
+    return folder / "run"
+
+
 def runs_agree(tiny: ConfigDict, folder: Path) -> list[Result]:
     """Resumed = uninterrupted to the last digit, and two processes of four devices = one of eight, with real runs."""
     meshes = ("data=2 fsdp=2 tensor=2", "fsdp=8", "data=8")
     config = next((c for words in meshes if not check(c := on_mesh(tiny, words), DEVICES)), on_mesh(tiny, "data=8"))
-    config.data.path = str(folder / "tokens")
-    train = Trainer(config, folder)
     results = []
     try:
+        if needs_teacher(config):
+            config.task.teacher = str(make_teacher(config, folder))
+        train = Trainer(config, folder)
         whole = train("whole")
         half = f"--config.train.stop_at={STEPS // 2}"
         train("parts", half)
@@ -198,8 +269,7 @@ def verify(config: ConfigDict, meshes: list[str] | None = None) -> list[Result]:
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as beside:
         folder = Path(folder)
-        make_data(folder)
-        tiny.data.path = str(folder / "tokens")
+        make_data(folder, tiny)
         runs = beside.submit(runs_agree, tiny, folder)  # in processes of their own
         batches = train_batches(resolve(tiny))
         single = resolve(on_mesh(tiny, ""))

@@ -57,9 +57,8 @@ def test_a_broken_law_is_exit_1(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verify")
-    verify.make_data(folder)
     config = verify.shrink(configs.load("configs/llama.py:1b"))
-    config.data.path = str(folder / "tokens")
+    verify.make_data(folder, config)
     return config
 
 
