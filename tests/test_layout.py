@@ -13,9 +13,9 @@ FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 ORDER = (
     "errors cli keys config meshes check data parallel kernels models losses optim topology state decode costs count "
     "predict measure page search workdir checkpoint start monitor respond metrics pictures score evaluator report lm "
-    "laws programs"
+    "laws space trial study programs"
 ).split()
-PROGRAMS = {"train", "evaluate", "generate", "verify", "plan"}
+PROGRAMS = {"train", "evaluate", "generate", "verify", "plan", "tune"}
 
 
 def box(module: str) -> str:

@@ -1,0 +1,104 @@
+"""What `jaxlm.tune` searches: keys of the config and the values that they may take, as text and for optuna."""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from jaxlm.check import ranges
+from jaxlm.config import flatten, nearest_key, override, parse
+
+try:
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+except ImportError:  # the program says so
+    BaseDistribution = object
+
+
+class Dimension(NamedTuple):
+    text: str  # such as log:1e-4:1e-1
+    values: BaseDistribution
+
+
+def read_space(texts: list[str], config: ConfigDict) -> tuple[dict[str, Dimension], list[str]]:
+    """({key: dimension}, problems) of KEY=FORM texts, or names of JSON files of {KEY: FORM}."""
+    pairs, space, problems = [], {}, []
+    for text in texts:
+        if "=" in text:
+            pairs.append(text.split("=", 1))
+            continue
+        try:
+            pairs += json.loads(Path(text).read_text()).items()
+        except (OSError, ValueError, AttributeError) as error:
+            problems.append(f"--space={text}: give KEY=FORM, or a file of {{KEY: FORM}} in JSON ({error})")
+    for key, form in pairs:
+        try:
+            if key in space:
+                raise ValueError(f"the key is already searched, {space[key].text}")
+            space[key] = Dimension(str(form), distribution(key, str(form), config))
+        except ValueError as error:
+            problems.append(f"--space={key}={form}: {error}")
+    swept = [key for key, dimension in space.items() if is_grid(dimension)]
+    if 0 < len(swept) < len(space):
+        problems.append(f"--space={swept[0]}={space[swept[0]].text}: grid is for all keys or none; write choice:")
+    return space, problems
+
+
+def is_grid(dimension: Dimension) -> bool:
+    return dimension.text.startswith("grid:")
+
+
+def forms(default) -> list[str]:
+    """How a key with this default can be searched. A;B;C too, for values with commas in them."""
+    kind = type(default).__name__
+    numbers = [f"{kind}:LOW:HIGH[:STEP]", "log:LOW:HIGH"] if kind in ("int", "float") else []
+    return [] if kind == "tuple" else [*numbers, "choice:A,B,C", "grid:A,B,C"]
+
+
+def distribution(key: str, form: str, config: ConfigDict) -> BaseDistribution:
+    """The values that a key may take. Raises ValueError that says all that is wrong with them."""
+    known, (kind, _, rest) = flatten(config), form.partition(":")
+    if key not in known:
+        raise ValueError(f"no such key{nearest_key(key, known)}")
+    default = known[key]
+    allowed = {text.partition(":")[0]: text for text in forms(default)}
+    if kind not in allowed:
+        what = f"takes {' or '.join(allowed.values())}" if allowed else "cannot be searched"
+        raise ValueError(f"the key is of type {type(default).__name__}, which {what}")
+    if kind in ("choice", "grid"):
+        values = read_values(key, rest.split(";" if ";" in rest else ","), config)
+        return CategoricalDistribution(list(dict.fromkeys(values)))
+    texts = rest.split(":")
+    if len(texts) != 2 and (len(texts) != 3 or kind == "log"):
+        raise ValueError(f"give {allowed[kind]}")
+    low, high = read_values(key, texts[:2], config)
+    if not (-math.inf < low < high < math.inf and (kind != "log" or low > 0)):
+        raise ValueError("LOW must be below HIGH" + (", and above 0" if kind == "log" else ""))
+    step = 1 if isinstance(default, int) else None
+    if len(texts) == 3:
+        step = parse(texts[2], default)
+        if not 0 < step <= high - low:
+            raise ValueError(f"STEP must be above 0 and at most {high - low:g}")
+    kind_of = IntDistribution if isinstance(default, int) else FloatDistribution
+    return kind_of(low, high, log=kind == "log", step=step)
+
+
+def read_values(key: str, texts: list[str], config: ConfigDict) -> list:
+    """The texts as values of the key. Raises ValueError where no config may have them, whatever its other keys."""
+    values, problems = [], []
+    for text in texts:
+        one = config.copy_and_resolve_references()
+        problems += override(one, [(key, text)]) or [p for p in ranges(one) if p.startswith(f"config.{key}=")]
+        values.append(flatten(one)[key])
+    if problems:
+        raise ValueError("; ".join(problems))
+    return values
+
+
+def holds(dimension: Dimension, value) -> bool:
+    """Whether a value is one of the dimension's."""
+    among = dimension.values
+    if isinstance(among, CategoricalDistribution):
+        return value in among.choices
+    return among.low <= value <= among.high and (not among.step or (value - among.low) % among.step == 0)
