@@ -101,4 +101,5 @@ def holds(dimension: Dimension, value) -> bool:
     among = dimension.values
     if isinstance(among, CategoricalDistribution):
         return value in among.choices
-    return among.low <= value <= among.high and (not among.step or (value - among.low) % among.step == 0)
+    steps = (value - among.low) / (among.step or 1)
+    return among.low <= value <= among.high and (not among.step or abs(steps - round(steps)) < 1e-8)

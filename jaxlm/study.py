@@ -90,14 +90,15 @@ class Study:
         """Takes up results.json, where there is one. Raises ConfigError where it is of another search."""
         path, again = self.workdir / "results.json", f"give the same, or another --workdir than {self.workdir}"
         if path.exists():
-            before = json.loads(path.read_text())
+            try:
+                before = json.loads(path.read_text())
+            except ValueError as error:
+                raise ConfigError(f"{path} is not JSON any more ({error}); give another --workdir") from None
             self.records = before["trials"]
             pairs = {key: (before["asked"].get(key), self.asked.get(key)) for key in {**before["asked"], **self.asked}}
             # Those with a dot have decided what is in the checkpoints; the goal, only what the finished trials came to.
             compared = [key for key in pairs if self.finished() or "." in key]
-            changed = [
-                f"  {key}: {pairs[key][0]} -> {pairs[key][1]}" for key in compared if pairs[key][0] != pairs[key][1]
-            ]
+            changed = [f"  {key}: {old} -> {new}" for key in compared for old, new in [pairs[key]] if old != new]
             if changed:
                 raise ConfigError("\n".join([f"{path} is of another search:", *changed, again]))
         elif (self.workdir / "trials").exists():
@@ -182,7 +183,8 @@ class Study:
             for seed in range(self.goal.seeds):
                 config.seed = first + seed
                 folder = self.workdir / "trials" / str(trial.number) / f"seed_{seed}"
-                value = self.value_of(self.run(config, folder, partial(self.watch, trial, record, seed)))
+                watch = partial(self.watch, trial, record, config.train.stop_at or config.train.steps, seed == 0)
+                value = self.value_of(self.run(config, folder, watch))
                 with self.lock:
                     record["by_seed"].append(value)
         except Vain:
@@ -210,18 +212,18 @@ class Study:
         if states["failed"] >= FAILURES and not states["done"] + states["pruned"]:
             raise UserError(f"{states['failed']} trials failed and none was done; the last: {record['reason']}")
 
-    def watch(self, trial, record: dict, seed: int, rows: list[dict]) -> None:
-        """Looks at the new rows of a run. Raises what ends it."""
+    def watch(self, trial, record: dict, last: int, first_run: bool, rows: list[dict]) -> None:
+        """Looks at the new rows of a run up to step `last`. Raises what ends it."""
         if self.stop.is_set():
             raise Stopped
-        metric, last = self.goal.metric, self.config.train.stop_at or self.config.train.steps
+        metric = self.goal.metric
         for row in rows:
             self.keys |= row.keys()
             self.evaluated |= {row["step"]} if any(key.startswith("eval/") for key in row) else set()
             if metric.startswith("eval/") and metric not in self.keys and len(self.evaluated) > 1:
                 self.no_such_metric()
             step, value = row["step"], float(row.get(metric, "nan"))
-            if seed == 0 and self.prunes and math.isfinite(value) and str(step) not in record["curve"]:
+            if first_run and self.prunes and math.isfinite(value) and str(step) not in record["curve"]:
                 with self.lock:
                     record["curve"][str(step)] = value
                 trial.report(value, step)

@@ -38,6 +38,7 @@ except ImportError:  # main says so
     pass
 
 ENOUGH = 10  # trials that are done; importances of fewer are noise
+SIGNALS = signal.SIGINT, signal.SIGTERM
 SHOWN = 10  # the best trials, and those that have no value
 
 
@@ -67,10 +68,10 @@ def tune(
     def end(number, _):
         study.stop.set()
         print("stopping: what runs is saved first (once more: is not)", flush=True)
-        for number in before:
-            signal.signal(number, signal.SIG_DFL)  # runs end with this process
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)  # runs end with this process
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, end) for number in SIGNALS}
     try:
         with ThreadPoolExecutor(parallel) as pool:
             for thread in [pool.submit(study.work, total) for _ in range(parallel)]:

@@ -164,6 +164,9 @@ def test_a_changed_search_is_refused_with_the_difference(tmp_path):
         assert change in str(error.value)
     assert "another --workdir" in str(error.value)
     (tmp_path / "trials").mkdir()
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(ConfigError, match="not JSON any more"):
+        search(tmp_path, trials=2)
     (tmp_path / "results.json").unlink()
     with pytest.raises(ConfigError, match="is lost"):
         search(tmp_path, trials=2)
