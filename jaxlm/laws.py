@@ -261,7 +261,7 @@ def unpacked(batch: dict) -> dict:
 
 
 def packed_as_alone(tiny: ConfigDict, batches) -> Result:
-    """A document's hidden states are the same whatever is packed beside it, and as those that it has alone; so its loss.
+    """A document's hidden states, and its loss, are the same whatever is packed beside it, and those that it has alone.
 
     Alone: at the start of a row of its own.
     """

@@ -29,17 +29,16 @@ class Cache(NamedTuple):
     segments_BS: jax.Array
 
 
-def borders_of(segments_BT, positions_BT, before_B=0):
+def borders_of(segments_BT, positions_BT, cache: Cache | None = None):
     """Two float32 [B, T]: 0 where what comes from the left, from the right is not of a position's own document.
 
     (None, None) where both inputs are None: every row is one document. Nothing goes into or out of padding, segment 0.
-    before: the segment of what precedes each row.
     """
     if segments_BT is None and positions_BT is None:
         return None, None
     same_BT = True
     if segments_BT is not None:
-        before_BT = jnp.roll(segments_BT, 1, axis=1).at[:, 0].set(before_B)
+        before_BT = jnp.roll(segments_BT, 1, axis=1).at[:, 0].set(0 if cache is None else cache.segments_B)
         same_BT = (segments_BT != 0) & (segments_BT == before_BT)
     if positions_BT is not None:
         same_BT &= positions_BT != 0
@@ -170,11 +169,9 @@ class Model(nn.Module):
     def init_cache(self, batch: int, length: int, enc_length: int = 0) -> Cache:
         """Empty; a state has no length. enc_length: of the source."""
         c = self.config
-        shape, keys = (c.num_layers, batch, c.hidden_dim), (batch, enc_length, c.embed_dim)
-        ints = lambda *shape: jnp.zeros(shape, jnp.int32)
-        return Cache(
-            jnp.zeros(shape, c.dtype), jnp.zeros(shape), ints(batch), jnp.zeros(keys, c.dtype), ints(*keys[:2])
-        )
+        h_LBH = jnp.zeros((c.num_layers, batch, c.hidden_dim), c.dtype)
+        keys_BSD, segments_B = jnp.zeros((batch, enc_length, c.embed_dim), c.dtype), jnp.zeros(batch, jnp.int32)
+        return Cache(h_LBH, h_LBH.astype(jnp.float32), segments_B, keys_BSD, jnp.zeros((batch, enc_length), jnp.int32))
 
     def take_rows(self, cache: Cache, rows_B) -> Cache:
         """The cache of these rows of the batch, in their order."""
@@ -194,12 +191,11 @@ class LSTM(Model):
         self, tokens_BT, segments_BT=None, positions_BT=None, *, cache=None, places_T=None, reach_BT=None, train=False
     ):
         """(x [B, T, D], the cache after these tokens)."""
-        c, before_B = self.config, 0
-        if cache is not None:
-            segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
-            before_B = cache.segments_B
+        c = self.config
+        if cache is not None and segments_BT is None:
+            segments_BT = jnp.ones_like(tokens_BT)
         x_BTD = Embed(c, name="embed")(tokens_BT, positions_BT)
-        borders = borders_of(segments_BT, positions_BT, before_B)
+        borders = borders_of(segments_BT, positions_BT, cache)
         x_BTD, states = Layers(c, c.num_layers, train, self.both, name="layers")(x_BTD, borders, cache=cache)
         return self.outputs(x_BTD), cache and Cache(*states, segments_BT[:, -1], *cache[3:])
 
@@ -211,10 +207,10 @@ class BiLSTM(LSTM):
 
 
 class LSTMSeq2Seq(Model):
-    """A bidirectional encoder, and a decoder that attends to it after its recurrence (no input feeding).
+    """A bidirectional encoder, and a decoder that attends to it after its recurrence: of all positions at once.
 
-    So all but the recurrence is of all positions at once. A target sees the source of its own segment; its state begins
-    with a linear map of the mean of that source's encoding, c, and h = tanh(c).
+    A target sees the source of its own segment. Its state begins with c, a linear map of the mean of that source's
+    encoding, and h = tanh(c).
     """
 
     @nn.compact
@@ -242,7 +238,7 @@ class LSTMSeq2Seq(Model):
         mean_BTD = jnp.einsum("BTS,BSD->BTD", share_BTS.astype(c.dtype), keys_BSD)
         start = Linear(c, (c.embed_dim, c.num_layers, c.hidden_dim), ("embed", None, "mlp"), name="start")()
         (start_BTLH,) = into(mean_BTD, start)
-        borders = borders_of(segments_BT, positions_BT, 0 if cache is None else cache.segments_B)
+        borders = borders_of(segments_BT, positions_BT, cache)
         decoder = Layers(c, c.num_layers, train, name="decoder")
         x_BTD, states = decoder(embed(tokens_BT, positions_BT), borders, start_BTLH, cache)
         x_BTD = self.outputs(Attention(c, name="attention")(x_BTD, keys_BSD, same_BTS))
