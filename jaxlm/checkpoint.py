@@ -115,9 +115,15 @@ class Checkpoints:
     def save(self, state: State, meta: dict, eval_loss: float | None = None) -> None:
         """Copies the state to the host, then writes it in the background."""
         step = int(state.step)
-        if step in self.manager.all_steps():
-            return
-        args = {name: ocp.args.StandardSave(tree) for name, tree in items(state).items()}
+        if step not in self.manager.all_steps():
+            self._write(step, items(state), meta, eval_loss)
+
+    def save_params(self, step: int, params: dict, meta: dict) -> None:
+        """A checkpoint to evaluate, to generate and to begin from, not to go on with: it has no optimizer's state."""
+        self._write(step, {"params": params}, meta, meta.get("eval_loss"))
+
+    def _write(self, step: int, parts: dict, meta: dict, eval_loss: float | None) -> None:
+        args = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
         self.manager.save(
             step,
             args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta | {"eval_loss": eval_loss})),
@@ -152,6 +158,11 @@ class Checkpoints:
 
     def _read(self, step: int, **targets):
         for name, target in targets.items():
+            if name not in self.manager.item_metadata(step):
+                raise CheckpointError(
+                    f"{self.path / str(step)} has no {name}: it is of a model alone, which a run can begin from, but "
+                    f"not go on with; give another --workdir, and --config.train.init_from={self.path.parent}"
+                )
             self._require_fit(step, name, target)
         args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
         try:

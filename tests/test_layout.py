@@ -15,7 +15,7 @@ ORDER = (
     "predict measure page search workdir checkpoint start monitor respond metrics pictures score evaluator report lm "
     "laws space trial study programs"
 ).split()
-PROGRAMS = {"train", "evaluate", "generate", "verify", "plan", "tune"}
+PROGRAMS = {"train", "evaluate", "generate", "verify", "plan", "tune", "lora"}
 
 
 def box(module: str) -> str:

@@ -1,0 +1,94 @@
+"""python -m jaxlm.lora --workdir=RUN --output=DIR: a run whose adapters (LoRA) are folded into its weights.
+
+DIR is a run directory as jaxlm.load, jaxlm.evaluate, jaxlm.generate and train.init_from expect: of a model without
+adapters that computes the same as RUN's. Training goes on from it in another run, with train.init_from=DIR.
+"""
+
+import json
+from pathlib import PurePath
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxlm import cli
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.config import flatten, resolve
+from jaxlm.errors import ConfigError
+from jaxlm.keys import base
+from jaxlm.parallel import hosts
+from jaxlm.workdir import Hold, run_directory, write_whole
+
+
+def merge(params: dict, section: ConfigDict) -> tuple[dict, ConfigDict]:
+    """(params, model section) without adapters: each kernel with its product of two narrow matrices added.
+
+    section: the resolved `model` section that params are of. Layers may be stacked by scan, on a leading axis.
+    """
+    scale = section.lora_alpha / max(section.lora_rank, 1)
+
+    def fold(tree):
+        if not isinstance(tree, dict):
+            return tree
+        tree = {name: fold(part) for name, part in tree.items()}
+        if "lora_a" in tree:
+            a, b = tree.pop("lora_a"), tree.pop("lora_b")
+            product = lambda a, b: scale * jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1)
+            stacked = a.ndim + b.ndim - 2 > tree["kernel"].ndim
+            more = jax.vmap(product)(a, b) if stacked else product(a, b)
+            tree["kernel"] = (tree["kernel"] + more).astype(tree["kernel"].dtype)
+        return tree
+
+    section = section.copy_and_resolve_references()
+    section.lora_rank = 0
+    return fold(params), section
+
+
+def merged_config(config: ConfigDict, section: ConfigDict) -> ConfigDict:
+    """The config of a merged run. Its parameters are what evaluation used, so it keeps no average of them."""
+    config = config.copy_and_resolve_references()
+    config.model, config.train.ema = section, 0.0
+    config.optim = base().optim  # its patterns may name adapters, which are no more
+    return resolve(config)
+
+
+def write_run(workdir: PurePath, step: int, params: dict, meta: dict, config: ConfigDict, tokenizer) -> None:
+    """A run directory of these parameters alone: config.json, the tokenizer and checkpoints/STEP."""
+    hold, checkpoints = Hold(workdir), Checkpoints(workdir, config)
+    checkpoints.save_params(step, params, meta | {"config": flatten(config)})
+    checkpoints.close()
+    if jax.process_index() == 0:
+        (workdir / tokenizer.filename).write_bytes(tokenizer.to_bytes())
+        write_whole(workdir / "config.json", json.dumps(flatten(config), indent=1) + "\n")
+    hold.close()
+
+
+def main(argv: list[str]) -> None:
+    parser = cli.Parser(prog="jaxlm.lora", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="run directory of a training with model.lora_rank")
+    parser.add_argument("--output", required=True, help="run directory to make")
+    parser.add_argument("--step", default="latest", help="checkpoint: latest, best or a number (default: latest)")
+    hosts.add_flags(parser)
+    args = parser.parse(argv)
+    hosts.connect(args)
+
+    import jaxlm
+
+    output = run_directory(args.output)
+    if (output / "config.json").exists():
+        raise ConfigError(f"--output={args.output}: there is a run already; give another directory")
+    lm = jaxlm.load(args.workdir, step=args.step)
+    if not lm.config.model.lora_rank:
+        raise ConfigError(f"--workdir={args.workdir}: this model has no adapters (model.lora_rank=0); use it as it is")
+    with jax.set_mesh(lm.mesh):
+        params, section = merge(lm.params, lm.config.model)
+    source = Checkpoints(args.workdir)
+    meta = source.meta(lm.step)
+    source.close()
+    config = merged_config(lm.config, section)
+    write_run(output, lm.step, params, meta, config, lm.tokenizer)
+    print(f"step {lm.step} without adapters is in {output}; try python -m jaxlm.generate --workdir={output}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
