@@ -119,8 +119,9 @@ def beam_search(
         text_BJM = jax.lax.dynamic_update_slice_in_dim(pick(alive_BKM, beam_BJ), token_BJ[..., None], i, axis=2)
         ended_BJ = (token_BJ == eos_id) if eos_id is not None else jnp.zeros_like(token_BJ, bool)
         ended_BJ |= i + 1 == M  # what is cut off counts too
+        counts_BJ = ended_BJ & (jnp.arange(2 * K) < K)  # of the K best: so that one beam is greedy
         done_BK, done_BKM = best(
-            jnp.concatenate([done_BK, jnp.where(ended_BJ, score_BJ / penalty(i + 1), NEVER)], axis=1),
+            jnp.concatenate([done_BK, jnp.where(counts_BJ, score_BJ / penalty(i + 1), NEVER)], axis=1),
             jnp.concatenate([done_BKM, text_BJM], axis=1),
         )
         alive_BK, alive_BKM, beam_BK, token_BK = best(jnp.where(ended_BJ, NEVER, score_BJ), text_BJM, beam_BJ, token_BJ)

@@ -261,10 +261,7 @@ def unpacked(batch: dict) -> dict:
 
 
 def packed_as_alone(tiny: ConfigDict, batches) -> Result:
-    """A document's hidden states, and its loss, are the same whatever is packed beside it, and those that it has alone.
-
-    Alone: at the start of a row of its own.
-    """
+    """A document's hidden states and loss are the same whatever is packed beside it, and as in a row of its own."""
     name, config = "packed = alone", resolve(on_mesh(tiny, ""))
     if not config.data.isolate:
         return Result(name, True, {"refused": "data.isolate=False: documents in a row are meant to see each other"})

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxlm.data import tokenizer
+from jaxlm.data import tokenizer, vocabulary
 from jaxlm.errors import ConfigError, DataError
 
 NASTY = [
@@ -41,8 +41,8 @@ def hugging_face() -> tokenizer.Tokenizer:
 
 MAKE = {
     "bytes": lambda: tokenizer.from_bytes("bytes", b""),
-    "chars": lambda: tokenizer.chars_from("".join(NASTY) + "\ufffd"),
-    "sentencepiece": lambda: tokenizer.train_sentencepiece(NASTY * 5, 600),
+    "chars": lambda: vocabulary.chars_from("".join(NASTY) + "\ufffd"),
+    "sentencepiece": lambda: vocabulary.train_sentencepiece(NASTY * 5, 600),
     "huggingface": hugging_face,
 }
 
@@ -106,32 +106,32 @@ def test_garbage_is_refused_by_name(name, content, tmp_path):
 
 def test_chars_names_the_characters_that_it_does_not_know():
     with pytest.raises(DataError, match="'x', 'z'"):
-        tokenizer.chars_from("abc").encode("abzx")
-    assert tokenizer.chars_from("cab").encode("abc").tolist() == [0, 1, 2]
+        vocabulary.chars_from("abc").encode("abzx")
+    assert vocabulary.chars_from("cab").encode("abc").tolist() == [0, 1, 2]
 
 
 def test_a_vocabulary_too_large_shrinks_and_one_too_small_is_explained():
-    assert 260 < tokenizer.train_sentencepiece(["some text, some more"], 4096).vocab_size < 400
+    assert 260 < vocabulary.train_sentencepiece(["some text, some more"], 4096).vocab_size < 400
     with pytest.raises(ConfigError, match="--vocab_size="):
-        tokenizer.train_sentencepiece(["some text"], 100)
+        vocabulary.train_sentencepiece(["some text"], 100)
     with pytest.raises(ConfigError, match="too little text"):
-        tokenizer.train_sentencepiece([], 400)
+        vocabulary.train_sentencepiece([], 400)
 
 
 def test_spaces_come_back_even_if_the_training_text_had_none():
-    model = tokenizer.train_sentencepiece(["abcabc"], 400)
+    model = vocabulary.train_sentencepiece(["abcabc"], 400)
     assert model.decode(model.encode("a  b\t c ")) == "a  b\t c "
 
 
 def test_indentation_is_few_tokens():
     code = "class A:\n    def f(self):\n        return 1\n\n" * 200
-    model = tokenizer.train_sentencepiece([code], 500)
+    model = vocabulary.train_sentencepiece([code], 500)
     assert len(model.encode("        return")) <= 3
 
 
 def test_training_is_silent_and_the_same_every_time():
     script = (
-        "from jaxlm.data.tokenizer import train_sentencepiece as t\n"
+        "from jaxlm.data.vocabulary import train_sentencepiece as t\n"
         "print(t(['some text to train on, ' + chr(i) * i for i in range(97, 200)], 500).fingerprint)"
     )
     runs = [
@@ -151,7 +151,7 @@ def test_hugging_face_without_the_library_says_what_to_install(monkeypatch):
 
 
 def test_a_sample_is_bounded_even_and_a_function_of_the_stream():
-    samples = [tokenizer.Sample(100_000) for _ in range(2)]
+    samples = [vocabulary.Sample(100_000) for _ in range(2)]
     for i in range(300):
         for sample in samples:
             sample.add(f"{i:4}" * 1024)
