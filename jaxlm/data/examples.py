@@ -6,6 +6,8 @@ All of it is kept in memory as token ids: examples are few beside the text of pr
 import hashlib
 import json
 import logging
+import os
+from collections import Counter
 from functools import lru_cache
 
 import numpy as np
@@ -14,10 +16,14 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data import vocabulary
 from jaxlm.data.rows import lay_out, piece_lengths
-from jaxlm.data.tables import read_examples, refuse
-from jaxlm.data.transforms import EXAMPLES, Vocabulary, split_names
+from jaxlm.data.tables import paths_of, read_examples, refuse
+from jaxlm.data.tokenizer import replace_surrogates
+from jaxlm.data.transforms import ALLOWED, EXAMPLES, STOP, Vocabulary, label_of, messages_of, split_names, words_of
+from jaxlm.errors import DataError, UserError
 from jaxlm.keys import LABELLED
 
+LOGGER = logging.getLogger("jaxlm")
+OPEN = 64  # rows that are filled at one time
 TEXTS = "text text2 words question context answer source target prompt response chosen rejected".split()
 
 
@@ -27,24 +33,69 @@ def texts_of(examples: list[dict], lowercase: bool) -> list[str]:
     for example in examples:
         found = [example[role] for role in TEXTS if role in example]
         if "messages" in example:
-            messages = example["messages"]
-            found += [m["content"] for m in (json.loads(messages) if isinstance(messages, str) else messages)]
-        texts += [" ".join(x) if isinstance(x, (list, tuple)) else str(x) for x in found]
-    return [text.lower() for text in texts] if lowercase else texts
+            messages = messages_of(example)
+            found += [str(m.get("content", "")) for m in messages if isinstance(m, dict)]
+        texts += [" ".join(map(str, x)) if isinstance(x, (list, tuple)) else str(x) for x in found]
+    return [replace_surrogates(text.lower() if lowercase else text)[0] for text in texts]
+
+
+def examples_of(spec: str, task: str, columns: str) -> tuple[list[dict], list[str]]:
+    """(the examples of files, where each is from). Read again when a file has changed."""
+    return _examples_of(spec, task, columns, stamps(spec))
+
+
+def stamps(spec: str) -> tuple:
+    stats = [(part, os.stat(part)) for path in paths_of(spec) for part in path.split("+") if os.path.exists(part)]
+    return tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
 
 
 @lru_cache(maxsize=4)
-def training_examples(data: FrozenConfigDict, task: str) -> list[dict]:
-    return read_examples(data.train, task, data.columns)
+def _examples_of(spec, task, columns, stamps):
+    examples, places = read_examples(spec, task, columns)
+    kept, bad = [], []
+    for example, place in zip(examples, places):
+        try:
+            kept.append(plain(example))
+        except ValueError as error:
+            bad.append(f"{place}: {error}")
+    refuse(bad)
+    return kept, places
 
 
-@lru_cache(maxsize=4)
+def plain(example: dict) -> dict:
+    """An example whose texts are str. SQuAD's {"text": [...], "answer_start": [...]} becomes answer and start."""
+    example = dict(example)
+    if isinstance(example.get("answer"), dict):
+        answer = example["answer"]
+        example |= {"answer": list(answer.get("text", ())), "start": list(answer.get("answer_start", ()))}
+    for role in TEXTS:
+        value = example.get(role, "")
+        if not isinstance(value, str) and role not in ("words", "answer"):
+            if isinstance(value, (list, tuple, dict)):
+                raise ValueError(f"its {role} is a {type(value).__name__}, not text")
+            example[role] = label_of(value)
+    return example
+
+
+def training_examples(data: ConfigDict | FrozenConfigDict, task: str) -> list[dict]:
+    return examples_of(data.train, task, data.columns)[0]
+
+
 def tokenizer_of(data: FrozenConfigDict, task: str):
     """The tokenizer that config.data.tokenizer names, made from data.train where it is a kind."""
     if data.tokenizer not in vocabulary.MADE:
         return tokenizers.load(data.tokenizer)
-    texts = texts_of(training_examples(data, task), data.lowercase)
-    return vocabulary.make(data.tokenizer, texts, data.vocab_size, data.min_count)
+    return _made(data.tokenizer, data.vocab_size, data.min_count, data.lowercase, task, data.columns, data.train,
+                 stamps(data.train))  # fmt: skip
+
+
+@lru_cache(maxsize=4)
+def _made(kind, vocab_size, min_count, lowercase, task, columns, train, stamps):
+    texts = texts_of(examples_of(train, task, columns)[0], lowercase)
+    try:
+        return vocabulary.make(kind, texts, vocab_size, min_count)
+    except UserError as error:  # it names the flags of jaxlm.data.prepare
+        raise type(error)(str(error).replace("--", "--config.data.")) from None
 
 
 def encoder_of(tokenizer, lowercase: bool):
@@ -52,19 +103,33 @@ def encoder_of(tokenizer, lowercase: bool):
     return lambda text: tokenizer.encode(str(text).lower() if lowercase else str(text))
 
 
+NAMES = {  # the labels of an example
+    "classify": lambda example: [label_of(example["label"])],
+    "multilabel": lambda example: split_names(example["label"]),
+    "tag": lambda example: words_of(example["tags"]),
+}
+
+
 def label_names(config: ConfigDict) -> tuple[str, ...]:
-    """The classes or tags of config.data.labels, or of the training examples, sorted."""
-    task = config.task.name
-    if config.data.labels or task not in ("classify", "multilabel", "tag"):
-        return tuple(config.data.labels)
-    names = set()
-    for example in training_examples(FrozenConfigDict(config.data), task):
-        if task == "tag":
-            tags = example["tags"]
-            names.update(tags.split() if isinstance(tags, str) else tags)
-        else:
-            names.update(split_names(example["label"]) if task == "multilabel" else [str(example["label"])])
-    return tuple(sorted(names))
+    """The classes or tags of config.data.labels, or of the training examples, sorted: 2 before 10."""
+    task, train = config.task.name, config.data.train
+    if config.data.labels or task not in NAMES:
+        return tuple(map(str, config.data.labels))
+    examples = training_examples(config.data, task)
+    counts = Counter(name for example in examples for name in NAMES[task](example))
+    names = sorted(counts, key=(lambda name: (len(name), name)) if all(map(str.isdecimal, counts)) else None)
+    if task == "classify" and "" in counts:
+        examples, places = examples_of(train, task, config.data.columns)
+        refuse([f"{where}: its label is empty" for where, e in zip(places, examples) if not label_of(e["label"])])
+    if task == "classify" and len(examples) >= 20 and len(names) > len(examples) / 2:
+        raise DataError(
+            f"{train}: {len(names):,} different labels in {len(examples):,} examples, such as {names[0][:60]!r}: that "
+            'is no classification. Are the columns in another order? Say --config.data.columns="text=1 label=0", or '
+            "give config.data.labels"
+        )
+    if len(names) < 2 and task != "multilabel":
+        raise DataError(f"{train}: every example has the label {''.join(names)!r}; there is nothing to tell apart")
+    return tuple(names)
 
 
 class Examples:
@@ -75,25 +140,30 @@ class Examples:
     """
 
     def __init__(self, config: ConfigDict, split: str, tokenizer=None, examples: list[dict] | None = None):
-        data = FrozenConfigDict(config.data)
-        spec = {"train": data.train, "val": data.val}[split] if examples is None else "examples"
+        data, task = FrozenConfigDict(config.data), config.task.name
         self.config, self.split = config, split
-        self.tokenizer = tokenizer or tokenizer_of(data, config.task.name)
-        self.vocab = Vocabulary(self.tokenizer, config.task.name)
-        self.examples = read_examples(spec, config.task.name, data.columns) if examples is None else examples
+        self.tokenizer = tokenizer or tokenizer_of(data, task)
+        self.vocab = Vocabulary(self.tokenizer, task)
+        if examples is None:
+            self.examples, places = examples_of({"train": data.train, "val": data.val}[split], task, data.columns)
+        else:
+            self.examples, places = list(examples), [f"example {number}" for number in range(1, len(examples) + 1)]
         names = label_names(config)
         self.encode = encoder_of(self.tokenizer, data.lowercase)
         self.pieces, bad = [], []
-        for number, example in enumerate(self.examples, 1):
-            example = example | {"label": str(example["label"])} if config.task.name == "classify" else example
+        for i, example in enumerate(self.examples):
             try:
-                self.pieces.append(EXAMPLES[config.task.name](example, self.encode, self.vocab, names))
-            except (ValueError, KeyError, TypeError) as error:
-                bad.append(f"example {number}: {error}")
-        refuse(spec, bad)
+                if examples is not None:
+                    self.examples[i] = example = plain(example)
+                self.pieces.append(EXAMPLES[task](example, self.encode, self.vocab, names))
+            except KeyError as error:
+                bad.append(f"{places[i]}: no {error.args[0]}; it has {', '.join(example)}")
+            except (ValueError, TypeError, AttributeError) as error:
+                bad.append(f"{places[i]}: {error}")
+        refuse(bad)
         self.weigh(names)
         self.rows = self.pack()
-        digest = hashlib.sha256(json.dumps([self.examples, names], default=str).encode())
+        digest = hashlib.sha256(json.dumps([self.examples, names, data.lowercase], default=str).encode())
         self.fingerprint = hashlib.sha256((digest.hexdigest() + self.tokenizer.fingerprint).encode()).hexdigest()
 
     @property
@@ -133,27 +203,38 @@ class Examples:
 
     def pack(self) -> list[list[int]]:
         """First fit into the rows that are still open; validation examples stay in order. Says how many are cut."""
-        d, cut, rows, open_rows = self.config.data, 0, [], []
+        d, rows, lost = self.config.data, [], 0
         most = d.examples_per_row if d.pack else 1
+        lengths = np.array([piece_lengths(piece) for piece in self.pieces]).reshape(-1, 2)
+        taken, space = np.minimum(lengths, (d.seq_len, d.enc_len)), np.zeros((OPEN, 2), int)
+        numbers, slot = np.zeros(OPEN, int), 0  # of the open rows; the one that was opened first gives way
         for i in self.order():
-            n, enc_n = piece_lengths(self.pieces[i])
-            cut += n > d.seq_len or enc_n > d.enc_len
-            n, enc_n = min(n, d.seq_len), min(enc_n, d.enc_len)
-            found = next((r for r in open_rows if r[1] >= n and r[2] >= enc_n), None)
-            if found is None:
-                found = [len(rows), d.seq_len, d.enc_len]
+            fits = (space[:, 0] >= taken[i, 0]) & (space[:, 1] >= taken[i, 1])
+            at = int(fits.argmax())
+            if not fits[at]:
+                at, slot = slot, (slot + 1) % OPEN
+                numbers[at], space[at] = len(rows), (d.seq_len, d.enc_len)
                 rows.append([])
-                open_rows.append(found)
-            rows[found[0]].append(int(i))
-            found[1], found[2] = found[1] - n, found[2] - enc_n
-            if len(rows[found[0]]) == most or found[1] < 4:
-                open_rows.remove(found)
-            open_rows = open_rows[-64:]
-        if cut:
-            logging.getLogger("jaxlm").warning(
-                "%s of %s %s examples are longer than data.seq_len=%d%s, and cut off there", f"{cut:,}",
-                f"{len(self.pieces):,}", self.split, d.seq_len, f" or enc_len={d.enc_len}" if enc_n else "",
-            )  # fmt: skip
+            rows[numbers[at]].append(int(i))
+            space[at] -= taken[i]
+            if len(rows[numbers[at]]) == most:
+                space[at] = -1
+        cut = np.flatnonzero((lengths > taken).any(axis=1))
+        for i in cut if self.config.task.name == "qa" else ():  # half an answer is none
+            targets = self.pieces[i]["targets"]
+            if not (targets[: d.seq_len] & STOP).any():
+                self.pieces[i] |= {"targets": targets & ALLOWED, "weights": np.zeros(len(targets), np.float32)}
+        if len(cut):
+            if self.config.task.name not in LABELLED:
+                lost = sum(
+                    not self.pieces[i]["weights"][..., : d.seq_len].any() for i in cut if "weights" in self.pieces[i]
+                )
+            source = f" (sources: data.enc_len={d.enc_len})" if lengths[:, 1].any() else ""
+            LOGGER.warning(
+                f"{len(cut):,} of {len(self.pieces):,} {self.split} examples are longer than data.seq_len={d.seq_len}"
+                f"{source} and are cut off there, the longest has {lengths.max():,} tokens"
+                + (f"; of {lost:,} of them nothing is left to learn" if lost else "")
+            )
         return rows
 
     def read(self, rows: np.ndarray, keys: list[tuple]) -> dict[str, np.ndarray]:
@@ -165,7 +246,8 @@ class Examples:
         if self.config.data.word_dropout and self.split == "train":
             name = "enc_tokens" if "enc_tokens" in batch else "tokens"
             chance = np.stack([np.random.default_rng(key).random(batch[name].shape[1:]) for key in keys])
-            hide = (chance < self.config.data.word_dropout) & (batch[name] < self.tokenizer.vocab_size)
+            real = batch["enc_segments" if name == "enc_tokens" else "segments"] > 0
+            hide = (chance < self.config.data.word_dropout) & (batch[name] < self.tokenizer.vocab_size) & real
             batch[name] = np.where(hide, self.vocab.mask, batch[name])
         return batch
 

@@ -21,19 +21,21 @@ that has no bos, such as chars, nothing precedes that first token: its weight is
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import grain
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.check import mixture
+from jaxlm.config import flatten
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.data.examples import Examples, label_names, tokenizer_of
+from jaxlm.data.examples import Examples, label_names, stamps, tokenizer_of
 from jaxlm.data.rows import from_tokens, row_shapes
 from jaxlm.data.store import Store
 from jaxlm.data.transforms import Vocabulary
-from jaxlm.errors import DataError
-from jaxlm.keys import ROLES, TWO_SIDED
+from jaxlm.errors import ConfigError, DataError
+from jaxlm.keys import ROLES, TWO_SIDED, base
 
 ALL = slice(None)
 
@@ -119,14 +121,48 @@ def open_sources(config: ConfigDict, split: str, tokenizer=None) -> list:
     tokenizer: a model's, where it is not the data's own. Raises DataError that names every problem.
     """
     if config.task.name in ROLES:
-        return [Examples(config, split, tokenizer)]
+        if tokenizer:
+            return [Examples(config, split, tokenizer)]
+        files = stamps(config.data.train) + stamps(config.data.val if split == "val" else config.data.train)
+        return [_examples(FrozenConfigDict(config), split, files)]
     stores = open_stores(config, split)
     tokenizer = tokenizer or (None if config.task.name == "lm" else tokenizers.load(mixture(config)[0][0]))
     return [Documents(config, store, tokenizer) for store in stores]
 
 
+@lru_cache(maxsize=2)
+def _examples(config: FrozenConfigDict, split: str, stamps: tuple) -> Examples:
+    """A run asks for the same examples several times."""
+    return Examples(config, split)
+
+
+# Keys that only some tasks follow: elsewhere they would be set in vain.
+FOLLOWED = {
+    "task.class_weights": ("classify", "tag"),
+    "task.balanced_sampling": ("classify",),
+    "task.whole_words": ("mlm",),
+    "data.labels": ("classify", "multilabel", "tag"),
+    "data.word_dropout": tuple(ROLES),
+    "data.lowercase": tuple(ROLES),
+    "data.columns": tuple(ROLES),
+}
+
+
+def in_vain(config: ConfigDict) -> None:
+    """Raises ConfigError that names the keys which config.task does not follow."""
+    default, given = flatten(base()), flatten(config)
+    bad = [
+        f"config.{key}={given[key]}: task {config.task.name} does not follow it (but {', '.join(tasks)}); leave it out"
+        for key, tasks in FOLLOWED.items()
+        if given[key] != default[key] and config.task.name not in tasks
+    ]
+    if bad:
+        raise ConfigError("\n".join(bad))
+
+
 def describe(config: ConfigDict) -> tuple[int, tuple[str, ...], int]:
-    """(ids of the vocabulary, names of the labels, tokens of the training data). Raises DataError."""
+    """(ids of the vocabulary, names of the labels, tokens of the training data). Raises DataError, ConfigError."""
+    in_vain(config)
     if config.task.name in ROLES:
         if not config.data.train:
             raise DataError(f"config.data.train is empty: give the examples of task {config.task.name}")
@@ -213,7 +249,8 @@ def fingerprint(config: ConfigDict) -> dict:
     }
     if config.task.name != "lm":
         known["task"] = config.task.name
-        known |= {key: config.task[key] for key in ("mask_rate", "class_weights", "balanced_sampling", "fim_rate")}
+        keys = "mask_rate whole_words span_length fim_rate window class_weights balanced_sampling"
+        known |= {key: config.task[key] for key in keys.split()}
         known |= {key: config.data[key] for key in ("enc_len", "pack", "examples_per_row", "word_dropout")}
     return known
 

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from jaxlm.cli import did_you_mean
 from jaxlm.keys import ROLES
 
 SPECIALS = "begin end mask user assistant system prefix suffix middle".split()  # ids after the tokenizer's, in order
@@ -49,11 +50,16 @@ class Vocabulary:
 
     @cached_property
     def spaces(self) -> np.ndarray:
-        """bool [2, vocabulary]: whether the text of a token begins, and ends, with a space (words: always)."""
-        texts = [self.tokenizer.decode([i]) for i in range(self.tokenizer.vocab_size)]
-        always = self.tokenizer.name == "words"
-        ends = [(always or text[:1].isspace(), always or text[-1:].isspace()) for text in texts]
-        return np.array(ends, bool).reshape(-1, 2).T
+        """bool [2, vocabulary]: whether the text of a token begins, and ends, with a space; its end stands alone."""
+        decode, size = self.tokenizer.decode, self.tokenizer.vocab_size
+        before = next((i for i in range(size) if decode([i]).strip()), 0)  # some decoders drop a space that comes first
+        known = len(decode([before]))
+        texts = [decode([before, i])[known:] for i in range(size)]
+        ends = [(text[:1].isspace(), text[-1:].isspace()) for text in texts]
+        spaces = np.array(ends, bool).T
+        if self.tokenizer.eos_id is not None:
+            spaces[:, self.tokenizer.eos_id] = True
+        return spaces
 
     def words(self, ids: np.ndarray) -> np.ndarray:
         """int [len(ids)]: the number of the word that each token is of."""
@@ -68,7 +74,7 @@ def mlm(ids, inputs, rng, task, vocab) -> dict:
     """Masked tokens (Devlin et al. 2019): of those chosen 80% are hidden, 10% replaced, 10% left as they are."""
     groups = vocab.words(ids) if task.whole_words else np.arange(len(ids))
     _, group = np.unique(groups, return_inverse=True)
-    chosen = (rng.random(group.max() + 1) < task.mask_rate)[group]
+    chosen = (rng.random(group.max() + 1) < task.mask_rate)[group] & (ids != vocab.tokenizer.eos_id)
     fate = rng.random(len(ids))
     tokens = np.where(chosen & (fate < 0.8), vocab.mask, ids)
     random = rng.integers(0, vocab.tokenizer.vocab_size, len(ids))
@@ -93,8 +99,13 @@ def fim(ids, inputs, rng, task, vocab) -> dict:
     if len(ids) < 3 or rng.random() >= task.fim_rate:
         return {"tokens": inputs, "targets": ids}
     first, second = np.sort(rng.integers(0, len(ids) + 1, 2))
-    parts = ([vocab.prefix], ids[:first], [vocab.suffix], ids[second:], [vocab.middle], ids[first:second], [vocab.end])
-    return shifted(np.concatenate(parts))
+    parts = (vocab.prefix, ids[:first], vocab.suffix, ids[second:], vocab.middle, ids[first:second], vocab.end)
+    return shifted(join(*parts))
+
+
+def join(*parts) -> np.ndarray:
+    """Ids and arrays of ids, one after the other, int32."""
+    return np.concatenate([np.atleast_1d(np.asarray(part, np.int32)) for part in parts])
 
 
 def shifted(ids) -> dict:
@@ -117,16 +128,13 @@ def corrupt(ids, hidden, vocab) -> dict:
     """Source: a sentinel for each hidden span; target: the sentinels, each with its span (Raffel et al. 2020)."""
     begins = hidden & ~np.roll(hidden, 1)
     begins[0] = hidden[0]
-    number = np.cumsum(begins) - 1
-    source = np.where(hidden, vocab.sentinel(number), ids)[~hidden | begins]
-    target = []
-    for i in range(begins.sum()):
-        target += [vocab.sentinel(i), *ids[hidden & (number == i)]]
-    return two_sided(source, target, vocab)
+    source = np.where(hidden, vocab.sentinel(np.cumsum(begins) - 1), ids)[~hidden | begins]
+    sentinels = vocab.sentinel(np.arange(begins.sum()))
+    return two_sided(source, np.insert(ids[hidden], np.flatnonzero(begins[hidden]), sentinels), vocab)
 
 
 def two_sided(source, target, vocab) -> dict:
-    return {"enc_tokens": np.append(source, vocab.end)} | shifted(np.concatenate([[vocab.begin], target, [vocab.end]]))
+    return {"enc_tokens": join(source, vocab.end)} | shifted(join(vocab.begin, target, vocab.end))
 
 
 def span_corruption(ids, inputs, rng, task, vocab) -> dict:
@@ -143,7 +151,7 @@ def ul2(ids, inputs, rng, task, vocab) -> dict:
         rate, mean = long[rng.integers(3)] if mode else (task.mask_rate, task.span_length)
         hidden = spans(len(ids), rate, mean, rng)
     piece = corrupt(ids, hidden if hidden.any() else np.ones(len(ids), bool), vocab)
-    return piece | {"enc_tokens": np.append(getattr(vocab, MODES[mode]), piece["enc_tokens"])}
+    return piece | {"enc_tokens": join(getattr(vocab, MODES[mode]), piece["enc_tokens"])}
 
 
 def skipgram(ids, inputs, rng, task, vocab) -> dict:
@@ -162,47 +170,69 @@ TOKENS: dict[str, Callable] = {f.__name__: f for f in (mlm, prefix_lm, fim, span
 
 
 def classify(example, encode, vocab, labels) -> dict:
+    return {"tokens": texts_of(example, encode, vocab), "label": number_of(label_of(example["label"]), labels)}
+
+
+def texts_of(example, encode, vocab) -> np.ndarray:
     texts = [example[name] for name in ("text", "text2") if name in example]
-    ids = np.concatenate([[vocab.begin], *(np.append(encode(text), vocab.end) for text in texts)])
-    return {"tokens": ids, "label": number_of(example["label"], labels)}
+    return join(vocab.begin, *(part for text in texts for part in (encode(text), vocab.end)))
+
+
+def label_of(value) -> str:
+    """The name of a label: 1, 1.0 and "1" are the same one."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def number_of(label: str, labels) -> int:
-    if label not in labels:
-        raise ValueError(f"{label!r} is not one of {', '.join(labels[:20])}")
-    return labels.index(label)
+    if label in labels:
+        return labels.index(label)
+    if not label:
+        raise ValueError("its label is empty")
+    known = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
+    raise ValueError(
+        f"{label[:60]!r} is not one of the labels {known}{did_you_mean(label, labels)} (they are those of data.train, "
+        "or of data.labels)"
+    )
 
 
 def multilabel(example, encode, vocab, labels) -> dict:
     """label: names joined by commas, or a list; none is allowed."""
-    given = split_names(example["label"])
-    return classify(example, encode, vocab, [example["label"]]) | {
-        "label": np.array([name in given for name in labels], np.float32)
-    }
+    given = np.zeros(len(labels), np.float32)
+    given[[number_of(name, labels) for name in split_names(example["label"])]] = 1
+    return {"tokens": texts_of(example, encode, vocab), "label": given}
 
 
 def split_names(value) -> list[str]:
-    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else list(value)
+    value = value if isinstance(value, (list, tuple)) else label_of(value).split(",")
+    return [name for name in map(label_of, value) if name]
 
 
 def regress(example, encode, vocab, labels) -> dict:
-    return classify(example, encode, vocab, [example["label"]]) | {"label": np.float32(example["label"])}
+    try:
+        label = np.float32(example["label"])
+    except (ValueError, TypeError):
+        label = np.float32(np.nan)
+    if not np.isfinite(label):
+        raise ValueError(f"its label {str(example['label'])[:60]!r} is not a number")
+    return {"tokens": texts_of(example, encode, vocab), "label": label}
 
 
 def tag(example, encode, vocab, labels) -> dict:
     """The tag of a word is that of its first token. words, tags: lists, or joined by spaces."""
     words, tags = words_of(example["words"]), words_of(example["tags"])
-    if len(words) != len(tags):
-        raise ValueError(f"{len(words)} words and {len(tags)} tags")
+    if len(words) != len(tags) or not words:
+        raise ValueError(f"{len(words)} words and {len(tags)} tags" if words else "it has no words")
     pieces = [encode(" " * bool(i) + word) for i, word in enumerate(words)]
     pieces = [piece if len(piece) else np.array([vocab.mask]) for piece in pieces]
-    first = np.concatenate([np.arange(len(piece)) == 0 for piece in pieces])
-    targets = np.repeat([number_of(name, labels) for name in tags], [len(piece) for piece in pieces])
-    return {"tokens": np.concatenate(pieces), "targets": targets, "weights": first}
+    lengths = [len(piece) for piece in pieces]
+    first = np.zeros(sum(lengths), np.float32)
+    first[np.cumsum([0, *lengths[:-1]])] = 1
+    targets = np.repeat(np.array([number_of(name, labels) for name in tags], np.int32), lengths)
+    return {"tokens": join(*pieces), "targets": targets, "weights": first}
 
 
 def words_of(value) -> list[str]:
-    return value.split() if isinstance(value, str) else list(value)
+    return value.split() if isinstance(value, str) else [label_of(item) for item in value]
 
 
 START, STOP, ALLOWED = 1, 2, 4  # bits of qa's targets: the answer's first and last token, and where it may lie
@@ -214,26 +244,32 @@ def qa(example, encode, vocab, labels) -> dict:
     answer: text, or a list of texts of which the first is learned; start: its character, else where it is first found.
     """
     context, words = example["context"], word_spans(example["context"])
-    answers = example["answer"] if isinstance(example["answer"], (list, tuple)) else [example["answer"]]
-    answer = answers[0] if answers else ""
-    start = int(example.get("start", -1)) if answer else -1
-    start = context.find(answer) if answer and start < 0 else start
+    answer, start = first_of(example["answer"]), first_of(example.get("start", -1))
+    answer, start = answer if answer and answer.strip() else "", -1 if start in ("", None) else int(start)
+    if answer and start >= 0 and context[start : start + len(answer)] != answer:
+        there = context[start : start + len(answer)]
+        raise ValueError(
+            f"at character start={start} of its context is {there[:40]!r}, not the answer {answer[:40]!r}; without the "
+            "column start the answer is looked for"
+        )
+    start = context.find(answer) if start < 0 else start
     if answer and start < 0:
-        raise ValueError(f"the answer {answer!r} is not in its context")
+        raise ValueError(f"its answer {answer[:60]!r} is not in its context")
     pieces = [encode(" " * bool(i) + context[a:b]) for i, (a, b) in enumerate(words)]
-    question = np.concatenate([[vocab.begin], encode(example["question"]), [vocab.end]])
-    targets = [np.zeros(len(question), np.int32)]
-    targets[0][0] = ALLOWED | (0 if answer else START | STOP)
-    inside = [i for i, (a, b) in enumerate(words) if answer and a < start + len(answer) and b > start]
-    for i, piece in enumerate(pieces):
-        bits = np.full(len(piece), ALLOWED, np.int32)
-        if len(piece) and inside and i == inside[0]:
-            bits[0] |= START
-        if len(piece) and inside and i == inside[-1]:
-            bits[-1] |= STOP
-        targets.append(bits)
-    targets = np.concatenate(targets)
-    return {"tokens": np.concatenate([question, *pieces]), "targets": targets, "weights": targets & START != 0}
+    inside = [bool(answer) and a < start + len(answer) and b > start for a, b in words]
+    there = np.flatnonzero(np.repeat(inside, [len(piece) for piece in pieces]))
+    question = join(vocab.begin, encode(example["question"]), vocab.end)
+    tokens = join(question, *pieces)
+    targets = np.where(np.arange(len(tokens)) < len(question), 0, ALLOWED).astype(np.int32)
+    targets[0] = ALLOWED
+    first, last = (len(question) + there[[0, -1]]) if len(there) else (0, 0)
+    targets[first] |= START
+    targets[last] |= STOP
+    return {"tokens": tokens, "targets": targets, "weights": (targets & START != 0).astype(np.float32)}
+
+
+def first_of(value):
+    return (value[0] if value else None) if isinstance(value, (list, tuple)) else value
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
@@ -265,19 +301,26 @@ def chat(messages, encode, vocab) -> tuple[np.ndarray, np.ndarray]:
     """(ids, which of them the assistant writes): begin, then for each message its role, its text and `end`."""
     ids, written = [np.array([vocab.begin])], [np.zeros(1, bool)]
     for message in messages:
-        role = message["role"]
+        if not (isinstance(message, dict) and {"role", "content"} <= set(message)):
+            raise ValueError(f'a message is {{"role": ..., "content": ...}}, not {str(message)[:60]}')
+        role, content = message["role"], message["content"]
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"the role {role!r} is not system, user or assistant")
-        text = np.append(encode(message["content"]), vocab.end)
+        if not isinstance(content, str):
+            raise ValueError(f"the content of a message is text, not {str(content)[:60]}")
+        text = join(encode(content), vocab.end)
         ids += [np.array([getattr(vocab, role)]), text]
         written += [np.zeros(1, bool), np.full(len(text), role == "assistant")]
-    return np.concatenate(ids), np.concatenate(written)
+    return join(*ids), np.concatenate(written)
 
 
 def messages_of(example) -> list[dict]:
     if "messages" in example:
         given = example["messages"]
-        return json.loads(given) if isinstance(given, str) else list(given)
+        given = json.loads(given) if isinstance(given, str) else given
+        if not isinstance(given, (list, tuple)):
+            raise ValueError(f"messages is a list of messages, not {str(given)[:60]}")
+        return list(given)
     roles = {"prompt": "user", "response": "assistant"}
     return [{"role": role, "content": example[name]} for name, role in roles.items() if name in example]
 
@@ -285,7 +328,9 @@ def messages_of(example) -> list[dict]:
 def sft(example, encode, vocab, labels) -> dict:
     """Only what the assistant says is learned."""
     ids, written = chat(messages_of(example), encode, vocab)
-    return shifted(ids) | {"weights": written[1:]}
+    if not written.any():
+        raise ValueError("the assistant says nothing in it, so that there is nothing to learn")
+    return shifted(ids) | {"weights": written[1:].astype(np.float32)}
 
 
 def dpo(example, encode, vocab, labels) -> dict:
