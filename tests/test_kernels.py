@@ -9,6 +9,7 @@ from jaxlm.kernels import attention as kernel
 from jaxlm.kernels.attention import attention, visible
 from jaxlm.kernels.cross_entropy import chunk_length, cross_entropy, logits_of
 from jaxlm.kernels.hopper import first_keys
+from jaxlm.kernels.lstm import Steps, recur, run
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
@@ -147,3 +148,16 @@ def test_the_chosen_chunk_divides_the_length_and_fits():
     for shape in ((12, 64, 65), (16, 1024, 50304), (1, 8192, 128256), (8, 1000, 32000)):
         chunk = chunk_length(*shape)
         assert shape[1] % chunk == 0 and (chunk == 1 or 4 * shape[0] * chunk * shape[2] <= 64 << 20)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_backward_pass_of_an_lstm_is_the_derivative(reverse):
+    """Where the state is forgotten, doubled and added to, and its round trip is masked."""
+    T, B, H = 6, 2, 4
+    normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    steps = Steps(normal(0, T, B, 4, H), jnp.sign(normal(1, T, B, 1)) + 1, (normal(2, T, B, H), normal(3, T, B, H)))
+    arguments = normal(4, H, 4, H), steps, normal(5, B, H), normal(6, B, H), normal(7, B, H)
+    for_all = lambda f: jax.jit(jax.grad(lambda *a: sum(jnp.sin(x).sum() for x in f(reverse, *a)), (0, 1, 3, 4)))
+    got, want = for_all(recur)(*arguments), for_all(lambda *a: run(*a)[0])(*arguments)
+    drop_keep = lambda grads: (grads[0], grads[1]._replace(keep_TB1=None), *grads[2:])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), drop_keep(got), drop_keep(want))
