@@ -92,12 +92,13 @@ def ranges(c: ConfigDict) -> list[str]:
 
 def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
     m, problems = c.model, []
-    if not m.head_dim and m.embed_dim % m.num_heads:
+    attends = m.name in ("decoder", "encoder", "encoder_decoder")
+    if attends and not m.head_dim and m.embed_dim % m.num_heads:
         problems.append(
             f"config.model.num_heads={m.num_heads}: must divide config.model.embed_dim={m.embed_dim} "
             f"(nearest: {nearest_divisors(m.num_heads, m.embed_dim)}), or set config.model.head_dim"
         )
-    elif m.positions == "rope" and (m.head_dim or m.embed_dim // m.num_heads) % 2:
+    elif attends and m.positions == "rope" and (m.head_dim or m.embed_dim // m.num_heads) % 2:
         problems.append("config.model.head_dim: must be even for positions=rope")
     if m.num_kv_heads and m.num_heads % m.num_kv_heads:
         problems.append(

@@ -80,7 +80,7 @@ def model_on_mesh(c: ConfigDict, sizes: dict[str, int], devices: int | None) -> 
     m, problems = c.model, []
     both = lambda size: math.gcd(size, devices or size)  # a size that divides this divides the devices too
     tensor, expert, stage = sizes["tensor"], sizes["expert"], sizes["stage"]
-    if m.num_heads > 0 and m.num_heads % tensor:
+    if "lstm" not in m.name and m.num_heads > 0 and m.num_heads % tensor:
         problems.append(
             f"config.mesh.tensor={tensor}: must divide config.model.num_heads={m.num_heads} "
             f"(nearest: {nearest_divisors(tensor, both(m.num_heads))})"
