@@ -37,7 +37,9 @@ try:
 except ImportError:  # main says so
     pass
 
-ENOUGH = 10  # trials that are done; importances of fewer are noise
+# Trials done before importances are shown: of a known space with 4 keys, between seeds, that of the largest (about 0.7)
+# was 0.54 with a deviation of 0.35 after 12 trials, 0.59 and 0.25 after 30. A choice of two came out too low in both.
+ENOUGH = 20
 SIGNALS = signal.SIGINT, signal.SIGTERM
 SHOWN = 10  # the best trials, and those that have no value
 
@@ -107,7 +109,7 @@ def report(study: Study) -> None:
         study.save()
         draw(plots.plot_param_importances(study.optuna, evaluator=evaluator), study.workdir, "importance")
         shown = "  ".join(f"{key} {value:.2f}" for key, value in study.importances.items())
-        print(f"importance (PED-ANOVA of {len(ranked)} trials, so roughly): {shown}")
+        print(f"importance (PED-ANOVA of {len(ranked)} trials: rough, and low for choices): {shown}")
     if ranked:
         print(f"the best, to paste:\n{flags(ranked[0])}")
 
@@ -124,7 +126,7 @@ def wrong_with(args, config: ConfigDict, space: dict[str, Dimension]) -> list[st
         if (number := getattr(args, name)) is not None and number < 1:
             problems.append(f"--{name}={number}: must be at least 1")
     sizes = [len(dimension.values.choices) for dimension in space.values() if is_grid(dimension)]
-    if not sizes and not args.trials:
+    if not (args.trials or sizes) and not any("=grid:" in text for text in args.space):
         problems.append("--trials: how many? Only a sweep, whose keys are all grid:A,B,C, knows")
     if sizes and (args.trials or 0) > math.prod(sizes):
         problems.append(f"--trials={args.trials}: the grids have {math.prod(sizes)} combinations")

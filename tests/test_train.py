@@ -11,7 +11,8 @@ import pytest
 from conftest import FLAGS, ROOT, program
 
 from jaxlm.data.prepare import prepare
-from jaxlm.train import BestLoss
+from jaxlm.errors import ConfigError
+from jaxlm.train import Best
 from jaxlm.workdir import Hold
 
 SETTINGS = {
@@ -157,7 +158,11 @@ def test_an_empty_validation_split_is_told_before_the_run(tmp_path):
     assert run.returncode == 3 and "--val_fraction" in run.stderr and not (tmp_path / "run").exists()
 
 
-def test_the_best_loss_is_not_spoiled_by_nan():
-    best = BestLoss()
-    assert [best.update(loss) for loss in (float("nan"), 2.0, float("nan"), 1.0)] == [False, True, False, True]
+def test_the_best_is_not_spoiled_by_nan_and_knows_which_way_is_better():
+    best, nan = Best("loss"), float("nan")
+    assert [best.update({"loss": loss}) for loss in (nan, 2.0, nan, 1.0)] == [False, True, False, True]
+    high = Best("accuracy")
+    assert [high.update({"accuracy": x}) for x in (0.5, nan, 0.4, 0.6)] == [True, False, False, True]
+    with pytest.raises(ConfigError, match="did you mean accuracy"):
+        Best("acuracy").update({"accuracy": 0.5})
     assert best.since == 0
