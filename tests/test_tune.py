@@ -210,7 +210,7 @@ def test_the_report(tmp_path, capsys):
     out, told = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
     best = told["best"]
     assert "20 trials of 2 seeds, of which 0 are finished" in out and "20 done" in out
-    assert f"the best, to paste:\n{best['flags']}\n" in out and "importance (PED-ANOVA of 20 trials" in out
+    assert f"the best, to paste:\n{best['flags']}\n" in out and "importance (PED-ANOVA of 20 trials: " in out
     assert best["mean"] == min(record["mean"] for record in told["trials"])
     config, pairs = configs.base(), [flag.removeprefix("--config.").split("=") for flag in best["flags"].split()]
     assert not configs.override(config, pairs)
