@@ -112,11 +112,10 @@ def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
         )
     if m.positions == "sinusoidal" and m.embed_dim % 2:
         problems.append(f"config.model.embed_dim={m.embed_dim}: must be even for positions=sinusoidal")
-    if m.positions == "learned" and 0 < m.context_length < c.data.seq_len:
-        problems.append(
-            f"config.data.seq_len={c.data.seq_len}: longer than the table of learned positions, "
-            f"config.model.context_length={m.context_length}"
-        )
+    longest = max(("seq_len", "enc_len"), key=lambda key: c.data[key])
+    if m.positions == "learned" and 0 < m.context_length < c.data[longest]:
+        table = f"the table of learned positions, config.model.context_length={m.context_length}"
+        problems.append(f"config.data.{longest}={c.data[longest]}: longer than {table}")
     if m.attention_softcap and m.attention not in ("auto", "reference", "blockwise", "tokamax"):
         problems.append(f"config.model.attention={m.attention}: has no attention_softcap; set auto or reference")
     if m.num_experts and m.experts_per_token > m.num_experts:
@@ -152,6 +151,8 @@ def task(c: ConfigDict) -> list[str]:
         problems.append(
             "config.model.name=encoder_decoder: has no experts and no pipeline; set num_experts=0, mesh.stage=1"
         )
+    if not d.isolate and (m.name == "encoder_decoder" or (m.name == "encoder" and k.name in ROLES)):
+        problems.append(f"config.data.isolate=False: the {m.name} of task {k.name} would read padding; set True")
     if k.distill and not k.teacher:
         problems.append(f"config.task.distill={k.distill}: needs config.task.teacher, a run directory")
     if k.distill and k.name in ("qa", "dpo", "multilabel", "regress"):

@@ -41,6 +41,7 @@ from jaxlm.errors import ConfigError, UserError
 from jaxlm.keys import MESH_AXES, ROLES
 from jaxlm.laws import DEVICES, STEPS, Result, on_mesh, packed_as_alone, same_as_one_device, train_on
 from jaxlm.parallel.mesh import make_mesh
+from jaxlm.start import inherit
 
 MESHES = (
     "data=8", "data=8 zero1", "fsdp=8", "tensor=8", "fsdp=4 tensor=2", "data=2 fsdp=2 tensor=2", "sequence=8 ring",
@@ -296,7 +297,9 @@ def main(argv: list[str]) -> int:
     if args.json and not Path(args.json).parent.is_dir():
         raise ConfigError(f"--json={args.json}: there is no directory {Path(args.json).parent}")
     config, began = load(args.config), time.perf_counter()
-    require(override(config, args.overrides) + check(config))
+    problems = override(config, args.overrides)
+    inherit(config)  # where those runs are not here, the recipe's own model section is what is verified
+    require(problems + check(config))
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(DEVICES)}"  # read when the first device is asked for
     )
