@@ -50,12 +50,12 @@ class Vocabulary:
 
     @cached_property
     def spaces(self) -> np.ndarray:
-        """bool [2, vocabulary]: whether the text of a token begins, and ends, with a space; its end stands alone."""
+        """bool [2, vocabulary]: whether a token begins a word, and ends one: a space goes with the word after it."""
         decode, size = self.tokenizer.decode, self.tokenizer.vocab_size
         before = next((i for i in range(size) if decode([i]).strip()), 0)  # some decoders drop a space that comes first
         known = len(decode([before]))
         texts = [decode([before, i])[known:] for i in range(size)]
-        ends = [(text[:1].isspace(), text[-1:].isspace()) for text in texts]
+        ends = [(text[:1].isspace(), text[-1:].isspace() and not text.isspace()) for text in texts]
         spaces = np.array(ends, bool).T
         if self.tokenizer.eos_id is not None:
             spaces[:, self.tokenizer.eos_id] = True
@@ -157,7 +157,8 @@ def ul2(ids, inputs, rng, task, vocab) -> dict:
 def skipgram(ids, inputs, rng, task, vocab) -> dict:
     """Each token foretells one at a random distance of at most task.window (Mikolov et al. 2013; full softmax)."""
     place = np.arange(len(ids))
-    distance = rng.integers(1, task.window + 1, len(ids)) * rng.choice([-1, 1], len(ids))
+    furthest = np.minimum(np.maximum(place, len(ids) - 1 - place), task.window)
+    distance = rng.integers(1, np.maximum(furthest, 1) + 1) * rng.choice([-1, 1], len(ids))
     there = np.where((place + distance >= 0) & (place + distance < len(ids)), place + distance, place - distance)
     inside = (there >= 0) & (there < len(ids))
     return {"tokens": ids, "targets": ids[np.where(inside, there, 0)], "weights": inside}
