@@ -21,6 +21,7 @@ from jaxlm.check import check, require
 from jaxlm.checkpoint import Checkpoints, as_target, describe_run
 from jaxlm.config import flatten, load, override, resolve
 from jaxlm.data.pipeline import describe, fingerprint, load_tokenizer, prefetch, train_batches, validation_batches
+from jaxlm.data.tables import absolute
 from jaxlm.errors import CheckpointError, ConfigError, NumericsError, UserError
 from jaxlm.evaluator import Evaluator
 from jaxlm.keys import MESH_AXES
@@ -313,6 +314,7 @@ def main(argv: list[str]) -> int:
         validation_batches(config)  # raises where there is nothing to evaluate on, before the run begins
     if config.data.path:
         config.data.path = str(Path(config.data.path).absolute())  # evaluation may start elsewhere
+    config.data.train, config.data.val = absolute(config.data.train), absolute(config.data.val)
     return train(config, workdir, args.allow_data_change)
 
 

@@ -20,7 +20,7 @@ from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data import vocabulary
 from jaxlm.data.examples import Examples, label_names, tokenizer_of
 from jaxlm.data.pipeline import describe, fingerprint, train_batches, validation_batches
-from jaxlm.data.tables import read_examples
+from jaxlm.data.tables import absolute, paths_of, read_examples
 from jaxlm.errors import ConfigError, DataError
 
 ROWS = [("a fine day", "good"), ('he said "no",\tthen', "bad"), ("zwölf\u2028 Boxer \x85", "good"), ("", "bad")]
@@ -96,15 +96,17 @@ def test_several_files_each_with_its_header(tmp_path):
         assert [e["text"] for e in read_examples(spec, "classify", "")[0]] == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize(
-    ("columns", "said"),
-    [
-        ("text=review label=stars", "fine"),
-        ("text=1,label=2", "fine"),
-        ("label=stars text=1", "fine"),
-    ],
-)
-def test_columns_by_name_and_by_place(tmp_path, columns, said):
+def test_absolute_specs_name_the_same_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a+b.tsv", "1.de", "1.en"):
+        write(tmp_path / name, "x\ty\n")
+    given = "a+b.tsv, *.de+*.en"
+    assert paths_of(absolute(given)) == [f"{tmp_path}/a+b.tsv", f"{tmp_path}/1.de+{tmp_path}/1.en"]
+    assert absolute("") == ""
+
+
+@pytest.mark.parametrize("columns", ["text=review label=stars", "text=1,label=2", "label=stars text=1"])
+def test_columns_by_name_and_by_place(tmp_path, columns):
     rows = [("id", "review", "stars"), ("7", "fine", "5"), ("8", "bad", "1")]
     for name, content in (("a.tsv", "".join("\t".join(row) + "\n" for row in rows)), ("a.csv", as_csv(rows))):
         examples, _ = read_examples(write(tmp_path / name, content), "classify", columns)

@@ -179,6 +179,13 @@ def paths_of(spec: str) -> list[str]:
     return paths
 
 
+def absolute(spec: str) -> str:
+    """The same files, whatever the working directory is."""
+    parts = lambda item: [item] if os.path.exists(item) else item.split("+")
+    items = filter(None, map(str.strip, spec.split(",")))
+    return ",".join("+".join(os.path.abspath(part) for part in parts(item)) for item in items)
+
+
 def read_records(path: str, bad: list[str]) -> tuple[list, list[int]]:
     """(records, line of each) of a file: lists of cells, or dicts. Adds to `bad` what is wrong with it."""
     kind = Path(path.removesuffix(".gz")).suffix
