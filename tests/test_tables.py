@@ -1,0 +1,173 @@
+"""Files of examples: every format says the same, and every mistake is named with its remedy."""
+
+import csv
+import gzip
+import io
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from jaxlm.data.tables import absolute, paths_of, read_examples
+from jaxlm.errors import DataError
+
+ROWS = [("a fine day", "good"), ('he said "no",\tthen', "bad"), ("zwölf\u2028 Boxer \x85", "good"), ("", "bad")]
+ROWS = [(text.replace("\t", " "), label) for text, label in ROWS]
+
+
+def as_csv(rows):
+    file = io.StringIO()
+    csv.writer(file).writerows(rows)
+    return file.getvalue()
+
+
+def as_parquet(rows):
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": t, "label": n} for t, n in rows]), sink)
+    return sink.getvalue().to_pybytes()
+
+
+HEADER, dumps = ("text", "label"), lambda t, n: json.dumps({"text": t, "label": n}, ensure_ascii=False)
+FORMATS = {
+    "header.tsv": "".join(f"{t}\t{n}\n" for t, n in [HEADER, *ROWS]),
+    "plain.tsv": "".join(f"{t}\t{n}\n" for t, n in ROWS),
+    "windows.tsv": "\ufeff" + "".join(f"{t}\t{n}\r\n" for t, n in [HEADER, *ROWS]),
+    "open.tsv": "\n".join(f"{t}\t{n}" for t, n in ROWS),
+    "swapped.tsv": "".join(f"{n}\t{t}\n" for t, n in [HEADER, *ROWS]),
+    "excel.csv": "\ufeff" + as_csv([("Text", "Label"), *ROWS]),
+    "plain.csv": as_csv(ROWS),
+    "lines.jsonl": "\n".join(dumps(*row) for row in ROWS) + "\n\n",
+    "list.json": json.dumps([{"text": t, "label": n} for t, n in ROWS], indent=1),
+    "table.parquet": as_parquet(ROWS),
+}
+
+
+def write(path, content):
+    data = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_format_says_the_same(tmp_path, name, packed):
+    examples, places = read_examples(write(tmp_path / (name + packed), FORMATS[name]), "classify", "")
+    assert [(e["text"], e["label"]) for e in examples] == ROWS
+    assert len(places) == len(ROWS) and all(name in place for place in places)
+
+
+def test_quotes_and_line_ends_in_a_csv(tmp_path):
+    rows = [("one\ntwo\r\nthree", "good"), ('"quoted", he said', "bad")]
+    path = write(tmp_path / "a.csv", as_csv([HEADER, *rows, ("x", "good")]))
+    examples, places = read_examples(path, "classify", "")
+    assert [(e["text"], e["label"]) for e in examples[:2]] == rows
+    assert [place.rsplit(":")[-1] for place in places] == ["2", "5", "6"], "the lines that an editor shows"
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_files_in_parallel(tmp_path, packed):
+    for part in "12":
+        write(tmp_path / f"{part}.de{packed}", f"eins{part}\r\nzwei \x85 mehr\n\n")
+        write(tmp_path / f"{part}.en{packed}", f"one{part}\ntwo\n\n")
+    pairs = [("eins1", "one1"), ("zwei \x85 mehr", "two"), ("", "")]
+    for spec in ("{0}/1.de{1}+{0}/1.en{1}", "{0}/*.de{1}+{0}/*.en{1}"):
+        examples, _ = read_examples(spec.format(tmp_path, packed), "seq2seq", "")
+        assert [(e["source"], e["target"]) for e in examples[:3]] == pairs
+        assert len(examples) == (6 if "*" in spec else 3)
+
+
+def test_several_files_each_with_its_header(tmp_path):
+    write(tmp_path / "1.tsv", "text\tlabel\na\tx\n")
+    write(tmp_path / "2.tsv", "label\ttext\nx\tb\n")
+    write(tmp_path / "3.jsonl", '{"text": "c", "label": "x"}\n')
+    for spec in (f"{tmp_path}/*", f"{tmp_path}/1.tsv, {tmp_path}/2.tsv,{tmp_path}/3.jsonl"):
+        assert [e["text"] for e in read_examples(spec, "classify", "")[0]] == ["a", "b", "c"]
+
+
+def test_absolute_specs_name_the_same_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a+b.tsv", "1.de", "1.en"):
+        write(tmp_path / name, "x\ty\n")
+    given = "a+b.tsv, *.de+*.en"
+    assert paths_of(absolute(given)) == [f"{tmp_path}/a+b.tsv", f"{tmp_path}/1.de+{tmp_path}/1.en"]
+    assert absolute("") == ""
+
+
+@pytest.mark.parametrize("columns", ["text=review label=stars", "text=1,label=2", "label=stars text=1"])
+def test_columns_by_name_and_by_place(tmp_path, columns):
+    rows = [("id", "review", "stars"), ("7", "fine", "5"), ("8", "bad", "1")]
+    for name, content in (("a.tsv", "".join("\t".join(row) + "\n" for row in rows)), ("a.csv", as_csv(rows))):
+        examples, _ = read_examples(write(tmp_path / name, content), "classify", columns)
+        assert {"text": "fine", "label": "5"} in examples
+    path = write(tmp_path / "a.jsonl", '{"id": 7, "review": "fine", "stars": 5}\n')
+    assert read_examples(path, "classify", columns)[0] == [{"text": "fine", "label": 5}]
+
+
+def test_pairs_of_texts_and_what_may_be_missing(tmp_path):
+    path = write(tmp_path / "a.tsv", "text\tlabel\ttext2\na\tx\tb\nc\ty\t\n")
+    assert read_examples(path, "classify", "")[0] == [
+        {"text": "a", "label": "x", "text2": "b"}, {"text": "c", "label": "y"}
+    ]  # fmt: skip
+    path = write(tmp_path / "b.tsv", "hi\thello\n")
+    assert read_examples(path, "sft", "")[0] == [{"prompt": "hi", "response": "hello"}]
+    path = write(tmp_path / "c.jsonl", '{"x": 1, "text": "a", "label": "b"}\n{"text": "a", "label": "b", "text2": "c"}')
+    assert "text2" in read_examples(path, "classify", "")[0][1], "a column that only later examples have"
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def refused(path, task="classify", columns=""):
+    with pytest.raises(DataError) as error:
+        read_examples(str(path), task, columns)
+    return str(error.value)
+
+
+MISTAKES = [
+    ("a.tsv", "a\tx\nb\nc\tx\ty\n", ["a.tsv:2: 1 columns, the first line has 2", "a.tsv:3: 3 columns", "2 problems"]),
+    ("a.tsv", "", ["no examples in this file"]),
+    ("a.tsv", "only text\n", ["--config.data.columns="]),
+    ("a.tsv", "1\ta\tx\ty\n", ["not clear which column", "--config.data.columns="]),
+    ("a.tsv", b"ok\tx\nZ\xfcrich\tx\n", ["a.tsv:2: not UTF-8", "iconv -f LATIN1"]),
+    ("a.tsv", "a\tx\n".encode("utf-16"), ["iconv -f UTF-16"]),
+    ("a.csv", "sentence,gold\na,x\nb,y\n", ["looks like a header", 'columns="text=sentence label=gold"']),
+    ("a.tsv", "my text\tgold\n" + "a\tx\nb\ty\n" * 6, ["looks like a header", "text=0 label=1"]),
+    ("a.csv", 'text,label\na,x\n"b,y\n', ["a.csv:3", "quote"]),
+    ("a.csv", 'text,label\na,b,x\n', ["a.csv:2: 3 columns", "comma"]),
+    ("a.jsonl", '{"text": "a", "label": 1}\n{"text"\n[1]\n{"text": "b"}\n', [":2: not JSON", ":3: not a JSON object"]),
+    ("a.jsonl", '{"text": "a", "label": null}\n{"text": "b", "label": 1}', [":1: no label"]),
+    ("a.jsonl", '{"text": "a", "lable": 1}\n', ["no column label; did you mean lable?", "it has text lable"]),
+    ("a.jsonl", '{"content": "a", "y": 1}\n', ["no column text and no column label", "content y"]),
+    ("a.parquet", b"PAR?", ["not a parquet file"]),
+    ("a.tsv.gz", None, ["can't be read"]),
+    ("a.xlsx", "x", ["not a file of examples", ".tsv, .csv, .jsonl"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "said"), MISTAKES, ids=range(len(MISTAKES)))
+def test_a_mistake_is_named_with_its_remedy(tmp_path, name, content, said):
+    path = tmp_path / name
+    path.write_bytes(b"not gzip") if content is None else write(path, content)
+    message = refused(path)
+    assert str(path) in message and all(part in message for part in said), message
+
+
+def test_ten_problems_are_shown_of_all_files(tmp_path):
+    write(tmp_path / "1.tsv", "text\tlabel\n" + "ragged\n" * 1200)
+    write(tmp_path / "2.jsonl", "")
+    message = refused(f"{tmp_path}/*")
+    assert message.startswith("1,201 problems") and message.count("1.tsv:") == 10 and "and 1,191 more" in message
+
+
+def test_files_that_are_not_there(tmp_path):
+    write(tmp_path / "train.tsv", "a\tx\n")
+    assert "train.tsx; did you mean train.tsv?" in refused(tmp_path / "train.tsx")
+    assert "no directory" in refused(tmp_path / "nowhere" / "train.tsv")
+    write(tmp_path / "a.de", "a\nb\n")
+    write(tmp_path / "a.en", "a\n")
+    message = refused(f"{tmp_path}/a.de+{tmp_path}/a.en", "seq2seq")
+    assert "as many lines each" in message and "a.de has 2" in message and "a.en has 1" in message
+    assert "b.en" in refused(f"{tmp_path}/a.de+{tmp_path}/b.en", "seq2seq")
+    message = refused(tmp_path / "train.tsv", columns="txt=0 label=1")
+    assert "no column 'txt'; did you mean text?" in message
