@@ -108,8 +108,6 @@ def start_state(config, mesh, checkpoints: Checkpoints, data: dict, allow_data_c
 def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False) -> int:
     """Runs a resolved config to train.stop_at. Returns the exit code: 0, or 75 where a signal asked it to stop."""
     hold = Hold(workdir)
-    if jax.default_backend() == "cpu":
-        reuse_freed_memory()
     mesh, stop = make_mesh(config), StopSignal()
     data, tokenizer = fingerprint(config), load_tokenizer(config)
     counted = count_ngrams(config) if config.model.name == "ngram" else None
@@ -243,14 +241,18 @@ def reuse_freed_memory() -> None:
     """Keeps glibc from giving large freed blocks back to the kernel after every step on a CPU.
 
     Each step would fault its temporaries in again, page by page: 393 ms a step instead of 308 for configs/quickstart.py
-    with AdamW on 2 cores. Elsewhere (another libc) nothing happens.
+    with AdamW on 2 cores. One arena, because the others map large blocks whatever they are told; to be called before
+    jax starts its threads. Elsewhere (another libc, an accelerator) nothing happens.
     """
+    accelerators = ("accel*", "vfio/*", "nvidiactl", "kfd")  # devices of TPUs, NVIDIA and AMD GPUs
+    if jax.config.jax_platforms != "cpu" and any(file for name in accelerators for file in Path("/dev").glob(name)):
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD = -4, -1, -2  # mallopt(3)
-    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 256 << 20)):
+    M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD = -8, -4, -1, -2  # mallopt(3)
+    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 256 << 20)):
         mallopt(option, value)
 
 
@@ -286,6 +288,7 @@ def main(argv: list[str]) -> int:
         fixed = [config.mesh[axis] for axis in MESH_AXES if config.mesh[axis] > 0]
         devices = args.devices or max(math.prod(fixed), jax.device_count())
     elif args.workdir:
+        reuse_freed_memory()
         workdir = run_directory(args.workdir)
         hosts.connect(args)
         devices = jax.device_count()

@@ -14,9 +14,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-
 from jaxlm.cli import did_you_mean
 from jaxlm.errors import DataError
 from jaxlm.keys import LABELLED, ROLES
@@ -239,6 +236,8 @@ def read_text(path: str) -> str:
 
 
 def read_parquet(path: str, bad: list[str]) -> Iterator[tuple[dict, int]]:
+    import pyarrow.parquet  # late: its threads make an arena of malloc's, see reuse_freed_memory in jaxlm/train.py
+
     try:
         records = pyarrow.parquet.read_table(pyarrow.BufferReader(read_bytes(path))).to_pylist()
     except pyarrow.ArrowInvalid as error:
