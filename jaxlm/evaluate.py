@@ -1,7 +1,8 @@
-"""python -m jaxlm.evaluate --workdir=DIR: loss, perplexity and bits per byte over the whole validation set.
+"""python -m jaxlm.evaluate --workdir=DIR [--workdir=DIR ...]: measures a model, or several in one table.
 
-Every token of the split counts once. Bits per byte compares models with different tokenizers: total nats / ln 2 / bytes
-of the text that was predicted (all of it, but for the first character of each document with --tokenizer=chars).
+By itself what its task is measured by, over the whole validation set, every token and every example once; --tasks
+chooses. Bits per byte compares models with different tokenizers: total nats / ln 2 / bytes of the text that was
+predicted (all of it, but for the first character of each document with --tokenizer=chars).
 """
 
 import gzip
@@ -12,12 +13,13 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxlm import cli
+from jaxlm.costs import num_parameters
 from jaxlm.data.pipeline import open_stores
 from jaxlm.data.store import Store
 from jaxlm.errors import ConfigError, DataError
 from jaxlm.keys import ROLES
 from jaxlm.parallel import hosts
-from jaxlm.report import REPORTS, report, table
+from jaxlm.report import REPORTS, comparison, report, table
 
 
 def gzip_bits_per_byte(stores: list[Store], tokenizer) -> float:
@@ -32,7 +34,9 @@ def gzip_bits_per_byte(stores: list[Store], tokenizer) -> float:
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="jaxlm.evaluate", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="run directory of jaxlm.train")
+    parser.add_argument(
+        "--workdir", action="append", required=True, help="run directory of jaxlm.train; may be given again"
+    )
     parser.add_argument("--data", help="a prepared directory, or files of examples (default: those of the run)")
     parser.add_argument("--step", default="latest", help="latest, best or a number (default: latest)")
     parser.add_argument(
@@ -57,11 +61,25 @@ def main(argv: list[str]) -> None:
                 f"--tasks={args.tasks}: no {word!r}{cli.did_you_mean(word, REPORTS)} ({', '.join(REPORTS)})"
             )
 
-    hosts.connect(args)
+    several = len(args.workdir) > 1
+    if several and (args.pictures or args.answers or args.gzip):
+        raise ConfigError("--pictures, --answers and --gzip are of one run: give one --workdir")
 
+    hosts.connect(args)
+    results = {workdir: evaluate(workdir, asked, args) for workdir in args.workdir}
+    if jax.process_index():
+        return  # the first process tells
+    result = results if several else results[args.workdir[0]]
+    print("\n".join(comparison(results) if several else table(result)))
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
+    """The figures of a run. asked: reports; None: the usual ones of its task. args: those of the command line."""
     import jaxlm
 
-    lm = jaxlm.load(args.workdir, step=args.step)
+    lm = jaxlm.load(workdir, step=args.step)
     config = lm.config.copy_and_resolve_references()
     config.eval.batches = config.eval.generate = 0
     for key in ("beams", "length_penalty", "max_tokens"):
@@ -74,14 +92,10 @@ def main(argv: list[str]) -> None:
     if config.task.name not in ROLES:
         require_tokenizer(config, lm.tokenizer)
     with jax.set_mesh(lm.mesh):
-        result = {"step": lm.step, **report(lm, config, asked, args)}
-    if jax.process_index():
-        return  # the first process tells
-    if args.gzip:
+        result = {"step": lm.step, **report(lm, config, asked, workdir, args)}
+    if args.gzip and not jax.process_index():
         result["gzip_bits_per_byte"] = gzip_bits_per_byte(open_stores(config, "val"), lm.tokenizer)
-    print("\n".join(table(result)))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    return {"model": config.model.name, "task": config.task.name, "parameters": num_parameters(lm.params)} | result
 
 
 def require_tokenizer(config: ConfigDict, tokenizer) -> None:

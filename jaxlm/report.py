@@ -124,7 +124,7 @@ def usual(config: ConfigDict, source) -> list[str]:
     return words + ["sources"] * (task not in ROLES and "," in config.data.mixture)
 
 
-def report(lm, config: ConfigDict, asked: list[str] | None, args) -> dict:
+def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) -> dict:
     """The figures of all reports, one flat dict; what does not go with the task is told, and left out."""
     reporter, result = Reporter(lm, config, args), {}
     fits = {
@@ -140,8 +140,8 @@ def report(lm, config: ConfigDict, asked: list[str] | None, args) -> dict:
             print(f"--tasks: {word} is not for task {config.task.name}")
             continue
         result |= getattr(reporter, word)()
-    if args.pictures and jax.process_index() == 0 and (Path(args.workdir) / "metrics.jsonl").is_file():
-        pictures.losses(reporter.picture("losses"), Path(args.workdir) / "metrics.jsonl")
+    if args.pictures and jax.process_index() == 0 and (Path(workdir) / "metrics.jsonl").is_file():
+        pictures.losses(reporter.picture("losses"), Path(workdir) / "metrics.jsonl")
     if args.answers and jax.process_index() == 0:
         rows = answers_of(
             config, reporter.source, reporter.scores, reporter.written if config.task.name in WRITTEN else None
@@ -165,6 +165,12 @@ def table(result: dict) -> list[str]:
             rows = [{name: key, **row} for key, row in rows.items()] if isinstance(rows, dict) else rows
             lines += ["", *columns(rows)]
     return lines + [f"\n--- sample {i} ---\n{text}" for i, text in enumerate(result.get("samples", ()), 1)]
+
+
+def comparison(results: dict[str, dict]) -> list[str]:
+    """A line for each run: the figures that any of them has."""
+    keys = dict.fromkeys(k for r in results.values() for k, x in r.items() if isinstance(x, (int, float, str)))
+    return columns([{"workdir": workdir} | {k: r.get(k, "") for k in keys} for workdir, r in results.items()])
 
 
 def columns(rows: list[dict]) -> list[str]:

@@ -38,7 +38,7 @@ from jaxlm.data.prepare import prepare
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.data.transforms import Vocabulary
 from jaxlm.errors import ConfigError, UserError
-from jaxlm.keys import MESH_AXES, ROLES
+from jaxlm.keys import LABELLED, MESH_AXES, ROLES
 from jaxlm.laws import DEVICES, STEPS, Result, on_mesh, packed_as_alone, same_as_one_device, train_on
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.start import inherit
@@ -74,7 +74,8 @@ def shrink(c: ConfigDict) -> ConfigDict:
     if m.num_experts:
         m.num_experts = next(n for n in (8, 4, m.num_experts) if m.num_experts % n == 0)
         m.experts_per_token = min(m.experts_per_token, max(m.num_experts // 2, 1))
-        c.optim.eps = max(c.optim.eps, 1e-3)  # so that Adam makes no steps of mere rounding, which choose experts
+    if m.num_experts or (c.task.name in LABELLED and m.pooling == "max"):  # something is chosen, by being the largest
+        c.optim.eps = max(c.optim.eps, 1e-3)  # so that Adam makes no steps of mere rounding, which change the choice
     m.dropout, m.embed_dropout, m.dtype, m.param_dtype, m.pipeline_microbatches = 0.0, -1.0, "float32", "float32", 0
     m.encoder_layers = 3 * len(m.layers) if m.encoder_layers not in (0, layers) else 0
     m.lora_rank, m.num_labels = min(m.lora_rank, 4), 0
@@ -300,6 +301,11 @@ def main(argv: list[str]) -> int:
     problems = override(config, args.overrides)
     inherit(config)  # where those runs are not here, the recipe's own model section is what is verified
     require(problems + check(config))
+    if config.model.name == "ngram":
+        raise ConfigError(
+            "config.model.name=ngram: is counted, not trained: there is no step whose gradients could differ; "
+            "train it, and evaluate it on any mesh"
+        )
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(DEVICES)}"  # read when the first device is asked for
     )

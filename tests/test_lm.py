@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -150,6 +151,21 @@ def test_evaluation_is_the_mean_over_every_token_once(lm, text_dir, tmp_path, wo
     c.train.batch_size = 24  # another batch, 8 devices instead of 1: the same figure
     with jax.set_mesh(lm.mesh):
         assert Evaluator(c, lm.mesh)(lm.params)["loss"] == pytest.approx(result["loss"], rel=1e-6)
+
+
+def test_several_runs_make_one_table_of_figures(workdir, tmp_path):
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    flags = f"--workdir={workdir}", f"--workdir={copy}"
+    run = program("jaxlm.evaluate", *flags, f"--json={tmp_path / 'both.json'}")
+    head, *rows = [line.split() for line in run.stdout.splitlines()]
+    assert head[:4] == ["workdir", "model", "task", "parameters"] and [row[0] for row in rows] == [
+        str(workdir),
+        str(copy),
+    ]
+    results = json.loads((tmp_path / "both.json").read_text())
+    assert results[str(workdir)] == results[str(copy)] and rows[0][1:] == rows[1][1:]
+    refused = program("jaxlm.evaluate", *flags, "--gzip", check=False)
+    assert refused.returncode == 2 and "give one --workdir" in refused.stderr
 
 
 def test_the_generate_program_prints_prompt_and_text(workdir):

@@ -86,7 +86,7 @@ def runs(tmp_path_factory, text_dir):
     return path / "run", path / "merged"
 
 
-def test_a_merged_run_is_a_run(runs, text_dir):
+def test_a_merged_run_is_a_run(runs, tmp_path):
     run, merged = map(jaxlm.load, runs)
     assert merged.step == 20 and not any(
         "lora" in name_of(path) for path, _ in jax.tree.leaves_with_path(merged.params)
@@ -96,8 +96,9 @@ def test_a_merged_run_is_a_run(runs, text_dir):
     assert tokenizers.load(runs[1]).fingerprint == run.tokenizer.fingerprint
     assert json.loads((runs[1] / "config.json").read_text())["model.lora_rank"] == 0
     assert fingerprint(merged.config) == fingerprint(run.config)
-    figures = [program("jaxlm.evaluate", f"--workdir={path}").stdout.split() for path in runs]
-    assert [float(f[f.index("loss") + 1]) for f in figures][1] == pytest.approx(float(figures[0][3]), abs=1e-4)
+    program("jaxlm.evaluate", *(f"--workdir={path}" for path in runs), f"--json={tmp_path / 'both.json'}")
+    one, other = json.loads((tmp_path / "both.json").read_text()).values()
+    assert other["loss"] == pytest.approx(one["loss"], abs=1e-5) and other["parameters"] < one["parameters"]
 
 
 def test_a_merged_run_can_be_begun_from_but_not_gone_on_with(runs, tmp_path, text_dir):

@@ -259,12 +259,12 @@ def test_a_space_can_be_a_file(tmp_path):
 
 
 def test_all_problems_are_reported_at_once_before_anything_is_made(tmp_path):
-    flags = "--space=optim.nam=choice:adamw", "--space=model.num_layers=log:0:3", "--seeds=0", "--metric=eval/quality"
+    flags = "--space=optim.nam=choice:adamw", "--space=model.num_heads=log:0:3", "--seeds=0", "--metric=eval/quality"
     with pytest.raises(ConfigError) as error:
         tune.main([*QUICK, *flags, f"--workdir={tmp_path}/run", "--config.eval.every=0", "--config.sed=1"])
     for part in (
         "7 problems", "config.sed: no such key; did you mean seed?", "did you mean optim.name?", "--seeds=0",
-        "num_layers=0: must be at least 1", "--trials: how many?", "set --config.eval.every", "Give --direction=",
+        "num_heads=0: must be at least 1", "--trials: how many?", "set --config.eval.every", "Give --direction=",
     ):  # fmt: skip
         assert part in str(error.value)
     with pytest.raises(ConfigError, match="grid is for all keys or none"):

@@ -12,12 +12,14 @@ from test_config import RECIPES
 from jaxlm import config as configs
 from jaxlm import verify
 from jaxlm.data.pipeline import train_batches
+from jaxlm.errors import ConfigError
 from jaxlm.kernels import attention, cross_entropy
 from jaxlm.laws import Result, on_mesh, packed_as_alone, same_as_one_device, train_on
 from jaxlm.parallel import ring
 
 tiny_of = lambda recipe: json.dumps(configs.flatten(verify.shrink(configs.load(f"configs/{recipe}"))))
-UNLIKE = list({tiny_of(recipe): recipe for recipe in RECIPES}.values())  # sizes of one recipe shrink to the same
+TRAINED = [recipe for recipe in RECIPES if not recipe.endswith(":ngram")]
+UNLIKE = list({tiny_of(recipe): recipe for recipe in TRAINED}.values())  # sizes of one recipe shrink to the same
 
 
 @pytest.mark.slow
@@ -45,6 +47,11 @@ def test_verify_as_a_program(tmp_path):
 def test_a_mesh_that_does_not_exist_is_named():
     run = program("jaxlm.verify", "--config=configs/quickstart.py", "--meshes=fspd=8", check=False)
     assert run.returncode == 2 and "fspd=8" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_model_that_is_counted_has_no_step_to_verify():
+    with pytest.raises(ConfigError, match="counted, not trained"):
+        verify.main(["--config=configs/shakespeare_char.py:ngram"])
 
 
 def test_a_broken_law_is_exit_1(monkeypatch, capsys):
