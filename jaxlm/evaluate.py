@@ -18,6 +18,7 @@ from jaxlm.errors import ConfigError, DataError
 from jaxlm.keys import ROLES
 from jaxlm.parallel import hosts
 from jaxlm.report import REPORTS, report, table
+from jaxlm.start import read_teacher
 
 
 def gzip_bits_per_byte(stores: list[Store], tokenizer) -> float:
@@ -74,6 +75,8 @@ def main(argv: list[str]) -> None:
     if config.task.name not in ROLES:
         require_tokenizer(config, lm.tokenizer)
     with jax.set_mesh(lm.mesh):
+        if config.task.teacher_model:
+            lm.teacher = read_teacher(config, lm.mesh)
         result = {"step": lm.step, **report(lm, config, asked, args)}
     if jax.process_index():
         return  # the first process tells
