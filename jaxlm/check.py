@@ -6,7 +6,7 @@ import re
 from ml_collections import ConfigDict
 
 from jaxlm.cli import did_you_mean
-from jaxlm.config import flatten
+from jaxlm.config import flatten, set_key
 from jaxlm.errors import ConfigError
 from jaxlm.keys import CHOICES, FOLLOWED, ROLES, TOKEN_TASKS, TWO_SIDED, base
 from jaxlm.meshes import mesh, nearest_divisors, nearest_multiples
@@ -186,6 +186,14 @@ def in_vain(c: ConfigDict) -> list[str]:
         for key, tasks in FOLLOWED.items()
         if c.task.name not in tasks and given[key] not in (default[key], derived.get(key, default[key]))
     ]
+
+
+def forget(c: ConfigDict) -> None:
+    """Sets what config.task does not follow back to its default."""
+    default = flatten(base())
+    for key, tasks in FOLLOWED.items():
+        if c.task.name not in tasks:
+            set_key(c, key, default[key])
 
 
 def training(c: ConfigDict) -> list[str]:

@@ -15,7 +15,8 @@ from jaxlm.errors import ConfigError
 
 RECIPES = [
     "shakespeare_char.py:cpu", "shakespeare_char.py:gpu", "quickstart.py", "gpt2.py", "llama.py:8b", "llama.py:1b",
-    "mixtral.py:8x7b", "mixtral.py:small", "shakespeare_char.py:ngram", "sst2.py", "multi30k.py",
+    "mixtral.py:8x7b", "mixtral.py:small", "shakespeare_char.py:ngram", "sst2.py", "multi30k.py", "qa.py",
+    "summarize.py", "dialogue.py",
 ]  # fmt: skip
 
 
