@@ -85,7 +85,8 @@ def pretrained(tmp_path_factory):
 def tune(folder, workdir, seed, **settings):
     """The accuracy of a classifier of 24 texts."""
     given = {"data__train": folder / f"train{seed}.jsonl", "data__val": folder / "val.jsonl", "seed": seed}
-    run = train(workdir, task__name="classify", optim__learning_rate=1e-3, **given | settings)
+    given |= {"task__name": "classify", "optim__learning_rate": 1e-3}
+    run = train(workdir, **given | settings)
     return run["eval/accuracy"][-1]
 
 
@@ -190,7 +191,7 @@ def test_rare_classes_are_found_when_they_count_as_much(tmp_path):
     given = {"data__train": examples(tmp_path / "train.jsonl", rows(1000))}
     given |= {"data__val": examples(tmp_path / "val.jsonl", rows(1000)), "task__name": "classify"}
     f1 = {}
-    given |= {"train__steps": 60, "train__batch_size": 32, "optim__learning_rate": 5e-4}
+    given |= {"train__steps": 30, "train__batch_size": 32, "optim__learning_rate": 3e-4}
     ways = {"none": {}, "weights": {"task__class_weights": "balanced"}, "sampling": {"task__balanced_sampling": True}}
     for name, more in ways.items():
         run = train(tmp_path / name, **given | more)
