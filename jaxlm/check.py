@@ -6,9 +6,9 @@ import re
 from ml_collections import ConfigDict
 
 from jaxlm.cli import did_you_mean
-from jaxlm.config import flatten
+from jaxlm.config import flatten, set_key
 from jaxlm.errors import ConfigError
-from jaxlm.keys import CHOICES, ROLES, TOKEN_TASKS, TWO_SIDED
+from jaxlm.keys import CHOICES, FOLLOWED, ROLES, TOKEN_TASKS, TWO_SIDED, base
 from jaxlm.meshes import mesh, nearest_divisors, nearest_multiples
 
 AT_LEAST_ONE = (
@@ -155,8 +155,10 @@ def task(c: ConfigDict) -> list[str]:
         problems.append(f"config.data.isolate=False: the {m.name} of task {k.name} would read padding; set True")
     if k.distill and not k.teacher:
         problems.append(f"config.task.distill={k.distill}: needs config.task.teacher, a run directory")
-    if k.distill and k.name in ("qa", "dpo", "multilabel", "regress"):
-        problems.append(f"config.task.distill={k.distill}: task {k.name} cannot be distilled; set 0")
+    if k.temperature != 1 and not k.distill and k.name in FOLLOWED["task.temperature"]:
+        problems.append(f"config.task.temperature={k.temperature}: is of distillation; set config.task.distill as well")
+    if k.teacher and not k.distill and k.name != "dpo":
+        problems.append(f"config.task.teacher={k.teacher}: teaches nothing; set config.task.distill=0.5, say, as well")
     if k.name == "dpo" and not (k.teacher or c.train.init_from):
         problems.append("config.train.init_from: dpo starts from a model, which is its reference; give a run directory")
     if k.label_smoothing and m.logit_softcap:
@@ -172,7 +174,26 @@ def task(c: ConfigDict) -> list[str]:
             re.compile(m.lora_targets)
         except re.error as error:
             problems.append(f"config.model.lora_targets={m.lora_targets!r}: not a regular expression: {error}")
-    return problems
+    return problems + in_vain(c)
+
+
+def in_vain(c: ConfigDict) -> list[str]:
+    """The keys that are set, and that config.task does not follow."""
+    default, given = flatten(base()), flatten(c)
+    derived = {"data.enc_len": c.data.seq_len, "eval.max_tokens": c.data.seq_len}  # what `resolve` makes of the default
+    return [
+        f"config.{key}={given[key]}: task {c.task.name} does not follow it (but {', '.join(tasks)}); leave it out"
+        for key, tasks in FOLLOWED.items()
+        if c.task.name not in tasks and given[key] not in (default[key], derived.get(key, default[key]))
+    ]
+
+
+def forget(c: ConfigDict) -> None:
+    """Sets what config.task does not follow back to its default."""
+    default = flatten(base())
+    for key, tasks in FOLLOWED.items():
+        if c.task.name not in tasks:
+            set_key(c, key, default[key])
 
 
 def training(c: ConfigDict) -> list[str]:

@@ -82,9 +82,9 @@ def set_key(c: ConfigDict, key: str, value) -> None:
 def unflatten(flat: dict) -> ConfigDict:
     """The inverse of `flatten`, also after JSON has made lists of tuples."""
     c = base()
+    tuples = lambda x: tuple(map(tuples, x)) if isinstance(x, (list, tuple)) else x
     for key, value in flat.items():
-        tuples = tuple(tuple(x) if isinstance(x, list) else x for x in value) if isinstance(value, list) else value
-        set_key(c, key, tuples)
+        set_key(c, key, tuples(value))
     return c
 
 

@@ -20,6 +20,7 @@ from jaxlm.errors import ConfigError, DataError
 from jaxlm.keys import ROLES
 from jaxlm.parallel import hosts
 from jaxlm.report import REPORTS, comparison, report, table
+from jaxlm.start import read_teacher
 
 
 def gzip_bits_per_byte(stores: list[Store], tokenizer) -> float:
@@ -92,6 +93,8 @@ def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
     if config.task.name not in ROLES:
         require_tokenizer(config, lm.tokenizer)
     with jax.set_mesh(lm.mesh):
+        if config.task.teacher_model:
+            lm.teacher = read_teacher(config, lm.mesh)
         result = {"step": lm.step, **report(lm, config, asked, workdir, args)}
     if args.gzip and not jax.process_index():
         result["gzip_bits_per_byte"] = gzip_bits_per_byte(open_stores(config, "val"), lm.tokenizer)

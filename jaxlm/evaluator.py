@@ -14,9 +14,10 @@ from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.pipeline import eval_rows, open_sources, open_stores, prefetch, validation_batches
 from jaxlm.data.store import Store
 from jaxlm.errors import DataError
+from jaxlm.keys import WRITTEN
 from jaxlm.parallel import hosts
 from jaxlm.respond import of_examples
-from jaxlm.score import SCORED, WRITTEN, score, score_texts
+from jaxlm.score import SCORED, score, score_texts
 from jaxlm.state import eval_step
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from jaxlm import cli
-from jaxlm.keys import ROLES
+from jaxlm.keys import ROLES, WRITTEN
 from jaxlm.parallel import hosts
 
 SAMPLING = "max_tokens temperature top_k top_p num_samples seed stop".split()
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 def answer(lm, prompts: list[str], args) -> None:
     options = {}
-    if lm.config.task.name in ("seq2seq", "sft"):
+    if lm.config.task.name in WRITTEN:
         options = {"beams": args.beams, "length_penalty": args.length_penalty, "max_tokens": args.max_tokens}
         options |= {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
         options["temperature"] = 0.0 if lm.config.task.name == "seq2seq" else args.temperature

@@ -26,6 +26,38 @@ ROLES = {
 }
 TWO_SIDED = ("span_corruption", "ul2", "seq2seq")  # a source is read, a target written
 LABELLED = ("classify", "multilabel", "regress")  # one label an example, not one a token
+HEADED = (*LABELLED, "tag", "qa")  # answered by a head of model.num_labels outputs, not from the vocabulary
+WRITTEN = ("seq2seq", "sft", "dpo")  # answered with a text that the model writes
+# Keys that only some tasks follow: elsewhere they would be set in vain.
+FOLLOWED = {
+    "task.mask_rate": ("mlm", "span_corruption", "ul2"),
+    "task.whole_words": ("mlm",),
+    "task.span_length": ("span_corruption", "ul2"),
+    "task.fim_rate": ("fim",),
+    "task.window": ("skipgram",),
+    "task.label_smoothing": (*TOKEN_TASKS, "classify", "tag", *WRITTEN),
+    "task.class_weights": ("classify", "tag"),
+    "task.balanced_sampling": ("classify",),
+    "task.focal": ("classify", "multilabel", "tag"),
+    "task.distill": (*TOKEN_TASKS, "classify", "tag", "seq2seq", "sft"),
+    "task.temperature": (*TOKEN_TASKS, "classify", "tag", "seq2seq", "sft"),
+    "task.beta": ("dpo",),
+    "model.pooling": LABELLED,
+    "data.columns": tuple(ROLES),
+    "data.tokenizer": tuple(ROLES),
+    "data.vocab_size": tuple(ROLES),
+    "data.min_count": tuple(ROLES),
+    "data.lowercase": tuple(ROLES),
+    "data.labels": ("classify", "multilabel", "tag"),
+    "data.pack": tuple(ROLES),
+    "data.examples_per_row": tuple(ROLES),
+    "data.word_dropout": tuple(ROLES),
+    "data.enc_len": TWO_SIDED,
+    "eval.generate": WRITTEN,
+    "eval.beams": WRITTEN,
+    "eval.max_tokens": WRITTEN,
+    "eval.length_penalty": WRITTEN,
+}
 CHOICES = {
     "task.name": (*TOKEN_TASKS, *ROLES),
     "task.class_weights": ("none", "balanced"),
@@ -201,7 +233,7 @@ def base() -> ConfigDict:
     c.eval.batches = 0  # batches an evaluation; 0: the whole validation split
     c.eval.metric = "loss"  # of an evaluation: what the best checkpoint and patience go by
     c.eval.patience = 0  # stop after this many evaluations without a new best; 0: never
-    c.eval.generate = 0  # examples that are answered and scored at each evaluation (seq2seq, sft): BLEU, chrF, ROUGE
+    c.eval.generate = 0  # examples that are answered and scored at each evaluation (keys.WRITTEN): BLEU, chrF, ROUGE
     c.eval.max_tokens = 0  # of an answer; 0: data.seq_len
     c.eval.beams = 1  # hypotheses of a beam search; 1: greedy
     c.eval.length_penalty = 0.6  # exponent of the length that a beam's score is divided by (Wu et al. 2016)

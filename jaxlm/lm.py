@@ -17,7 +17,7 @@ from jaxlm.data.pipeline import eval_rows
 from jaxlm.data.transforms import Vocabulary
 from jaxlm.decode import generate_tokens, pad_prompts
 from jaxlm.errors import ConfigError, UserError
-from jaxlm.keys import MESH_AXES, ROLES
+from jaxlm.keys import MESH_AXES, ROLES, WRITTEN
 from jaxlm.losses import mesh_order, token_losses
 from jaxlm.meshes import fits
 from jaxlm.models import build, next_logits
@@ -126,15 +126,15 @@ class LM:
         """What a fine-tuned model says to examples: dicts of the columns of its task, or strings of the first of them.
 
         classify, multilabel: {label: probability} each; regress: a number; tag: the tag of each word; qa: text of the
-        context; seq2seq, sft: the text that it writes. options: see jaxlm.respond.write; beams=4, say.
+        context; seq2seq, sft, dpo: the text that it writes. options: see jaxlm.respond.write; beams=4, say.
         """
         task, d = self.config.task.name, self.config.data
         if task not in ROLES:
             raise UserError(f"lm.answer: task {task} has no examples to answer; use lm.generate, lm.loss or lm.logits")
-        column = "prompt" if task == "sft" else ROLES[task][0].rstrip("?")
+        column = "prompt" if task == "sft" else ROLES[task][0]
         examples = [{column: example} if isinstance(example, str) else dict(example) for example in examples]
         with jax.set_mesh(self.mesh):
-            if task in ("seq2seq", "sft"):
+            if task in WRITTEN:
                 encode = encoder_of(self.tokenizer, d.lowercase)
                 return write(self.config, self.params, Vocabulary(self.tokenizer, task), encode, examples, **options)
             return label(self.config, self.params, self.tokenizer, examples)
@@ -237,6 +237,8 @@ def load(path: str | PurePath, *, step: str | int = "latest", mesh: dict[str, in
     config = config_of(meta)
     # What a pipeline and slices ask of a batch is not for inference: rows come in any number.
     config.mesh.slices, config.model.pipeline_rounds, config.model.pipeline_microbatches = 1, 1, 0
+    if config.task.distill:  # a pupil can do without its teacher, which may be gone
+        config.task.distill, config.task.teacher, config.task.teacher_model = 0.0, "", ()
     sizes = mesh_sizes(config) if mesh is None else dict.fromkeys(MESH_AXES, 1) | mesh
     for axis in set(sizes) - set(MESH_AXES):
         hint = did_you_mean(axis, MESH_AXES)

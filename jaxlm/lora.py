@@ -8,7 +8,6 @@ import json
 from pathlib import PurePath
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxlm import cli
@@ -17,31 +16,8 @@ from jaxlm.config import flatten, resolve
 from jaxlm.errors import ConfigError
 from jaxlm.keys import base
 from jaxlm.parallel import hosts
+from jaxlm.start import merge
 from jaxlm.workdir import Hold, run_directory, write_whole
-
-
-def merge(params: dict, section: ConfigDict) -> tuple[dict, ConfigDict]:
-    """(params, model section) without adapters: each kernel with its product of two narrow matrices added.
-
-    section: the resolved `model` section that params are of. Layers may be stacked by scan, on a leading axis.
-    """
-    scale = section.lora_alpha / max(section.lora_rank, 1)
-
-    def fold(tree):
-        if not isinstance(tree, dict):
-            return tree
-        tree = {name: fold(part) for name, part in tree.items()}
-        if "lora_a" in tree:
-            a, b = tree.pop("lora_a"), tree.pop("lora_b")
-            product = lambda a, b: scale * jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1)
-            stacked = a.ndim + b.ndim - 2 > tree["kernel"].ndim
-            more = jax.vmap(product)(a, b) if stacked else product(a, b)
-            tree["kernel"] = (tree["kernel"] + more).astype(tree["kernel"].dtype)
-        return tree
-
-    section = section.copy_and_resolve_references()
-    section.lora_rank = 0
-    return fold(params), section
 
 
 def merged_config(config: ConfigDict, section: ConfigDict) -> ConfigDict:

@@ -192,14 +192,15 @@ def label_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=
     """
     batch, places = mesh_order(batch)
     x_BTD, aux = forward(model, params, batch, places, config, dropout_key)
-    outputs = logits_of_labels(params, x_BTD, batch, config)
+    outputs = logits_of_labels(params, x_BTD, batch, config.task.name, config.model.pooling)
     labels = batch["labels"] if "labels" in batch else batch["targets"]
     nats, learned = NATS[config.task.name](outputs, labels, config.task)
     more, weights = {}, batch["weights"]
     if config.task.distill:
         section, T = teacher_section(config), config.task.temperature
         y_BTD, _ = forward(build_section(section), teacher, batch, places, config)
-        theirs, mine = (jax.nn.log_softmax(z / T) for z in (logits_of_labels(teacher, y_BTD, batch, config), outputs))
+        taught = logits_of_labels(teacher, y_BTD, batch, config.task.name, section.pooling)
+        theirs, mine = (jax.nn.log_softmax(z / T) for z in (taught, outputs))
         apart = T**2 * jnp.sum(jnp.exp(theirs) * (theirs - mine), axis=-1)
         learned = (1 - config.task.distill) * learned + config.task.distill * apart
         more["divergence"] = jnp.sum(weights * apart)
@@ -216,11 +217,10 @@ def label_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=
     }
 
 
-def logits_of_labels(params, x_BTD, batch, config: ConfigDict) -> jax.Array:
+def logits_of_labels(params, x_BTD, batch, task: str, pooling: str) -> jax.Array:
     """float32 [B, M, C] of examples, or [B, T, C] of tokens."""
-    if config.task.name in LABELLED:
-        examples = batch["labels"].shape[1]
-        x_BTD = pool(x_BTD, batch["segments"], batch["positions"], examples, config.model.pooling)
+    if task in LABELLED:
+        x_BTD = pool(x_BTD, batch["segments"], batch["positions"], batch["labels"].shape[1], pooling)
     return apply_head(params, x_BTD)
 
 

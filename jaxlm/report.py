@@ -11,8 +11,8 @@ from jaxlm import metrics, pictures
 from jaxlm.check import mixture
 from jaxlm.data.examples import label_names
 from jaxlm.evaluator import Evaluator
-from jaxlm.keys import ROLES
-from jaxlm.score import SCORED, WRITTEN, answers_of, score, write_answers
+from jaxlm.keys import ROLES, WRITTEN
+from jaxlm.score import SCORED, answers_of, score, write_answers
 
 INTERVALS = {  # task -> the figures that get an interval
     "classify": ("accuracy", "f1", "auc"),

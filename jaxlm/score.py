@@ -9,9 +9,6 @@ from jaxlm.data.transforms import ALLOWED, answer_text
 from jaxlm.respond import best_span, write
 
 SCORED = ("classify", "multilabel", "regress", "tag", "qa")  # whose examples have scores
-WRITTEN = ("seq2seq", "sft")  # that are answered in text
-
-
 LOWER = ("loss", "perplexity", "bits", "mse", "mae", "error", "brier", "divergence")
 
 
@@ -92,7 +89,7 @@ def reference_of(example: dict, config: ConfigDict) -> str:
     if "messages" in example:
         text = example["messages"][-1]["content"]
     else:
-        text = example["target" if "target" in example else "response"]
+        text = example[next(role for role in ("target", "response", "chosen") if role in example)]
     return text.lower() if config.data.lowercase else text
 
 

@@ -1,6 +1,7 @@
 """A run that begins where another ended: its model, its tokenizer and its parameters; and the teacher of one."""
 
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,14 +11,15 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jaxlm.checkpoint import Checkpoints
+from jaxlm.checkpoint import Checkpoints, as_target, config_of, tokenizer_of
 from jaxlm.config import unflatten
-from jaxlm.data.pipeline import open_stores
+from jaxlm.data.pipeline import load_tokenizer, open_stores
 from jaxlm.data.vocabulary import MADE
 from jaxlm.errors import CheckpointError
-from jaxlm.keys import ROLES
+from jaxlm.keys import HEADED, ROLES
 from jaxlm.models import ngram
 from jaxlm.optim import name_of
+from jaxlm.state import abstract_state, state_shardings
 from jaxlm.workdir import run_directory
 
 # Keys of the model section that say nothing of the parameters it starts from: the new run's own.
@@ -50,6 +52,8 @@ def inherit(config: ConfigDict) -> list[str]:
             problems.append(f"config.{key}={spec}: is not the --workdir of a jaxlm.train run")
     if problems:
         return problems
+    whole = lambda spec: os.path.abspath(spec) if spec and "://" not in spec else spec  # evaluation may start elsewhere
+    config.train.init_from, task.teacher = whole(config.train.init_from), whole(task.teacher)
     if start := config.train.init_from:
         theirs = read_config(start).model
         config.model.update({key: theirs[key] for key in theirs if key not in OWN})
@@ -61,6 +65,76 @@ def inherit(config: ConfigDict) -> list[str]:
     if task.teacher and not task.teacher_model:
         task.teacher_model = tuple(read_config(task.teacher).model.items())
     return problems
+
+
+def agree(config: ConfigDict, vocab_size: int) -> list[str]:
+    """What is wrong between the data and the runs that this one builds on: other tokens, other labels.
+
+    vocab_size: ids of the data and the task; a model that is begun from gets room for them. To be called after
+    `inherit`, with config.data.labels filled in. Raises CheckpointError.
+    """
+    mine, problems, task = load_tokenizer(config), [], config.task
+    for key, spec in (("train.init_from", config.train.init_from), ("task.teacher", task.teacher)):
+        if not spec:
+            continue
+        given, meta = f"config.{key}={spec}", read_meta(spec)
+        theirs = tokenizer_of(meta)
+        if theirs.fingerprint != mine.fingerprint:
+            where = "--config.data.tokenizer=" if task.name in ROLES else "the text anew with --tokenizer="
+            problems.append(
+                f"{given}: its tokenizer ({in_words(theirs)}) is not the data's ({in_words(mine)}), so that the same "
+                f"id is another text; {'give' if task.name in ROLES else 'prepare'} {where}{split_step(spec)[0]}"
+            )
+        elif key == "task.teacher":
+            problems += [f"{given}: {problem}" for problem in unlike(config_of(meta), config, vocab_size)]
+        else:
+            config.model.vocab_size = max(config.model.vocab_size, vocab_size)
+    return problems
+
+
+def in_words(tokenizer) -> str:
+    return f"{tokenizer.name}, {tokenizer.vocab_size:,} tokens, sha256 {tokenizer.fingerprint[:8]}"
+
+
+def unlike(teacher: ConfigDict, config: ConfigDict, vocab_size: int) -> list[str]:
+    """Why a run of config `teacher`, with the tokenizer of `config`, cannot teach it."""
+    theirs, mine, task = teacher.model.vocab_size, config.model.vocab_size or vocab_size, config.task.name
+    if theirs < vocab_size:
+        return [
+            f"a model of {theirs:,} ids, but the data of task {task} have {vocab_size:,}: it was trained on task "
+            f"{teacher.task.name}; give a run of task {'sft' if task == 'dpo' else task}"
+        ]
+    if task in HEADED and (teacher.task.name, teacher.data.labels) != (task, config.data.labels):
+        return [
+            f"its outputs are of {head_in_words(teacher)}, this run's of {head_in_words(config)}; where they mean the "
+            f'same, give --config.data.labels="{teacher.data.labels}"; else another teacher'
+        ]
+    if config.task.distill and task not in HEADED and theirs != mine:
+        return [f"a model of {theirs:,} ids, this one of {mine:,}; set --config.model.vocab_size={theirs}"]
+    return []
+
+
+def head_in_words(config: ConfigDict) -> str:
+    labels = config.data.labels
+    return f"task {config.task.name}" + (f" with labels {', '.join(labels)}" if labels else "")
+
+
+def read_meta(spec: str) -> dict:
+    """What the checkpoint of a run directory, "DIR" or "DIR@STEP", says of itself. Raises CheckpointError."""
+    path, step = split_step(spec)
+    checkpoints = Checkpoints(path)
+    meta = checkpoints.meta(checkpoints.choose(step))
+    checkpoints.close()
+    return meta
+
+
+def read_teacher(config: ConfigDict, mesh) -> dict:
+    """The parameters of config.task.teacher on the mesh. Raises CheckpointError."""
+    like = as_target(abstract_state(config)[0].teacher, state_shardings(config, mesh).teacher)
+    try:
+        return read_run(config.task.teacher, like)
+    except CheckpointError as error:
+        raise CheckpointError(f"config.task.teacher, which the loss compares this model with: {error}") from None
 
 
 def read_run(spec: str, like: dict) -> dict:
@@ -96,13 +170,45 @@ def documents(store):
         yield np.concatenate([front, store.read(int(start), int(stop - start))]).astype(np.int32)
 
 
+def merge(params: dict, section: ConfigDict) -> tuple[dict, ConfigDict]:
+    """(params, model section) without adapters: each kernel with its product of two narrow matrices added.
+
+    section: the resolved `model` section that params are of. Layers may be stacked by scan, on a leading axis.
+    """
+    scale = section.lora_alpha / max(section.lora_rank, 1)
+
+    def fold(tree):
+        if not isinstance(tree, dict):
+            return tree
+        tree = {name: fold(part) for name, part in tree.items()}
+        if "lora_a" in tree:
+            a, b = tree.pop("lora_a"), tree.pop("lora_b")
+            product = lambda a, b: scale * jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1)
+            stacked = a.ndim + b.ndim - 2 > tree["kernel"].ndim
+            more = jax.vmap(product)(a, b) if stacked else product(a, b)
+            tree["kernel"] = (tree["kernel"] + more).astype(tree["kernel"].dtype)
+        return tree
+
+    section = section.copy_and_resolve_references()
+    section.lora_rank = 0
+    return fold(params), section
+
+
 def warm_start(params: dict, config: ConfigDict) -> dict:
     """The parameters of train.init_from in place of those of the same name; the rest stays, and is told of.
 
-    Tables of a larger vocabulary keep their further rows. Raises CheckpointError where shapes are not alike.
+    Tables of a larger vocabulary keep their further rows, adapters (LoRA) are folded in, and a head of other labels
+    begins anew. Raises CheckpointError where shapes are not alike.
     """
-    spec = config.train.init_from
-    saved = {name_of(path): x for path, x in jax.tree.leaves_with_path(read_run(spec, params))}
+    spec, theirs = config.train.init_from, config_of(read_meta(config.train.init_from))
+    start, told = read_run(spec, params), []
+    if theirs.model.lora_rank:
+        start, _ = merge(start, theirs.model)
+        told.append("its adapters are folded in")
+    if "head" in start and (theirs.task.name, theirs.data.labels) != (config.task.name, config.data.labels):
+        told.append(f"its head of {head_in_words(theirs)} is left, for a new one of {head_in_words(config)}")
+        del start["head"]
+    saved = {name_of(path): x for path, x in jax.tree.leaves_with_path(start)}
     fresh, unlike = [], []
 
     def one(path, x):
@@ -121,7 +227,7 @@ def warm_start(params: dict, config: ConfigDict) -> dict:
     if unlike:
         raise CheckpointError(f"train.init_from={spec} has other shapes:\n  " + "\n  ".join(unlike[:8]))
     if jax.process_index() == 0:
-        told = [f"new: {', '.join(fresh[:6])}{' ...' if len(fresh) > 6 else ''}"] if fresh else []
+        told += [f"new: {', '.join(fresh[:6])}{' ...' if len(fresh) > 6 else ''}"] if fresh else []
         told += [f"not used: {', '.join(list(saved)[:6])}"] if saved else []
         print(f"starts from {spec}" + "".join(f"; {text}" for text in told))
     return params

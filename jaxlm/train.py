@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jaxlm import cli, costs
 from jaxlm.check import check, require
-from jaxlm.checkpoint import Checkpoints, as_target, describe_run
+from jaxlm.checkpoint import Checkpoints, describe_run
 from jaxlm.config import flatten, load, override, resolve
 from jaxlm.data.pipeline import describe, fingerprint, load_tokenizer, prefetch, train_batches, validation_batches
 from jaxlm.data.tables import absolute
@@ -29,7 +29,7 @@ from jaxlm.monitor import Monitor
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import abstract_mesh, make_mesh
 from jaxlm.score import less_is_better
-from jaxlm.start import count_ngrams, inherit, read_run, warm_start
+from jaxlm.start import agree, count_ngrams, inherit, read_teacher, warm_start
 from jaxlm.state import State, abstract_state, check_sharding, init_state, jit_train_step, state_shardings
 from jaxlm.topology import peak_flops
 from jaxlm.workdir import Hold, run_directory, write_whole
@@ -116,8 +116,7 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
         checkpoints = Checkpoints(workdir, config)
         state, last = start_state(config, mesh, checkpoints, data, allow_data_change)
         if config.task.teacher_model:
-            like = as_target(abstract_state(config)[0].teacher, state_shardings(config, mesh).teacher)
-            state = state.replace(teacher=read_run(config.task.teacher, like))
+            state = state.replace(teacher=read_teacher(config, mesh))
         if jax.process_index() == 0:
             write_config(workdir, config, last)
             (workdir / tokenizer.filename).write_bytes(tokenizer.to_bytes())
@@ -300,6 +299,8 @@ def main(argv: list[str]) -> int:
         (vocab_size, config.data.labels, num_tokens), data_problem = describe(config), None
     except UserError as error:
         vocab_size, num_tokens, data_problem = 0, 0, error
+    else:
+        problems += [] if problems else agree(config, vocab_size)
     if not (config.model.vocab_size or vocab_size) and (args.dry_run or args.print_config):
         problems.append(f"config.model.vocab_size=0: it is the tokenizer's, and {data_problem}")
     require(problems + check(config, devices, vocab_size))

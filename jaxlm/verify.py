@@ -30,7 +30,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxlm import cli
-from jaxlm.check import check, require
+from jaxlm.check import check, forget, require
 from jaxlm.config import flatten, load, override, resolve
 from jaxlm.costs import human
 from jaxlm.data.pipeline import train_batches
@@ -95,6 +95,7 @@ def shrink(c: ConfigDict) -> ConfigDict:
     if needs_teacher(c):  # of the same shape, and another seed than its own, 0
         c.task.teacher, c.seed = "teacher", c.seed or 1
         c.task.teacher_model = tuple(resolve(c).model.items())
+    forget(c)
     return c
 
 
@@ -195,10 +196,11 @@ def make_teacher(config: ConfigDict, folder: Path) -> Path:
     """The workdir of a short run of this task without a teacher, or, where it cannot be without, of plain text."""
     folder, plain = folder / "teacher", config.copy_and_resolve_references()
     folder.mkdir()
-    plain.task.distill, plain.task.teacher, plain.task.teacher_model = 0.0, "", ()
+    plain.task.distill, plain.task.temperature, plain.task.teacher, plain.task.teacher_model = 0.0, 1.0, "", ()
     if plain.task.name == "dpo":
         plain.task.name = "lm"
         plain.data.train = ""
+        forget(plain)
         make_data(folder, plain)
     Trainer(plain, folder)("run", "--config.train.stop_at=2")
     return folder / "run"

@@ -16,7 +16,8 @@ from jaxlm.errors import ConfigError
 RECIPES = [
     "shakespeare_char.py:cpu", "shakespeare_char.py:gpu", "quickstart.py", "gpt2.py", "llama.py:8b", "llama.py:1b",
     "mixtral.py:8x7b", "mixtral.py:small", "shakespeare_char.py:lstm", "shakespeare_char.py:masked",
-    "shakespeare_char.py:ngram", "sst2.py", "multi30k.py:cpu", "multi30k.py:lstm", "multi30k.py:gpu",
+    "shakespeare_char.py:ngram", "sst2.py", "multi30k.py:cpu", "multi30k.py:lstm", "multi30k.py:gpu", "qa.py",
+    "summarize.py", "dialogue.py",
 ]  # fmt: skip
 
 
@@ -93,6 +94,12 @@ def test_unknown_keys_suggest_the_nearest_in_any_section():
         ({"mesh__data": -1, "mesh__fsdp": -1}, "only one axis may be -1"),
         ({"mesh__tensor": 8}, "config.model.num_heads=4"),
         ({"train__batch_size": 12}, "(nearest: 8 or 16)"),
+        ({"task__focal": 2.0}, "task.focal=2.0: task lm does not follow it (but classify, multilabel, tag)"),
+        ({"data__word_dropout": 0.1}, "data.word_dropout=0.1: task lm does not follow it"),
+        ({"data__labels": ("a", "b")}, "data.labels=('a', 'b'): task lm does not follow it"),
+        ({"task__name": "qa", "task__distill": 0.5}, "task.distill=0.5: task qa does not follow it (but lm, mlm"),
+        ({"task__temperature": 2.0}, "set config.task.distill as well"),
+        ({"task__teacher": "runs/a"}, "teaches nothing; set config.task.distill"),
         ({"data__mixture": "a=1,b"}, "'b' is not DIR=WEIGHT"),
         ({"data__mixture": "a=1,b=-2"}, "'b=-2' is not DIR=WEIGHT"),
     ],
@@ -148,6 +155,7 @@ def test_warm_up_follows_the_length_of_the_run():
 
 def test_a_config_survives_json():
     c = small_config(optim__decay=((r"norm", 0.0), (r".*", 0.5)))
+    c.task.teacher_model = tuple(c.model.items())  # with tuples in it
     assert configs.unflatten(json.loads(json.dumps(configs.flatten(c)))) == c
 
 

@@ -87,9 +87,6 @@ def test_a_careless_command_is_corrected(tmp_path):
     c.data.path = ""
     with pytest.raises(DataError, match=r"config\.data\.train is empty"):
         describe(c)
-    c.task.name, c.data.word_dropout = "lm", 0.1
-    with pytest.raises(ConfigError, match=r"data\.word_dropout=0\.1: task lm does not follow it"):
-        describe(c)
     with pytest.raises(ConfigError, match=r"--config\.data\.vocab_size=\d+"):
         made(tmp_path, ROWS, data__tokenizer="sentencepiece", data__vocab_size=10)
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from conftest import fresh_state, mesh_of, small_config
 from flax import linen as nn
+from test_losses import Given
 
-from jaxlm import verify
+from jaxlm import losses, verify
 from jaxlm.data.pipeline import train_batches
 from jaxlm.decode import beam_search, generate_tokens
 from jaxlm.kernels.cross_entropy import logits_of
-from jaxlm.keys import LABELLED, ROLES, TOKEN_TASKS, TWO_SIDED
+from jaxlm.keys import FOLLOWED, LABELLED, ROLES, TOKEN_TASKS, TWO_SIDED
 from jaxlm.laws import GRADIENT_TOLERANCE, unpacked, worst
 from jaxlm.losses import loss_of, teacher_section, total_weight
 from jaxlm.models import build, build_section
@@ -170,6 +171,47 @@ def test_any_mesh_is_one_device(case, name, folder):
         batch = to_global(this.batch, mesh, ROWS)
         f = jax.jit(partial(gradients, config=c), out_shardings=(places.params, None))
         check_gradients(this, *f(params, batch, jax.random.key(0), teacher=teacher))
+
+
+# ---------------------------------------------------------------- which keys count
+
+SET = {
+    "task.mask_rate": 0.4, "task.whole_words": True, "task.span_length": 9.0, "task.fim_rate": 1.0, "task.window": 1,
+    "task.label_smoothing": 0.1, "task.class_weights": "balanced", "task.balanced_sampling": True, "task.focal": 2.0,
+    "task.distill": 0.5, "task.temperature": 2.0, "task.beta": 0.5, "model.pooling": "max", "data.pack": False,
+    "data.examples_per_row": 1, "data.word_dropout": 0.5, "data.enc_len": 24,
+}  # fmt: skip
+OF_TEXT = {"data.columns", "data.tokenizer", "data.vocab_size", "data.min_count", "data.lowercase", "data.labels"}
+
+
+@pytest.mark.parametrize("task", [*TOKEN_TASKS, *ROLES])
+def test_a_key_is_followed_where_the_table_says_so(task, folder, monkeypatch):
+    """By the first batches, and by what the loss of any hidden states computes: with the key, and without it."""
+    monkeypatch.setattr(losses, "build_section", lambda section: Given())
+    monkeypatch.setattr(losses, "nats_of", lambda model, params, x, targets, chunk: (x[..., 0] * targets, x[..., 1]))
+
+    def said(**settings):
+        c = config_of(task, folder, **{"data__enc_len": 64} | settings)
+        c.task.teacher_model = tuple(c.model.items())
+        batches, array = [train_batches(c)[k] for k in range(3)], lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)
+        V, D, C = c.model.vocab_size, 4, max(c.model.num_labels, 1)
+        params = {"x": array(batches[0]["tokens"].size // 64, 64, D), "embed": {"tokens": array(V, D)}}
+        params["head"] = {"kernel": array(D, C), "bias": array(C)}
+        loss = lambda params, teacher, batch: loss_of(c)(Given(), params, batch, c, None, teacher)
+        return batches, str(jax.make_jaxpr(loss)(params, params, batches[0]))
+
+    def same(a, b):
+        equal = lambda x, y: x.keys() == y.keys() and all(np.array_equal(x[key], y[key]) for key in x)
+        return a[1] == b[1] and all(map(equal, a[0], b[0]))
+
+    assert set(SET) | OF_TEXT == {key for key in FOLLOWED if not key.startswith("eval.")}
+    plain = said()
+    for key, value in SET.items():
+        if key in ("task.distill", "task.temperature") and task in ("multilabel", "regress"):
+            continue  # which have no distribution over classes: refused, whatever would be computed
+        set_too = {"task__distill": 0.5} if key == "task.temperature" and task != "dpo" else {}
+        changed, before = said(**{key.replace(".", "__"): value} | set_too), said(**set_too) if set_too else plain
+        assert same(changed, before) == (task not in FOLLOWED[key]), key
 
 
 # ---------------------------------------------------------------- who sees whom

@@ -28,14 +28,13 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.check import mixture
-from jaxlm.config import flatten
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.examples import Examples, label_names, stamps, tokenizer_of
 from jaxlm.data.rows import from_tokens, row_shapes
 from jaxlm.data.store import Store
 from jaxlm.data.transforms import Vocabulary
-from jaxlm.errors import ConfigError, DataError
-from jaxlm.keys import ROLES, TWO_SIDED, base
+from jaxlm.errors import DataError
+from jaxlm.keys import ROLES, TWO_SIDED
 
 ALL = slice(None)
 
@@ -136,33 +135,8 @@ def _examples(config: FrozenConfigDict, split: str, stamps: tuple) -> Examples:
     return Examples(config, split)
 
 
-# Keys that only some tasks follow: elsewhere they would be set in vain.
-FOLLOWED = {
-    "task.class_weights": ("classify", "tag"),
-    "task.balanced_sampling": ("classify",),
-    "task.whole_words": ("mlm",),
-    "data.labels": ("classify", "multilabel", "tag"),
-    "data.word_dropout": tuple(ROLES),
-    "data.lowercase": tuple(ROLES),
-    "data.columns": tuple(ROLES),
-}
-
-
-def in_vain(config: ConfigDict) -> None:
-    """Raises ConfigError that names the keys which config.task does not follow."""
-    default, given = flatten(base()), flatten(config)
-    bad = [
-        f"config.{key}={given[key]}: task {config.task.name} does not follow it (but {', '.join(tasks)}); leave it out"
-        for key, tasks in FOLLOWED.items()
-        if given[key] != default[key] and config.task.name not in tasks
-    ]
-    if bad:
-        raise ConfigError("\n".join(bad))
-
-
 def describe(config: ConfigDict) -> tuple[int, tuple[str, ...], int]:
     """(ids of the vocabulary, names of the labels, tokens of the training data). Raises DataError, ConfigError."""
-    in_vain(config)
     if config.task.name in ROLES:
         if not config.data.train:
             raise DataError(f"config.data.train is empty: give the examples of task {config.task.name}")
@@ -170,7 +144,7 @@ def describe(config: ConfigDict) -> tuple[int, tuple[str, ...], int]:
         return Vocabulary(tokenizer, config.task.name).size, labels, 0
     stores = open_stores(config, "train")
     extra = 0 if config.task.name == "lm" else Vocabulary(load_tokenizer(config), config.task.name).size
-    return extra or stores[0].vocab_size, (), sum(store.num_tokens for store in stores)
+    return extra or stores[0].vocab_size, config.data.labels, sum(store.num_tokens for store in stores)
 
 
 def load_tokenizer(config: ConfigDict):
