@@ -126,7 +126,7 @@ def test_ratios_are_counted_once_and_not_trained(tmp_path):
     for k in range(10):
         state, metrics = one_step(c, state, batches[k])
         losses.append(float(metrics["loss"]))
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < 0.8 * losses[0]
     for params in (state.params, state.ema):
         np.testing.assert_array_equal(params["embed"]["ratio"], ratio)
     assert (state.params["embed"]["tokens"] != weighed["embed"]["tokens"]).any()
