@@ -4,24 +4,40 @@
         --workdir=runs/sst2
     python -m jaxlm.evaluate --workdir=runs/sst2 --pictures=runs/sst2
 
-The files have lines of a sentence, a tab and 0 or 1. An LSTM whose states are pooled by their maximum, 1.06M parameters
-and 3 epochs: under a minute on 2 CPU cores, accuracy 80.7% and AUC 0.885 on the 872 sentences of dev (one seed).
+The files have lines of a sentence, a tab and 0 or 1. On 2 CPU cores, each under a minute where nothing else runs:
+
+ngrams (the default): a linear classifier of the runs of 1 to 6 bytes (NBSVM's weights, fastText's table), 655,370
+    parameters, two epochs. On the 872 sentences of dev 80.9%: 81.2, 80.3 and 81.2 with seeds 0, 1 and 2.
+lstm: words, states pooled by their maximum, 1.06M parameters, three epochs. 80.7% on dev (one seed).
 """
 
-from jaxlm.config import base
+from jaxlm.config import base, variant
 
 
-def get_config():
+def get_config(arg="ngrams"):
     c = base()
     c.task.name = "classify"
     c.data.train, c.data.val = "data/sst2/train.tsv", "data/sst2/dev.tsv"
-    c.data.tokenizer, c.data.vocab_size, c.data.min_count, c.data.lowercase = "words", 20_000, 2, True
+    c.data.lowercase, c.model.dtype, c.model.scan = True, "float32", False
+    c.optim.weight_decay, c.optim.b2, c.optim.schedule, c.optim.warmup_steps = 0.01, 0.999, "constant", 0
+    c.eval.metric = "accuracy"
+    return variant(arg, {"ngrams": ngrams, "lstm": lstm})(c)
+
+
+def ngrams(c):
+    c.data.tokenizer, c.data.seq_len, c.data.examples_per_row = "bytes", 512, 16
+    c.model.name, c.model.num_layers, c.model.embed_dim, c.model.order = "bag", 0, 4, 6
+    c.model.ngram_weights, c.model.embed_std, c.model.embed_dropout = "log_count_ratio", 0.02, 0.3
+    c.train.steps, c.train.batch_size, c.train.ema, c.eval.every = 400, 8, 0.99, 100
+    c.optim.learning_rate, c.optim.schedule = 1e-2, "linear"
+    return c
+
+
+def lstm(c):
+    c.data.tokenizer, c.data.vocab_size, c.data.min_count = "words", 20_000, 2
     c.data.seq_len, c.data.word_dropout = 64, 0.2
     c.model.name, c.model.num_layers, c.model.embed_dim, c.model.pooling = "lstm", 1, 128, "max"
     c.model.embed_std, c.model.embed_dropout, c.model.dropout = 0.1, 0.4, 0.2
-    c.model.dtype, c.model.scan = "float32", False
-    c.train.steps, c.train.batch_size, c.train.ema = 468, 16, 0.998
-    c.optim.learning_rate, c.optim.weight_decay, c.optim.b2 = 1e-3, 0.01, 0.999
-    c.optim.schedule, c.optim.warmup_steps = "constant", 0
-    c.eval.every, c.eval.metric = 156, "accuracy"
+    c.train.steps, c.train.batch_size, c.train.ema, c.eval.every = 468, 16, 0.998, 156
+    c.optim.learning_rate = 1e-3
     return c

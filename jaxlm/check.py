@@ -8,11 +8,11 @@ from ml_collections import ConfigDict
 from jaxlm.cli import did_you_mean
 from jaxlm.config import flatten, set_key
 from jaxlm.errors import ConfigError
-from jaxlm.keys import CHOICES, FOLLOWED, ROLES, TOKEN_TASKS, TWO_SIDED, base
+from jaxlm.keys import ATTENDING, CHOICES, FOLLOWED, LABELLED, ROLES, TOKEN_TASKS, TWO_SIDED, base
 from jaxlm.meshes import mesh, nearest_divisors, nearest_multiples
 
 AT_LEAST_ONE = (
-    "model.embed_dim model.num_heads model.window data.seq_len train.steps train.batch_size "
+    "model.embed_dim model.num_heads model.window model.order model.buckets data.seq_len train.steps train.batch_size "
     "train.grad_accumulation train.max_skipped model.experts_per_token model.pipeline_rounds checkpoint.every "
     "checkpoint.keep log.every data.prefetch mesh.slices task.window data.vocab_size data.min_count eval.beams"
 ).split()
@@ -92,7 +92,7 @@ def ranges(c: ConfigDict) -> list[str]:
 
 def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
     m, problems = c.model, []
-    attends = m.name in ("decoder", "encoder", "encoder_decoder")
+    attends = m.name in ATTENDING
     if attends and not m.head_dim and m.embed_dim % m.num_heads:
         problems.append(
             f"config.model.num_heads={m.num_heads}: must divide config.model.embed_dim={m.embed_dim} "
@@ -139,6 +139,8 @@ def task(c: ConfigDict) -> list[str]:
         "lm": (*causal, "ngram"), "mlm": both_ways, "prefix_lm": ("decoder",), "fim": causal, "skipgram": ("decoder",),
         "sft": causal, "dpo": causal,
     }.get(k.name, two_sided if k.name in TWO_SIDED else (*both_ways, *causal))  # fmt: skip
+    if k.name in LABELLED:
+        kinds += ("bag",)
     if m.name not in kinds:
         problems.append(f"config.model.name={m.name}: task {k.name} needs {' or '.join(kinds)}")
     if k.name in ROLES and (d.path or d.mixture):
@@ -151,7 +153,7 @@ def task(c: ConfigDict) -> list[str]:
         problems.append(
             "config.model.name=encoder_decoder: has no experts and no pipeline; set num_experts=0, mesh.stage=1"
         )
-    if not d.isolate and (m.name == "encoder_decoder" or (m.name == "encoder" and k.name in ROLES)):
+    if not d.isolate and (m.name == "encoder_decoder" or (m.name in ("encoder", "bag") and k.name in ROLES)):
         problems.append(f"config.data.isolate=False: the {m.name} of task {k.name} would read padding; set True")
     if k.distill and not k.teacher:
         problems.append(f"config.task.distill={k.distill}: needs config.task.teacher, a run directory")
@@ -163,9 +165,14 @@ def task(c: ConfigDict) -> list[str]:
         problems.append("config.train.init_from: dpo starts from a model, which is its reference; give a run directory")
     if k.label_smoothing and m.logit_softcap:
         problems.append("config.task.label_smoothing: not with config.model.logit_softcap; set one of them to 0")
-    if ("lstm" in m.name or m.name == "ngram") and (c.mesh.sequence > 1 or c.mesh.stage > 1 or m.lora_rank):
+    if m.name not in ATTENDING and (c.mesh.sequence > 1 or c.mesh.stage > 1 or m.lora_rank):
         problems.append(
             f"config.model.name={m.name}: has no sequence or stage axis and no LoRA; set mesh.sequence=1 ..."
+        )
+    if m.ngram_weights != "none" and (m.name != "bag" or k.name != "classify"):
+        problems.append(
+            f"config.model.ngram_weights={m.ngram_weights}: is of a bag of n-grams that learns classes; set none, or "
+            "model.name=bag and task.name=classify"
         )
     if m.name == "bilstm" and (m.hidden_dim or m.embed_dim) % 2:
         problems.append(f"config.model.hidden_dim={m.hidden_dim}: must be even for bilstm, half for each direction")

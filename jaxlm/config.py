@@ -18,6 +18,8 @@ from jaxlm.cli import did_you_mean
 from jaxlm.errors import ConfigError
 from jaxlm.keys import MESH_AXES, ROLES, STRATEGIES, base
 
+COUNTED = (r"^embed/ratio$", 0.0)  # of optim.rates: model.ngram_weights are not trained
+
 
 def load(spec: str) -> ConfigDict:
     """Config of a recipe, `FILE.py` or `FILE.py:ARG`. Raises ConfigError where there is none, or no such ARG."""
@@ -161,6 +163,8 @@ def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
         m.ngrams = m.ngrams or (m.vocab_size,) * m.order  # until it is
         c.optim.decay = c.optim.rates = ((r".*", 0.0),)
         c.train.steps = c.train.stop_at = 1
+    elif m.ngram_weights != "none" and c.optim.rates[0] != COUNTED:
+        c.optim.rates = (COUNTED, *c.optim.rates)
     elif m.lora_rank and c.optim.rates == ((r".*", 1.0),):  # adapters, and a head that is new
         c.optim.rates = ((r"lora_|^head/", 1.0), (r".*", 0.0))
     c.train.stop_at = c.train.stop_at or c.train.steps

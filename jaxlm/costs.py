@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxlm.config import pipeline_microbatches
-from jaxlm.keys import MESH_AXES
+from jaxlm.keys import ATTENDING, MESH_AXES
 from jaxlm.optim import split
 from jaxlm.parallel.mesh import RULES, abstract_mesh, batch_shards, names_of
 from jaxlm.parallel.pipeline import bubble_fraction
@@ -46,7 +46,7 @@ def flops_per_token(config: ConfigDict, params) -> int:
     reach = {"S": min(m.window, m.context_length, T), "L": min(m.context_length, T)}
     attended = sum(reach[m.layers[i % len(m.layers)]] for i in range(m.num_layers))
     multiplying = active_parameters(config, params) - embedding_parameters(params)
-    attention = 0 if "lstm" in m.name else 12 * m.num_heads * m.head_dim * attended
+    attention = 12 * m.num_heads * m.head_dim * attended if m.name in ATTENDING else 0
     return 6 * multiplying + attention
 
 

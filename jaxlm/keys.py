@@ -25,6 +25,7 @@ ROLES = {
     "dpo": ("prompt", "chosen", "rejected"),
 }
 TWO_SIDED = ("span_corruption", "ul2", "seq2seq")  # a source is read, a target written
+ATTENDING = ("decoder", "encoder", "encoder_decoder")  # models with heads
 LABELLED = ("classify", "multilabel", "regress")  # one label an example, not one a token
 HEADED = (*LABELLED, "tag", "qa")  # answered by a head of model.num_labels outputs, not from the vocabulary
 WRITTEN = ("seq2seq", "sft", "dpo")  # answered with a text that the model writes
@@ -61,7 +62,8 @@ FOLLOWED = {
 CHOICES = {
     "task.name": (*TOKEN_TASKS, *ROLES),
     "task.class_weights": ("none", "balanced"),
-    "model.name": ("decoder", "encoder", "encoder_decoder", "lstm", "bilstm", "lstm_seq2seq", "ngram"),
+    "model.name": ("decoder", "encoder", "encoder_decoder", "lstm", "bilstm", "lstm_seq2seq", "ngram", "bag"),
+    "model.ngram_weights": ("none", "log_count_ratio"),
     "model.cross_attention": ("dot", "additive", "bilinear"),
     "model.norm": ("rms", "layer"),
     "model.norm_place": ("pre", "post"),
@@ -103,7 +105,7 @@ def base() -> ConfigDict:
     k.beta = 0.1  # dpo: how far to stay with the reference (Rafailov et al. 2023)
 
     c.model = m = ConfigDict()
-    m.name = "decoder"  # decoder | encoder | encoder_decoder | lstm | bilstm | lstm_seq2seq | ngram
+    m.name = "decoder"  # decoder | encoder | encoder_decoder | lstm | bilstm | lstm_seq2seq | ngram | bag
     m.num_layers = 6  # blocks of attention and MLP
     m.embed_dim = 384  # width of the residual stream
     m.num_heads = 6  # query heads
@@ -144,7 +146,9 @@ def base() -> ConfigDict:
     m.lora_rank = 0  # width of low-rank adapters beside frozen weights (LoRA); 0: none
     m.lora_alpha = 16.0  # they count alpha / rank times
     m.lora_targets = "query|value"  # regex of the linear maps that get one
-    m.order = 6  # ngram: tokens of the longest, the last of which is foretold
+    m.order = 6  # ngram, bag: tokens of the longest; of ngram, the last of which is foretold
+    m.buckets = 131_072  # bag: rows of the table of n-grams, which are found in it by their hash
+    m.ngram_weights = "none"  # bag, classify: none | log_count_ratio (of an n-gram in the classes; NBSVM)
     m.discount = 0.0  # ngram: taken from each count; 0: three, estimated (Chen & Goodman 1998)
     m.ngrams = ()  # how many of each length are stored; filled in
     m.dropout = 0.0  # on embeddings and on each block's output

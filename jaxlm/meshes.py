@@ -6,7 +6,7 @@ import math
 from ml_collections import ConfigDict
 
 from jaxlm.config import mesh_sizes, pipeline_microbatches
-from jaxlm.keys import MESH_AXES
+from jaxlm.keys import ATTENDING, MESH_AXES
 
 
 def nearest_multiples(value: int, factor: int) -> str:
@@ -80,7 +80,7 @@ def model_on_mesh(c: ConfigDict, sizes: dict[str, int], devices: int | None) -> 
     m, problems = c.model, []
     both = lambda size: math.gcd(size, devices or size)  # a size that divides this divides the devices too
     tensor, expert, stage = sizes["tensor"], sizes["expert"], sizes["stage"]
-    if "lstm" not in m.name and m.num_heads > 0 and m.num_heads % tensor:
+    if m.name in ATTENDING and m.num_heads > 0 and m.num_heads % tensor:
         problems.append(
             f"config.mesh.tensor={tensor}: must divide config.model.num_heads={m.num_heads} "
             f"(nearest: {nearest_divisors(tensor, both(m.num_heads))})"

@@ -13,11 +13,13 @@ from ml_collections import ConfigDict
 
 from jaxlm.checkpoint import Checkpoints, as_target, config_of, tokenizer_of
 from jaxlm.config import unflatten
+from jaxlm.data.examples import Examples
 from jaxlm.data.pipeline import load_tokenizer, open_stores
 from jaxlm.data.vocabulary import MADE
 from jaxlm.errors import CheckpointError
 from jaxlm.keys import HEADED, ROLES
 from jaxlm.models import ngram
+from jaxlm.models.bag import log_count_ratios
 from jaxlm.optim import name_of
 from jaxlm.state import abstract_state, state_shardings
 from jaxlm.workdir import run_directory
@@ -160,6 +162,15 @@ def count_ngrams(config: ConfigDict) -> dict:
     params = ngram.fit((text for store in stores for text in documents(store)), m.order, m.vocab_size, bos, m.discount)
     m.ngrams = ngram.sizes(params)
     return params
+
+
+def weigh_ngrams(params: dict, config: ConfigDict) -> dict:
+    """The parameters of a bag of n-grams with its log-count ratios, of the training examples."""
+    m, pieces = config.model, Examples(config, "train").pieces
+    texts, labels = zip(*((piece["tokens"], piece["label"]) for piece in pieces))
+    ratio = log_count_ratios(texts, np.array(labels), m.num_labels, m.order, m.buckets)
+    old = params["embed"]["ratio"]
+    return params | {"embed": params["embed"] | {"ratio": jax.device_put(ratio.astype(old.dtype), old.sharding)}}
 
 
 def documents(store):

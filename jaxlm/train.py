@@ -29,7 +29,7 @@ from jaxlm.monitor import Monitor
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import abstract_mesh, make_mesh
 from jaxlm.score import less_is_better
-from jaxlm.start import agree, count_ngrams, inherit, read_teacher, warm_start
+from jaxlm.start import agree, count_ngrams, inherit, read_teacher, warm_start, weigh_ngrams
 from jaxlm.state import State, abstract_state, check_sharding, init_state, jit_train_step, state_shardings
 from jaxlm.topology import peak_flops
 from jaxlm.workdir import Hold, run_directory, write_whole
@@ -93,7 +93,10 @@ def start_state(config, mesh, checkpoints: Checkpoints, data: dict, allow_data_c
     step = checkpoints.latest()
     if step is None:
         state = init_state(config, mesh)
-        return state.replace(params=warm_start(state.params, config)) if config.train.init_from else state, {}
+        if config.train.init_from:
+            return state.replace(params=warm_start(state.params, config)), {}
+        counts = config.model.ngram_weights != "none"
+        return state.replace(params=weigh_ngrams(state.params, config)) if counts else state, {}
     meta = checkpoints.meta(step)
     changed = [f"{key}: {meta['data'].get(key)} -> {data[key]}" for key in data if meta["data"].get(key) != data[key]]
     if changed and not allow_data_change:

@@ -78,6 +78,7 @@ def shrink(c: ConfigDict) -> ConfigDict:
         c.optim.eps = max(c.optim.eps, 1e-3)  # so that Adam makes no steps of mere rounding, which change the choice
     m.dropout, m.embed_dropout, m.dtype, m.param_dtype, m.pipeline_microbatches = 0.0, -1.0, "float32", "float32", 0
     m.encoder_layers = 3 * len(m.layers) if m.encoder_layers not in (0, layers) else 0
+    m.buckets = min(m.buckets, 1024)
     m.lora_rank, m.num_labels = min(m.lora_rank, 4), 0
     m.attention = "reference" if m.attention in ("cudnn", "tokamax", "xla") else m.attention
     d.seq_len, d.path, d.mixture, d.train, d.val, d.columns = 64, "", "", "", "", ""

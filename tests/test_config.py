@@ -16,8 +16,8 @@ from jaxlm.errors import ConfigError
 RECIPES = [
     "shakespeare_char.py:cpu", "shakespeare_char.py:gpu", "quickstart.py", "gpt2.py", "llama.py:8b", "llama.py:1b",
     "mixtral.py:8x7b", "mixtral.py:small", "shakespeare_char.py:lstm", "shakespeare_char.py:masked",
-    "shakespeare_char.py:ngram", "sst2.py", "multi30k.py:cpu", "multi30k.py:lstm", "multi30k.py:gpu", "qa.py",
-    "summarize.py", "dialogue.py",
+    "shakespeare_char.py:ngram", "sst2.py", "sst2.py:lstm", "multi30k.py:cpu", "multi30k.py:lstm", "multi30k.py:gpu",
+    "qa.py", "summarize.py", "dialogue.py",
 ]  # fmt: skip
 
 
@@ -76,6 +76,7 @@ def test_unknown_keys_suggest_the_nearest_in_any_section():
         ({"model__dropout": 1.0}, "model.dropout=1.0"),
         ({"model__norm": "batch"}, "model.norm=batch"),
         ({"model__layers": "SSX"}, "model.layers='SSX'"),
+        ({"model__ngram_weights": "log_count_ratio"}, "set none, or model.name=bag"),
         ({"model__layers": "SSL"}, "must divide config.model.num_layers=2"),
         ({"model__vocab_size": 10}, "the tokenizer of config.data has 64 ids"),
         ({"optim__learning_rate": -1.0}, "optim.learning_rate=-1.0"),

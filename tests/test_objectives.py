@@ -31,6 +31,7 @@ CASES = {name: {"task__name": name} for name in (*TOKEN_TASKS, *ROLES)} | {
     "seq2seq distilled": {"task__name": "seq2seq", "task__distill": 0.5, "task__label_smoothing": 0.1},
     "classify distilled": {"task__name": "classify", "task__distill": 0.5, "model__pooling": "max"},
     "classify by a decoder": {"task__name": "classify", "model__name": "decoder", "model__pooling": "last"},
+    "classify by a bag": {"task__name": "classify", "model__name": "bag", "model__buckets": 512},
 }
 LOSSES = ("seq2seq distilled", "classify", "qa", "dpo")  # each with another
 LIKE_OTHERS = ("fim", "ul2", "skipgram", "multilabel")  # by another transform or label alone
@@ -42,7 +43,7 @@ MESHES = {
 }
 FAST = {  # each task with a mesh; all of them with --all
     "data=8": ("regress",),
-    "fsdp=4 tensor=2": ("lm distilled", "classify", "span_corruption"),
+    "fsdp=4 tensor=2": ("lm distilled", "classify", "classify by a bag", "span_corruption"),
     "sequence=4 tensor=2": ("prefix_lm", "mlm", "tag", "qa", "dpo", "seq2seq distilled", "classify distilled"),
     "stage=2 fsdp=4": ("classify by a decoder",),
 }
@@ -156,7 +157,8 @@ def check_gradients(this, grads, means):
 
 def on_meshes():
     for mesh, case in itertools.product(MESHES, CASES):
-        if "stage" not in mesh or CASES[case]["task__name"] not in TWO_SIDED:
+        two_sided, bag = CASES[case]["task__name"] in TWO_SIDED, "bag" in case
+        if not (two_sided and "stage" in mesh) and not (bag and ("stage" in mesh or "sequence" in mesh)):
             yield pytest.param(case, mesh, marks=[pytest.mark.slow] * (case not in FAST[mesh]), id=f"{case}-{mesh}")
 
 

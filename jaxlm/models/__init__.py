@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.kernels.cross_entropy import cross_entropy, logits_of
 from jaxlm.models import ngram
+from jaxlm.models.bag import Bag
 from jaxlm.models.encoder_decoder import EncoderDecoder
 from jaxlm.models.lstm import LSTM, BiLSTM, LSTMSeq2Seq
 from jaxlm.models.transformer import Transformer, unembedding
@@ -25,6 +26,7 @@ MODELS = {
     "bilstm": BiLSTM,
     "lstm_seq2seq": LSTMSeq2Seq,
     "ngram": ngram.NGram,
+    "bag": Bag,
 }
 
 

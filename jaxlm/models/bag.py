@@ -1,0 +1,90 @@
+"""A bag of n-grams: a linear classifier of the runs of 1 ... order tokens in an example, wherever they are.
+
+fastText (Joulin et al. 2016): every n-gram has a vector, found in a table by its hash. NBSVM (Wang & Manning 2012): the
+vector counts as much as the n-gram tells the classes apart, by the logarithm of the ratio of its shares in them. Of
+words; or with the tokenizers bytes and chars of everything that is written, inside of words and across them.
+
+G in names: the lengths of n-grams, 1 ... model.order.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import FrozenConfigDict
+
+from jaxlm.models.layers import embedding_dropout, parameter
+from jaxlm.models.transformer import heads
+from jaxlm.parallel.linear import lookup
+from jaxlm.parallel.mesh import constrain
+
+
+def hashed(tokens_BT, segments_BT, positions_BT, order: int, buckets: int) -> tuple[jax.Array, jax.Array]:
+    """(int32 [B, T, G], bool [B, T, G]): the bucket of the n-gram that ends at each position, and whether it exists.
+
+    None does that would begin before its own document. The hash is FNV-1a, token by token, its bits then mixed as at
+    the end of MurmurHash3: a remainder would see the low ones alone.
+    """
+    whole_BT, hash_BT = segments_BT != 0, jnp.full(tokens_BT.shape, 2166136261, jnp.uint32)
+    buckets_BTG, whole_BTG = [], []
+    for n in range(order):  # from the last token to those before it
+        whole_BT &= (jnp.roll(segments_BT, n, axis=1) == segments_BT) & (positions_BT >= n)
+        hash_BT = (hash_BT ^ jnp.roll(tokens_BT, n, axis=1).astype(jnp.uint32)) * jnp.uint32(16777619)
+        mixed_BT = (hash_BT ^ (hash_BT >> 16)) * jnp.uint32(0x85EBCA6B)
+        mixed_BT = (mixed_BT ^ (mixed_BT >> 13)) * jnp.uint32(0xC2B2AE35)
+        buckets_BTG.append(((mixed_BT ^ (mixed_BT >> 16)) % jnp.uint32(buckets)).astype(jnp.int32))
+        whole_BTG.append(whole_BT)
+    return jnp.stack(buckets_BTG, axis=2), jnp.stack(whole_BTG, axis=2)
+
+
+def log_count_ratios(texts: list[np.ndarray], labels: np.ndarray, num_labels: int, order: int, buckets: int):
+    """float32 [buckets]: |log(p / q)|, p the share of an n-gram in all those of a class, q in those of the others.
+
+    Of several classes the largest. Counts begin at 1, as published. texts: int [length] each, labels: int [texts].
+    """
+    row = lambda arrays: np.concatenate(arrays)[None].astype(np.int32)
+    segments = row([np.full(len(text), n) for n, text in enumerate(texts, 1)])
+    found = hashed(row(texts), segments, row([np.arange(len(text)) for text in texts]), order, buckets)
+    buckets_TG, whole_TG = (np.asarray(x[0]) for x in found)
+    labels_TG = np.broadcast_to(np.asarray(labels)[segments[0] - 1, None], whole_TG.shape)
+    cells = labels_TG[whole_TG] * buckets + buckets_TG[whole_TG]
+    counts = 1.0 + np.bincount(cells, minlength=num_labels * buckets).reshape(num_labels, buckets)
+    share = lambda x: np.log(x / x.sum(axis=1, keepdims=True))
+    return np.abs(share(counts) - share(counts.sum(axis=0) - counts)).max(axis=0).astype(np.float32)
+
+
+class Grams(nn.Module):
+    """Tokens -> the sum of the vectors of the n-grams that end at each position, [B, T, D]."""
+
+    config: FrozenConfigDict
+    train: bool
+
+    @nn.compact
+    def __call__(self, tokens_BT, segments_BT, positions_BT):
+        c, (B, T) = self.config, tokens_BT.shape
+        V, D, axes = c.buckets, c.embed_dim, ("vocab", "embed")
+        table_VD = parameter(self, "tokens", nn.initializers.normal(c.embed_std), axes, (V, D), c)
+        if c.ngram_weights == "log_count_ratio":  # counted where a run begins (jaxlm/start.py), not trained
+            table_VD *= parameter(self, "ratio", nn.initializers.ones, axes[:1], (V,), c)[:, None]
+        buckets_BTG, whole_BTG = hashed(tokens_BT, segments_BT, positions_BT, c.order, V)
+        x_BTGD = lookup(table_VD, buckets_BTG.reshape(B, -1), axes).reshape(B, T, c.order, D)
+        x_BTGD = embedding_dropout(c, self.train, broadcast_dims=(3,))(x_BTGD)  # of whole n-grams
+        return constrain(jnp.where(whole_BTG[..., None], x_BTGD, 0).sum(axis=2), "batch", "residual", None)
+
+
+class Bag(nn.Module):
+    """As jaxlm.models.transformer.Transformer, without a cache. config: the resolved `model` section."""
+
+    config: FrozenConfigDict
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT, segments_BT=None, positions_BT=None, *, cache=None, places_T=None, reach_BT=None, train=False
+    ):
+        """(x [B, T, D], None). segments: None where every row is one document."""
+        segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        x_BTD = Grams(self.config, train, name="embed")(tokens_BT, segments_BT, positions_BT)
+        heads(self, self.config)
+        return x_BTD, None
