@@ -27,9 +27,11 @@ def get_config(arg="ngrams"):
 def ngrams(c):
     c.data.tokenizer, c.data.seq_len, c.data.examples_per_row = "bytes", 512, 16
     c.model.name, c.model.num_layers, c.model.embed_dim, c.model.order = "bag", 0, 4, 6
-    c.model.ngram_weights, c.model.embed_std, c.model.embed_dropout = "log_count_ratio", 0.02, 0.3
-    c.train.steps, c.train.batch_size, c.train.ema, c.eval.every = 400, 8, 0.99, 100
-    c.optim.learning_rate, c.optim.schedule = 1e-2, "linear"
+    c.model.ngram_weights, c.model.buckets, c.model.pooling = "log_count_ratio", 2**20, "sum"
+    c.train.steps, c.train.batch_size, c.eval.every = 320, 32, 80
+    c.optim.name, c.optim.learning_rate, c.optim.momentum, c.optim.weight_decay = "sgd", 2.0, 0.9, 1e-4
+    c.optim.schedule, c.optim.end_factor = "linear", 0.0
+    c.optim.rates = ((r"^head/", 0.01), (r".*", 1.0))
     return c
 
 

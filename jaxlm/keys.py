@@ -67,7 +67,7 @@ CHOICES = {
     "model.cross_attention": ("dot", "additive", "bilinear"),
     "model.norm": ("rms", "layer"),
     "model.norm_place": ("pre", "post"),
-    "model.pooling": ("mean", "max", "first", "last"),
+    "model.pooling": ("mean", "sum", "max", "first", "last"),
     "model.mlp": ("swiglu", "gelu", "relu", "relu2"),
     "model.positions": ("rope", "learned", "sinusoidal", "none"),
     "model.remat": ("none", "full", "dots", "attention"),
@@ -142,7 +142,7 @@ def base() -> ConfigDict:
     m.recurrent_dropout = 0.0  # LSTMs: on the state that goes round, the same at every step
     m.encoder_layers = 0  # encoder_decoder: blocks of the encoder; 0: as num_layers
     m.num_labels = 0  # outputs of a head for classes, tags, spans or numbers; 0: as the task and its data ask for
-    m.pooling = "mean"  # mean | max | first | last: of an example's tokens, for its label
+    m.pooling = "mean"  # mean | sum | max | first | last: of an example's tokens, for its label
     m.lora_rank = 0  # width of low-rank adapters beside frozen weights (LoRA); 0: none
     m.lora_alpha = 16.0  # they count alpha / rank times
     m.lora_targets = "query|value"  # regex of the linear maps that get one

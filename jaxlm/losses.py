@@ -157,7 +157,7 @@ def pool(x_BTD, segments_BT, positions_BT, examples: int, kind: str) -> jax.Arra
     if kind == "last":
         places_BMT = jnp.where(mine_BMT, positions_BT[:, None], -1)
         mine_BMT &= places_BMT == jnp.max(places_BMT, axis=2, keepdims=True)
-    count_BM = jnp.maximum(jnp.sum(mine_BMT, axis=2), 1)
+    count_BM = jnp.maximum(jnp.sum(mine_BMT, axis=2), 1) if kind != "sum" else jnp.ones(mine_BMT.shape[:2])
     return jnp.einsum("BMT,BTD->BMD", mine_BMT.astype(jnp.float32), x_BTD) / count_BM[..., None]
 
 

@@ -34,7 +34,8 @@ def grams_of(text):
 
 def bag(**more):
     return small_config(
-        model__name="bag", model__num_layers=0, model__order=ORDER, model__buckets=97, task__name="classify",
+        model__name="bag", model__num_layers=0, model__order=ORDER, model__buckets=97, model__pooling="sum",
+        task__name="classify",
         data__labels=("no", "yes"), **more,
     )  # fmt: skip
 
@@ -50,8 +51,20 @@ def test_a_bucket_is_an_ngram_of_its_own_document(seed):
     for t, n in zip(*np.nonzero(whole)):
         named.setdefault(int(buckets[t, n]), set()).add(tuple(tokens[0, t - n : t + 1].tolist()))
     assert all(len(names) == 1 for names in named.values()) and len(set.union(*named.values())) == len(named)
-    got = Counter(tuple(tokens[0, t - n : t + 1].tolist()) for t, n in zip(*np.nonzero(whole)))
-    assert got == Counter(gram for text in texts for gram in grams_of(text))
+    got = Counter((places[0][0, t], *tokens[0, t - n : t + 1].tolist()) for t, n in zip(*np.nonzero(whole)))
+    assert got == Counter({(i, *gram) for i, text in enumerate(texts, 1) for gram in grams_of(text)})
+
+
+def test_a_document_has_length_1_however_long():
+    """Of the weights of what is there: with vectors of one 1 each, the sum is the root of how many n-grams there are."""
+    c, texts = bag(), documents(2)
+    params = jax.tree.map(jnp.ones_like, fresh_state(c).params)
+    x = build(c).apply({"params": params}, *packed(texts, 40))[0][0, :, 0]
+    starts = np.cumsum([0, *map(len, texts)])
+    for text, a, b in zip(texts, starts, starts[1:]):
+        buckets, counts = hashed(text[None], np.ones((1, len(text)), np.int32), np.arange(len(text))[None], ORDER, 97)
+        assert len(np.unique(buckets[counts])) == counts.sum()
+        np.testing.assert_allclose(x[a:b].sum(), np.sqrt(counts.sum()), rtol=1e-5)
 
 
 def test_ngrams_spread_over_the_buckets():
@@ -80,9 +93,9 @@ def test_a_position_sees_the_ngrams_that_end_there():
     def at(table):
         return model.apply({"params": params | {"embed": {"tokens": table}}}, text[None])[0][0, 7].sum()
 
-    buckets, _ = hashed(text[None], np.ones((1, 12), np.int32), np.arange(12)[None], ORDER, 97)
+    buckets, counts = hashed(text[None], np.ones((1, 12), np.int32), np.arange(12)[None], ORDER, 97)
     seen = np.flatnonzero(np.abs(jax.grad(at)(params["embed"]["tokens"])).sum(axis=1))
-    assert set(seen) == set(np.asarray(buckets[0, 7]).tolist())
+    assert set(seen) == set(np.asarray(buckets[0, 7][counts[0, 7]]).tolist())
 
 
 def test_dropout_takes_whole_ngrams():
@@ -103,8 +116,8 @@ def test_ratios_are_those_of_the_formula(classes):
     bucket_of = {tuple(tokens[0, t - n : t + 1].tolist()): buckets[t, n] for t, n in zip(*np.nonzero(whole))}
     counts = np.ones((classes, 1000))
     for text, label in zip(texts, labels):
-        for gram in grams_of(text):
-            counts[label, bucket_of[gram]] += 1
+        for bucket in {bucket_of[gram] for gram in grams_of(text)}:
+            counts[label, bucket] += 1
     others = counts.sum(axis=0) - counts
     p, q = (n / n.sum(axis=1, keepdims=True) for n in (counts, others))
     np.testing.assert_allclose(ratios, np.abs(np.log(p / q)).max(axis=0), rtol=1e-5)

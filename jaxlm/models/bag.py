@@ -1,8 +1,10 @@
 """A bag of n-grams: a linear classifier of the runs of 1 ... order tokens in an example, wherever they are.
 
-fastText (Joulin et al. 2016): every n-gram has a vector, found in a table by its hash. NBSVM (Wang & Manning 2012): the
-vector counts as much as the n-gram tells the classes apart, by the logarithm of the ratio of its shares in them. Of
-words; or with the tokenizers bytes and chars of everything that is written, inside of words and across them.
+fastText (Joulin et al. 2016): every n-gram has a vector, found in a table by its hash. NBSVM (Wang & Manning 2012):
+what is there counts once, and as much as the n-gram tells the classes apart, by the logarithm of the ratio of its
+shares in them. The weights of a document are then divided by their Euclidean length, so that a long one says no more
+than a short one; with model.pooling=sum that is the whole model. Of words; or with the tokenizers bytes and chars of
+everything that is written, inside of words and across them.
 
 G in names: the lengths of n-grams, 1 ... model.order.
 """
@@ -20,10 +22,11 @@ from jaxlm.parallel.mesh import constrain
 
 
 def hashed(tokens_BT, segments_BT, positions_BT, order: int, buckets: int) -> tuple[jax.Array, jax.Array]:
-    """(int32 [B, T, G], bool [B, T, G]): the bucket of the n-gram that ends at each position, and whether it exists.
+    """(int32 [B, T, G], bool [B, T, G]): the bucket of the n-gram that ends at each position, and whether it counts.
 
-    None does that would begin before its own document. The hash is FNV-1a, token by token, its bits then mixed as at
-    the end of MurmurHash3: a remainder would see the low ones alone.
+    It does where it is the first of its bucket in its document, and none that would begin before the document. The hash
+    is FNV-1a, token by token, its bits then mixed as at the end of MurmurHash3: a remainder would see the low ones
+    alone.
     """
     whole_BT, hash_BT = segments_BT != 0, jnp.full(tokens_BT.shape, 2166136261, jnp.uint32)
     buckets_BTG, whole_BTG = [], []
@@ -34,27 +37,38 @@ def hashed(tokens_BT, segments_BT, positions_BT, order: int, buckets: int) -> tu
         mixed_BT = (mixed_BT ^ (mixed_BT >> 13)) * jnp.uint32(0xC2B2AE35)
         buckets_BTG.append(((mixed_BT ^ (mixed_BT >> 16)) % jnp.uint32(buckets)).astype(jnp.int32))
         whole_BTG.append(whole_BT)
-    return jnp.stack(buckets_BTG, axis=2), jnp.stack(whole_BTG, axis=2)
+    buckets_BTG, whole_BTG = jnp.stack(buckets_BTG, axis=2), jnp.stack(whole_BTG, axis=2)
+    return buckets_BTG, whole_BTG & first(buckets_BTG, jnp.where(whole_BTG, segments_BT[..., None], 0))
+
+
+def first(buckets_BTG, segments_BTG) -> jax.Array:
+    """bool [B, T, G]: no n-gram before it in the row has the same bucket and segment."""
+    flat = lambda x: x.reshape(len(x), -1)
+    place = jnp.broadcast_to(jnp.arange(flat(buckets_BTG).shape[1]), flat(buckets_BTG).shape)
+    segments, buckets, place = jax.lax.sort((flat(segments_BTG), flat(buckets_BTG), place), num_keys=3)
+    new = jnp.pad((jnp.diff(segments) != 0) | (jnp.diff(buckets) != 0), ((0, 0), (1, 0)), constant_values=True)
+    return jax.vmap(lambda new, place: new.at[place].set(new))(new, place).reshape(buckets_BTG.shape)
 
 
 def log_count_ratios(texts: list[np.ndarray], labels: np.ndarray, num_labels: int, order: int, buckets: int):
     """float32 [buckets]: |log(p / q)|, p the share of an n-gram in all those of a class, q in those of the others.
 
-    Of several classes the largest. Counts begin at 1, as published. texts: int [length] each, labels: int [texts].
+    Of several classes the largest. Counted are the texts that have it, and 1 before the first, as published. texts: int
+    [length] each, labels: int [texts].
     """
     row = lambda arrays: np.concatenate(arrays)[None].astype(np.int32)
     segments = row([np.full(len(text), n) for n, text in enumerate(texts, 1)])
     found = hashed(row(texts), segments, row([np.arange(len(text)) for text in texts]), order, buckets)
-    buckets_TG, whole_TG = (np.asarray(x[0]) for x in found)
-    labels_TG = np.broadcast_to(np.asarray(labels)[segments[0] - 1, None], whole_TG.shape)
-    cells = labels_TG[whole_TG] * buckets + buckets_TG[whole_TG]
+    buckets_TG, counts_TG = (np.asarray(x[0]) for x in found)
+    labels_TG = np.broadcast_to(np.asarray(labels)[segments[0] - 1, None], counts_TG.shape)
+    cells = labels_TG[counts_TG] * buckets + buckets_TG[counts_TG]
     counts = 1.0 + np.bincount(cells, minlength=num_labels * buckets).reshape(num_labels, buckets)
     share = lambda x: np.log(x / x.sum(axis=1, keepdims=True))
     return np.abs(share(counts) - share(counts.sum(axis=0) - counts)).max(axis=0).astype(np.float32)
 
 
 class Grams(nn.Module):
-    """Tokens -> the sum of the vectors of the n-grams that end at each position, [B, T, D]."""
+    """Tokens -> the sum of the weighted vectors of the n-grams that count at each position, [B, T, D]."""
 
     config: FrozenConfigDict
     train: bool
@@ -64,12 +78,18 @@ class Grams(nn.Module):
         c, (B, T) = self.config, tokens_BT.shape
         V, D, axes = c.buckets, c.embed_dim, ("vocab", "embed")
         table_VD = parameter(self, "tokens", nn.initializers.normal(c.embed_std), axes, (V, D), c)
+        buckets_BTG, counts_BTG = hashed(tokens_BT, segments_BT, positions_BT, c.order, V)
+        find = lambda table: lookup(table, buckets_BTG.reshape(B, -1), axes).reshape(B, T, c.order, -1)
+        weights_BTG = counts_BTG.astype(c.dtype)
         if c.ngram_weights == "log_count_ratio":  # counted where a run begins (jaxlm/start.py), not trained
-            table_VD *= parameter(self, "ratio", nn.initializers.ones, axes[:1], (V,), c)[:, None]
-        buckets_BTG, whole_BTG = hashed(tokens_BT, segments_BT, positions_BT, c.order, V)
-        x_BTGD = lookup(table_VD, buckets_BTG.reshape(B, -1), axes).reshape(B, T, c.order, D)
-        x_BTGD = embedding_dropout(c, self.train, broadcast_dims=(3,))(x_BTGD)  # of whole n-grams
-        return constrain(jnp.where(whole_BTG[..., None], x_BTGD, 0).sum(axis=2), "batch", "residual", None)
+            ratio_V = parameter(self, "ratio", nn.initializers.ones, axes[:1], (V,), c)
+            weights_BTG *= find(ratio_V[:, None])[..., 0]
+        squares_BT = jnp.square(weights_BTG.astype(jnp.float32)).sum(axis=2)
+        of_document = lambda x_T, segments_T: jax.ops.segment_sum(x_T, segments_T, T + 1)[segments_T]
+        length_BT = jnp.sqrt(jnp.maximum(jax.vmap(of_document)(squares_BT, segments_BT), 1e-12))
+        weights_BTG /= length_BT[..., None].astype(c.dtype)
+        x_BTGD = embedding_dropout(c, self.train, broadcast_dims=(3,))(find(table_VD))  # of whole n-grams
+        return constrain(jnp.einsum("BTG,BTGD->BTD", weights_BTG, x_BTGD), "batch", "residual", None)
 
 
 class Bag(nn.Module):
