@@ -172,8 +172,8 @@ def test_a_pupil_comes_nearer_to_its_teacher(tmp_path):
         print(f"\n{name}: divergence {run['eval/divergence']}, loss on other text {run['eval/loss'][-1]:.3f}")
     print(f"\nthe teacher: loss {teacher['eval/loss'][-1]:.3f}")
     assert pupil["eval/divergence"][-1] < 0.5 * pupil["eval/divergence"][0]
-    assert pupil["eval/divergence"][-1] < 0.8 * alone["eval/divergence"][-1]
-    assert pupil["eval/loss"][-1] < alone["eval/loss"][-1] - 0.05
+    assert pupil["eval/divergence"][-1] < 0.2 * min(alone["eval/divergence"])
+    assert pupil["eval/loss"][-1] < min(alone["eval/loss"]) - 0.5
 
 
 # ---------------------------------------------------------------- uneven classes
