@@ -56,7 +56,7 @@ def test_a_bucket_is_an_ngram_of_its_own_document(seed):
 
 
 def test_a_document_has_length_1_however_long():
-    """Of the weights of what is there: with vectors of one 1 each, the sum is the root of how many n-grams there are."""
+    """With vectors of ones, the sum over it is the root of how many different n-grams it has."""
     c, texts = bag(), documents(2)
     params = jax.tree.map(jnp.ones_like, fresh_state(c).params)
     x = build(c).apply({"params": params}, *packed(texts, 40))[0][0, :, 0]
