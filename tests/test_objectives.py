@@ -189,7 +189,7 @@ OF_TEXT = {"data.columns", "data.tokenizer", "data.vocab_size", "data.min_count"
 @pytest.mark.parametrize("task", [*TOKEN_TASKS, *ROLES])
 def test_a_key_is_followed_where_the_table_says_so(task, folder, monkeypatch):
     """By the first batches, and by what the loss of any hidden states computes: with the key, and without it."""
-    monkeypatch.setattr(losses, "build_section", lambda section: Given())
+    monkeypatch.setattr(losses, "build_section", Given)
     monkeypatch.setattr(losses, "nats_of", lambda model, params, x, targets, chunk: (x[..., 0] * targets, x[..., 1]))
 
     def said(**settings):
@@ -199,7 +199,7 @@ def test_a_key_is_followed_where_the_table_says_so(task, folder, monkeypatch):
         V, D, C = c.model.vocab_size, 4, max(c.model.num_labels, 1)
         params = {"x": array(batches[0]["tokens"].size // 64, 64, D), "embed": {"tokens": array(V, D)}}
         params["head"] = {"kernel": array(D, C), "bias": array(C)}
-        loss = lambda params, teacher, batch: loss_of(c)(Given(), params, batch, c, None, teacher)
+        loss = lambda params, teacher, batch: loss_of(c)(Given(c.model), params, batch, c, None, teacher)
         return batches, str(jax.make_jaxpr(loss)(params, params, batches[0]))
 
     def same(a, b):
