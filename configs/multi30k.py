@@ -13,7 +13,7 @@ from jaxlm.config import base, variant
 
 VARIANTS = {
     "cpu": {"layers": 3, "steps": 1300, "dropout": 0.2, "dtype": "float32"},
-    "lstm": {"layers": 1, "steps": 1300, "dropout": 0.3, "dtype": "float32"},
+    "lstm": {"layers": 1, "steps": 2000, "dropout": 0.3, "dtype": "float32"},
     "gpu": {"layers": 4, "steps": 5000, "dropout": 0.3, "dtype": "bfloat16"},
 }
 
@@ -32,8 +32,8 @@ def get_config(arg="cpu"):
     c.train.steps, c.train.batch_size = v["steps"], 32
     c.optim.name, c.optim.learning_rate, c.optim.adam_learning_rate = "muon", 2e-2, 5e-3
     c.optim.schedule, c.optim.end_factor, c.optim.weight_decay = "linear", 0.0, 0.0
-    c.eval.every, c.eval.metric = 325, "loss"
+    c.eval.every, c.eval.metric = v["steps"] // 4, "loss"
     if arg == "lstm":
-        c.model.name, c.model.hidden_dim = "lstm_seq2seq", 512
+        c.model.name, c.model.hidden_dim, c.model.embed_std = "lstm_seq2seq", 512, 0.1  # 0.02: nothing in an epoch
         c.optim.name, c.optim.learning_rate = "adamw", 4e-3
     return c

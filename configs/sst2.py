@@ -4,11 +4,11 @@
         --workdir=runs/sst2
     python -m jaxlm.evaluate --workdir=runs/sst2 --pictures=runs/sst2
 
-The files have lines of a sentence, a tab and 0 or 1. On 2 CPU cores, each under a minute where nothing else runs:
+The files have lines of a sentence, a tab and 0 or 1. On 2 CPU cores, accuracy on the 872 sentences of dev:
 
-ngrams (the default): a linear classifier of the runs of 1 to 6 bytes (NBSVM's weights, fastText's table), 655,370
-    parameters, two epochs. On the 872 sentences of dev 80.9%: 81.2, 80.3 and 81.2 with seeds 0, 1 and 2.
-lstm: words, states pooled by their maximum, 1.06M parameters, three epochs. 80.7% on dev (one seed).
+ngrams (the default): a linear classifier of the runs of 1 to 6 bytes (NBSVM's weights, fastText's table), seven epochs
+    in 25 seconds: 81.3% (seeds 0, 1, 2: 81.4, 81.3, 81.2), AUC 0.891.
+lstm: words, states pooled by their maximum, 1.06M parameters, three epochs in 20 seconds: 79.9% (79.8, 79.6, 80.4).
 """
 
 from jaxlm.config import base, variant
