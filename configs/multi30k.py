@@ -4,8 +4,11 @@
         --config.data.train=train.de.gz+train.en.gz --config.data.val=val.de.gz+val.en.gz
     python -m jaxlm.evaluate --workdir=runs/multi30k --beams=5 --data=test.de.gz+test.en.gz
 
-cpu: an encoder-decoder of 5.0M parameters, 11 epochs.
-lstm: a bidirectional LSTM, and one that attends to it (Luong et al. 2015).
+BLEU on the 1,014 validation pairs, sacrebleu's 13a:
+
+cpu: an encoder-decoder of 5.0M parameters, 11 epochs in 38 minutes on 2 cores: 43.3 by 5 beams, 41.8 greedy.
+lstm: a bidirectional LSTM, and one that attends to it (Luong et al. 2015), 4.2M parameters: 37.4 greedy after 1,000 of
+    its 2,000 steps, about half an hour on 2 cores; not measured at the end.
 gpu: more epochs of a deeper one: not yet measured.
 """
 

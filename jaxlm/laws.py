@@ -198,7 +198,7 @@ def module_outputs(config: ConfigDict, params, batch, mesh) -> list[tuple[str, n
             continue
         # Two sides have one table, which is asked for the source first.
         side = SIDES.index(keys[0]) if keys[0] in SIDES else call
-        lead = f"{SIDES[side]}/" if config.model.name == "encoder_decoder" else ""
+        lead = f"{SIDES[side]}/" if config.model.name in ("encoder_decoder", "lstm_seq2seq") else ""
         stage = 0 if module == "embed" else 2 if module == "final_norm" else 1
         block = next((key for key in keys if str(key).startswith("block_")), "block_0")
         stacked = leaf if stage == 1 and config.model.scan else leaf[None]

@@ -68,6 +68,7 @@ def shrink(c: ConfigDict) -> ConfigDict:
     layers = m.num_layers
     m.num_layers = len(m.layers) * (scanned if m.scan else max(1, 2 // len(m.layers)))
     m.num_heads, m.num_kv_heads, m.head_dim = group * kv_heads, kv_heads, 8
+    m.hidden_dim = 0 if m.hidden_dim in (0, m.embed_dim) else 128
     m.embed_dim, m.mlp_dim, m.expert_dim, m.vocab_size = 64, 128, 64 if m.expert_dim else 0, vocab
     m.context_length = 0 if m.context_length in (0, d.seq_len) else 128 if m.context_length > d.seq_len else 32
     m.window = 24

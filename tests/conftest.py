@@ -1,15 +1,8 @@
 """8 fake CPU devices, set before jax starts, and the small data and models that tests share."""
 
 import os
-import shutil
-import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# What one worker or program compiles in this run of the tests is compiled for all of them.
-OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ  # of the first process of a run; the others inherit it
-CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp(prefix="jaxlm-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 FLAGS = "--xla_backend_optimization_level=1"  # compiles twice as fast; the tests' arrays are tiny
 os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count=8"
 
@@ -30,11 +23,6 @@ from jaxlm.state import create_state, train_step
 
 ROOT = Path(__file__).parent.parent
 WORDS = "the cat sat on a mat and saw two dogs run by sea under old red moon while rain fell".split()
-
-
-def pytest_unconfigure():
-    if OWN_CACHE:
-        shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def small_config(**overrides):
