@@ -6,6 +6,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 FLAGS = "--xla_backend_optimization_level=1"  # compiles twice as fast; the tests' arrays are tiny
 os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count=8"
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,16 @@ def program(*args, devices=1, check=True, env=None):
     run = subprocess.run(command, cwd=ROOT, env=os.environ | flags | (env or {}), capture_output=True, text=True)
     assert not check or run.returncode == 0, run.stdout + run.stderr
     return run
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Linux allows a process 65,530 maps; each compiled program takes several, and at the limit XLA crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
