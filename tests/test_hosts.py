@@ -207,6 +207,41 @@ def test_rows_go_where_the_mesh_wants_them(tmp_path):
     assert all("they differ (process 0 is not as 1)" in text for text in outputs)
 
 
+SUMS = """
+import argparse
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxlm.parallel import hosts
+from jaxlm.parallel.mesh import gather, scatter_sum
+
+parser = argparse.ArgumentParser()
+hosts.add_flags(parser)
+hosts.connect(parser.parse_args())
+here = P(("fsdp", "tensor"))
+mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+with jax.set_mesh(mesh):
+    sent = np.arange(8 * 2**12, dtype=np.float32) % 1021  # sums of eight are exact
+    x = jax.jit(lambda: jnp.asarray(sent), out_shardings=jax.NamedSharding(mesh, here))()
+    grid = sent.reshape(4, 2, -1)
+    for names, right in (
+        (("tensor",), grid.sum(axis=1)), (("fsdp",), grid.sum(axis=0).reshape(2, 4, -1).swapaxes(0, 1)),
+        (("fsdp", "tensor"), grid.sum(axis=(0, 1))),
+    ):
+        summed = lambda x: scatter_sum(x, 0, names)
+        transpose = lambda x: jax.vjp(lambda part: gather(part, 0, names), summed(x))[1](x)[0]
+        for f in (summed, transpose):
+            f = jax.jit(jax.shard_map(f, in_specs=here, out_specs=here))
+            np.testing.assert_array_equal(hosts.fetch(f(x)), right.ravel(), err_msg=str(names))
+"""
+
+
+def test_sums_that_are_scattered_between_processes(tmp_path):
+    """They go another way than within one process, see jaxlm.parallel.mesh.wrong_scatters."""
+    with started(tmp_path, "-c", SUMS) as runs:
+        codes, outputs = finish(runs, tmp_path)
+    assert codes == [0, 0], outputs
+
+
 def test_one_process_holds_every_row():
     np.testing.assert_array_equal(hosts.local_rows(mesh_of(data=2, tensor=4), 6), np.arange(6))
 

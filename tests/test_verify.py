@@ -28,7 +28,7 @@ def structure_of(recipe):
 
 
 # Counted, not trained; and the LSTMs of two sides, whose losses are not yet those of two hosts (to 1e-4, not to 1e-6).
-TRAINED = [recipe for recipe in RECIPES if recipe not in ("shakespeare_char.py:ngram", "multi30k.py:lstm")]
+TRAINED = [recipe for recipe in RECIPES if recipe != "shakespeare_char.py:ngram"]
 UNLIKE = list({structure_of(recipe): recipe for recipe in reversed(TRAINED)}.values())
 
 
