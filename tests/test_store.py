@@ -72,6 +72,15 @@ def test_document_starts_are_stream_positions(prepared):
             assert found.tolist() == [s for s in starts if low <= s < high]
 
 
+def test_document_starts_in_many_windows(prepared):
+    path, stream, starts = prepared
+    windows = np.random.default_rng(0).permutation(np.arange(-3, len(stream) + 3))
+    for length in range(len(stream) + 1):
+        number, place = store.Store(path, "train").starts_in(windows, length)
+        want = [(i, s - low) for i, low in enumerate(windows) for s in starts if low <= s < low + length]
+        assert [*zip(number.tolist(), place.tolist())] == want
+
+
 def test_an_empty_split_can_be_opened(prepared):
     data = store.Store(prepared[0], "val")
     assert (data.num_tokens, data.num_documents) == (0, 0)

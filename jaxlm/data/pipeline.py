@@ -74,28 +74,31 @@ def read_clipped(store: Store, starts: np.ndarray, length: int) -> np.ndarray:
 
 def read_rows(store: Store, rows: np.ndarray, seq_len: int) -> dict[str, np.ndarray]:
     """The batch of these row numbers, int64 [B]. Rows past the end of the stream are padding."""
-    starts = rows.astype(np.int64) * seq_len
+    starts, shape = rows.astype(np.int64) * seq_len, (len(rows), seq_len)
     window = read_clipped(store, starts - 1, seq_len + 1)
-    tokens, targets = window[:, :-1].copy(), window[:, 1:]
-    place = np.arange(seq_len, dtype=np.int32)
-    first = np.zeros(tokens.shape, bool)  # where the target begins a document
-    for row, start in enumerate(starts):
-        first[row, store.document_starts(start, start + seq_len) - start] = True
-    segments = np.cumsum(first, axis=1, dtype=np.int32)
-    segments += 1 - segments[:, :1]
-    positions = place - np.maximum.accumulate(np.where(first, place, 0), axis=1)
-    inside = starts[:, None] + place < store.num_tokens
-    counts = inside
+    tokens, targets, weights = window[:, :-1].copy(), window[:, 1:].copy(), np.ones(shape, np.float32)
+    # Where a document begins, in the rows one after the other, and where a row does: pieces of one segment each.
+    number, place = store.starts_in(starts, seq_len)
+    begins = number * seq_len + place
+    edges = np.union1d(begins, np.arange(len(rows)) * seq_len)
+    lengths, row = np.diff(edges, append=weights.size), edges // seq_len
+    segment = np.arange(len(edges)) - np.searchsorted(edges, row * seq_len) + 1
+    positions = np.arange(weights.size, dtype=np.int32) - np.repeat(edges.astype(np.int32), lengths)
+    segments = np.repeat(segment.astype(np.int32), lengths).reshape(shape)
     if store.bos_id is None:  # nothing comes before a document, so its first token cannot be predicted
-        counts = inside & ~first
+        weights.ravel()[begins] = 0
     else:
-        tokens[first] = store.bos_id
+        tokens.ravel()[begins] = store.bos_id
+    if starts.max(initial=0) + seq_len > store.num_tokens:
+        past = starts[:, None] + np.arange(seq_len) >= store.num_tokens
+        tokens[past], targets[past], weights[past] = 0, 0, 0
+    segments[weights == 0] = 0
     return {
-        "tokens": np.where(inside, tokens, 0),
-        "targets": np.where(inside, targets, 0),
-        "weights": counts.astype(np.float32),
-        "positions": positions.astype(np.int32),
-        "segments": np.where(counts, segments, 0),
+        "tokens": tokens,
+        "targets": targets,
+        "weights": weights,
+        "positions": positions.reshape(shape),
+        "segments": segments,
     }
 
 
@@ -156,8 +159,10 @@ def load_tokenizer(config: ConfigDict):
 
 def read_mixed(sources: list, ids: np.ndarray, keys: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """The batch of (source, row) pairs, int64 [B, 2]. keys: int64 [B], a number for what is random in each."""
-    batch = {}
-    for source in np.unique(ids[:, 0]):
+    batch, present = {}, np.unique(ids[:, 0])
+    if len(present) == 1:
+        return sources[present[0]].read(ids[:, 1], [(seed, key) for key in keys])
+    for source in present:
         here = ids[:, 0] == source
         for name, value in sources[source].read(ids[here, 1], [(seed, key) for key in keys[here]]).items():
             batch.setdefault(name, np.zeros((len(ids), *value.shape[1:]), value.dtype))[here] = value

@@ -137,14 +137,30 @@ class Store:
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """The positions in [start, stop) of the stream at which a document begins, in order: int64."""
-        found = [np.empty(0, np.int64)]
-        shard = max(bisect.bisect_right(self._bounds, start) - 1, 0)
-        while shard < len(self._shards) and self._bounds[shard] < stop:
-            begin, offsets = self._bounds[shard], self._shard_offsets(shard)
-            low, high = np.searchsorted(offsets, (start - begin, stop - begin))
-            found.append(offsets[low:high] + begin)
-            shard += 1
-        return np.concatenate(found)
+        return start + self.starts_in(np.array([start]), stop - start)[1]
+
+    def starts_in(self, windows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(number of the window, place in it) of every document that begins in one of [window, window + length).
+
+        windows: int64 [b], anywhere. Both are int64, windows in their order and places rising in each.
+        """
+        found = [(np.empty(0, np.int64),) * 2]
+        first = np.searchsorted(self._bounds, windows, "right") - 1
+        most = (np.searchsorted(self._bounds, windows + length) - first).max(initial=0)  # shards of any window
+        shards = np.unique(first[:, None] + np.arange(most)) if most > 0 else []
+        for shard in shards:
+            if 0 <= shard < len(self._shards):
+                begin, end = self._bounds[shard : shard + 2]
+                near, offsets = np.flatnonzero((windows < end) & (windows + length > begin)), self._shard_offsets(shard)
+                low, high = np.searchsorted(offsets, (windows[near] - begin, windows[near] + length - begin))
+                counts, number = high - low, np.repeat(near, high - low)
+                index = np.arange(len(number)) + np.repeat(low - np.cumsum(counts) + counts, counts)
+                found.append((number, offsets[index] + begin - windows[number]))
+        number, place = (np.concatenate(part) for part in zip(*found))
+        if len(found) > 2:
+            order = np.argsort(number, kind="stable")
+            number, place = number[order], place[order]
+        return number, place
 
     def _shard_offsets(self, index: int) -> np.ndarray:
         if self._offsets[index] is None:
