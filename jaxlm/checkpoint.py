@@ -37,8 +37,12 @@ def describe_run(config: ConfigDict, tokenizer, data: dict) -> dict:
         "config": flatten(config),
         "tokenizer": {"name": tokenizer.name, "data": base64.b64encode(tokenizer.to_bytes()).decode()},
         "data": data,
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "versions": versions(VERSIONS),
     }
+
+
+def versions(packages) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 def config_of(meta: dict) -> ConfigDict:

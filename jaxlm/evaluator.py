@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxlm.check import mixture
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.data.pipeline import eval_rows, open_sources, open_stores, prefetch, validation_batches
+from jaxlm.data.pipeline import Prefetch, eval_rows, open_sources, open_stores, validation_batches
 from jaxlm.data.store import Store
 from jaxlm.errors import DataError
 from jaxlm.keys import WRITTEN
@@ -61,7 +61,7 @@ class Evaluator:
         stop = min(self.config.eval.batches or whole, whole)
         place = lambda rows: hosts.to_global(rows, self.mesh, B)
         sums, rows = {}, []
-        for batch in prefetch(self.batches, 0, stop, self.config.data.prefetch, place):
+        for batch in Prefetch(self.batches, 0, stop, self.config.data.prefetch, place):
             part, scores = self.step(params, batch, teacher)
             sums = {key: sums.get(key, 0.0) + float(value) for key, value in jax.device_get(part).items()}
             if self.config.task.name in SCORED:

@@ -1,7 +1,9 @@
-"""A compiled train step run on the devices that are here: what a prediction (jaxlm/predict.py) is compared with."""
+"""A compiled train step run on the devices that are here, and timed: for bench, and to hold a prediction against."""
 
+import ctypes
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,9 +12,39 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm.state import abstract_inputs, init_state
+from jaxlm.data.pipeline import Prefetch
+from jaxlm.state import State, abstract_inputs, init_state
 
 WARM_UP, STEPS = 3, 10  # the first steps load programs and choose among kernels
+
+
+class Times(NamedTuple):
+    """Seconds of each step, [steps]. step: from the metrics of one to those of the next, as a run has them.
+
+    data: of these, waiting for a batch. host: of these, neither waiting for a batch nor for the devices.
+    """
+
+    step: np.ndarray
+    data: np.ndarray
+    host: np.ndarray
+
+
+def time_steps(
+    step: Callable, state: State, batches: Prefetch, steps: int, warm_up: int = WARM_UP
+) -> tuple[Times, State, list[float]]:
+    """(times, the last state, the loss of each step) of a train step, as train runs it: metrics come a step late."""
+    rows, losses, pending = [], [], None
+    for _ in range(warm_up + steps + 1):
+        began = time.perf_counter()
+        state, metrics = step(state, batches.take())
+        sent = time.perf_counter()
+        batches.refill()
+        if pending:
+            losses.append(float(jax.device_get(pending)["loss"]))
+        pending = metrics
+        rows.append((time.perf_counter() - began, batches.waited, sent - began - batches.waited))
+    jax.block_until_ready(state)
+    return Times(*np.array(rows[warm_up + 1 :]).T), state, losses[warm_up:]
 
 
 class Measured(NamedTuple):
@@ -21,32 +53,34 @@ class Measured(NamedTuple):
 
 
 def measure(config: ConfigDict, mesh, compiled: jax.stages.Compiled) -> Measured:
-    """Runs `compiled`, the train step of a resolved config on this mesh, from its initial state on one random batch.
+    """Runs `compiled`, the train step of a resolved config on this mesh, from its initial state on one random batch."""
+    before, batch = resident("VmRSS", forget_peak=True), random_batch(config, mesh)
+    times, *_ = time_steps(
+        compiled, init_state(config, mesh), Prefetch([batch] * (WARM_UP + STEPS + 1), 0, WARM_UP + STEPS + 1, 1), STEPS
+    )
+    return Measured(float(times.step.mean()), peak_memory(mesh, before))
 
-    A GPU's or TPU's peak is that since the process began: making the state is in it. On CPUs the growth of the process
-    has buffers of XLA and Python in it too, 0.1 GiB or so. None where neither is told.
+
+def peak_memory(mesh, before: int) -> int | None:
+    """Bytes of the fullest device at its peak, or None where that is not told.
+
+    A GPU's or TPU's peak is that since the process began: making the state is in it. On CPUs it is what the process
+    has grown by over `before`, `resident("VmRSS", forget_peak=True)`; that has buffers of XLA and Python in it too,
+    0.1 GiB or so.
     """
-    before = resident("VmRSS", forget_peak=True)
-    state, batch = init_state(config, mesh), random_batch(config, mesh)
-    for step in range(WARM_UP + STEPS):
-        if step == WARM_UP:
-            jax.block_until_ready(state)
-            began = time.perf_counter()
-        state, _ = compiled(state, batch)
-    jax.block_until_ready(state)
-    seconds = (time.perf_counter() - began) / STEPS
     peak = max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in mesh.local_devices)
     grown = (resident("VmHWM") - before) // mesh.size if jax.default_backend() == "cpu" and before else 0
-    return Measured(seconds, peak or grown or None)
+    return peak or grown or None
 
 
 def resident(key: str, forget_peak: bool = False) -> int:
     """Bytes of this process that are in memory, VmRSS: now, VmHWM: at most since forget_peak. 0 where Linux is not."""
     try:
         if forget_peak:
+            ctypes.CDLL(None).malloc_trim(0)  # what the compiler has freed would be counted as there already
             Path("/proc/self/clear_refs").write_text("5")
         return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-    except OSError:
+    except (OSError, AttributeError):
         return 0
 
 

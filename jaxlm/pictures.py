@@ -155,3 +155,19 @@ def bars(path, named_values: Mapping[str, float], label: str) -> None:
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.xaxis.set_major_formatter("{x:,.6g}")
         title(f"{label}: from{low} to{high}" if len(names) > 1 else f"{label}:{low}")
+
+
+def growth(path, name: str, sizes: Sequence[float], milliseconds: Sequence[float], flops: Sequence[float]) -> None:
+    """A step's time against what it grows with, both axes logarithmic, beside the growth of its FLOPs."""
+    sizes, times, flops = (np.array(values, float) for values in (sizes, milliseconds, flops))
+    over = (times[1:] / times[:-1]) / (flops[1:] / flops[:-1]) - 1
+    with drawing(path, 5.6, 4.4) as (figure, title):
+        axes = figure.add_subplot(xlabel=name, ylabel="step (ms)", xscale="log", yscale="log")
+        axes.plot(sizes, times, "-o", color=COLOURS[0], markersize=4, label="measured")
+        axes.plot(sizes, times[-1] * flops / flops[-1], ":", color="black", label="as its FLOPs, from the largest")
+        axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+        axes.minorticks_off()
+        axes.set_yticks(times, [f"{time:,.3g}" for time in times])
+        axes.legend(loc="upper left")
+        worst = f"at most {over.max():+.0%} beside its FLOPs between neighbours" if len(over) else "one size"
+        title(f"{name}: {worst}")

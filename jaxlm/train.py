@@ -3,7 +3,6 @@
 The same command again goes on from the newest checkpoint. --dry_run shows what a run would be, without running it.
 """
 
-import ctypes
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from jaxlm import cli, costs
 from jaxlm.check import check, require
 from jaxlm.checkpoint import Checkpoints, describe_run
 from jaxlm.config import flatten, load, override, resolve
-from jaxlm.data.pipeline import describe, fingerprint, load_tokenizer, prefetch, train_batches, validation_batches
+from jaxlm.data.pipeline import Prefetch, describe, fingerprint, load_tokenizer, train_batches, validation_batches
 from jaxlm.data.tables import absolute
 from jaxlm.errors import CheckpointError, ConfigError, NumericsError, UserError
 from jaxlm.evaluator import Evaluator
@@ -28,6 +27,7 @@ from jaxlm.keys import MESH_AXES
 from jaxlm.monitor import Monitor
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import abstract_mesh, make_mesh
+from jaxlm.process import keep_compiled, reuse_freed_memory
 from jaxlm.score import less_is_better
 from jaxlm.start import agree, count_ngrams, inherit, read_teacher, warm_start, weigh_ngrams
 from jaxlm.state import State, abstract_state, check_sharding, init_state, jit_train_step, state_shardings
@@ -170,12 +170,11 @@ class Run:
         self.skipped = (int(state.skipped), 0)
         batches = train_batches(c, hosts.local_rows(self.mesh, c.train.batch_size))
         place = lambda rows: hosts.to_global(rows, self.mesh, c.train.batch_size)
-        ready, pending = prefetch(batches, start, last, c.data.prefetch, place), None
+        ready, pending = Prefetch(batches, start, last, c.data.prefetch, place), None
         for step in range(start + 1, last + 1):
-            began = time.perf_counter()
-            batch = next(ready)
-            self.monitor.waited(time.perf_counter() - began)
-            state, metrics = self.train_step(state, batch)
+            state, metrics = self.train_step(state, ready.take())
+            self.monitor.waited(ready.waited)
+            ready.refill()
             if pending:
                 self.record(*pending)
             pending, ended = (step, metrics), stop.after_step() or step == last
@@ -239,25 +238,6 @@ class Run:
         return True
 
 
-def reuse_freed_memory() -> None:
-    """Keeps glibc from giving large freed blocks back to the kernel after every step on a CPU.
-
-    Each step would fault its temporaries in again, page by page: 393 ms a step instead of 308 for configs/quickstart.py
-    with AdamW on 2 cores. One arena, because the others map large blocks whatever they are told; to be called before
-    jax starts its threads. Elsewhere (another libc, an accelerator) nothing happens.
-    """
-    accelerators = ("accel*", "vfio/*", "nvidiactl", "kfd")  # devices of TPUs, NVIDIA and AMD GPUs
-    if jax.config.jax_platforms != "cpu" and any(file for name in accelerators for file in Path("/dev").glob(name)):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD = -8, -4, -1, -2  # mallopt(3)
-    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 256 << 20)):
-        mallopt(option, value)
-
-
 def write_config(workdir: PurePath, config: ConfigDict, last: dict) -> None:
     """Writes config.json, and says what is not as in the last checkpoint."""
     new = json.loads(json.dumps(flatten(config)))
@@ -294,6 +274,7 @@ def main(argv: list[str]) -> int:
         workdir = run_directory(args.workdir)
         hosts.connect(args)
         devices = jax.device_count()
+        keep_compiled(workdir / "compiled")
     else:
         parser.error("the following arguments are required: --workdir")
 

@@ -5,10 +5,10 @@ import pytest
 from conftest import small_config
 
 from jaxlm.data.pipeline import (
+    Prefetch,
     fingerprint,
     num_rows,
     open_stores,
-    prefetch,
     read_rows,
     train_batches,
     validation_batches,
@@ -130,9 +130,9 @@ def test_the_fingerprint_changes_with_what_the_order_depends_on(config):
 
 
 def test_prefetch_keeps_order_and_passes_errors_on():
-    assert list(prefetch([10, 11, 12, 13], 1, 4, 2, lambda x: x + 1)) == [12, 13, 14]
+    assert list(Prefetch([10, 11, 12, 13], 1, 4, 2, lambda x: x + 1)) == [12, 13, 14]
     with pytest.raises(ZeroDivisionError):
-        list(prefetch([1, 0], 0, 2, 2, lambda x: 1 / x))
+        list(Prefetch([1, 0], 0, 2, 2, lambda x: 1 / x))
 
 
 def test_missing_data_is_named_with_the_command():

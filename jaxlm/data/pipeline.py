@@ -18,6 +18,8 @@ A split is one stream of tokens, each document ended by eos where the tokenizer 
 that has no bos, such as chars, nothing precedes that first token: its weight is 0.)
 """
 
+import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -239,13 +241,34 @@ def batch_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], type]]:
     return {key: ((config.train.batch_size, *shape), dtype) for key, (shape, dtype) in row_shapes(config).items()}
 
 
-def prefetch(batches, start: int, stop: int, depth: int, place: Callable = lambda batch: batch) -> Iterator:
-    """place(batches[k]) for k in [start, stop), `depth` of them made ahead in a background thread."""
-    with ThreadPoolExecutor(1, thread_name_prefix="data") as pool:
-        make = lambda k: place(batches[k])
-        ahead = deque(pool.submit(make, k) for k in range(start, min(start + depth, stop)))
-        for k in range(start, stop):
-            batch = ahead.popleft().result()
-            if k + depth < stop:
-                ahead.append(pool.submit(make, k + depth))
-            yield batch
+class Prefetch:
+    """place(batches[k]) for k in [start, stop), `depth` of them made ahead in a background thread.
+
+    A loop of steps takes one, sends the step off, and then refills: in Python only one thread works at a time, and
+    what the loop has to do before the devices can go on must not wait for the next batch.
+    """
+
+    def __init__(self, batches, start: int, stop: int, depth: int, place: Callable = lambda batch: batch):
+        self.pool, self.ahead = ThreadPoolExecutor(1, thread_name_prefix="data"), deque()
+        self.numbers, self.make = iter(range(start, stop)), lambda k: place(batches[k])
+        for _ in range(depth):
+            self.refill()
+
+    def refill(self) -> None:
+        for k in itertools.islice(self.numbers, 1):
+            self.ahead.append(self.pool.submit(self.make, k))
+
+    def take(self) -> dict:
+        """The next; `waited` is then the seconds that it was not there yet. Raises what making it has raised."""
+        began = time.perf_counter()
+        batch = self.ahead.popleft().result()
+        self.waited = time.perf_counter() - began
+        return batch
+
+    def __iter__(self) -> Iterator[dict]:
+        while self.ahead:
+            yield self.take()
+            self.refill()
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)

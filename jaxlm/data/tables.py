@@ -236,7 +236,7 @@ def read_text(path: str) -> str:
 
 
 def read_parquet(path: str, bad: list[str]) -> Iterator[tuple[dict, int]]:
-    import pyarrow.parquet  # late: its threads make an arena of malloc's, see reuse_freed_memory in jaxlm/train.py
+    import pyarrow.parquet  # late: its threads make an arena of malloc's, see jaxlm/process.py
 
     try:
         records = pyarrow.parquet.read_table(pyarrow.BufferReader(read_bytes(path))).to_pylist()

@@ -1,0 +1,214 @@
+"""python -m jaxlm.bench --config=FILE.py[:ARG] [--config.KEY=VALUE ...] [--steps=50] [--json=FILE]: how fast it trains.
+
+Runs the train step of a config on the devices that are here, on data that is read as train reads it (random tokens
+where there is none), and prints the median and the spread of the step's time and what a step waits for.
+--parts times attention, MLP, loss, optimizer, data, checkpoint, imports and start, each alone.
+--sweep=DIR times it at other batches, lengths, depths and widths, and draws time against arithmetic.
+"""
+
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxlm import cli, costs, dissect
+from jaxlm.check import check, require
+from jaxlm.checkpoint import VERSIONS, versions
+from jaxlm.config import load, override, resolve
+from jaxlm.data.pipeline import Prefetch, describe, train_batches
+from jaxlm.data.synthetic import random_tokens
+from jaxlm.errors import ConfigError, DataError
+from jaxlm.keys import ROLES
+from jaxlm.measure import Times, peak_memory, resident, time_steps
+from jaxlm.parallel import hosts
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.process import reuse_freed_memory
+from jaxlm.state import abstract_inputs, abstract_state, check_sharding, init_state, jit_train_step
+from jaxlm.topology import peak_flops
+
+VOCABULARY = 256  # of random tokens, where the config names no other
+RANDOM_TOKENS = 4_000_000
+WARM_UP = 5
+SIZES = {  # what a sweep varies -> the keys that grow with it
+    "batch": ("train.batch_size",),
+    "sequence": ("data.seq_len",),
+    "depth": ("model.num_layers",),
+    "width": ("model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.mlp_dim"),
+}
+FACTORS = (0.5, 1, 2, 4)
+
+
+def bench(config: ConfigDict, steps: int) -> dict:
+    """The figures of a resolved config, as --json has them: seconds a step and what they are made of."""
+    mesh = make_mesh(config)
+    check_sharding(config, mesh)
+    batches = train_batches(config, hosts.local_rows(mesh, config.train.batch_size))
+    place = lambda rows: hosts.to_global(rows, mesh, config.train.batch_size)
+    with jax.set_mesh(mesh):
+        began = time.perf_counter()
+        step = jit_train_step(config, mesh).lower(*abstract_inputs(config, mesh)).compile()
+        compile_s, before = time.perf_counter() - began, resident("VmRSS", forget_peak=True)
+        ready = Prefetch(batches, 0, WARM_UP + steps + 1, config.data.prefetch, place)
+        times, state, losses = time_steps(step, init_state(config, mesh), ready, steps, WARM_UP)
+        peak = peak_memory(mesh, before)
+    seconds, tokens = float(np.median(times.step)), config.train.batch_size * config.data.seq_len
+    chip = peak_flops(mesh.local_devices[0].device_kind)
+    flops = costs.flops_per_token(config, abstract_state(config)[0].params)
+    return {
+        "step_ms": 1e3 * seconds,
+        "tokens_per_second": tokens / seconds,
+        "mfu": flops * tokens / seconds / (chip * mesh.size) if chip else None,
+        "data_wait_ms": 1e3 * float(np.mean(times.data)),
+        "host_ms": 1e3 * float(np.median(times.host)),
+        "compile_s": compile_s,
+        "peak_bytes": peak,
+        "step_ms_spread": spread(times),
+        "steps": steps,
+        "loss": losses[-1],
+        "flops_per_token": flops,
+        "parameters": costs.num_parameters(state.params),
+        "tokens_per_step": tokens,
+    }
+
+
+def spread(times: Times) -> dict[str, float]:
+    names = {"min": 0, "p10": 10, "p90": 90, "max": 100}
+    return {name: 1e3 * float(np.percentile(times.step, percent)) for name, percent in names.items()}
+
+
+def lines(figures: dict) -> list[str]:
+    f, low = figures, figures["step_ms_spread"]
+    share = f["data_wait_ms"] / f["step_ms"]
+    mfu = "no peak is known for this chip" if f["mfu"] is None else f"{f['mfu']:.1%}"
+    peak = "not told here" if f["peak_bytes"] is None else costs.human(f["peak_bytes"])
+    return [
+        f"step            {f['step_ms']:10.2f} ms, the median of {f['steps']} (min {low['min']:.2f}, "
+        f"10-90%: {low['p10']:.2f}-{low['p90']:.2f}, max {low['max']:.2f})",
+        f"tokens/s        {f['tokens_per_second']:10,.0f}",
+        f"MFU             {mfu:>10}  (6 per parameter + 12 x width x length a layer, as PaLM counts)",
+        f"waits for data  {f['data_wait_ms']:10.3f} ms a step, {share:.2%}",
+        f"host            {f['host_ms']:10.3f} ms a step, in Python",
+        f"compile         {f['compile_s']:10.2f} s",
+        f"peak memory     {peak:>10}",
+    ]
+
+
+# ---------------------------------------------------------------- data
+
+
+def with_data(config: ConfigDict, folder: Path) -> tuple[ConfigDict, str, list[str]]:
+    """(the config with data that is there, where from, flags that say so): its own, or random tokens in `folder`."""
+    config, flags = config.copy_and_resolve_references(), []
+    try:
+        vocab_size, config.data.labels, _ = describe(config)
+        where = config.data.mixture or config.data.path or config.data.train
+    except DataError as error:
+        if config.task.name in ROLES or config.data.mixture:
+            raise
+        vocab_size = config.model.vocab_size or VOCABULARY
+        random_tokens(folder, vocab_size, RANDOM_TOKENS, config.seed)
+        where = f"random tokens of {vocab_size:,} kinds, because {str(error).splitlines()[0]}"
+        config.data.path, config.task.name = str(folder), "lm"
+        flags = [f"--config.data.path={folder}", "--config.task.name=lm", "--config.eval.every=0"]
+    config.model.vocab_size = config.model.vocab_size or vocab_size
+    return config, where, flags
+
+
+def machine() -> dict:
+    device = jax.devices()[0]
+    return {
+        "devices": f"{jax.device_count()} x {device.device_kind}",
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions((*VERSIONS, "jaxlib")) | {"python": platform.python_version()},
+    }
+
+
+# ---------------------------------------------------------------- sweep
+
+
+def sweep(config: ConfigDict, steps: int, folder: Path) -> dict[str, list[dict]]:
+    """{what varies: rows of its size, step_ms and FLOPs}, printed as they come and drawn. config: unresolved."""
+    from jaxlm import pictures
+
+    found = {}
+    base = bench(resolve(config), steps)
+    for name, keys in SIZES.items():
+        rows = []
+        for factor in FACTORS:
+            scaled = config.copy_and_resolve_references()
+            for key in keys:
+                section, leaf = key.split(".")
+                scaled[section][leaf] = int(scaled[section][leaf] * factor)
+            if check(scaled, jax.device_count()):  # half of one layer
+                continue
+            figures = base if factor == 1 else bench(resolve(scaled), steps)
+            section, leaf = keys[0].split(".")
+            flops = figures["flops_per_token"] * figures["tokens_per_step"]
+            rows.append({"size": scaled[section][leaf], "step_ms": figures["step_ms"], "flops": flops})
+            print(line_of(name, rows), flush=True)
+        found[name] = rows
+        path = folder / f"{name}.png"
+        pictures.growth(
+            path, f"{name} ({keys[0]})", *([row[key] for row in rows] for key in ("size", "step_ms", "flops"))
+        )
+        print(f"{name}: {path}")
+    return found
+
+
+def line_of(name: str, rows: list[dict]) -> str:
+    row = rows[-1]
+    text = f"{name:9} {row['size']:>8,}  {row['step_ms']:10.2f} ms"
+    if len(rows) > 1:
+        time, flops = (row[key] / rows[-2][key] for key in ("step_ms", "flops"))
+        text += f"  x {time:.2f}; FLOPs x {flops:.2f}: {time / flops - 1:+.0%}"
+    return text
+
+
+# ---------------------------------------------------------------- the program
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.Parser(prog="jaxlm.bench", description=__doc__)
+    parser.add_config()
+    parser.add_argument("--steps", type=int, default=50, help="timed steps, after a warm-up (default: 50)")
+    parser.add_argument("--parts", action="store_true", help="also the parts of a step and of a run, each alone")
+    parser.add_argument("--sweep", metavar="DIR", help="also other sizes; pictures go there")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    args = parser.parse(argv)
+    if args.steps < 1:
+        parser.error(f"--steps={args.steps}: must be at least 1")
+    if args.json and not Path(args.json).parent.is_dir():
+        raise ConfigError(f"--json={args.json}: there is no directory {Path(args.json).parent}")
+    reuse_freed_memory()
+    config = load(args.config)
+    problems = override(config, args.overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        require(problems)
+        config, where, flags = with_data(config, Path(folder) / "tokens")
+        require(check(config, jax.device_count(), config.model.vocab_size))
+        resolved = resolve(config)
+        print(f"data: {where}")
+        figures = bench(resolved, args.steps) | machine() | {"config": args.config, "data": where}
+        tokens = f"{figures['tokens_per_step']:,} tokens a step"
+        print(f"{figures['parameters']:,} parameters on {figures['devices']}, {tokens}")
+        print("\n".join(lines(figures)), flush=True)
+        write = lambda: Path(args.json).write_text(json.dumps(figures, indent=1) + "\n") if args.json else None
+        write()
+        if args.parts:
+            given = [f"--config.{key}={text}" for key, text in args.overrides]
+            command = [f"--config={args.config}", *given, *flags]
+            figures["parts"] = dissect.parts(resolved, command, figures["step_ms"])
+            write()
+        if args.sweep:
+            figures["sweep"] = sweep(config, min(args.steps, 20), Path(args.sweep))
+            write()
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

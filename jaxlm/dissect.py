@@ -1,0 +1,169 @@
+"""The parts of a step and of a run, each alone: where the time goes."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from jaxlm.checkpoint import Checkpoints, items
+from jaxlm.config import flatten
+from jaxlm.costs import human
+from jaxlm.data.pipeline import train_batches
+from jaxlm.errors import UserError
+from jaxlm.kernels.cross_entropy import cross_entropy
+from jaxlm.keys import ATTENDING
+from jaxlm.measure import random_batch
+from jaxlm.models.layers import MLP
+from jaxlm.models.transformer import Attention, self_context, unembedding
+from jaxlm.parallel import hosts
+from jaxlm.parallel.mesh import make_mesh, partition_spec, shardings
+from jaxlm.state import apply_gradients, gradients, init_state
+
+REPEATS = 10
+
+
+def median(f: Callable, repeats: int = REPEATS) -> float:
+    """Seconds of a call whose result is waited for, after one that warms up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        jax.block_until_ready(f())
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds[1:]))
+
+
+def forward_and_backward(f: Callable, *args) -> float:
+    """Seconds of f(*args), an array, and of its gradients for all of args."""
+    both = jax.jit(lambda *args: jax.vjp(f, *args)[1](jnp.ones_like(jax.eval_shape(f, *args))))
+    return median(partial(both, *args))
+
+
+def layer(module: nn.Module, mesh, x_BTD, *rest) -> float:
+    """Seconds of one layer, forward and backward, its parameters sharded as in the model."""
+    call = lambda variables, x: jax.tree.leaves(module.apply(variables, x, *rest))[0]  # the first: no cache
+    make = partial(module.init, jax.random.key(0), x_BTD, *rest)
+    boxed = jax.eval_shape(make)
+    places = shardings(nn.unbox(boxed), nn.get_partition_spec(boxed), mesh)
+    return forward_and_backward(call, jax.jit(lambda: nn.unbox(make()), out_shardings=places)(), x_BTD)
+
+
+def step_parts(config: ConfigDict, mesh) -> dict[str, float]:
+    """Milliseconds a step of what can be taken out of it. config: resolved."""
+    c, batch, state, found = FrozenConfigDict(config), random_batch(config, mesh), init_state(config, mesh), {}
+    B, T = batch["tokens"].shape
+    place = jax.NamedSharding(mesh, partition_spec(("batch", "residual", None), (B, T, c.model.embed_dim), mesh))
+    x_BTD = jax.jit(
+        lambda: jax.random.normal(jax.random.key(1), (B, T, c.model.embed_dim), c.model.dtype), out_shardings=place
+    )()
+    if c.model.name in ATTENDING:
+        m, segments = c.model, batch["segments"] if c.data.isolate else None
+        causal = m.name == "decoder"
+        context = self_context(m, segments, segments, batch["positions"], None, None, None)
+        kinds = (m.layers * m.num_layers)[: m.num_layers]
+        reach = {"S": min(m.window, m.context_length), "L": m.context_length}
+        one = {kind: layer(Attention(m, reach[kind], causal), mesh, x_BTD, context, None) for kind in set(kinds)}
+        found["attention"] = sum(one[kind] for kind in kinds)
+        if not m.num_experts:
+            found["MLP"] = m.num_layers * layer(MLP(m, m.mlp_dim), mesh, x_BTD)
+    if "targets" in batch and c.task.name == "lm":
+        table, options = unembedding(state.params), {"softcap": c.model.logit_softcap, "chunk": c.train.loss_chunk}
+        loss = lambda x, table: cross_entropy(x, table, batch["targets"], **options)[0]
+        found["loss"] = forward_and_backward(loss, x_BTD, table)
+    grads, sums = jax.jit(lambda s: gradients(s.params, batch, jax.random.key(0), c, s.teacher))(state)
+    update = jax.jit(partial(apply_gradients, config=c))
+    found["optimizer"] = median(lambda: update(state, grads, sums))
+    return {name: 1e3 * seconds for name, seconds in found.items()}
+
+
+def loader(config: ConfigDict, mesh) -> dict[str, float]:
+    """Batches alone, made on one thread as a run makes them: this host's rows."""
+    batches = train_batches(config, hosts.local_rows(mesh, config.train.batch_size))
+    tokens, began, count = config.train.batch_size * config.data.seq_len, time.perf_counter(), 0
+    batches[0]
+    opened = time.perf_counter() - began
+    began = time.perf_counter()
+    while time.perf_counter() - began < 1:
+        count += 1
+        batches[count]
+    seconds = (time.perf_counter() - began) / count
+    return {"ms_a_batch": 1e3 * seconds, "tokens_per_second": tokens / seconds, "open_ms": 1e3 * opened}
+
+
+def checkpoint(config: ConfigDict, mesh) -> dict[str, float]:
+    """A save: how long the loop waits for it, beside a copy of as many bytes, and how long until it is written."""
+    state = init_state(config, mesh)
+    arrays = jax.tree.leaves(items(state))
+    size = sum(x.nbytes for x in arrays)
+    copy = lambda: [np.array(x, copy=True) for x in arrays]
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints, blocked, written = Checkpoints(Path(folder), config), [], []
+        for _ in range(4):
+            jax.block_until_ready(state)
+            state, began = state.replace(step=state.step + 1), time.perf_counter()
+            checkpoints.save(state, {"config": flatten(config)})
+            blocked.append(time.perf_counter() - began)
+            checkpoints.wait()
+            written.append(time.perf_counter() - began)
+        checkpoints.close()
+    return {"bytes": size, "blocked_ms": 1e3 * float(np.median(blocked[1:])), "copy_ms": 1e3 * median(copy),
+            "written_ms": 1e3 * float(np.median(written[1:]))}  # fmt: skip
+
+
+def start(command: list[str]) -> dict[str, float]:
+    """Seconds from a command of jaxlm.train, in a process of its own, to its first step: with no compiled programs yet,
+
+    and with those of a run before. And of the imports alone.
+    """
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import jaxlm.train"], check=True)
+    found = {"imports_s": time.perf_counter() - began}
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": folder}
+        for name in ("cold_s", "warm_s"):
+            words = [sys.executable, "-m", "jaxlm.train", *command, f"--workdir={folder}/{name}"]
+            began = time.perf_counter()
+            with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) as run:
+                first = next((line for line in run.stdout if line.startswith("step ")), None)
+                if first is None:
+                    raise UserError(f"jaxlm.train ended before its first step: {' '.join(words)}")
+                found[name] = time.perf_counter() - began
+                run.kill()
+    return found
+
+
+def parts(config: ConfigDict, command: list[str], step_ms: float) -> dict[str, dict]:
+    """All of them, printed as they come. config: resolved; command: the flags of jaxlm.train for it."""
+    found, mesh = {}, make_mesh(config)
+    with jax.set_mesh(mesh):
+        found["step"] = step_parts(config, mesh)
+        found["step"]["rest"] = step_ms - sum(found["step"].values())
+        for name, ms in found["step"].items():
+            print(f"  {name:14}{ms:10.2f} ms, {ms / step_ms:.0%} of the step", flush=True)
+        f = found["data"] = loader(config, mesh)
+        print(
+            f"  data          {f['ms_a_batch']:10.2f} ms a batch, beside the step: {f['tokens_per_second']:,.0f} "
+            f"tokens/s; opened in {f['open_ms']:.0f} ms",
+            flush=True,
+        )
+        f = found["checkpoint"] = checkpoint(config, mesh)
+    print(
+        f"  checkpoint    {f['blocked_ms']:10.2f} ms in the loop, of {human(f['bytes'])}, whose plain copy takes "
+        f"{f['copy_ms']:.2f} ms; written after {f['written_ms']:.0f} ms",
+        flush=True,
+    )
+    f = found["start"] = start(command)
+    print(
+        f"  start         {f['warm_s']:10.2f} s from the command to the first step; {f['cold_s']:.2f} s where nothing "
+        f"is compiled yet; imports {f['imports_s']:.2f} s"
+    )
+    return found
