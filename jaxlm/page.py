@@ -112,7 +112,8 @@ def page(plan: Plan, found: dict) -> str:
     if sum(plan.memory.get(kind, 0) for kind in kinds) > needed and found["fits"]:
         lines.append("            (some of these share memory)")
     model, executed = plan.flops["model"], plan.flops["executed"]
-    lines += ["", f"work        {executed:.4g} FLOPs a step (the model's: {model:.4g})"]
+    again = f"; recomputed: {plan.flops['recomputed'] / executed:.1%}" if plan.flops["recomputed"] else ""
+    lines += ["", f"work        {executed:.4g} FLOPs a step (the model's: {model:.4g}{again})"]
     if plan.program is None:
         return "\n".join(lines)
     if found["collectives"]:

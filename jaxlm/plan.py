@@ -44,6 +44,7 @@ def make_plan(config: ConfigDict, pod: Topology) -> Plan:
             "executed": matmul_flops(traced.jaxpr, visited(config)),
             "kernels": matmul_flops(traced.jaxpr, visited(config), kernels_only=True),
         }
+        flops["recomputed"] = flops["executed"] - kept_flops(config, mesh) if config.model.remat != "none" else 0.0
         memory = state_memory(config, mesh) | {"available": pod.spec.memory}
         try:
             compiled = traced.lower().compile()
@@ -63,6 +64,14 @@ def make_plan(config: ConfigDict, pod: Topology) -> Plan:
     each = flops["executed"] / devices, flops["kernels"] / devices
     times = step_times(program, *each, mesh, pod) if pod.spec.flops else None
     return Plan(config, pod, memory, flops, program, times, time.perf_counter() - began, compiled)
+
+
+def kept_flops(config: ConfigDict, mesh) -> float:
+    """What the step would compute if the backward pass found all that it needs."""
+    keeps = config.copy_and_resolve_references()
+    keeps.model.remat = "none"
+    traced = jit_train_step(keeps, mesh).trace(*abstract_inputs(keeps, mesh))
+    return matmul_flops(traced.jaxpr, visited(config))
 
 
 def visited(config: ConfigDict) -> float:
