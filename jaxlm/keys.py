@@ -71,7 +71,7 @@ CHOICES = {
     "model.mlp": ("swiglu", "gelu", "relu", "relu2"),
     "model.positions": ("rope", "learned", "sinusoidal", "none"),
     "model.remat": ("none", "full", "dots", "attention"),
-    "model.attention": ("auto", "reference", "blockwise", "splash", "xla", "cudnn", "tokamax"),
+    "model.attention": ("auto", "reference", "dense", "blockwise", "splash", "xla", "cudnn", "tokamax"),
     "model.context_parallel": ("ring", "all_gather"),
     "model.router": ("softmax", "sigmoid"),
     "model.dtype": ("float32", "bfloat16"),
@@ -156,7 +156,7 @@ def base() -> ConfigDict:
     m.embed_std = 0.02  # standard deviation of the initial embeddings; matrices start at 1 / sqrt(inputs)
     m.scan = True  # one compiled layer for all: fast compiles; False unrolls, faster on CPU
     m.remat = "none"  # what the backward pass recomputes: none | full | dots (all but products) | attention
-    m.attention = "auto"  # kernel: auto | reference | blockwise | splash (TPU) | xla | cudnn | tokamax (GPUs)
+    m.attention = "auto"  # or reference | dense (CPU) | blockwise | splash (TPU) | xla | cudnn | tokamax (GPUs)
     m.context_parallel = "ring"  # how attention meets the keys of other devices (mesh.sequence): ring | all_gather
     m.pipeline_microbatches = 0  # parts of a microbatch in flight over mesh.stage; 0: up to 4 a stage
     m.pipeline_rounds = 1  # times that each goes round all stages; more: less bubble, more transfers (circular)

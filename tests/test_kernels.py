@@ -4,12 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from jaxlm.kernels import attention as kernel
+from jaxlm.kernels import dense
 from jaxlm.kernels.attention import attention, visible
 from jaxlm.kernels.cross_entropy import chunk_length, cross_entropy, logits_of
 from jaxlm.kernels.hopper import first_keys
 from jaxlm.kernels.lstm import Steps, recur, run
+from jaxlm.kernels.norm import normalize
+from jaxlm.parallel.linear import product
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
@@ -27,9 +31,10 @@ def test_library_attention_is_the_reference(heads, kv_heads, window, segmented):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-BLOCKWISE = [  # T, S, N, K, segments?, order of places, what attention is told
+CASES = [  # T, S, N, K, segments?, order of places, what attention is told
     (32, 32, 4, 4, False, "natural", {"window": 100}),
     (37, 37, 4, 2, True, "natural", {"window": 5}),
+    (32, 32, 2, 1, True, "natural", {"window": 100, "causal": False}),
     (37, 37, 4, 1, True, "any", {"window": 9, "softcap": 2.0}),
     (1, 24, 4, 2, True, "late", {"window": 100}),
     (13, 24, 4, 2, False, "late", {"window": 16}),
@@ -40,10 +45,13 @@ def qkv(rng, T, S, N, K, dtype=np.float32):
     return [jnp.asarray(rng.normal(size=(2, *shape, 8)), dtype) for shape in ((T, N), (S, K), (S, K))]
 
 
+@pytest.mark.parametrize("name", ["blockwise", "dense"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("T", "S", "N", "K", "segmented", "order", "options"), BLOCKWISE)
-def test_attention_by_blocks_is_the_reference(monkeypatch, T, S, N, K, segmented, order, options, dtype):
+@pytest.mark.parametrize(("T", "S", "N", "K", "segmented", "order", "options"), CASES)
+def test_attention_of_our_own_is_the_reference(monkeypatch, name, T, S, N, K, segmented, order, options, dtype):
     monkeypatch.setattr(kernel, "BLOCK", 8)
+    monkeypatch.setattr(dense, "LEAST", 4)
+    options = {key: options[key] for key in options if name == "blockwise" or key != "softcap"}
     rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(1, 4, (2, S)), axis=1)
     places = rng.permutation(S) if order == "any" else None
@@ -56,7 +64,7 @@ def test_attention_by_blocks_is_the_reference(monkeypatch, T, S, N, K, segmented
         (0, 1, 2),
     ))(*qkv)  # fmt: skip
     inputs = qkv(rng, T, S, N, K, dtype)
-    want, got = run("reference", *(x.astype(jnp.float32) for x in inputs)), run("blockwise", *inputs)
+    want, got = run("reference", *(x.astype(jnp.float32) for x in inputs)), run(name, *inputs)
     bound = 1e-5 if dtype == "float32" else 3e-2
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
         np.testing.assert_allclose(a, b.astype(jnp.float32), rtol=bound, atol=bound * max(1, float(jnp.abs(a).max())))
@@ -82,10 +90,11 @@ def test_the_kernel_for_hopper_gpus_is_refused_elsewhere():
         attention(x, x, x, window=128, implementation="tokamax")
 
 
-def test_a_query_that_sees_no_key_gets_zero_and_gives_no_gradient():
+@pytest.mark.parametrize("name", ["blockwise", "dense"])
+def test_a_query_that_sees_no_key_gets_zero_and_gives_no_gradient(name):
     q, k, v = qkv(np.random.default_rng(0), 4, 4, 2, 1)
     places = {"places_T": np.arange(4), "places_S": np.arange(2, 6)}
-    out, pull = jax.vjp(jax.jit(lambda *qkv: attention(*qkv, **places, window=9, implementation="blockwise")), q, k, v)
+    out, pull = jax.vjp(jax.jit(lambda *qkv: attention(*qkv, **places, window=9, implementation=name)), q, k, v)
     dq, *dkv = pull(out)
     assert not out[:, :2].any() and out[:, 2:].all()
     assert not dq[:, :2].any() and all(np.isfinite(x).all() for x in dkv)
@@ -97,7 +106,7 @@ def test_auto_keeps_no_logits_of_long_inputs():
     assert f.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes < 4 * T * T / 10
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "dense"])
 def test_attention_equals_a_loop_by_hand(implementation):
     rng = np.random.default_rng(1)
     q, k, v = rng.normal(size=(3, 1, 6, 1, 4)).astype(np.float32)
@@ -161,3 +170,26 @@ def test_the_backward_pass_of_an_lstm_is_the_derivative(reverse):
     got, want = for_all(recur)(*arguments), for_all(lambda *a: run(*a)[0])(*arguments)
     drop_keep = lambda grads: (grads[0], grads[1]._replace(keep_TB1=None), *grads[2:])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), drop_keep(got), drop_keep(want))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6), (3, 4, 2, 8)])
+@pytest.mark.parametrize(("center", "biased"), [(True, True), (True, False), (False, False)])
+def test_norms_are_those_of_flax(shape, center, biased):
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(2.0, 3.0, (2, *shape)).astype(np.float32)
+    scale, bias = rng.normal(size=(2, shape[-1])).astype(np.float32)
+    module = nn.LayerNorm(epsilon=1e-5, use_bias=biased) if center else nn.RMSNorm(epsilon=1e-5)
+    theirs = lambda x, scale, bias: module.apply({"params": {"scale": scale} | ({"bias": bias} if biased else {})}, x)
+    ours = lambda x, scale, bias: normalize(x, scale, bias if biased else None, 1e-5, center)
+    (want, pull), (got, our_pull) = (jax.vjp(f, x, scale, bias) for f in (theirs, ours))
+    for a, b in zip((want, *pull(dy)), (got, *our_pull(dy))):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_product_and_its_gradients_are_those_of_tensordot():
+    rng = np.random.default_rng(0)
+    x, kernel, dy = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 5), (5, 4), (2, 3, 4)))
+    plain = lambda x, kernel: jnp.tensordot(x, kernel, 1)
+    (got, pull), (want, their_pull) = (jax.vjp(f, x, kernel) for f in (product, plain))
+    for a, b in zip((got, *pull(dy)), (want, *their_pull(dy))):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

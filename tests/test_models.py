@@ -126,8 +126,9 @@ def test_remat_changes_no_gradient():
         c = small_config(model__remat=remat)
         f = lambda p, c=c: jnp.sin(build(c).apply({"params": p}, tokens)[0]).sum()
         grads.append(jax.grad(f)(fresh_state(c).params))
+    rounding = 1e-6 * max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads[0]))  # as much is off float64's
     for other in grads[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grads[0], other)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=rounding), grads[0], other)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm.kernels.dense import dense
 from jaxlm.kernels.hopper import hopper, takes
 from jaxlm.kernels.splash import LANES, splash
 from jaxlm.parallel.mesh import platform
@@ -55,8 +56,6 @@ def capped(logits, softcap):
 
 def library(implementation):
     def attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, softcap):
-        if softcap:
-            raise ValueError(f"model.attention={implementation} has no soft-cap: set reference, blockwise or auto")
         return jax.nn.dot_product_attention(
             q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation=implementation
         )
@@ -68,7 +67,7 @@ ATTENTION = {
     "reference": reference,
     "xla": library("xla"),
     "cudnn": library("cudnn"),
-}  # and blockwise, splash and tokamax, without a mask
+}  # and dense, blockwise, splash and tokamax, without a mask
 
 
 def attention(
@@ -81,9 +80,12 @@ def attention(
     and keys are in the sequence; None: 0, 1, ...; of queries also [B, T], the last place that each sees. window: tokens
     a query sees, itself included. causal: False: all keys of the segment, whatever the window. implementation: see
     ATTENTION; auto: splash on a TPU; on a GPU in half precision cuDNN where the mask is plainly causal (elsewhere it is
-    slow) and tokamax on a Hopper; else by blocks where the logits are many, else the reference. What the backward pass
+    slow) and tokamax on a Hopper; else by blocks where the logits are many, else dense on a CPU and the reference
+    elsewhere. What the backward pass
     needs is named "attention"; of the kernels for GPUs only the result is, and their forward pass runs again.
     """
+    if softcap and implementation in ("xla", "cudnn", "dense"):
+        raise ValueError(f"model.attention={implementation} has no soft-cap: set reference, blockwise or auto")
     T, S, N = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2]
     in_order = places_T is None and places_S is None and T == S
     plain = in_order and segments_BS is None and (window >= S or not causal)
@@ -99,7 +101,8 @@ def attention(
         implementation = (
             "cudnn" if gpu and plain and half and fits and not softcap else
             "tokamax" if gpu and causal and in_order and takes(q_BTNH) else
-            "blockwise" if many else "reference"
+            "blockwise" if many else
+            "dense" if platform() == "cpu" and not softcap else "reference"
         )  # fmt: skip
     if implementation == "splash":
         return splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window=window, causal=causal, softcap=softcap)
@@ -110,6 +113,9 @@ def attention(
         places_T = jnp.full(T, ANYWHERE)
     at_T = (jnp.arange(T) if places_T is None else places_T, segments_BT)
     at_S = (jnp.arange(S) if places_S is None else places_S, segments_BS)
+    if implementation == "dense":
+        out_BTNH = dense(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, visible, window, causal and in_order)
+        return checkpoint_name(out_BTNH, "attention")
     if implementation in ("blockwise", "tokamax"):
         return blockwise(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap)
     if implementation == "cudnn" and plain and not softcap:

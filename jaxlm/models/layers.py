@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from ml_collections import FrozenConfigDict
 
+from jaxlm.kernels.norm import normalize
 from jaxlm.parallel.linear import columns, lookup, rows
 from jaxlm.parallel.mesh import constrain
 
@@ -93,16 +94,24 @@ def back(h, weights: Weights) -> jax.Array:
     return y_BTD if weights.bias is None else y_BTD + weights.bias
 
 
-def norm(config: FrozenConfigDict, name: str, axis: str | None = "norm") -> nn.Module:
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last dimension; statistics in float32."""
-    scale_init = nn.with_logical_partitioning(nn.initializers.ones, (axis,))
-    kwargs = {
-        "epsilon": config.norm_eps, "dtype": config.dtype, "param_dtype": config.param_dtype, "scale_init": scale_init
-    }  # fmt: skip
-    if config.norm == "rms":
-        return nn.RMSNorm(name=name, **kwargs)
-    bias_init = nn.with_logical_partitioning(nn.initializers.zeros, (axis,))
-    return nn.LayerNorm(name=name, use_bias=config.bias, bias_init=bias_init, **kwargs)
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dimension; its parameters stay in their own dtype."""
+
+    config: FrozenConfigDict
+
+    @nn.compact
+    def __call__(self, x):
+        c, center = self.config, self.config.norm == "layer"
+        param = lambda name, init: self.param(
+            name, nn.with_logical_partitioning(init, ("norm",)), x.shape[-1:], jnp.dtype(c.param_dtype)
+        )
+        scale = param("scale", nn.initializers.ones)
+        bias = param("bias", nn.initializers.zeros) if center and c.bias else None
+        return normalize(x, scale, bias, c.norm_eps, center)
+
+
+def norm(config: FrozenConfigDict, name: str) -> nn.Module:
+    return Norm(config, name=name)
 
 
 def rotary(positions_BT, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
