@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm.errors import ConfigError
+from jaxlm.parallel.mesh import current_mesh
 
 # Matrices for Muon (Jordan 2024), by name, with the axes that are summed over and those that come out.
 MATRICES = (
@@ -250,16 +251,43 @@ def widen(path, update):
     return update * math.sqrt(max(1.0, outputs / inputs))
 
 
+def orthogonal(beta: float) -> optax.GradientTransformation:
+    """optax's Muon. On one device matrices of one shape go through it as one stack: their products, small ones, run as
+
+    a few batched ones, a third of the time on a CPU. The state is the same.
+    """
+    dimensions = lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: first_match(MATRICES, path), tree)
+    each = scale_by_muon(beta=beta, weight_dimension_numbers=dimensions)
+
+    def update(updates, state, params=None):
+        if current_mesh() is not None:
+            return each.update(updates, state, params)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+        groups = {}
+        for i, (path, leaf) in enumerate(leaves):
+            groups.setdefault((first_match(MATRICES, path), leaf.shape), []).append(i)
+        stack = lambda tree: [jnp.stack([jax.tree.leaves(tree)[i] for i in of]) for of in groups.values()]
+
+        def unstack(stacks):
+            parts = {i: part for of, whole in zip(groups.values(), stacks) for i, part in zip(of, whole)}
+            return tree.unflatten([parts[i] for i in range(len(leaves))])
+
+        together = scale_by_muon(beta=beta, weight_dimension_numbers=[dims for dims, _ in groups])
+        updates, new = together.update(stack(updates), state._replace(mu=stack(state.mu)))
+        return unstack(updates), new._replace(mu=unstack(new.mu))
+
+    return optax.GradientTransformation(each.init, update)
+
+
 def muon(config: ConfigDict) -> optax.GradientTransformation:
     """Muon (Jordan 2024) for the matrices inside the layers, AdamW for embeddings, norms and biases."""
     o = config.optim
-    dimensions = lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: first_match(MATRICES, path), tree)
     labels = lambda tree: jax.tree_util.tree_map_with_path(
         lambda path, _: "rest" if first_match(MATRICES, path) is None else "matrix", tree
     )
     learning_rate = lambda peak: optax.scale_by_learning_rate(schedule(config, peak))
     matrix = optax.chain(
-        scale_by_muon(beta=o.momentum, weight_dimension_numbers=dimensions),
+        orthogonal(o.momentum),
         optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(widen, updates)),
     )
     return optax.chain(
