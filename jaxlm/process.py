@@ -1,7 +1,10 @@
 """What a program sets up before jax starts: memory that is kept, and compiled programs that are."""
 
 import ctypes
+import hashlib
 import os
+import platform
+import re
 from pathlib import Path, PurePath
 
 import jax
@@ -29,11 +32,22 @@ def reuse_freed_memory() -> None:
 def keep_compiled(folder: PurePath) -> None:
     """Compiled programs are kept in `folder`, and found there by the next start of the same command.
 
-    Where the user has named a folder (JAX_COMPILATION_CACHE_DIR), in that. Not on several CPU devices: there the
+    Where the user has named a folder (JAX_COMPILATION_CACHE_DIR), in that. CPUs that are not alike do not share: jax
+    does not tell them apart, and one may lack what the program of another uses. Not on several CPU devices: there the
     collectives of programs that come from it can wait for each other forever (jax 0.10).
     """
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        return
+    if jax.default_backend() == "cpu":
+        if jax.device_count() > 1:
+            return
+        folder /= hashlib.sha256(instructions().encode()).hexdigest()[:12]
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a start compiles many small ones
+
+
+def instructions() -> str:
+    """The sets of instructions that this CPU knows, as Linux tells; elsewhere its name."""
+    try:
+        return re.search(r"^(flags|Features)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[2]
+    except (OSError, TypeError):
+        return platform.processor()

@@ -48,6 +48,7 @@ def test_resumed_is_uninterrupted_to_the_last_digit(tmp_path, text_dir, devices,
     whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "parts")
     assert list(whole) == list(range(1, 41)) and whole == parts
     assert whole[40] < whole[1] - 0.5
+    assert (tmp_path / "parts/compiled").exists() == (devices == 1)  # the second half came from there
 
 
 def test_a_run_that_dies_goes_on_from_its_last_checkpoint_and_repeats_no_row(tmp_path, text_dir):

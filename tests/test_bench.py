@@ -1,0 +1,116 @@
+"""What bench tells adds up, with a run's own data and with random tokens; the loop waits for nothing that is there."""
+
+import json
+import time
+from itertools import pairwise
+
+import jax
+import numpy as np
+import pytest
+from conftest import small_config
+
+from jaxlm import bench, dissect
+from jaxlm.config import flatten
+from jaxlm.data.pipeline import Prefetch, train_batches
+from jaxlm.data.store import Store
+from jaxlm.data.synthetic import random_tokens
+from jaxlm.errors import ConfigError, DataError
+from jaxlm.measure import time_steps
+from jaxlm.parallel.mesh import make_mesh
+
+KEYS = "step_ms tokens_per_second mfu data_wait_ms host_ms compile_s peak_bytes".split()
+
+
+@pytest.fixture(autouse=True)
+def _memory_as_it_was(monkeypatch):
+    """The other tests of this process give freed memory back."""
+    monkeypatch.setattr(bench, "reuse_freed_memory", lambda: None)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A file that gives the small config, and its flag."""
+    flat = {key: value for key, value in flatten(small_config()).items() if value not in ((), "")}
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        "from jaxlm.config import base, set_key\n\n\ndef get_config():\n    c = base()\n"
+        f"    for key, value in {flat!r}.items():\n        set_key(c, key, value)\n    return c\n"
+    )
+    return f"--config={path}"
+
+
+def run(recipe, tmp_path, *words):
+    file = tmp_path / "figures.json"
+    assert bench.main([recipe, "--steps=3", f"--json={file}", "--config.mesh.data=8", *words]) == 0
+    return json.loads(file.read_text())
+
+
+def test_random_tokens_where_there_is_no_data(recipe, tmp_path, capsys):
+    told = run(recipe, tmp_path)
+    assert told.keys() >= set(KEYS) and "random tokens of 64 kinds" in told["data"]
+    assert told["tokens_per_second"] == pytest.approx(16 * 32 / (told["step_ms"] / 1000))
+    assert told["step_ms_spread"]["min"] <= told["step_ms"] <= told["step_ms_spread"]["max"]
+    assert told["data_wait_ms"] + told["host_ms"] <= told["step_ms_spread"]["max"] and np.isfinite(told["loss"])
+    assert told["mfu"] is None and told["peak_bytes"] > 0 and "random tokens" in capsys.readouterr().out
+
+
+def test_a_run_of_its_own_data(recipe, tmp_path, text_dir):
+    told = run(recipe, tmp_path, f"--config.data.path={text_dir}", "--config.model.vocab_size=264")
+    assert told["data"] == str(text_dir)
+
+
+def test_a_sweep_has_a_picture_for_each_size_that_varies(recipe, tmp_path):
+    told = run(recipe, tmp_path, f"--sweep={tmp_path / 'pictures'}")
+    assert sorted(file.stem for file in (tmp_path / "pictures").iterdir()) == sorted(bench.SIZES)
+    assert [row["size"] for row in told["sweep"]["depth"]] == [1, 2, 4, 8]
+    for rows in told["sweep"].values():
+        assert all(later["flops"] > row["flops"] for row, later in pairwise(rows))
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "text"),
+    [
+        (["--steps=0"], ConfigError, "at least 1"),
+        (["--json=nowhere/x.json"], ConfigError, "no directory nowhere"),
+        (["--config.data.mixture=a=1,b=1"], DataError, "not prepared data"),
+        (["--config.task.name=classify", "--config.model.name=encoder"], DataError, "data.train is empty"),
+        (["--config.optim.nmae=adam"], ConfigError, "optim.name"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(recipe, words, error, text):
+    with pytest.raises(error, match=text):
+        bench.main([recipe, *words])
+
+
+def test_parts_of_a_step_and_of_a_run(tmp_path):
+    config = small_config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    random_tokens(tmp_path / "tokens", 64, 10_000, 0)
+    with config.unlocked():
+        config.data.path = str(tmp_path / "tokens")
+    mesh = make_mesh(config)
+    with jax.set_mesh(mesh):
+        step = dissect.step_parts(config, mesh)
+        loader, saving = dissect.loader(config, mesh), dissect.checkpoint(config, mesh)
+    assert step.keys() == {"attention", "MLP", "loss", "optimizer"} and min(step.values()) > 0
+    assert loader["tokens_per_second"] > 0 and 0 < saving["blocked_ms"] <= saving["written_ms"]
+
+
+def test_only_a_batch_that_is_not_there_yet_is_waited_for():
+    late = lambda k: time.sleep(0.2 if k == 3 else 0) or k
+    step = lambda state, batch: (state + batch, {"loss": batch})
+    times, state, losses = time_steps(step, 0, Prefetch(range(8), 0, 8, 1, late), steps=5, warm_up=2)
+    assert (state, losses) == (28, [2, 3, 4, 5, 6])
+    assert times.data.argmax() == 0 and times.data[0] > 0.1 > times.data[1:].max()
+
+
+def test_random_tokens_are_a_store_like_any_other(tmp_path):
+    random_tokens(tmp_path / "a", 300, 20_000, 0)
+    random_tokens(tmp_path / "b", 300, 20_000, 0)
+    one, two = Store(tmp_path / "a", "train"), Store(tmp_path / "b", "train")
+    one.verify()
+    assert one.fingerprint == two.fingerprint and one.num_documents == 40
+    assert one.read(0, one.num_tokens).max() < 300
+    config = small_config(model__vocab_size=300)
+    with config.unlocked():
+        config.data.path = str(tmp_path / "a")
+    assert train_batches(config)[0]["segments"].max() > 0
