@@ -169,6 +169,8 @@ def task(c: ConfigDict) -> list[str]:
         problems.append(
             f"config.model.name={m.name}: has no sequence or stage axis and no LoRA; set mesh.sequence=1 ..."
         )
+    if m.name not in ATTENDING and m.quantize != "none":
+        problems.append(f"config.model.quantize={m.quantize}: is of Transformers, not of {m.name}; set none")
     if m.ngram_weights != "none" and (m.name != "bag" or k.name != "classify"):
         problems.append(
             f"config.model.ngram_weights={m.ngram_weights}: is of a bag of n-grams that learns classes; set none, or "

@@ -74,6 +74,7 @@ CHOICES = {
     "model.attention": ("auto", "reference", "dense", "blockwise", "splash", "xla", "cudnn", "tokamax"),
     "model.context_parallel": ("ring", "all_gather"),
     "model.router": ("softmax", "sigmoid"),
+    "model.quantize": ("none", "fp8", "int8"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "mesh.strategy": tuple(STRATEGIES),
@@ -160,6 +161,7 @@ def base() -> ConfigDict:
     m.context_parallel = "ring"  # how attention meets the keys of other devices (mesh.sequence): ring | all_gather
     m.pipeline_microbatches = 0  # parts of a microbatch in flight over mesh.stage; 0: up to 4 a stage
     m.pipeline_rounds = 1  # times that each goes round all stages; more: less bubble, more transfers (circular)
+    m.quantize = "none"  # products of linear layers in 8 bits, forward and backward: none | fp8 | int8
     m.dtype = "bfloat16"  # of the computation
     m.param_dtype = "float32"  # of the stored parameters
 

@@ -101,6 +101,8 @@ def test_unknown_keys_suggest_the_nearest_in_any_section():
         ({"task__name": "qa", "task__distill": 0.5}, "task.distill=0.5: task qa does not follow it (but lm, mlm"),
         ({"task__temperature": 2.0}, "set config.task.distill as well"),
         ({"task__teacher": "runs/a"}, "teaches nothing; set config.task.distill"),
+        ({"model__quantize": "fp16"}, "model.quantize=fp16: must be one of none, fp8, int8"),
+        ({"model__name": "lstm", "model__quantize": "fp8"}, "model.quantize=fp8: is of Transformers, not of lstm"),
         ({"data__mixture": "a=1,b"}, "'b' is not DIR=WEIGHT"),
         ({"data__mixture": "a=1,b=-2"}, "'b=-2' is not DIR=WEIGHT"),
     ],

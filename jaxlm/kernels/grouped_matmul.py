@@ -3,10 +3,13 @@
 M rows, E groups (experts), D inputs, F outputs; N blocks of R rows. Rows after the last group give zeros.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 
+from jaxlm.kernels.quantized import tensordot
 from jaxlm.kernels.splash import LANES
 from jaxlm.parallel.experts import nowhere, permute
 from jaxlm.parallel.mesh import platform
@@ -19,7 +22,12 @@ def reference(rows_MD, kernel_EDF, sizes_E):
     return sum(jnp.where(mine_ME[:, e, None], rows_MD @ kernel, 0) for e, kernel in enumerate(kernel_EDF))
 
 
-def blocks(rows_MD, kernel_EDF, sizes_E):
+def multiply_each(rows_EMD, kernel_EDF, quantize: str) -> jax.Array:
+    """[E, M, F]: as many rows for each matrix."""
+    return jax.vmap(partial(tensordot(quantize), axes=1))(rows_EMD, kernel_EDF)
+
+
+def blocks(rows_MD, kernel_EDF, sizes_E, quantize="none"):
     """Every group is filled up to blocks of half the mean group; each block is multiplied with a copy of its matrix.
 
     At most 3 E copies and 3/2 M rows, whatever the sizes.
@@ -39,7 +47,7 @@ def blocks(rows_MD, kernel_EDF, sizes_E):
     inside_NR = (row_NR < ends_E[group_N][:, None]) & (group_N < E)[:, None]
     source_NR = jnp.where(inside_NR, row_NR, nowhere(N * R, M).reshape(N, R))
     x_NRD = permute(rows_MD, source_NR)
-    y_NRF = jnp.einsum("NRD,NDF->NRF", x_NRD, kernel_EDF[group_N])
+    y_NRF = multiply_each(x_NRD, kernel_EDF[group_N], quantize)
     group_M = group(ends_E, index_M)
     place_M = block_starts_E[group_M] * R + index_M - starts_E[group_M]
     return permute(y_NRF.reshape(-1, F), jnp.where(group_M < E, place_M, nowhere(M, N * R)))
@@ -65,11 +73,14 @@ def megablox(rows_MD, kernel_EDF, sizes_E):
 GROUPED_MATMUL = {"reference": reference, "blocks": blocks, "megablox": megablox}
 
 
-def grouped_matmul(rows_MD, kernel_EDF, sizes_E, *, implementation="auto") -> jax.Array:
+def grouped_matmul(rows_MD, kernel_EDF, sizes_E, *, implementation="auto", quantize="none") -> jax.Array:
     """[M, F]: the first sizes[0] rows times kernel[0], the next sizes[1] times kernel[1], ... sizes: int32.
 
     auto: megablox on TPUs, elsewhere blocks: XLA's ragged_dot would multiply all rows, masked, with every matrix.
+    quantize: as in jaxlm/kernels/quantized.py; always by blocks, for megablox takes no 8 bits.
     """
+    if quantize != "none":
+        return blocks(rows_MD, kernel_EDF, sizes_E, quantize)
     if implementation == "auto":
         implementation = "megablox" if platform() == "tpu" else "blocks"
     return GROUPED_MATMUL[implementation](rows_MD, kernel_EDF, sizes_E)

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ml_collections import FrozenConfigDict
 
 from jaxlm.kernels.norm import normalize
+from jaxlm.kernels.quantized import tensordot
 from jaxlm.parallel.linear import columns, lookup, rows
 from jaxlm.parallel.mesh import constrain
 
@@ -24,6 +25,7 @@ class Weights(NamedTuple):
     kernel: jax.Array
     bias: jax.Array | None
     axes: tuple[str, ...]  # logical, of the kernel
+    quantize: str = "none"  # model.quantize: how it is multiplied
 
 
 class Linear(nn.Module):
@@ -49,7 +51,7 @@ class Linear(nn.Module):
         if self.config.bias:
             axes, shape = self.axes[self.inputs :], self.shape[self.inputs :]
             bias = parameter(self, "bias", nn.initializers.zeros, axes, shape, self.config)
-        return Weights(kernel, bias, self.axes)
+        return Weights(kernel, bias, self.axes, self.config.quantize)
 
     def adapter(self) -> jax.Array:
         c, n, rank = self.config, self.inputs, self.config.lora_rank
@@ -84,13 +86,14 @@ def product(tree):
 
 def into(x_BTD, *weights: Weights) -> list[jax.Array]:
     """x kernel + bias for each, kernels [D, ...], whose input is gathered once for all."""
-    outputs = product(columns(x_BTD, [w.kernel for w in weights], [w.axes for w in weights]))
+    kernels, axes = [w.kernel for w in weights], [w.axes for w in weights]
+    outputs = product(columns(x_BTD, kernels, axes, tensordot(weights[0].quantize)))
     return [y if w.bias is None else y + w.bias for y, w in zip(outputs, weights)]
 
 
 def back(h, weights: Weights) -> jax.Array:
     """h kernel + bias, kernel [..., D]: to the residual stream, [B, T, D]."""
-    y_BTD = product(rows(h, weights.kernel, weights.axes))
+    y_BTD = product(rows(h, weights.kernel, weights.axes, tensordot(weights.quantize)))
     return y_BTD if weights.bias is None else y_BTD + weights.bias
 
 

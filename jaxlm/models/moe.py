@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import FrozenConfigDict
 
-from jaxlm.kernels.grouped_matmul import grouped_matmul
+from jaxlm.kernels.grouped_matmul import grouped_matmul, multiply_each
 from jaxlm.models.layers import ACTIVATIONS, MLP, parameter, product
 from jaxlm.parallel.experts import mixture
 
@@ -128,9 +128,9 @@ def route(config: FrozenConfigDict, x_BTD, segments_BT, router: dict):
 def expert_mlp(config: FrozenConfigDict, kernels: dict, rows, sizes_E) -> jax.Array:
     """rows: [M, D] sorted by expert, sizes [E] of them each; or [E, M, D] and None."""
     if sizes_E is None:
-        multiply = lambda rows, kernel: product(jnp.einsum("EMD,EDF->EMF", rows, kernel))
+        multiply = lambda rows, kernel: product(multiply_each(rows, kernel, config.quantize))
     else:
-        multiply = lambda rows, kernel: product(grouped_matmul(rows, kernel, sizes_E))
+        multiply = lambda rows, kernel: product(grouped_matmul(rows, kernel, sizes_E, quantize=config.quantize))
     h, activation = multiply(rows, kernels["up"]), ACTIVATIONS[config.mlp]
     h = activation(multiply(rows, kernels["gate"])) * h if "gate" in kernels else activation(h)
     return multiply(h, kernels["down"])

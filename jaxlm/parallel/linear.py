@@ -3,7 +3,7 @@
 Weights are gathered over the axes that shard `embed` (fsdp), activations over the tensor axis (Megatron with sequence
 parallelism: Shoeybi et al. 2019, Korthikanti et al. 2022). Transposed, a gather is a reduce-scatter: no whole gradient
 and no whole activation is ever all-reduced. Without a mesh, or where it does not divide the batch evenly (generation
-from one prompt), the plain product is left to XLA's partitioner.
+from one prompt), the plain product is left to XLA's partitioner. `tensordot`: jnp.tensordot, or what stands for it.
 
 Letters: B batch, T positions, D embed, V vocabulary; "residual" activations are [B, T, D] with T sharded over the
 sequence and tensor axes.
@@ -11,7 +11,6 @@ sequence and tensor axes.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxlm.parallel.mesh import (
@@ -53,14 +52,14 @@ def product_backward(kept, dy_BTN):
 product.defvjp(lambda x_BTK, kernel_KN: (product(x_BTK, kernel_KN), (x_BTK, kernel_KN)), product_backward)
 
 
-def columns(x_BTD: jax.Array, kernels: list[jax.Array], axes: list[tuple]) -> list[jax.Array]:
+def columns(x_BTD: jax.Array, kernels: list[jax.Array], axes: list[tuple], tensordot=jnp.tensordot) -> list[jax.Array]:
     """x kernel for each kernel [D, ...]: residual activations -> [B, T, ...], the last sharded as the kernel's."""
     mesh = even_mesh(*x_BTD.shape[:2])
     if mesh is None:
-        flat = [kernel.reshape(kernel.shape[0], -1) for kernel in kernels]
-        y = product(x_BTD, jnp.concatenate(flat, axis=1))  # one large product is faster than several small ones
-        ends = np.cumsum([kernel.shape[1] for kernel in flat])[:-1]
-        return [y.reshape(*y.shape[:2], *kernel.shape[1:]) for y, kernel in zip(jnp.split(y, ends, 2), kernels)]
+        if tensordot is not jnp.tensordot:
+            return [tensordot(x_BTD, kernel, 1) for kernel in kernels]
+        outputs = [product(x_BTD, kernel.reshape(kernel.shape[0], -1)) for kernel in kernels]
+        return [y.reshape(*y.shape[:2], *kernel.shape[1:]) for y, kernel in zip(outputs, kernels)]
     specs = [partition_spec(names, kernel.shape, mesh) for names, kernel in zip(axes, kernels, strict=True)]
     rows, inside, between, extra = activation_specs(*x_BTD.shape[:2], mesh)
     # A kernel that the tensor axis does not divide meets only this device's positions.
@@ -72,30 +71,40 @@ def columns(x_BTD: jax.Array, kernels: list[jax.Array], axes: list[tuple]) -> li
 
     def multiply(x, kernel, spec):  # of two dimensions: the TPU compiler would copy a gathered [D, N, H], transposed
         flat = gather_weight(kernel.reshape(kernel.shape[0], -1), spec[:1], x)
-        return jnp.tensordot(x, flat, 1).reshape(*x.shape[:2], *kernel.shape[1:])
+        return tensordot(x, flat, 1).reshape(*x.shape[:2], *kernel.shape[1:])
 
     out = [PartitionSpec(rows, inside if part else between, *spec[1:]) for part, spec in zip(parts, specs)]
     in_specs = PartitionSpec(rows, between), *specs
-    return jax.shard_map(f, in_specs=in_specs, out_specs=out)(x_BTD, *kernels)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out, check_vma=can_check(mesh, tensordot))(x_BTD, *kernels)
 
 
-def rows(h: jax.Array, kernel: jax.Array, axes: tuple) -> jax.Array:
+def rows(h: jax.Array, kernel: jax.Array, axes: tuple, tensordot=jnp.tensordot) -> jax.Array:
     """[B, T, ...] kernel [..., D] -> residual activations [B, T, D]; the sum over devices is a reduce-scatter."""
     inputs = kernel.ndim - 1
     mesh = even_mesh(*h.shape[:2])
     if mesh is None:
+        if tensordot is not jnp.tensordot:
+            return tensordot(h, kernel, inputs)
         return product(h.reshape(*h.shape[:2], -1), kernel.reshape(-1, kernel.shape[-1]))
     spec = partition_spec(axes, kernel.shape, mesh)
     batch, inside, between, extra = activation_specs(*h.shape[:2], mesh)
     summed = tuple(name for entry in spec[:-1] for name in names_of(entry))
 
     def f(h, kernel):
-        y = jnp.tensordot(h, gather_weight(kernel, spec[-1:], h, start=inputs), inputs)
+        y = tensordot(h, gather_weight(kernel, spec[-1:], h, start=inputs), inputs)
         return sum_parts(y, summed, extra)
 
     length = inside if set(extra) <= set(summed) else between
-    h_spec = PartitionSpec(batch, length, *spec[:-1])
-    return jax.shard_map(f, in_specs=(h_spec, spec), out_specs=PartitionSpec(batch, between))(h, kernel)
+    in_specs, out = (PartitionSpec(batch, length, *spec[:-1]), spec), PartitionSpec(batch, between)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out, check_vma=can_check(mesh, tensordot))(h, kernel)
+
+
+def can_check(mesh, tensordot) -> bool:
+    """Whether shard_map can check along which axes arrays vary.
+
+    Stages are vmapped, and there, up to jax 0.12, it takes any constant in a derivative of one's own for an error.
+    """
+    return mesh.shape["stage"] == 1 or tensordot is jnp.tensordot
 
 
 def sum_parts(y, summed: tuple[str, ...], positions: tuple[str, ...]):
