@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm import cli, costs, dissect
+from jaxlm import cli, costs, dissect, pictures
 from jaxlm.check import check, require
 from jaxlm.checkpoint import VERSIONS, versions
 from jaxlm.config import load, override, resolve
@@ -73,6 +73,7 @@ def bench(config: ConfigDict, steps: int) -> dict:
         "flops_per_token": flops,
         "parameters": costs.num_parameters(state.params),
         "tokens_per_step": tokens,
+        "attention": dict(costs.attention_lines(config, mesh)).get("attention"),
     }
 
 
@@ -131,12 +132,12 @@ def machine() -> dict:
 # ---------------------------------------------------------------- sweep
 
 
-def sweep(config: ConfigDict, steps: int, folder: Path) -> dict[str, list[dict]]:
-    """{what varies: rows of its size, step_ms and FLOPs}, printed as they come and drawn. config: unresolved."""
-    from jaxlm import pictures
+def sweep(config: ConfigDict, base: dict, steps: int, folder: Path) -> dict[str, list[dict]]:
+    """{what varies: rows of its size, step_ms and FLOPs}, printed as they come and drawn.
 
+    config: unresolved. base: its own figures.
+    """
     found = {}
-    base = bench(resolve(config), steps)
     for name, keys in SIZES.items():
         rows = []
         for factor in FACTORS:
@@ -195,7 +196,9 @@ def main(argv: list[str]) -> int:
         print(f"data: {where}")
         figures = bench(resolved, args.steps) | machine() | {"config": args.config, "data": where}
         tokens = f"{figures['tokens_per_step']:,} tokens a step"
-        print(f"{figures['parameters']:,} parameters on {figures['devices']}, {tokens}")
+        print(
+            f"{figures['parameters']:,} parameters on {figures['devices']}, {tokens}, attention: {figures['attention']}"
+        )
         print("\n".join(lines(figures)), flush=True)
         write = lambda: Path(args.json).write_text(json.dumps(figures, indent=1) + "\n") if args.json else None
         write()
@@ -205,7 +208,7 @@ def main(argv: list[str]) -> int:
             figures["parts"] = dissect.parts(resolved, command, figures["step_ms"])
             write()
         if args.sweep:
-            figures["sweep"] = sweep(config, min(args.steps, 20), Path(args.sweep))
+            figures["sweep"] = sweep(config, figures, min(args.steps, 20), Path(args.sweep))
             write()
     return 0
 

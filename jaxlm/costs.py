@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxlm.config import pipeline_microbatches
+from jaxlm.kernels.attention import choose
 from jaxlm.keys import ATTENDING, MESH_AXES
 from jaxlm.optim import split
 from jaxlm.parallel.mesh import RULES, abstract_mesh, batch_shards, names_of
@@ -134,6 +135,27 @@ def describe(config: ConfigDict, num_devices: int, train_tokens: int | None) -> 
         ("data", f"{train_tokens:,} tokens, {run_tokens / train_tokens:.2f} epochs" if train_tokens else "not known"),
     ]
     return "\n".join(f"{name:18} {text}" for name, text in lines) + "\n\n" + sharding_table(state.params, places.params)
+
+
+def attention_lines(config: ConfigDict, mesh) -> list[tuple[str, str]]:
+    """Which kernel a device of this mesh takes, for each letter of model.layers; of a target's attention to itself."""
+    m, T = config.model, config.data.seq_len
+    if m.name not in ATTENDING or not m.num_layers:
+        return []
+    if mesh.shape["sequence"] > 1 and m.context_parallel == "ring":
+        return [("attention", f"blockwise, around a ring of {mesh.shape['sequence']}")]
+    rows = -(-config.train.batch_size // config.train.grad_accumulation // batch_shards(mesh))
+    q = jax.ShapeDtypeStruct((rows, T, -(-m.num_heads // mesh.shape["tensor"]), m.head_dim), np.dtype(m.dtype))
+    causal, in_order = m.name != "encoder", mesh.shape["sequence"] == 1
+    kernels = {}
+    for kind in m.layers:
+        plain = in_order and not config.data.isolate and (kind == "L" or not causal)
+        with jax.set_mesh(mesh):
+            auto = choose(q, T, plain=plain, in_order=in_order, causal=causal, softcap=m.attention_softcap)
+        kernels[kind] = auto if m.attention == "auto" else m.attention
+    if len(set(kernels.values())) == 1:
+        return [("attention", next(iter(kernels.values())))]
+    return [("attention", ", ".join(f"{kind}: {name}" for kind, name in kernels.items()))]
 
 
 def pipeline_lines(config: ConfigDict, mesh) -> list[tuple[str, str]]:

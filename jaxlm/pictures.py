@@ -167,7 +167,7 @@ def growth(path, name: str, sizes: Sequence[float], milliseconds: Sequence[float
         axes.plot(sizes, times[-1] * flops / flops[-1], ":", color="black", label="as its FLOPs, from the largest")
         axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
         axes.minorticks_off()
-        axes.set_yticks(times, [f"{time:,.3g}" for time in times])
+        axes.set_yticks(times, [f"{time:,.0f}" if time >= 100 else f"{time:.3g}" for time in times])
         axes.legend(loc="upper left")
-        worst = f"at most {over.max():+.0%} beside its FLOPs between neighbours" if len(over) else "one size"
+        worst = f"time grows by at most {over.max():+.0%} more than FLOPs, per point" if len(over) else "one size"
         title(f"{name}: {worst}")

@@ -131,7 +131,7 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
             f"{parameters:,} parameters on {mesh.size} x {jax.devices()[0].device_kind}; "
             f"from step {start} to {config.train.stop_at}; {workdir}"
         )
-        for name, text in costs.pipeline_lines(config, mesh):
+        for name, text in costs.attention_lines(config, mesh) + costs.pipeline_lines(config, mesh):
             monitor.say(f"{name}: {text}")
         try:
             run = Run(config, mesh, checkpoints, monitor, describe_run(config, tokenizer, data), best, hold)

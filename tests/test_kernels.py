@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from jaxlm.kernels import attention as kernel
 from jaxlm.kernels import dense
-from jaxlm.kernels.attention import attention, visible
+from jaxlm.kernels.attention import attention, choose, visible
 from jaxlm.kernels.cross_entropy import chunk_length, cross_entropy, logits_of
 from jaxlm.kernels.hopper import first_keys
 from jaxlm.kernels.lstm import Steps, recur, run
@@ -104,6 +104,21 @@ def test_auto_keeps_no_logits_of_long_inputs():
     T, shape = 8192, jax.ShapeDtypeStruct((1, 8192, 1, 8), jnp.float32)
     f = jax.jit(jax.grad(lambda *qkv: attention(*qkv, window=T).sum(), (0, 1, 2)))
     assert f.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes < 4 * T * T / 10
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "kernel"),
+    [
+        (64, {}, "dense"),
+        (64, {"causal": False}, "dense"),
+        (64, {"softcap": 5.0}, "reference"),
+        (8192, {}, "blockwise"),
+        (8192, {"softcap": 5.0}, "blockwise"),
+    ],
+)
+def test_what_auto_is_on_a_cpu(length, options, kernel):
+    q = jax.ShapeDtypeStruct((1, length, 4, 8), jnp.float32)
+    assert choose(q, length, **{"plain": True, "in_order": True, "causal": True, "softcap": 0.0} | options) == kernel
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise", "dense"])

@@ -70,6 +70,22 @@ ATTENTION = {
 }  # and dense, blockwise, splash and tokamax, without a mask
 
 
+def choose(q_BTNH, S: int, *, plain: bool, in_order: bool, causal: bool, softcap: float) -> str:
+    """What auto is, on what the mesh in force is made of. q: the queries of a device, or their shape and dtype.
+
+    in_order: queries and keys are at the places 0, 1, ...; plain: and each sees all of them up to its own, or all.
+    """
+    (B, T, N, H), chip = q_BTNH.shape, platform()
+    fits = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and H % 8 == 0 and H <= 128  # what cuDNN takes on every GPU
+    return (
+        "splash" if chip == "tpu" and in_order and T % LANES == 0 else
+        "cudnn" if chip == "gpu" and plain and fits and not softcap else
+        "tokamax" if chip == "gpu" and causal and in_order and takes(q_BTNH) else
+        "blockwise" if 4 * B * N * T * S > MAX_LOGITS else
+        "dense" if chip == "cpu" and not softcap else "reference"
+    )  # fmt: skip
+
+
 def attention(
     q_BTNH, k_BSKH, v_BSKH, segments_BT=None, segments_BS=None, *, places_T=None, places_S=None,
     window, causal=True, softcap=0.0, implementation="auto",
@@ -81,29 +97,18 @@ def attention(
     a query sees, itself included. causal: False: all keys of the segment, whatever the window. implementation: see
     ATTENTION; auto: splash on a TPU; on a GPU in half precision cuDNN where the mask is plainly causal (elsewhere it is
     slow) and tokamax on a Hopper; else by blocks where the logits are many, else dense on a CPU and the reference
-    elsewhere. What the backward pass
+    elsewhere (`choose`). What the backward pass
     needs is named "attention"; of the kernels for GPUs only the result is, and their forward pass runs again.
     """
     if softcap and implementation in ("xla", "cudnn", "dense"):
         raise ValueError(f"model.attention={implementation} has no soft-cap: set reference, blockwise or auto")
-    T, S, N = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2]
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     in_order = places_T is None and places_S is None and T == S
     plain = in_order and segments_BS is None and (window >= S or not causal)
     if not causal:
         window = LAST
-    half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-    if implementation == "auto" and platform() == "tpu" and in_order and T % LANES == 0:
-        implementation = "splash"
     if implementation == "auto":
-        fits = q_BTNH.shape[-1] % 8 == 0 and q_BTNH.shape[-1] <= 128  # what cuDNN takes on every GPU
-        gpu = platform() == "gpu"
-        many = 4 * q_BTNH.shape[0] * N * T * S > MAX_LOGITS
-        implementation = (
-            "cudnn" if gpu and plain and half and fits and not softcap else
-            "tokamax" if gpu and causal and in_order and takes(q_BTNH) else
-            "blockwise" if many else
-            "dense" if platform() == "cpu" and not softcap else "reference"
-        )  # fmt: skip
+        implementation = choose(q_BTNH, S, plain=plain, in_order=in_order, causal=causal, softcap=softcap)
     if implementation == "splash":
         return splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window=window, causal=causal, softcap=softcap)
     if implementation == "tokamax" and causal and in_order:  # else, as in generation, by blocks
