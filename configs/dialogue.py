@@ -4,8 +4,8 @@
     python -m jaxlm.train --config=configs/dialogue.py --workdir=runs/dialogue
     python -m jaxlm.evaluate --workdir=runs/dialogue
 
-0.1M parameters, 400 steps: under 2 minutes on one busy CPU core; ROUGE-L 100.0 on the last answers of 100 held-out
-dialogues (BLEU is 0: they have fewer than four words).
+0.1M parameters, 400 steps: under 2 minutes on one busy CPU core; ROUGE-L 100.0 on the last answers of 100
+held-out dialogues, as many as training answers (eval.generate); evaluate answers all 400.
 """
 
 import json
@@ -42,6 +42,8 @@ def make(rng) -> dict:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python configs/dialogue.py DIRECTORY")
     rng, folder = random.Random(0), Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", 4000), ("val", 400)):

@@ -40,6 +40,8 @@ def make(rng) -> dict:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python configs/qa.py DIRECTORY")
     rng, folder = random.Random(0), Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", 4000), ("val", 400)):

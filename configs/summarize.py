@@ -41,6 +41,8 @@ def make(rng) -> dict:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python configs/summarize.py DIRECTORY")
     rng, folder = random.Random(0), Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", 4000), ("val", 400)):

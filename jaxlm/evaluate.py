@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
         "--workdir", action="append", required=True, help="run directory of jaxlm.train; may be given again"
     )
     parser.add_argument("--data", help="a prepared directory, or files of examples (default: those of the run)")
+    parser.add_argument("--columns", help='of these files: "text=0 label=1" (default: as in training)')
     parser.add_argument("--step", default="latest", help="latest, best or a number (default: latest)")
     parser.add_argument(
         "--tasks", help=f"of {', '.join(REPORTS)}, with commas between (default: what the model is for)"
@@ -53,8 +54,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     hosts.add_flags(parser)
     args = parser.parse(argv)
-    if args.json and not Path(args.json).parent.is_dir():
-        raise ConfigError(f"--json={args.json}: there is no directory {Path(args.json).parent}")
+    for flag in ("json", "answers"):
+        file = Path(getattr(args, flag) or "x")
+        if not file.parent.is_dir():
+            raise ConfigError(f"--{flag}={file}: there is no directory {file.parent}")
     asked = None if args.tasks is None else [word.strip() for word in args.tasks.split(",")]
     for word in asked or ():
         if word not in REPORTS:
@@ -86,6 +89,9 @@ def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
     for key in ("beams", "length_penalty", "max_tokens"):
         if getattr(args, key) is not None:
             config.eval[key] = getattr(args, key)
+    if args.columns and config.task.name not in ROLES:
+        raise ConfigError(f"--columns={args.columns}: task {config.task.name} has no files of examples")
+    config.data.columns = config.data.columns if args.columns is None else args.columns
     if args.data and config.task.name in ROLES:
         config.data.val = args.data
     elif args.data:

@@ -106,7 +106,7 @@ def losses(path, runs: str | PurePath | Sequence[tuple[str, str | PurePath]]) ->
     shades = metrics.library("matplotlib").colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
     total = lambda x: np.convolve(x, np.ones(len(x) // 50 | 1), "same")
     with drawing(path, 8, 5) as (figure, title):
-        axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+        axes = figure.add_subplot(xlabel="step", ylabel="loss (nats)")
         for (run, file), shade in zip(runs, COLOURS if len(runs) < 8 else shades):
             for key, style, colour in (("loss", "-", shade), ("eval/loss", "--o", shade if run else COLOURS[1])):
                 steps, values = read(file, key)

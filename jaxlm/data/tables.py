@@ -115,14 +115,17 @@ def choose(path: str, records: list, task: str, given: dict[str, str]) -> tuple[
 
 
 def unclear(path: str, cells: list[str], roles: list[str], needed: list[str], missing: list[str] = ()) -> str:
-    shown = " ".join(cell if len(cell) <= 24 else repr(cell[:24] + "...") for cell in cells[:12])
+    shown = ", ".join(repr(cell if len(cell) <= 24 else cell[:24] + "...") for cell in cells[:12])
+    if not missing and len(cells) < len(needed):
+        return f"{path}: its first line has {len(cells)} of the {len(needed)} columns {', '.join(needed)}"
     what = f"no column {' and no column '.join(missing)}" if missing else "it is not clear which column is which"
     hint = did_you_mean(missing[0], cells) if missing else ""
     example = " ".join(
         f"{role}={cells[i] if missing and i < len(cells) else i}" for i, role in enumerate(needed or roles)
     )
     return (
-        f'{path}: {what}{hint}; it has {shown}. Say so, by name or by place from 0: --config.data.columns="{example}"'
+        f"{path}: {what}{hint}; it has {shown}. Say so, by name or by place from 0: "
+        f'--config.data.columns="{example}" (in evaluate: --columns)'
     )
 
 
