@@ -335,7 +335,9 @@ def test_what_is_measured_is_told_with_its_error():
     pod = topology.Topology("local", "h100", (1, 8), 1, jax.devices(), False)
     times = predict.Times(0.5, 0.8, {}, 0.1, 0.8, 1.0)
     c, memory = small_config(), {"needed": 3 * 2**30, "available": 80 * 2**30}
-    made = Plan(c, pod, memory, {"model": 1e15, "executed": 1e15}, Program([], 0.0), times, 1.0, None)
+    made = Plan(
+        c, pod, memory, {"model": 1e15, "executed": 1e15, "recomputed": 0.0}, Program([], 0.0), times, 1.0, None
+    )
     found = figures(made, measured=Measured(1.0, 4 * 2**30))
     assert found["measured"]["step_error"] == pytest.approx(-0.1) and found["measured"]["memory_error"] == -0.25
     text = page(made, found)
