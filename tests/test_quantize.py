@@ -37,8 +37,12 @@ def normal(*shapes, dtype="float32"):
 
 
 def product_and_gradients(multiply, x, kernel, dy):
-    y, transpose = jax.vjp(multiply, x, kernel)
-    return y, transpose(dy)
+    @jax.jit
+    def run(x, kernel, dy):
+        y, transpose = jax.vjp(multiply, x, kernel)
+        return y, transpose(dy)
+
+    return run(x, kernel, dy)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -76,7 +80,7 @@ def test_what_8_bits_can_say_is_exact(quantize):
 @pytest.mark.parametrize("quantize", DTYPES)
 def test_no_token_depends_on_those_beside_it(quantize):
     x_BTD, kernel_DF = normal((2, 8, 64), (64, 32))
-    multiply = lambda x: tensordot(quantize)(x, kernel_DF, 1)
+    multiply = jax.jit(lambda x: tensordot(quantize)(x, kernel_DF, 1))
     loud = x_BTD.at[:, 3].mul(1e4)
     np.testing.assert_allclose(multiply(loud)[:, 4:], multiply(x_BTD)[:, 4:], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(multiply(x_BTD[:1, 2:3]), multiply(x_BTD)[:1, 2:3], rtol=1e-5, atol=1e-5)
@@ -86,11 +90,11 @@ def test_no_token_depends_on_those_beside_it(quantize):
 def test_rows_of_experts_as_if_alone(quantize):
     sizes, (rows_MD, kernel_EDF) = (5, 0, 9, 2), normal((20, 64), (4, 64, 32))
     got = grouped_matmul(rows_MD, kernel_EDF, jnp.array(sizes), quantize=quantize)
-    ends = np.cumsum(sizes)
+    ends, multiply = np.cumsum(sizes), jax.jit(lambda x, kernel: tensordot(quantize)(x, kernel, 1))
     for end, size, kernel in zip(ends, sizes, kernel_EDF):
         if not size:
             continue
-        want = tensordot(quantize)(rows_MD[end - size : end], kernel, 1)
+        want = multiply(rows_MD[end - size : end], kernel)
         np.testing.assert_allclose(got[end - size : end], want, rtol=1e-5, atol=1e-5)
     assert not np.any(got[ends[-1] :])
 
@@ -100,7 +104,8 @@ def test_rows_of_experts_as_if_alone(quantize):
 
 def dots(config) -> list[tuple[str, str, bool]]:
     """(type of the left, of the right, whether the vocabulary's 80 is among their sizes) of the traced step's dots."""
-    text = step.lower(fresh_state(config), random_batch(np.random.default_rng(0), vocab=80), config=config).as_text()
+    batch = random_batch(np.random.default_rng(0), vocab=80)
+    text = step.lower(abstract_state(config)[0], batch, config=config).as_text()
     found = re.findall(r"stablehlo\.dot_general.*: \(tensor<([\dx]*)x(\w+)>, tensor<([\dx]*)x(\w+)>\)", text)
     return [(left, right, "80" in f"{a}x{b}".split("x")) for a, left, b, right in found]
 
@@ -175,10 +180,8 @@ def test_columns_on_a_mesh_are_those_of_one_device(quantize):
 
 def gradients_on(mesh, quantize: str, experts: int) -> tuple[float, dict]:
     """(loss, gradients) of a batch at the first step."""
-    config, batch = (
-        small_config(model__quantize=quantize, model__num_experts=experts),
-        random_batch(np.random.default_rng(0)),
-    )
+    config = small_config(model__quantize=quantize, model__num_experts=experts)
+    batch = random_batch(np.random.default_rng(0))
     with jax.set_mesh(mesh):
         run = jax.jit(partial(gradients, config=FrozenConfigDict(config)))
         grads, sums = run(init_state(config, mesh).params, to_global(batch, mesh, 16), jax.random.key(0))

@@ -8,9 +8,12 @@ On a mesh a device scales by what it holds of the sum. `columns` sums over all i
 of one device. Where the sum goes over devices (`rows`, and gradients), each part has a scale of its own, never a
 coarser one; the result differs from that of one device about as much as both do from the exact one.
 
-Matrix units that take 8 bits gain: fp8 on Hopper and later GPUs (cuBLASLt or Triton), int8 on TPUs v5e, v5p and v6e.
-Others widen the factors again, and lose. What is imported is not among qwix's public names, though MaxText imports it
-too: pyproject.toml says which versions have it.
+Matrix units that take 8 bits gain. For an H100 XLA makes fp8 products of cuBLASLt or Triton of all three. By the TPU
+compiler's cycles an MLP of Llama 8B, forward and backward, takes 32% less in int8 on v5e, 30% on v5p, 16% on v6e (one
+scale a tensor would change that by 2% at most), and in fp8 3% less, as much, and 21% more.
+
+What is imported is not among qwix's public names, though MaxText imports it too: pyproject.toml says which versions
+have it.
 """
 
 from collections.abc import Callable
