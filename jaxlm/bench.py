@@ -28,6 +28,7 @@ from jaxlm.measure import Times, peak_memory, resident, time_steps
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.process import reuse_freed_memory
+from jaxlm.start import inherit
 from jaxlm.state import abstract_inputs, abstract_state, check_sharding, init_state, jit_train_step
 from jaxlm.topology import peak_flops
 
@@ -187,9 +188,11 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--json={args.json}: there is no directory {Path(args.json).parent}")
     reuse_freed_memory()
     config = load(args.config)
-    problems = override(config, args.overrides)
+    problems = override(config, args.overrides) + inherit(config)
     with tempfile.TemporaryDirectory() as folder:
         require(problems)
+        if config.model.name == "ngram":
+            raise ConfigError("config.model.name=ngram: is counted, not trained: it has no step to time")
         config, where, flags = with_data(config, Path(folder) / "tokens")
         require(check(config, jax.device_count(), config.model.vocab_size))
         resolved = resolve(config)

@@ -34,6 +34,12 @@ def active_parameters(config: ConfigDict, params) -> int:
     return num_parameters(params) - (num_parameters(experts) // config.model.num_experts * idle if experts else 0)
 
 
+def reach(config: ConfigDict) -> dict[str, int]:
+    """The tokens that one sees at most in a row, itself included, by the letter of its layer in model.layers."""
+    m, T = config.model, config.data.seq_len
+    return {"S": min(m.window, m.context_length, T), "L": min(m.context_length, T)}
+
+
 def flops_per_token(config: ConfigDict, params) -> int:
     """Of one training step, model FLOPs without recomputation, as PaLM counts them (Chowdhery et al. 2022, appendix B).
 
@@ -41,11 +47,10 @@ def flops_per_token(config: ConfigDict, params) -> int:
     half that the causal mask leaves out is counted, as the field does). An encoder-decoder's is of a target
     and a source token, one in each stack. What is counted, not trained, has none.
     """
-    m, T = config.model, config.data.seq_len
+    m, seen = config.model, reach(config)
     if m.name == "ngram":
         return 0
-    reach = {"S": min(m.window, m.context_length, T), "L": min(m.context_length, T)}
-    attended = sum(reach[m.layers[i % len(m.layers)]] for i in range(m.num_layers))
+    attended = sum(seen[m.layers[i % len(m.layers)]] for i in range(m.num_layers))
     multiplying = active_parameters(config, params) - embedding_parameters(params)
     attention = 12 * m.num_heads * m.head_dim * attended if m.name in ATTENDING else 0
     return 6 * multiplying + attention
@@ -149,7 +154,7 @@ def attention_lines(config: ConfigDict, mesh) -> list[tuple[str, str]]:
     causal, in_order = m.name != "encoder", mesh.shape["sequence"] == 1
     kernels = {}
     for kind in m.layers:
-        plain = in_order and not config.data.isolate and (kind == "L" or not causal)
+        plain = in_order and not config.data.isolate and (reach(config)[kind] == T or not causal)
         with jax.set_mesh(mesh):
             auto = choose(q, T, plain=plain, in_order=in_order, causal=causal, softcap=m.attention_softcap)
         kernels[kind] = auto if m.attention == "auto" else m.attention

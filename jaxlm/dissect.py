@@ -17,12 +17,11 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.checkpoint import Checkpoints, items
 from jaxlm.config import flatten
-from jaxlm.costs import human
+from jaxlm.costs import human, reach
 from jaxlm.data.pipeline import train_batches
 from jaxlm.errors import UserError
 from jaxlm.kernels.cross_entropy import cross_entropy
-from jaxlm.keys import ATTENDING
-from jaxlm.measure import random_batch
+from jaxlm.losses import rows_of
 from jaxlm.models.layers import MLP
 from jaxlm.models.transformer import Attention, self_context, unembedding
 from jaxlm.parallel import hosts
@@ -59,23 +58,25 @@ def layer(module: nn.Module, mesh, x_BTD, *rest) -> float:
 
 def step_parts(config: ConfigDict, mesh) -> dict[str, float]:
     """Milliseconds a step of what can be taken out of it. config: resolved."""
-    c, batch, state, found = FrozenConfigDict(config), random_batch(config, mesh), init_state(config, mesh), {}
-    B, T = batch["tokens"].shape
+    c, state, found = FrozenConfigDict(config), init_state(config, mesh), {}
+    rows = train_batches(config, hosts.local_rows(mesh, c.train.batch_size))[0]
+    batch = hosts.to_global(rows, mesh, c.train.batch_size)
+    B, T = rows_of(batch)["tokens"].shape
     place = jax.NamedSharding(mesh, partition_spec(("batch", "residual", None), (B, T, c.model.embed_dim), mesh))
     x_BTD = jax.jit(
         lambda: jax.random.normal(jax.random.key(1), (B, T, c.model.embed_dim), c.model.dtype), out_shardings=place
     )()
-    if c.model.name in ATTENDING:
-        m, segments = c.model, batch["segments"] if c.data.isolate else None
+    if c.model.name in ("decoder", "encoder"):  # of one stack
+        m, flat = c.model, rows_of(batch)
+        segments = flat["segments"] if c.data.isolate else None
         causal = m.name == "decoder"
-        context = self_context(m, segments, segments, batch["positions"], None, None, None)
-        kinds = (m.layers * m.num_layers)[: m.num_layers]
-        reach = {"S": min(m.window, m.context_length), "L": m.context_length}
-        one = {kind: layer(Attention(m, reach[kind], causal), mesh, x_BTD, context, None) for kind in set(kinds)}
+        context = self_context(m, segments, segments, flat["positions"], None, None, None)
+        kinds, seen = (m.layers * m.num_layers)[: m.num_layers], reach(config)
+        one = {kind: layer(Attention(m, seen[kind], causal), mesh, x_BTD, context, None) for kind in set(kinds)}
         found["attention"] = sum(one[kind] for kind in kinds)
         if not m.num_experts:
             found["MLP"] = m.num_layers * layer(MLP(m, m.mlp_dim), mesh, x_BTD)
-    if "targets" in batch and c.task.name == "lm":
+    if c.task.name == "lm":
         table, options = unembedding(state.params), {"softcap": c.model.logit_softcap, "chunk": c.train.loss_chunk}
         loss = lambda x, table: cross_entropy(x, table, batch["targets"], **options)[0]
         found["loss"] = forward_and_backward(loss, x_BTD, table)

@@ -78,9 +78,8 @@ def visited(config: ConfigDict) -> float:
     """Part of the blocks of attention that some query of the block sees, over the pattern of layers."""
     m, T = config.model, config.data.seq_len
     n = -(-T // BLOCK)
-    reach = {"S": min(m.window, m.context_length, T), "L": min(m.context_length, T)}
     seen = lambda window: sum(min(i + 1, -(-window // BLOCK) + 1) for i in range(n)) / n**2
-    return sum(map(seen, (reach[kind] for kind in m.layers))) / len(m.layers)
+    return sum(seen(costs.reach(config)[kind]) for kind in m.layers) / len(m.layers)
 
 
 def state_memory(config: ConfigDict, mesh) -> dict[str, int]:

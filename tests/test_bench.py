@@ -95,6 +95,22 @@ def test_parts_of_a_step_and_of_a_run(tmp_path):
     assert loader["tokens_per_second"] > 0 and 0 < saving["blocked_ms"] <= saving["written_ms"]
 
 
+def test_parts_of_a_step_on_examples(tmp_path):
+    (tmp_path / "a.tsv").write_text("a fine film\tgood\na dull one\tbad\n" * 20)
+    task = {"task__name": "classify", "data__train": str(tmp_path / "a.tsv"), "data__tokenizer": "bytes"}
+    config = small_config(
+        model__name="encoder", model__num_labels=2, model__vocab_size=264, data__labels=("bad", "good"), **task
+    )
+    mesh = make_mesh(config)
+    with jax.set_mesh(mesh):
+        assert dissect.step_parts(config, mesh).keys() == {"attention", "MLP", "optimizer"}
+
+
+def test_a_counted_model_has_no_step(recipe):
+    with pytest.raises(ConfigError, match="no step to time"):
+        bench.main([recipe, "--config.model.name=ngram"])
+
+
 def test_only_a_batch_that_is_not_there_yet_is_waited_for():
     late = lambda k: time.sleep(0.2 if k == 3 else 0) or k
     step = lambda state, batch: (state + batch, {"loss": batch})

@@ -27,7 +27,7 @@ def structure_of(recipe):
     return json.dumps({key: value for key, value in tiny.items() if key not in SIZES})
 
 
-# Counted, not trained; and the LSTMs of two sides, whose losses are not yet those of two hosts (to 1e-4, not to 1e-6).
+# The other is counted, not trained.
 TRAINED = [recipe for recipe in RECIPES if recipe != "shakespeare_char.py:ngram"]
 UNLIKE = list({structure_of(recipe): recipe for recipe in reversed(TRAINED)}.values())
 

@@ -266,9 +266,12 @@ class Prefetch:
         return batch
 
     def __iter__(self) -> Iterator[dict]:
-        while self.ahead:
-            yield self.take()
-            self.refill()
+        try:
+            while self.ahead:
+                yield self.take()
+                self.refill()
+        finally:
+            self.close()
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
