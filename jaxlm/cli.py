@@ -2,8 +2,10 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
 
 from jaxlm.errors import ConfigError, UserError
 
@@ -53,6 +55,15 @@ def did_you_mean(word: str, allowed) -> str:
     """' (did you mean X?)', or '' where nothing is near."""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def near_path(path: str | PurePath) -> str:
+    """did_you_mean for a path that is not there: of what lies beside the first part of it that is missing."""
+    for part in (Path(path), *Path(path).parents):
+        if part.parent.is_dir():
+            near = difflib.get_close_matches(part.name, os.listdir(part.parent), n=1, cutoff=0.6)
+            return f"; did you mean {part.parent / near[0]}?" if near else ""
+    return ""
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

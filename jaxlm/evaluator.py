@@ -35,6 +35,15 @@ class Evaluator:
             paths = [path for path, _ in mixture(config)]
             self.num_bytes = sum(map(predicted_bytes, open_stores(config, "val"), paths))
 
+    def leaves_out(self) -> str:
+        """In words, what an evaluation leaves out of the split; empty where nothing."""
+        e, whole, said = self.config.eval, len(self.batches), []
+        if 0 < e.batches < whole:
+            said.append(f"the first {e.batches:,} of {whole:,} batches (eval.batches)")
+        if self.config.task.name in WRITTEN and 0 < e.generate < (total := len(self.sources[0].examples)):
+            said.append(f"texts for the first {e.generate:,} of {total:,} examples (eval.generate)")
+        return ", and ".join(said)
+
     def __call__(self, params, teacher=None) -> dict:
         """The figures of a task: always loss (nats), and what jaxlm/score.py makes of its examples' scores or texts."""
         sums, scores, complete = self.run(params, teacher)

@@ -10,10 +10,12 @@ from pathlib import Path
 import jax
 
 from jaxlm import cli
+from jaxlm.errors import ConfigError
 from jaxlm.keys import ROLES, WRITTEN
 from jaxlm.parallel import hosts
 
 SAMPLING = "max_tokens temperature top_k top_p num_samples seed stop".split()
+SEARCH = "beams length_penalty max_tokens output".split()
 
 
 def main(argv: list[str]) -> None:
@@ -43,6 +45,7 @@ def main(argv: list[str]) -> None:
     import jaxlm
 
     lm = jaxlm.load(args.workdir, step=args.step)
+    refuse_useless(lm.config.task.name, args, parser)
     prompts = args.prompt or ([] if args.input else [""])
     if args.input:
         prompts += Path(args.input).read_text().splitlines()
@@ -56,6 +59,17 @@ def main(argv: list[str]) -> None:
         if not alone:
             print(f"--- sample {i + 1} ---")
         print(prompts[i // args.num_samples] + text)
+
+
+def refuse_useless(task: str, args, parser: cli.Parser) -> None:
+    """Raises ConfigError where a flag was given that says nothing to a model of this task."""
+    follows = SAMPLING if task not in ROLES else SEARCH if task in WRITTEN else ["output"]
+    if task in WRITTEN and task != "seq2seq":  # which is searched, not sampled
+        follows = [*follows, "temperature", "top_k", "top_p", "seed"]
+    given = {name for name in (*SAMPLING, *SEARCH) if getattr(args, name) != parser.get_default(name)}
+    if useless := sorted(given - {*follows}):
+        say = lambda names: ", ".join(f"--{name}" for name in names)
+        raise ConfigError(f"{say(useless)}: not for a model of task {task}, which follows {say(follows)}")
 
 
 def answer(lm, prompts: list[str], args) -> None:

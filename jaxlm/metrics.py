@@ -187,14 +187,18 @@ def texts(hypotheses: Sequence[str], references: Sequence[str | Sequence[str]]) 
 def translation(hypotheses, references, lowercase: bool = False, tokenize: str = "13a") -> dict:
     """bleu and chrf of the corpus, to 100, and sacrebleu's signature and chrf_signature, which make them comparable.
 
-    `references` has a text for each hypothesis, or a list of one or more. `tokenize` is one of sacrebleu's.
+    `references` has a text for each hypothesis, or a list of one or more. `tokenize` is one of sacrebleu's. BLEU counts
+    runs of four tokens: where no reference has one it is left out, being 0 even for the references themselves.
     """
-    lib, streams = library("sacrebleu"), [*zip_longest(*texts(hypotheses, references))]
+    lib, lists = library("sacrebleu"), texts(hypotheses, references)
     if tokenize not in lib.BLEU.TOKENIZERS:
         raise ConfigError(f"sacrebleu has no tokenizer {tokenize!r}; it has {', '.join(lib.BLEU.TOKENIZERS)}")
     bleu, chrf = lib.BLEU(lowercase=lowercase, tokenize=tokenize), lib.CHRF(lowercase=lowercase)
-    scores = {name: m.corpus_score([*hypotheses], streams).score for name, m in (("bleu", bleu), ("chrf", chrf))}
-    return scores | {"signature": str(bleu.get_signature()), "chrf_signature": str(chrf.get_signature())}
+    scored = lambda metric: metric.corpus_score([*hypotheses], [*zip_longest(*lists)]).score
+    result = {"chrf": scored(chrf), "chrf_signature": str(chrf.get_signature())}
+    if any(bleu.corpus_score([text], [[text]]).totals[3] for each in lists for text in each):
+        result = {"bleu": scored(bleu), "signature": str(bleu.get_signature())} | result
+    return result
 
 
 def bleu_counts(hypotheses, references, lowercase: bool = False, tokenize: str = "13a") -> np.ndarray:

@@ -213,7 +213,7 @@ def vocabulary(config: ConfigDict) -> int:
     try:
         return open_stores(config, "train")[0].vocab_size
     except UserError as error:
-        raise ConfigError(f"config.model.vocab_size=0: it is the tokenizer's, and {error}") from None
+        raise ConfigError(f"{error}; or set config.model.vocab_size, which is the tokenizer's where it is 0") from None
 
 
 def find(text: str, slices: int) -> Topology:

@@ -1,7 +1,7 @@
 """What jaxlm.evaluate tells of a model: a report for each word of --tasks, and the table of them all."""
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import jax
 import numpy as np
@@ -30,6 +30,7 @@ class Reporter:
         self.evaluator = Evaluator(config, lm.mesh, lm.tokenizer)
         self.source = self.evaluator.sources[0]
         self.sums, self.scores, self.complete = self.evaluator.run(lm.params, lm.teacher)
+        self.files = []
 
     def loss(self) -> dict:
         return self.evaluator.figures(self.sums, self.complete)
@@ -37,6 +38,10 @@ class Reporter:
     def labels(self) -> dict:
         """The figures of the task, each with its interval; an ROC curve and a confusion matrix."""
         result, config = {"examples": len(self.scores), **score(self.config, self.source, self.scores)}, self.config
+        if config.task.name == "classify":  # what says nothing but the commonest class is right so often
+            counts, names = np.bincount(self.gold()), label_names(config)
+            result |= {"commonest_class": names[counts.argmax()], "commonest_share": counts.max() / counts.sum()}
+            result |= {"positive_class": names[1]} if "f1_positive" in result else {}
         numbers = list(self.scores)
         if self.args.bootstrap and config.task.name in INTERVALS:
             part = lambda chosen: score(
@@ -64,7 +69,7 @@ class Reporter:
         """BLEU, chrF and ROUGE of what the model writes."""
         said, wanted = self.written()
         result = metrics.translation(said, wanted, lowercase=self.config.data.lowercase) | metrics.rouge(said, wanted)
-        if self.args.bootstrap:
+        if self.args.bootstrap and "bleu" in result:
             counts = metrics.bleu_counts(said, wanted)
             result["bleu_interval"] = self.interval(metrics.bleu_of, counts)
         return result
@@ -109,7 +114,8 @@ class Reporter:
         return [round(x, 6) for x in metrics.bootstrap(metric, *arrays, samples=self.args.bootstrap)]
 
     def picture(self, name: str) -> Path:
-        return Path(self.args.pictures) / f"{name}.png"
+        self.files.append(f"{name}.png")
+        return Path(self.args.pictures) / self.files[-1]
 
 
 REPORTS = ("loss", "labels", "calibration", "texts", "samples", "sources", "groups")
@@ -147,6 +153,8 @@ def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) 
             config, reporter.source, reporter.scores, reporter.written if config.task.name in WRITTEN else None
         )
         Path(args.answers).write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
+    if reporter.files and jax.process_index() == 0:
+        print(f"wrote {', '.join(reporter.files)} to {args.pictures}")
     return result
 
 
@@ -168,9 +176,11 @@ def table(result: dict) -> list[str]:
 
 
 def comparison(results: dict[str, dict]) -> list[str]:
-    """A line for each run: the figures that any of them has."""
+    """A column for each run, a line for each figure that any of them has."""
     keys = dict.fromkeys(k for r in results.values() for k, x in r.items() if isinstance(x, (int, float, str)))
-    return columns([{"workdir": workdir} | {k: r.get(k, "") for k in keys} for workdir, r in results.items()])
+    last = {workdir: PurePath(workdir).name for workdir in results}
+    names = last if len(set(last.values())) == len(last) else {workdir: workdir for workdir in results}
+    return columns([{"": key} | {names[workdir]: r.get(key, "") for workdir, r in results.items()} for key in keys])
 
 
 def columns(rows: list[dict]) -> list[str]:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxlm.checkpoint import Checkpoints, as_target, config_of, tokenizer_of
+from jaxlm.cli import near_path
 from jaxlm.config import unflatten
 from jaxlm.data.examples import Examples
 from jaxlm.data.pipeline import load_tokenizer, open_stores
@@ -51,7 +52,8 @@ def inherit(config: ConfigDict) -> list[str]:
     problems, task = [], config.task
     for key, spec in (("train.init_from", config.train.init_from), ("task.teacher", task.teacher)):
         if spec and not (Path(split_step(spec)[0]) / "config.json").exists() and "://" not in spec:
-            problems.append(f"config.{key}={spec}: is not the --workdir of a jaxlm.train run")
+            near = near_path(split_step(spec)[0])
+            problems.append(f"config.{key}={spec}: is not the --workdir of a jaxlm.train run{near}")
     if problems:
         return problems
     whole = lambda spec: os.path.abspath(spec) if spec and "://" not in spec else spec  # evaluation may start elsewhere

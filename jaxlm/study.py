@@ -33,8 +33,8 @@ except ImportError:  # the program says so
     optuna = None
 
 DIRECTIONS = {  # by a word in a metric's name
-    "minimize": r"loss|perplexity|bits_per_byte|error|seconds",
-    "maximize": r"accuracy|f1|auc|exact_match|bleu|rouge|tokens_per_second|mfu",
+    "minimize": r"loss|perplexity|bits_per_byte|mse|error|seconds",
+    "maximize": r"accuracy|f1|auc|exact_match|bleu|chrf|rouge|pearson|margin|tokens_per_second|mfu",
 }
 FINISHED = ("done", "pruned", "refused", "diverged")  # others, running and failed, run again
 FAILURES = 3  # and no other outcome: the values are not the reason
@@ -60,7 +60,11 @@ def direction_of(metric: str) -> str:
     """minimize or maximize. Raises ConfigError where the name does not say."""
     found = [way for way, words in DIRECTIONS.items() if re.search(words, metric.rpartition("/")[2])]
     if len(found) != 1:
-        raise ConfigError(f"--metric={metric}: is less of it better, or more? Give --direction=minimize or maximize")
+        known = [word for words in DIRECTIONS.values() for word in words.split("|")]
+        near = did_you_mean(metric, [*known, *(f"eval/{word}" for word in known)])
+        raise ConfigError(
+            f"--metric={metric}: is less of it better, or more? Give --direction=minimize or maximize{near}"
+        )
     return found[0]
 
 
@@ -98,7 +102,8 @@ class Study:
             pairs = {key: (before["asked"].get(key), self.asked.get(key)) for key in {**before["asked"], **self.asked}}
             # Those with a dot have decided what is in the checkpoints; the goal, only what the finished trials came to.
             compared = [key for key in pairs if self.finished() or "." in key]
-            changed = [f"  {key}: {old} -> {new}" for key in compared for old, new in [pairs[key]] if old != new]
+            say = lambda value: "not given" if value in (None, "") else value
+            changed = [f"  {key}: {say(a)} -> {say(b)}" for key in compared for a, b in [pairs[key]] if a != b]
             if changed:
                 raise ConfigError("\n".join([f"{path} is of another search:", *changed, again]))
         elif (self.workdir / "trials").exists():

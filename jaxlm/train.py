@@ -156,6 +156,8 @@ class Run:
         self.config, self.mesh, self.checkpoints, self.monitor, self.best = config, mesh, checkpoints, monitor, best
         self.meta, self.hold = meta, hold
         self.evaluate = Evaluator(config, mesh) if config.eval.every else None
+        if self.evaluate and (some := self.evaluate.leaves_out()):
+            monitor.say(f"evaluation: {some}; all with jaxlm.evaluate")
         self.skipped = (0, 0)  # steps so far whose gradients were not finite, and of these the last in a row
         self.train_step = jit_train_step(config, mesh)
 
@@ -286,7 +288,7 @@ def main(argv: list[str]) -> int:
     else:
         problems += [] if problems else agree(config, vocab_size)
     if not (config.model.vocab_size or vocab_size) and (args.dry_run or args.print_config):
-        problems.append(f"config.model.vocab_size=0: it is the tokenizer's, and {data_problem}")
+        problems.append(f"{data_problem}; or set config.model.vocab_size, which is the tokenizer's where it is 0")
     require(problems + check(config, devices, vocab_size))
     config = resolve(config, vocab_size)
     if args.print_config:

@@ -65,7 +65,7 @@ def tune(
     total = trials or len(study.grid)
     way, seeds = "maximized" if study.maximize else "minimized", f" of {goal.seeds} seeds" if goal.seeds > 1 else ""
     have = f"{total} trials{seeds}, of which {study.finished()} are finished"
-    print(f"{goal.metric}, {way} over {', '.join(space)}: {have}", flush=True)
+    print(f"{goal.metric} ({goal.take} of each run), {way} over {', '.join(space)}: {have}", flush=True)
 
     def end(number, _):
         study.stop.set()

@@ -158,12 +158,9 @@ def test_several_runs_make_one_table_of_figures(workdir, tmp_path):
     flags = f"--workdir={workdir}", f"--workdir={copy}"
     run = program("jaxlm.evaluate", *flags, f"--json={tmp_path / 'both.json'}")
     head, *rows = [line.split() for line in run.stdout.splitlines()]
-    assert head[:4] == ["workdir", "model", "task", "parameters"] and [row[0] for row in rows] == [
-        str(workdir),
-        str(copy),
-    ]
+    assert head == [workdir.name, "copy"] and [row[0] for row in rows[:3]] == ["model", "task", "parameters"]
     results = json.loads((tmp_path / "both.json").read_text())
-    assert results[str(workdir)] == results[str(copy)] and rows[0][1:] == rows[1][1:]
+    assert results[str(workdir)] == results[str(copy)] and all(one == other for _, one, other in rows)
     refused = program("jaxlm.evaluate", *flags, "--gzip", check=False)
     assert refused.returncode == 2 and "give one --workdir" in refused.stderr
 
@@ -199,6 +196,25 @@ def test_a_state_survives_a_checkpoint_to_the_last_bit(tmp_path, text_dir):
     other = small_config(optim__name="muon", train__ema=0.9, model__vocab_size=257, model__num_layers=3)
     with pytest.raises(CheckpointError, match="layers/block_0/attention/key/kernel: saved"):
         checkpoints.restore(0, abstract_state(other)[0], state_shardings(other, mesh))
+    with pytest.raises(CheckpointError, match=r"config\.model\.num_layers: 2 -> 3"):
+        Checkpoints(tmp_path, other).restore(0, abstract_state(other)[0], state_shardings(other, mesh))
+    (tmp_path / "checkpoints" / "0" / "params" / "_METADATA").unlink()
+    with pytest.raises(CheckpointError, match="is damaged: its params"):
+        Checkpoints(tmp_path, c).restore(0, abstract_state(c)[0], state_shardings(c, mesh))
+
+
+def test_a_path_that_is_not_there_names_the_nearest(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "reviews").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="did you mean runs/reviews\\?"):
+        jaxlm.load("runs/reviws")
+    with pytest.raises(CheckpointError, match="did you mean runs\\?"):
+        jaxlm.load("rums/reviews")
+
+
+def test_flags_that_say_nothing_to_a_model_are_refused(workdir):
+    run = program("jaxlm.generate", f"--workdir={workdir}", "--prompt=a", "--beams=4", check=False)
+    assert run.returncode == 2 and "--beams: not for a model of task lm, which follows --max_tokens" in run.stderr
 
 
 def test_bits_per_byte_of_chars_leave_out_what_cannot_be_predicted(tmp_path):

@@ -133,7 +133,8 @@ def test_translation_is_sacrebleus():
     )
     assert "nrefs:var" in got["signature"] and "nrefs:var" in got["chrf_signature"]
     assert metrics.bleu_of(metrics.bleu_counts(ours, ragged)) == pytest.approx(got["bleu"])
-    assert metrics.translation(["", "x"], ["", "y"])["bleu"] == 0
+    assert metrics.translation(["", "x"], ["", "four of these words"])["bleu"] == 0
+    assert metrics.translation(["x"], ["three of these"]).keys() == {"chrf", "chrf_signature"}
     with pytest.raises(ConfigError, match="no tokenizer 'klingon'"):
         metrics.translation(ours, first, tokenize="klingon")
 

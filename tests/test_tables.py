@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jaxlm.data.tables import absolute, paths_of, read_examples
+from jaxlm.data.tables import absolute, paths_of, read_examples, refuse
 from jaxlm.errors import DataError
 
 ROWS = [("a fine day", "good"), ('he said "no",\tthen', "bad"), ("zwölf\u2028 Boxer \x85", "good"), ("", "bad")]
@@ -94,6 +94,13 @@ def test_absolute_specs_name_the_same_files(tmp_path, monkeypatch):
     assert absolute("") == ""
 
 
+def test_what_is_wrong_in_many_places_is_said_once():
+    with pytest.raises(
+        DataError, match=r"^3 problems in the examples:\n  a:1: no x \(and so in 1 more\)\n  a:3: no y$"
+    ):
+        refuse(["a:1: no x", "a:2: no x", "a:3: no y"])
+
+
 @pytest.mark.parametrize("columns", ["text=review label=stars", "text=1,label=2", "label=stars text=1"])
 def test_columns_by_name_and_by_place(tmp_path, columns):
     rows = [("id", "review", "stars"), ("7", "fine", "5"), ("8", "bad", "1")]
@@ -154,7 +161,7 @@ def test_a_mistake_is_named_with_its_remedy(tmp_path, name, content, said):
 
 
 def test_ten_problems_are_shown_of_all_files(tmp_path):
-    write(tmp_path / "1.tsv", "text\tlabel\n" + "ragged\n" * 1200)
+    write(tmp_path / "1.tsv", "text\tlabel\n" + "".join("ragged\t" * n + "\n" for n in range(2, 1202)))
     write(tmp_path / "2.jsonl", "")
     message = refused(f"{tmp_path}/*")
     assert message.startswith("1,201 problems") and message.count("1.tsv:") == 10 and "and 1,191 more" in message
@@ -162,7 +169,7 @@ def test_ten_problems_are_shown_of_all_files(tmp_path):
 
 def test_files_that_are_not_there(tmp_path):
     write(tmp_path / "train.tsv", "a\tx\n")
-    assert "train.tsx; did you mean train.tsv?" in refused(tmp_path / "train.tsx")
+    assert f"train.tsx; did you mean {tmp_path}/train.tsv?" in refused(tmp_path / "train.tsx")
     assert "no directory" in refused(tmp_path / "nowhere" / "train.tsv")
     write(tmp_path / "a.de", "a\nb\n")
     write(tmp_path / "a.en", "a\n")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxlm.cli import near_path
 from jaxlm.errors import ConfigError, DataError
 
 VERSION = 1
@@ -46,7 +47,10 @@ def load_manifest(path: str | Path) -> dict:
             )
         return manifest
     except OSError as error:
-        raise DataError(f"{path} is not prepared data: {file}: {error.strerror}; make it with `{command}`") from None
+        near = "" if file.exists() else near_path(path)
+        raise DataError(
+            f"{path} is not prepared data: {file}: {error.strerror}{near}; make it with `{command}`"
+        ) from None
     except (ValueError, KeyError, AttributeError) as error:
         if isinstance(error, DataError):
             raise

@@ -11,10 +11,11 @@ import io
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxlm.cli import did_you_mean
+from jaxlm.cli import did_you_mean, near_path
 from jaxlm.errors import DataError
 from jaxlm.keys import LABELLED, ROLES
 
@@ -60,10 +61,16 @@ def is_missing(value) -> bool:
 
 
 def refuse(bad: list[str]) -> None:
+    """Raises DataError where there are problems, each "PLACE: WHAT"; what is the same in many places is said once."""
     if bad:
-        more = [f"and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
+        first, repeats = {}, Counter(problem.partition(": ")[2] for problem in bad)
+        for problem in bad:
+            first.setdefault(problem.partition(": ")[2], problem)
+        again = lambda what: f" (and so in {repeats[what] - 1:,} more)" if repeats[what] > 1 else ""
+        lines = [problem + again(what) for what, problem in first.items()]
+        more = [f"and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
         count = "1 problem" if len(bad) == 1 else f"{len(bad):,} problems"
-        raise DataError(f"{count} in the examples:\n  " + "\n  ".join(bad[:SHOWN] + more))
+        raise DataError(f"{count} in the examples:\n  " + "\n  ".join(lines[:SHOWN] + more))
 
 
 # ---------------------------------------------------------------- which column is which
@@ -173,9 +180,9 @@ def paths_of(spec: str) -> list[str]:
         paths += ["+".join(files) for files in zip(*found)]
     if missing or not paths:
         folder = Path(missing[0]).parent if missing else Path()
-        near = did_you_mean(Path(missing[0]).name, os.listdir(folder)) if missing and folder.is_dir() else ""
         where = "" if folder.is_dir() else f"; there is no directory {folder}"
-        raise DataError(f"there is no file {', '.join(missing) or repr(spec)}{near}{where}")
+        near = near_path(missing[0]) if missing else ""
+        raise DataError(f"there is no file {', '.join(missing) or repr(spec)}{where}{near}")
     return paths
 
 
