@@ -13,8 +13,9 @@ from jaxlm.meshes import mesh, nearest_divisors, nearest_multiples
 
 AT_LEAST_ONE = (
     "model.embed_dim model.num_heads model.window model.order model.buckets data.seq_len train.steps train.batch_size "
-    "train.grad_accumulation train.max_skipped model.experts_per_token model.pipeline_rounds checkpoint.every "
-    "checkpoint.keep log.every data.prefetch mesh.slices task.window data.vocab_size data.min_count eval.beams"
+    "train.grad_accumulation train.max_skipped model.scan_unroll model.experts_per_token model.pipeline_rounds "
+    "checkpoint.every checkpoint.keep log.every data.prefetch mesh.slices task.window data.vocab_size data.min_count "
+    "eval.beams"
 ).split()
 AT_LEAST_ZERO = (
     "model.num_layers model.num_kv_heads model.head_dim model.mlp_dim model.vocab_size model.context_length "

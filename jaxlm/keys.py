@@ -77,6 +77,7 @@ CHOICES = {
     "model.quantize": ("none", "fp8", "int8"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
+    "train.accumulation_dtype": ("float32", "bfloat16"),
     "mesh.strategy": tuple(STRATEGIES),
     "mesh.across": ("data", "fsdp", "stage"),
     "optim.name": ("sgd", "adam", "adamw", "adafactor", "lion", "muon"),
@@ -156,6 +157,7 @@ def base() -> ConfigDict:
     m.embed_dropout = -1.0  # on embeddings alone; -1: as dropout
     m.embed_std = 0.02  # standard deviation of the initial embeddings; matrices start at 1 / sqrt(inputs)
     m.scan = True  # one compiled layer for all: fast compiles; False unrolls, faster on CPU
+    m.scan_unroll = 1  # rounds of layers in the body of that loop: more can overlap, and take longer to compile
     m.remat = "none"  # what the backward pass recomputes: none | full | dots (all but products) | attention
     m.attention = "auto"  # or reference | dense (CPU) | blockwise | splash (TPU) | xla | cudnn | tokamax (GPUs)
     m.context_parallel = "ring"  # how attention meets the keys of other devices (mesh.sequence): ring | all_gather
@@ -190,6 +192,7 @@ def base() -> ConfigDict:
     t.steps = 1000  # length of the run and of the schedule
     t.batch_size = 32  # rows in one optimizer step, over all devices
     t.grad_accumulation = 1  # microbatches a step: less memory, the same result
+    t.accumulation_dtype = "float32"  # of the sum of their gradients; bfloat16: half of its memory, rounded each time
     t.stop_at = 0  # end cleanly after this step, leaving the schedule as it is; 0: at steps
     t.loss_chunk = 0  # positions whose logits exist at one time; 0: 64 MiB of them on a CPU, else 512
     t.z_loss = 0.0  # weight of log(Z)^2, keeps logits from drifting (PaLM: 1e-4)

@@ -64,7 +64,8 @@ def estimate(config: ConfigDict, overrides: dict, pod: Topology) -> Option | Non
     kept = KEPT[m.remat] * width + (gates * mlp if m.remat in ("dots", "none") else 0)
     one_layer = 2 * costs.num_parameters(shapes.params["layers"]) / m.num_layers / tensor
     layer_work = tokens * 2 * (4 * width + 3 * mlp)  # of the layer that is computed again
-    memory = of("params") + of("opt_state") + of("ema") + (of("params") if parts > 1 else 0)
+    memory = of("params") + of("opt_state") + of("ema")
+    memory += of("params") * (parts > 1) / (1 if config.train.accumulation_dtype == "float32" else 2)
     memory += 2 * tokens * kept * m.num_layers + layer_work + GATHER * one_layer
     memory += min(LOGITS, 12 * tokens * m.vocab_size)
     again = {"full": 8, "attention": 8, "dots": 6.3, "none": 6}[m.remat] / 6

@@ -27,8 +27,8 @@ from jaxlm.workdir import run_directory
 
 # Keys of the model section that say nothing of the parameters it starts from: the new run's own.
 OWN = (
-    "num_labels pooling lora_rank lora_alpha lora_targets dropout embed_dropout recurrent_dropout remat attention "
-    "context_parallel pipeline_microbatches pipeline_rounds dtype param_dtype quantize vocab_size"
+    "num_labels pooling lora_rank lora_alpha lora_targets dropout embed_dropout recurrent_dropout scan_unroll remat "
+    "attention context_parallel pipeline_microbatches pipeline_rounds dtype param_dtype quantize vocab_size"
 ).split()
 
 

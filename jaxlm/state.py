@@ -113,9 +113,13 @@ def gradients(params: dict, batch: dict, key: jax.Array, config: ConfigDict, tea
         grads, sums = gradient(trained, batch, key)
     else:  # row i goes to microbatch i % parts: every device keeps its own rows
         micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(gradient, trained, batch, key))
-        add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(trained, *part)), None)
-        (grads, sums), _ = jax.lax.scan(add, zeros, (micro, jax.random.split(key, parts)))
+        shapes, sums = jax.eval_shape(gradient, trained, batch, key)
+        zeros = lambda tree, dtype: jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), tree)
+        start = zeros(shapes, config.train.accumulation_dtype), zeros(sums, jnp.float32)
+        plus = lambda total, x: (total.astype(jnp.float32) + x).astype(total.dtype)
+        add = lambda sums, part: (jax.tree.map(plus, sums, gradient(trained, *part)), None)
+        (grads, sums), _ = jax.lax.scan(add, start, (micro, jax.random.split(key, parts)))
+        grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
     routing, _ = sums.pop("routing"), sums.pop("weight")
     return grads, {name: value / weight for name, value in sums.items()} | {"routing": routing}
 

@@ -1,5 +1,7 @@
 """Laws of the decoder: causality, isolation of documents, cached = uncached, scan = unrolled; the published shapes."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +119,17 @@ def test_scan_and_unrolled_layers_are_one_model():
     a, _ = build(scanned).apply({"params": params}, tokens)
     b, _ = build(plain).apply({"params": {**params, "layers": blocks}}, tokens)
     np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_rounds_unrolled_in_the_scan_change_no_gradient():
+    tokens = jax.random.randint(jax.random.key(3), (2, 32), 0, 64)
+    grads = []
+    for unroll in (1, 2):
+        c = small_config(model__num_layers=3, model__scan_unroll=unroll, model__remat="full")
+        f = lambda p, c=c: jnp.sin(build(c).apply({"params": p}, tokens)[0]).sum()
+        grads.append(jax.grad(f)(fresh_state(c).params))
+    rounding = 1e-6 * max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads[0]))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=rounding), *grads)
 
 
 def test_remat_changes_no_gradient():

@@ -10,7 +10,7 @@ from conftest import fresh_state, mesh_of, one_step, random_batch, small_config
 
 from jaxlm.parallel.hosts import to_global
 from jaxlm.parallel.mesh import partition_spec
-from jaxlm.state import State, abstract_state, eval_step, init_state, state_shardings, train_step
+from jaxlm.state import State, abstract_state, eval_step, gradients, init_state, state_shardings, train_step
 
 MESHES = [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
@@ -71,6 +71,15 @@ def test_microbatches_change_nothing():
     for parts in (2, 4):
         assert float(results[parts][0]) == pytest.approx(float(results[1][0]), rel=1e-6)
         assert float(results[parts][1]) == pytest.approx(float(results[1][1]), rel=1e-5)
+
+
+def test_gradients_summed_in_bfloat16_are_its_rounding_off():
+    batch, grads = random_batch(np.random.default_rng(0)), {}
+    for dtype in ("float32", "bfloat16"):
+        c = small_config(train__grad_accumulation=4, train__accumulation_dtype=dtype)
+        grads[dtype], _ = gradients(fresh_state(c).params, batch, jax.random.key(0), c)
+    for exact, rounded in zip(*map(jax.tree.leaves, grads.values())):
+        assert rounded.dtype == jnp.float32 and 0 < np.abs(rounded - exact).max() <= 3 * 2**-8 * np.abs(exact).max()
 
 
 def test_microbatches_change_nothing_on_a_mesh():

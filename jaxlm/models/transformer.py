@@ -323,6 +323,7 @@ def stack(
         split_rngs={"params": True, "dropout": True},
         in_axes=(nn.broadcast, 0),
         length=length or config.num_layers // len(config.layers),
+        unroll=config.scan_unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(config, config.layers, train, causal, cross, **place)
