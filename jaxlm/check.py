@@ -8,7 +8,18 @@ from ml_collections import ConfigDict
 from jaxlm.cli import did_you_mean
 from jaxlm.config import flatten, set_key
 from jaxlm.errors import ConfigError
-from jaxlm.keys import ATTENDING, CHOICES, FOLLOWED, LABELLED, ROLES, TOKEN_TASKS, TWO_SIDED, base
+from jaxlm.keys import (
+    ATTENDING,
+    CHOICES,
+    FOLLOWED,
+    LABELLED,
+    METRICS,
+    OF_TEXTS,
+    ROLES,
+    TOKEN_TASKS,
+    TWO_SIDED,
+    base,
+)  # fmt: skip
 from jaxlm.meshes import mesh, nearest_divisors, nearest_multiples
 
 AT_LEAST_ONE = (
@@ -184,6 +195,13 @@ def task(c: ConfigDict) -> list[str]:
             re.compile(m.lora_targets)
         except re.error as error:
             problems.append(f"config.model.lora_targets={m.lora_targets!r}: not a regular expression: {error}")
+    if (metric := c.eval.metric) not in METRICS[k.name]:
+        problems.append(
+            f"config.eval.metric={metric}: an evaluation of task {k.name} has {', '.join(METRICS[k.name])}"
+            f"{did_you_mean(metric, METRICS[k.name])}"
+        )
+    elif metric in OF_TEXTS and not c.eval.generate:
+        problems.append(f"config.eval.metric={metric}: needs texts; set config.eval.generate=100, say")
     return problems + in_vain(c)
 
 

@@ -75,8 +75,9 @@ class Checkpoints:
         workdir, self.config = run_directory(workdir), config
         self.path = (workdir if in_bucket(workdir) else workdir.absolute()) / "checkpoints"
         if config is None and not self.path.is_dir():
-            found = "has no checkpoints/" if workdir.is_dir() else f"is not a directory{near_path(workdir)}"
-            raise CheckpointError(f"{workdir} {found}: give the --workdir of a jaxlm.train run that has saved")
+            found = "has no checkpoints/" if workdir.is_dir() else "is not a directory"
+            need = "give the --workdir of a jaxlm.train run that has saved"
+            raise CheckpointError(f"{workdir} {found}: {need}{near_path(workdir)}")
         options = {"read_only": True}
         if config is not None:
             policies = [keep.LatestN(config.checkpoint.keep)]

@@ -91,10 +91,12 @@ def unflatten(flat: dict) -> ConfigDict:
 
 
 def nearest_key(key: str, known: dict) -> str:
-    """The nearest full key, or the nearest last word in any section."""
+    """The key of that last word in another section, else the nearest full key, or the nearest last word in any."""
+    last = {k.rpartition(".")[2]: k for k in known}
+    if same := last.get(key.rpartition(".")[2]):
+        return f"; did you mean {same}?"
     hint = did_you_mean(key, known)
     if not hint:
-        last = {k.rpartition(".")[2]: k for k in known}
         word = did_you_mean(key.rpartition(".")[2], last).removeprefix("; did you mean ").rstrip("?")
         hint = f"; did you mean {last[word]}?" if word else ""
     return hint

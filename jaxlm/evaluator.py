@@ -88,7 +88,7 @@ def installed() -> bool:
     """Whether the libraries of jaxlm/metrics.py are here; training goes on without."""
     here = importlib.util.find_spec("scipy") is not None
     if not here:
-        logging.getLogger("jaxlm").warning('F1, AUC and other figures in training need: pip install "jaxlm[eval]"')
+        logging.getLogger("jaxlm").warning('F1, AUC and other figures in training need: pip install -e ".[eval]"')
     return here
 
 

@@ -46,6 +46,8 @@ def main(argv: list[str]) -> None:
 
     lm = jaxlm.load(args.workdir, step=args.step)
     refuse_useless(lm.config.task.name, args, parser)
+    if lm.config.task.name in ROLES and not (args.prompt or args.input):
+        raise ConfigError(f"--prompt or --input: what is a model of task {lm.config.task.name} to answer?")
     prompts = args.prompt or ([] if args.input else [""])
     if args.input:
         prompts += Path(args.input).read_text().splitlines()

@@ -29,6 +29,23 @@ ATTENDING = ("decoder", "encoder", "encoder_decoder")  # models with heads
 LABELLED = ("classify", "multilabel", "regress")  # one label an example, not one a token
 HEADED = (*LABELLED, "tag", "qa")  # answered by a head of model.num_labels outputs, not from the vocabulary
 WRITTEN = ("seq2seq", "sft", "dpo")  # answered with a text that the model writes
+# What an evaluation in training may tell, where the data and the libraries that are here allow it: for eval.metric.
+METRICS = dict.fromkeys((*TOKEN_TASKS, "seq2seq", "sft"), ("loss", "perplexity", "tokens", "divergence"))
+METRICS["lm"] += ("bits_per_byte", "bytes")
+METRICS |= {
+    "classify": (
+        "loss", "accuracy", "precision", "recall", "f1", "f1_micro", "f1_positive", "auc", "log_loss", "divergence"
+    ),
+    "multilabel": ("loss", "f1", "f1_micro", "exact_match", "auc", "divergence"),
+    "regress": ("loss", "mse", "mae", "pearson", "spearman", "divergence"),
+    "tag": (
+        "loss", "accuracy", "f1", "f1_micro", "entity_precision", "entity_recall", "entity_f1", "divergence"
+    ),
+    "qa": ("loss", "exact_match", "f1", "divergence"),
+    "dpo": ("loss", "accuracy", "margin", "pairs"),
+}  # fmt: skip
+OF_TEXTS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum")  # where eval.generate is not 0
+METRICS |= {task: METRICS[task] + OF_TEXTS for task in WRITTEN}
 # Keys that only some tasks follow: elsewhere they would be set in vain.
 FOLLOWED = {
     "task.mask_rate": ("mlm", "span_corruption", "ul2"),

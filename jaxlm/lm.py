@@ -14,10 +14,11 @@ from jaxlm.cli import did_you_mean
 from jaxlm.config import mesh_sizes
 from jaxlm.data.examples import encoder_of
 from jaxlm.data.pipeline import eval_rows
+from jaxlm.data.tokenizer import Words
 from jaxlm.data.transforms import Vocabulary
 from jaxlm.decode import generate_tokens, pad_prompts
 from jaxlm.errors import ConfigError, UserError
-from jaxlm.keys import MESH_AXES, ROLES, WRITTEN
+from jaxlm.keys import HEADED, MESH_AXES, ROLES, WRITTEN
 from jaxlm.losses import mesh_order, token_losses
 from jaxlm.meshes import fits
 from jaxlm.models import build, next_logits
@@ -68,6 +69,7 @@ class LM:
         Where the tokenizer has no beginning-of-text token (chars), the first token of a text cannot be predicted and
         does not count. A text without a counted token has nan.
         """
+        self._require_text("loss")
         texts = [texts] if isinstance(texts, str) else texts
         T = self.config.data.seq_len
         rows, owners = [], []
@@ -105,6 +107,7 @@ class LM:
 
         temperature 0: greedy. top_k, top_p: 0 is off. stop: a text ends before the first of these strings.
         """
+        self._require_text("generate")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         require_sampling(max_tokens, temperature, top_k, top_p, num_samples)
         ids = [self._prompt(prompt) for prompt in prompts for _ in range(num_samples)]
@@ -132,6 +135,7 @@ class LM:
         if task not in ROLES:
             raise UserError(f"lm.answer: task {task} has no examples to answer; use lm.generate, lm.loss or lm.logits")
         column = "prompt" if task == "sft" else ROLES[task][0]
+        examples = [examples] if isinstance(examples, (str, dict)) else examples
         examples = [{column: example} if isinstance(example, str) else dict(example) for example in examples]
         with jax.set_mesh(self.mesh):
             if task in WRITTEN:
@@ -141,9 +145,12 @@ class LM:
 
     def neighbors(self, word: str, count: int = 10) -> list[tuple[str, float]]:
         """The tokens whose embeddings have the largest cosine similarity with the mean of the word's, and that."""
+        if "embed" not in self.params or "tokens" not in self.params["embed"] or self.config.model.name == "bag":
+            raise UserError(f"lm.neighbors: model.name={self.config.model.name} has no embeddings of tokens")
         ids = self.tokenizer.encode(word)
-        if not len(ids):
-            raise UserError(f"lm.neighbors: {word!r} has no token")
+        said = self.tokenizer.decode(ids)
+        if not said.strip() or (Words.UNKNOWN in said and Words.UNKNOWN not in word):
+            raise UserError(f"lm.neighbors: {word!r} is not in the vocabulary")
         table_VD = fetch(self.params["embed"]["tokens"])[: self.tokenizer.vocab_size].astype(np.float32)
         table_VD /= np.maximum(np.linalg.norm(table_VD, axis=1, keepdims=True), 1e-9)
         mean_D = table_VD[ids].mean(axis=0)
@@ -151,6 +158,10 @@ class LM:
         similar[ids] = -np.inf
         best = np.argsort(-similar)[:count]
         return [(self.tokenizer.decode([i]), float(similar[i])) for i in best if np.isfinite(similar[i])]
+
+    def _require_text(self, what: str) -> None:
+        if self.config.task.name in HEADED:
+            raise UserError(f"lm.{what}: a model of task {self.config.task.name} foretells no tokens; use lm.answer")
 
     def _prompt(self, prompt: str) -> np.ndarray:
         ids, bos = self.tokenizer.encode(prompt), self.tokenizer.bos_id

@@ -26,7 +26,7 @@ def library(name: str):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ConfigError(f'{error.name} is not installed; type: pip install "jaxlm[eval]"') from None
+        raise ConfigError(f'{error.name} is not installed; type: pip install -e ".[eval]"') from None
 
 
 def count(**columns: Sequence) -> int:

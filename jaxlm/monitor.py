@@ -2,8 +2,10 @@
 
 import json
 import math
+import statistics
 import sys
 import time
+from collections import deque
 from pathlib import PurePath
 
 import jax
@@ -32,6 +34,7 @@ class Monitor:
         self.step_tokens = config.train.batch_size * config.data.seq_len
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.data_seconds = 0.0
+        self.paces = deque(maxlen=9)  # seconds a step between the last rows, for an ETA that one stall does not move
         self.mark = (start, time.perf_counter())
         if not self.active:
             return
@@ -76,12 +79,14 @@ class Monitor:
             row["mfu"] = round(rate * self.flops_per_token / (self.peak_flops * jax.device_count()), 4)
         if step == self.start + 1:  # compiling: no speed is measured by it
             row = {k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu")}
+        else:
+            self.paces.append(seconds)
         self.mark, self.data_seconds = (step, now), 0.0
         if step % self.config.log.every == 0 or step == 1:
             self.write(row)
-        self.show(row, seconds)
+        self.show(row)
 
-    def show(self, row: dict, seconds: float) -> None:
+    def show(self, row: dict) -> None:
         text = f"loss {row['loss']:.4f}"
         if "tokens_per_second" in row:
             text += f"  {row['tokens_per_second']:,.0f} tokens/s"
@@ -91,7 +96,7 @@ class Monitor:
             self.progress.update(self.task, shown=text)
         else:
             stop = self.config.train.stop_at
-            left = clock((stop - row["step"]) * seconds) if "tokens_per_second" in row else "--:--"
+            left = clock((stop - row["step"]) * statistics.median(self.paces)) if self.paces else "--:--"
             print(f"step {row['step']:>6}/{stop}  {text}  lr {row['learning_rate']:.2e}  ETA {left}", flush=True)
 
     def evaluation(self, step: int, result: dict) -> None:

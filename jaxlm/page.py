@@ -102,7 +102,7 @@ def page(plan: Plan, found: dict) -> str:
     if pod.estimate:
         lines += [
             "AN ESTIMATE: compiled for CPUs, which send float32 for bfloat16, up to twice the bytes. XLA's compiler",
-            f"for GPUs comes with pip install 'jaxlm[cuda]', and knows {' and '.join(GPU_CHANGES)}",
+            f"for GPUs comes with pip install -e '.[cuda]', and knows {' and '.join(GPU_CHANGES)}",
         ]
     verdict = "fits" if found["fits"] else "doesn't fit"
     room = f"{human(available - needed)} to spare" if found["fits"] else f"{human(needed - available)} too much"

@@ -46,7 +46,7 @@ def roc(path, scores_NC, labels_N, names: Sequence[str] | None = None) -> None:
         for rank, (area, k) in reversed([*enumerate(shown)]):
             colour, width, name = (COLOURS[rank], 1.5, short(table[k]["name"])) if rank < 6 else ("#C4C4C4", 0.7, "")
             x, y, _ = curve(labels == k, np.asarray(scores_NC)[:, k])
-            axes.plot(x, y, color=colour, linewidth=width, label=name and f"{area:.3f} {name}")
+            axes.plot(x, y, color=colour, linewidth=width, label=name and f"{area:.3f}, class {name}")
         axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1, label="0.500 chance")
         axes.legend(title="AUC", loc="lower right", alignment="left")
         of = f" for the class {only}" if len(table) == 2 else f", mean of {len(shown)} classes, each against the rest"
@@ -131,7 +131,7 @@ def losses(path, runs: str | PurePath | Sequence[tuple[str, str | PurePath]]) ->
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.3)
-        figure.legend(loc="outside right upper") if len(runs) > 3 else axes.legend(loc="upper right")
+        figure.legend(loc="outside right upper") if len(runs) > 3 else axes.legend(loc="best")
 
 
 def read(file: str | PurePath, key: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from jaxlm import metrics, pictures
 from jaxlm.check import mixture
 from jaxlm.data.examples import label_names
+from jaxlm.errors import ConfigError
 from jaxlm.evaluator import Evaluator
 from jaxlm.keys import ROLES, WRITTEN
 from jaxlm.score import SCORED, answers_of, score, write_answers
@@ -125,8 +126,7 @@ def usual(config: ConfigDict, source) -> list[str]:
     """The reports that a task's model is for."""
     task, words = config.task.name, ["loss"]
     words += ["labels"] * (task in SCORED) + ["calibration"] * (task == "classify") + ["texts"] * (task in WRITTEN)
-    if task in SCORED and any("group" in example for example in source.examples):
-        words.append("groups")
+    words += ["groups"] * (task in SCORED and any("group" in example for example in source.examples))
     return words + ["sources"] * (task not in ROLES and "," in config.data.mixture)
 
 
@@ -135,13 +135,17 @@ def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) 
     reporter, result = Reporter(lm, config, args), {}
     fits = {
         "labels": config.task.name in SCORED,
-        "groups": config.task.name in SCORED,
+        "groups": config.task.name in SCORED and any("group" in example for example in reporter.source.examples),
         "calibration": config.task.name == "classify",
         "texts": config.task.name in WRITTEN,
         "samples": config.task.name in (*WRITTEN, "lm", "prefix_lm", "fim"),
         "sources": config.task.name not in ROLES,
     }
-    for word in asked or usual(config, reporter.source):
+    words = asked or usual(config, reporter.source)
+    if not any(fits.get(word, True) for word in words):
+        fit = ", ".join(word for word in REPORTS if fits.get(word, True))
+        raise ConfigError(f"--tasks={','.join(words)}: not for task {config.task.name} on these data; {fit} are")
+    for word in words:
         if not fits.get(word, True):
             print(f"--tasks: {word} is not for task {config.task.name}")
             continue

@@ -90,6 +90,7 @@ def agree(config: ConfigDict, vocab_size: int) -> list[str]:
                 f"id is another text; {'give' if task.name in ROLES else 'prepare'} {where}{split_step(spec)[0]}"
             )
         elif key == "task.teacher":
+            given = f"config.train.init_from={spec}" if spec == config.train.init_from else given
             problems += [f"{given}: {problem}" for problem in unlike(config_of(meta), config, vocab_size)]
         else:
             config.model.vocab_size = max(config.model.vocab_size, vocab_size)
@@ -106,7 +107,7 @@ def unlike(teacher: ConfigDict, config: ConfigDict, vocab_size: int) -> list[str
     if theirs < vocab_size:
         return [
             f"a model of {theirs:,} ids, but the data of task {task} have {vocab_size:,}: it was trained on task "
-            f"{teacher.task.name}; give a run of task {'sft' if task == 'dpo' else task}"
+            f"{teacher.task.name}; give a run of task {'sft, whose model knows who speaks' if task == 'dpo' else task}"
         ]
     if task in HEADED and (teacher.task.name, teacher.data.labels) != (task, config.data.labels):
         return [

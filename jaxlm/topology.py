@@ -151,7 +151,7 @@ def describe(text: str, slices: int = 1) -> Topology:
     except Exception as error:
         missing = any(words in str(error) for words in ("libtpu", "not installed", "Unable to initialize"))
         if missing or isinstance(error, ImportError):
-            raise UserError(f"--topology={text} needs the TPU compiler: pip install 'jaxlm[tpu]' ({error})") from None
+            raise UserError(f"--topology={text} needs the TPU compiler: pip install -e '.[tpu]' ({error})") from None
         raise ConfigError(f"--topology={text}: the TPU compiler knows no such slice ({error})") from None
     if len(found.devices) != slices * math.prod(shape):
         raise ConfigError(f"--topology={text}: the compiler counts the cores of {chip}, two a chip, as train does not")

@@ -25,6 +25,7 @@ from jaxlm.errors import CheckpointError, ConfigError, NumericsError, UserError
 from jaxlm.evaluator import Evaluator
 from jaxlm.keys import MESH_AXES
 from jaxlm.monitor import Monitor
+from jaxlm.optim import split
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import abstract_mesh, make_mesh
 from jaxlm.process import keep_compiled, reuse_freed_memory
@@ -127,8 +128,10 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
         parameters = costs.num_parameters(state.params)
         flops, peak = costs.flops_per_token(config, state.params), peak_flops(jax.devices()[0].device_kind)
         monitor = Monitor(workdir, config, start, flops, peak)
+        trained = costs.num_parameters(split(state.params, config)[0])
+        some = f", {trained:,} ({trained / parameters:.1%}) of them trained," if trained < parameters else ""
         monitor.say(
-            f"{parameters:,} parameters on {mesh.size} x {jax.devices()[0].device_kind}; "
+            f"{parameters:,} parameters{some} on {mesh.size} x {jax.devices()[0].device_kind}; "
             f"from step {start} to {config.train.stop_at}; {workdir}"
         )
         for name, text in costs.attention_lines(config, mesh) + costs.pipeline_lines(config, mesh):
@@ -144,7 +147,8 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
     stopped = stop.number is not None and last_step < config.train.stop_at
     if jax.process_index() == 0:
         why = f"stopped by {signal.Signals(stop.number).name}" if stopped else "done"
-        then = "the same command goes on" if stopped else f"try python -m jaxlm.generate --workdir={workdir}"
+        best = " --step=best" if run.best.since and config.checkpoint.keep_best else ""
+        then = "the same command goes on" if stopped else f"try python -m jaxlm.generate --workdir={workdir}{best}"
         print(f"{why} at step {last_step}, saved in {checkpoints.path}; {then}")
     return cli.PREEMPTED if stopped else 0
 
@@ -235,7 +239,7 @@ class Run:
         if not patience or self.best.since < patience:
             return False
         self.monitor.say(
-            f"no better {self.best.metric} than {abs(self.best.value)} in {patience} evaluations: stopping"
+            f"no better {self.best.metric} than {abs(self.best.value):.4f} in {patience} evaluations: stopping"
         )
         return True
 

@@ -102,7 +102,9 @@ def report(study: Study) -> None:
     if ranked:
         matplotlib.use("Agg")
         plots = optuna.visualization.matplotlib
-        draw(plots.plot_optimization_history(study.optuna, target_name=study.goal.metric), study.workdir, "history")
+        axes = plots.plot_optimization_history(study.optuna, target_name=study.goal.metric)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        draw(axes, study.workdir, "history")
     if len(ranked) >= ENOUGH and len(study.space) > 1:
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         study.importances = optuna.importance.get_param_importances(study.optuna, evaluator=evaluator)
@@ -157,7 +159,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
     missing = [name for name in ("optuna", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f'{" and ".join(missing)} is not installed; type: pip install "jaxlm[tune]"')
+        raise ConfigError(f'{" and ".join(missing)} is not installed; type: pip install -e ".[tune]"')
     jax.config.update("jax_platforms", "cpu")  # the accelerator is for the trials
     config = load(args.config)
     problems = override(config, args.overrides)

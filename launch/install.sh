@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+[ $# -le 1 ] || { echo "usage: bash launch/install.sh [EXTRA,...], such as ${1},$2" >&2; exit 2; }
 extras=${1:-}
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
   extras=${extras:+$extras,}cuda

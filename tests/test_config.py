@@ -62,10 +62,10 @@ def test_text_of_another_type_is_named(key, text):
 
 
 def test_unknown_keys_suggest_the_nearest_in_any_section():
-    pairs = [("optim.learing_rate", "1"), ("lerning_rate", "1"), ("train.seq_len", "8"), ("model", "3")]
+    pairs = [("optim.learing_rate", "1"), ("lerning_rate", "1"), ("train.seq_len", "8"), ("train.seed", "3")]
     problems = configs.override(configs.base(), pairs)
     assert "optim.learning_rate" in problems[0] and "optim.learning_rate" in problems[1]
-    assert "data.seq_len" in problems[2] and len(problems) == 4
+    assert "data.seq_len" in problems[2] and "did you mean seed?" in problems[3]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,7 @@ def test_unknown_keys_suggest_the_nearest_in_any_section():
         ({"model__num_layers": -3}, "model.num_layers=-3"),
         ({"model__num_kv_heads": 3}, "model.num_kv_heads=3"),
         ({"model__dropout": 1.0}, "model.dropout=1.0"),
+        ({"eval__metric": "perplexty"}, "did you mean perplexity?"),
         ({"model__norm": "batch"}, "model.norm=batch"),
         ({"model__layers": "SSX"}, "model.layers='SSX'"),
         ({"model__ngram_weights": "log_count_ratio"}, "set none, or model.name=bag"),

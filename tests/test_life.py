@@ -11,6 +11,7 @@ import jaxlm
 from jaxlm.checkpoint import name_of
 from jaxlm.data import vocabulary
 from jaxlm.data.prepare import prepare
+from jaxlm.keys import METRICS
 
 pytestmark = pytest.mark.slow
 SETTINGS = {
@@ -32,6 +33,8 @@ def train(workdir, **settings):
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         for key, value in json.loads(line).items():
             found.setdefault(key, []).append(value)
+    told = {key.removeprefix("eval/") for key in found if key.startswith("eval/")}
+    assert told <= {*METRICS[flags.get("task.name", "lm")]}, "what eval.metric may be"
     return found
 
 

@@ -247,5 +247,5 @@ def test_needs_neither_jax_nor_the_libraries_until_used(monkeypatch):
     bars = lambda a, b: pictures.bars("never.png", {"a": 1.0}, "figure")
     curve = lambda a, b: pictures.roc("never.png", [[1.0]], [0])
     for call in (metrics.translation, metrics.rouge, bars, curve):
-        with pytest.raises(ConfigError, match=r'not installed; type: pip install "jaxlm\[eval\]"'):
+        with pytest.raises(ConfigError, match=r'not installed; type: pip install -e ".\[eval\]"'):
             call(["a"], ["a"])

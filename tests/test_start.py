@@ -14,6 +14,7 @@ from jaxlm.check import check
 from jaxlm.checkpoint import describe_run, name_of
 from jaxlm.data.pipeline import describe, fingerprint, load_tokenizer
 from jaxlm.data.prepare import prepare
+from jaxlm.errors import UserError
 from jaxlm.lora import write_run
 from jaxlm.start import agree, inherit, warm_start
 from jaxlm.state import init_state
@@ -196,6 +197,14 @@ def preferring(folder, runs):
     return path
 
 
+def test_a_model_of_labels_writes_no_text(runs):
+    lm = jaxlm.load(runs["classify"])
+    for call in (lm.generate, lm.loss):
+        with pytest.raises(UserError, match=r"use lm\.answer"):
+            call("a fine day")
+    assert lm.answer("a fine day") == lm.answer(["a fine day"])
+
+
 def test_a_model_of_preferences_answers(preferring, tmp_path):
     (answer,) = jaxlm.load(preferring).answer(["a fine day"], max_tokens=8)
     shown = program(
@@ -207,9 +216,9 @@ def test_a_model_of_preferences_answers(preferring, tmp_path):
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in answers] == TEXTS and answers[0]["answer"] == answer
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert {"loss", "accuracy", "margin", "bleu"} <= set(figures) and figures["pairs"] == 3
+    assert {"loss", "accuracy", "margin", "chrf"} <= set(figures) and figures["pairs"] == 3
     rows = [json.loads(line) for line in (preferring / "metrics.jsonl").read_text().splitlines()]
-    assert any("eval/bleu" in row for row in rows)
+    assert any("eval/chrf" in row for row in rows)
 
 
 def test_without_its_reference_a_model_of_preferences_says_what_it_lacks(preferring, folder, tmp_path):

@@ -276,7 +276,7 @@ def test_a_missing_library_is_named(tmp_path):
     code = "import sys; sys.modules['optuna'] = None; from jaxlm import cli, tune; cli.run(tune.main)"
     command = [sys.executable, "-c", code, *QUICK, f"--workdir={tmp_path}"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and 'optuna is not installed; type: pip install "jaxlm[tune]"' in run.stderr
+    assert run.returncode == 2 and 'optuna is not installed; type: pip install -e ".[tune]"' in run.stderr
 
 
 def test_directions_by_name():

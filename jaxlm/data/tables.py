@@ -104,7 +104,7 @@ def choose(path: str, records: list, task: str, given: dict[str, str]) -> tuple[
         if not header and not given:
             suspect_header(path, records, task)
             inorder = {1: ["messages"], 2: ["prompt", "response"]}.get(len(cells), []) if task == "sft" else roles
-            if not max(len(needed), 1) <= len(cells) <= len(inorder):
+            if not max(len(needed), 1) <= len(cells) <= (len(inorder) if task == "sft" else len(needed)):
                 raise DataError(unclear(path, cells, roles, needed))
             given = dict(zip(inorder, names))
     else:
@@ -127,9 +127,8 @@ def unclear(path: str, cells: list[str], roles: list[str], needed: list[str], mi
         return f"{path}: its first line has {len(cells)} of the {len(needed)} columns {', '.join(needed)}"
     what = f"no column {' and no column '.join(missing)}" if missing else "it is not clear which column is which"
     hint = did_you_mean(missing[0], cells) if missing else ""
-    example = " ".join(
-        f"{role}={cells[i] if missing and i < len(cells) else i}" for i, role in enumerate(needed or roles)
-    )
+    named = missing and len(cells) >= len(needed or roles) and not any(" " in cell for cell in cells)
+    example = " ".join(f"{role}={cells[i] if named else i}" for i, role in enumerate(needed or roles))
     return (
         f"{path}: {what}{hint}; it has {shown}. Say so, by name or by place from 0: "
         f'--config.data.columns="{example}" (in evaluate: --columns)'
@@ -201,7 +200,8 @@ def read_records(path: str, bad: list[str]) -> tuple[list, list[int]]:
             records = parallel(path)
             return records, list(range(1, len(records) + 1))
         if kind not in READERS:
-            raise DataError(f"{path}: not a file of examples; they are {KINDS}")
+            what = "a directory, " if os.path.isdir(path) else ""
+            raise DataError(f"{path}: {what}not a file of examples; they are {KINDS}")
         pairs = list(READERS[kind](path, bad))
     except DataError as error:
         bad.append(str(error))

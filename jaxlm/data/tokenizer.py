@@ -170,7 +170,7 @@ class HuggingFace(Tokenizer):
         try:
             import tokenizers
         except ImportError:
-            raise ConfigError('reading a Hugging Face tokenizer.json needs: pip install "jaxlm[hf]"') from None
+            raise ConfigError('reading a Hugging Face tokenizer.json needs: pip install -e ".[hf]"') from None
         self._data = data
         self._model = tokenizers.Tokenizer.from_str(data.decode())
         self._model.encode_special_tokens = True

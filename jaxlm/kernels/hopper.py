@@ -64,6 +64,6 @@ def has_tokamax() -> bool:
     if not found:
         logging.getLogger("jaxlm").warning(
             "attention of packed documents goes by blocks in XLA, slower: for the kernel, Python >= 3.12 and "
-            "pip install 'jaxlm[cuda]' (tokamax)"
+            "pip install -e '.[cuda]' (tokamax)"
         )
     return found
