@@ -24,12 +24,12 @@ from jaxlm.data.pipeline import Prefetch, describe, train_batches
 from jaxlm.data.synthetic import random_tokens
 from jaxlm.errors import ConfigError, DataError
 from jaxlm.keys import ROLES
-from jaxlm.measure import Times, peak_memory, resident, time_steps
+from jaxlm.measure import Times, begin, peak_memory, time_steps
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.process import reuse_freed_memory
 from jaxlm.start import inherit
-from jaxlm.state import abstract_inputs, abstract_state, check_sharding, init_state, jit_train_step
+from jaxlm.state import abstract_inputs, abstract_state, check_sharding, jit_train_step
 from jaxlm.topology import peak_flops
 
 VOCABULARY = 256  # of random tokens, where the config names no other
@@ -42,21 +42,39 @@ SIZES = {  # what a sweep varies -> the keys that grow with it
     "width": ("model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.mlp_dim"),
 }
 FACTORS = (0.5, 1, 2, 4)
+TURNS = 5  # of the sizes of a sweep
+
+
+class Running:
+    """The compiled step of a resolved config, its state and its batches: to be timed, again and again."""
+
+    def __init__(self, config: ConfigDict):
+        self.config, self.mesh, self.at = config, make_mesh(config), 0
+        check_sharding(config, self.mesh)
+        self.batches = train_batches(config, hosts.local_rows(self.mesh, config.train.batch_size))
+        with jax.set_mesh(self.mesh):
+            began = time.perf_counter()
+            self.step = jit_train_step(config, self.mesh).lower(*abstract_inputs(config, self.mesh)).compile()
+            self.compile_s = time.perf_counter() - began
+            self.state, self.before = begin(config, self.mesh, self.step, self.place(self.batches[0]))
+
+    def place(self, rows: dict) -> dict:
+        return hosts.to_global(rows, self.mesh, self.config.train.batch_size)
+
+    def time(self, steps: int) -> tuple[Times, list[float]]:
+        """(times, losses) of so many steps, after a warm-up."""
+        start, self.at = self.at, self.at + WARM_UP + steps + 1
+        with jax.set_mesh(self.mesh):
+            ready = Prefetch(self.batches, start, self.at, self.config.data.prefetch, self.place)
+            times, self.state, losses = time_steps(self.step, self.state, ready, steps, WARM_UP)
+        return times, losses
 
 
 def bench(config: ConfigDict, steps: int) -> dict:
     """The figures of a resolved config, as --json has them: seconds a step and what they are made of."""
-    mesh = make_mesh(config)
-    check_sharding(config, mesh)
-    batches = train_batches(config, hosts.local_rows(mesh, config.train.batch_size))
-    place = lambda rows: hosts.to_global(rows, mesh, config.train.batch_size)
-    with jax.set_mesh(mesh):
-        began = time.perf_counter()
-        step = jit_train_step(config, mesh).lower(*abstract_inputs(config, mesh)).compile()
-        compile_s, before = time.perf_counter() - began, resident("VmRSS", forget_peak=True)
-        ready = Prefetch(batches, 0, WARM_UP + steps + 1, config.data.prefetch, place)
-        times, state, losses = time_steps(step, init_state(config, mesh), ready, steps, WARM_UP)
-        peak = peak_memory(mesh, before)
+    run = Running(config)
+    times, losses = run.time(steps)
+    mesh, peak = run.mesh, peak_memory(run.mesh, run.before)
     seconds, tokens = float(np.median(times.step)), config.train.batch_size * config.data.seq_len
     chip = peak_flops(mesh.local_devices[0].device_kind)
     flops = costs.flops_per_token(config, abstract_state(config)[0].params)
@@ -66,13 +84,13 @@ def bench(config: ConfigDict, steps: int) -> dict:
         "mfu": flops * tokens / seconds / (chip * mesh.size) if chip else None,
         "data_wait_ms": 1e3 * float(np.mean(times.data)),
         "host_ms": 1e3 * float(np.median(times.host)),
-        "compile_s": compile_s,
+        "compile_s": run.compile_s,
         "peak_bytes": peak,
         "step_ms_spread": spread(times),
         "steps": steps,
         "loss": losses[-1],
         "flops_per_token": flops,
-        "parameters": costs.num_parameters(state.params),
+        "parameters": costs.num_parameters(run.state.params),
         "tokens_per_step": tokens,
         "attention": dict(costs.attention_lines(config, mesh)).get("attention"),
     }
@@ -133,25 +151,26 @@ def machine() -> dict:
 # ---------------------------------------------------------------- sweep
 
 
-def sweep(config: ConfigDict, base: dict, steps: int, folder: Path) -> dict[str, list[dict]]:
-    """{what varies: rows of its size, step_ms and FLOPs}, printed as they come and drawn.
+def sweep(config: ConfigDict, steps: int, folder: Path) -> dict[str, list[dict]]:
+    """{what varies: rows of its size, step_ms and FLOPs}, printed and drawn. config: unresolved.
 
-    config: unresolved. base: its own figures.
+    The sizes of one kind take turns, so that a slow minute of the machine is one of them all.
     """
     found = {}
     for name, keys in SIZES.items():
-        rows = []
+        runs, rows = [], []
         for factor in FACTORS:
             scaled = config.copy_and_resolve_references()
             for key in keys:
                 section, leaf = key.split(".")
                 scaled[section][leaf] = int(scaled[section][leaf] * factor)
-            if check(scaled, jax.device_count()):  # half of one layer
-                continue
-            figures = base if factor == 1 else bench(resolve(scaled), steps)
-            section, leaf = keys[0].split(".")
-            flops = figures["flops_per_token"] * figures["tokens_per_step"]
-            rows.append({"size": scaled[section][leaf], "step_ms": figures["step_ms"], "flops": flops})
+            if not check(scaled, jax.device_count()):  # half of one layer
+                runs.append(Running(resolve(scaled)))
+        turns = [[run.time(-(-steps // TURNS))[0].step for run in runs] for _ in range(TURNS)]
+        for run, seconds in zip(runs, zip(*turns)):
+            c, (section, leaf) = run.config, keys[0].split(".")
+            flops = costs.flops_per_token(c, run.state.params) * c.train.batch_size * c.data.seq_len
+            rows.append({"size": c[section][leaf], "step_ms": 1e3 * float(np.median(seconds)), "flops": flops})
             print(line_of(name, rows), flush=True)
         found[name] = rows
         path = folder / f"{name}.png"
@@ -211,7 +230,7 @@ def main(argv: list[str]) -> int:
             figures["parts"] = dissect.parts(resolved, command, figures["step_ms"])
             write()
         if args.sweep:
-            figures["sweep"] = sweep(config, figures, min(args.steps, 20), Path(args.sweep))
+            figures["sweep"] = sweep(config, min(args.steps, 20), Path(args.sweep))
             write()
     return 0
 

@@ -1,6 +1,7 @@
 """A compiled train step run on the devices that are here, and timed: for bench, and to hold a prediction against."""
 
 import ctypes
+import gc
 import re
 import time
 from collections.abc import Callable
@@ -54,19 +55,33 @@ class Measured(NamedTuple):
 
 def measure(config: ConfigDict, mesh, compiled: jax.stages.Compiled) -> Measured:
     """Runs `compiled`, the train step of a resolved config on this mesh, from its initial state on one random batch."""
-    before, batch = resident("VmRSS", forget_peak=True), random_batch(config, mesh)
-    times, *_ = time_steps(
-        compiled, init_state(config, mesh), Prefetch([batch] * (WARM_UP + STEPS + 1), 0, WARM_UP + STEPS + 1, 1), STEPS
-    )
+    batch = random_batch(config, mesh)
+    state, before = begin(config, mesh, compiled, batch)
+    batches = Prefetch([batch] * (WARM_UP + STEPS + 1), 0, WARM_UP + STEPS + 1, 1)
+    times, *_ = time_steps(compiled, state, batches, STEPS)
     return Measured(float(times.step.mean()), peak_memory(mesh, before))
+
+
+def begin(config: ConfigDict, mesh, compiled: jax.stages.Compiled, batch: dict) -> tuple[State, int]:
+    """(the initial state, on a CPU the bytes of this process without it): what peak_memory measures from.
+
+    There a step is run before, and its memory given back: what XLA and Python allocate once and keep, 0.1 GiB or so, is
+    not the step's. Nor is what making the state has needed.
+    """
+    if jax.default_backend() != "cpu":
+        return init_state(config, mesh), 0
+    jax.block_until_ready(compiled(init_state(config, mesh), batch))
+    gc.collect()
+    before, state = resident("VmRSS", forget_peak=True), jax.block_until_ready(init_state(config, mesh))
+    resident("VmRSS", forget_peak=True)
+    return state, before
 
 
 def peak_memory(mesh, before: int) -> int | None:
     """Bytes of the fullest device at its peak, or None where that is not told.
 
     A GPU's or TPU's peak is that since the process began: making the state is in it. On CPUs it is what the process
-    has grown by over `before`, `resident("VmRSS", forget_peak=True)`; that has buffers of XLA and Python in it too,
-    0.1 GiB or so.
+    has grown by over `before`, since `begin`.
     """
     peak = max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in mesh.local_devices)
     grown = (resident("VmHWM") - before) // mesh.size if jax.default_backend() == "cpu" and before else 0
