@@ -29,7 +29,7 @@ from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.process import reuse_freed_memory
 from jaxlm.start import inherit
-from jaxlm.state import abstract_inputs, abstract_state, check_sharding, jit_train_step
+from jaxlm.state import abstract_inputs, abstract_state, check_sharding, init_state, jit_train_step
 from jaxlm.topology import peak_flops
 
 VOCABULARY = 256  # of random tokens, where the config names no other
@@ -55,8 +55,7 @@ class Running:
         with jax.set_mesh(self.mesh):
             began = time.perf_counter()
             self.step = jit_train_step(config, self.mesh).lower(*abstract_inputs(config, self.mesh)).compile()
-            self.compile_s = time.perf_counter() - began
-            self.state, self.before = begin(config, self.mesh, self.step, self.place(self.batches[0]))
+            self.compile_s, self.state = time.perf_counter() - began, None
 
     def place(self, rows: dict) -> dict:
         return hosts.to_global(rows, self.mesh, self.config.train.batch_size)
@@ -65,6 +64,7 @@ class Running:
         """(times, losses) of so many steps, after a warm-up."""
         start, self.at = self.at, self.at + WARM_UP + steps + 1
         with jax.set_mesh(self.mesh):
+            self.state = init_state(self.config, self.mesh) if self.state is None else self.state
             ready = Prefetch(self.batches, start, self.at, self.config.data.prefetch, self.place)
             times, self.state, losses = time_steps(self.step, self.state, ready, steps, WARM_UP)
         return times, losses
@@ -73,8 +73,11 @@ class Running:
 def bench(config: ConfigDict, steps: int) -> dict:
     """The figures of a resolved config, as --json has them: seconds a step and what they are made of."""
     run = Running(config)
+    mesh = run.mesh
+    with jax.set_mesh(mesh):
+        run.state, before = begin(config, mesh, run.step, run.place(run.batches[0]))
     times, losses = run.time(steps)
-    mesh, peak = run.mesh, peak_memory(run.mesh, run.before)
+    peak = peak_memory(mesh, before)
     seconds, tokens = float(np.median(times.step)), config.train.batch_size * config.data.seq_len
     chip = peak_flops(mesh.local_devices[0].device_kind)
     flops = costs.flops_per_token(config, abstract_state(config)[0].params)

@@ -127,7 +127,7 @@ def test_rounds_unrolled_in_the_scan_change_no_gradient():
     for unroll in (1, 2):
         c = small_config(model__num_layers=3, model__scan_unroll=unroll, model__remat="full")
         f = lambda p, c=c: jnp.sin(build(c).apply({"params": p}, tokens)[0]).sum()
-        grads.append(jax.grad(f)(fresh_state(c).params))
+        grads.append(jax.jit(jax.grad(f))(fresh_state(c).params))
     rounding = 1e-6 * max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads[0]))
     jax.tree.map(partial(np.testing.assert_allclose, atol=rounding), *grads)
 
@@ -138,7 +138,7 @@ def test_remat_changes_no_gradient():
     for remat in ("none", "full", "dots", "attention"):
         c = small_config(model__remat=remat)
         f = lambda p, c=c: jnp.sin(build(c).apply({"params": p}, tokens)[0]).sum()
-        grads.append(jax.grad(f)(fresh_state(c).params))
+        grads.append(jax.jit(jax.grad(f))(fresh_state(c).params))
     rounding = 1e-6 * max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads[0]))  # as much is off float64's
     for other in grads[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=rounding), grads[0], other)

@@ -146,7 +146,7 @@ def test_training_is_silent_and_the_same_every_time():
 
 def test_hugging_face_without_the_library_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ConfigError, match=r"pip install \"jaxlm\[hf\]\""):
+    with pytest.raises(ConfigError, match=r"pip install -e \"\.\[hf\]\""):
         tokenizer.from_bytes("huggingface", json.dumps({}).encode())
 
 
