@@ -59,6 +59,7 @@ def test_a_run_of_its_own_data(recipe, tmp_path, text_dir):
     assert told["data"] == str(text_dir)
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_picture_for_each_size_that_varies(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "FACTORS", (1, 2))
     told = run(recipe, tmp_path, f"--sweep={tmp_path / 'pictures'}")

@@ -27,14 +27,14 @@ def train(workdir, **settings):
     flags = SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
     if flags["data.path"]:
         del flags["data.tokenizer"]
-    flags = [f"--config.{key}={value}" for key, value in flags.items()]
+    task, flags = flags.get("task.name", "lm"), [f"--config.{key}={value}" for key, value in flags.items()]
     program("jaxlm.train", "--config=configs/quickstart.py", f"--workdir={workdir}", *flags)
     found = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         for key, value in json.loads(line).items():
             found.setdefault(key, []).append(value)
     told = {key.removeprefix("eval/") for key in found if key.startswith("eval/")}
-    assert told <= {*METRICS[flags.get("task.name", "lm")]}, "what eval.metric may be"
+    assert told <= {*METRICS[task]}, "what eval.metric may be"
     return found
 
 

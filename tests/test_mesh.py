@@ -183,6 +183,7 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass():
     assert temporaries[1] - temporaries[0] < 0.6 * (parameters[1] - parameters[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context_parallel", ["ring", "all_gather"])
 def test_activations_of_long_inputs_fall_as_the_sequence_axis_grows(context_parallel):
     """A whole step at 32,768 positions; gathered keys and values are whole on every device, a ring's are not."""

@@ -434,6 +434,7 @@ def losses_on(name, devices, strategy):
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_optimizer_on_a_mesh_is_one_device(name):
     alone = losses_on(name, 1, "data")

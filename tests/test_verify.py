@@ -45,6 +45,7 @@ def test_verify_passes_on_every_recipe(recipe, tmp_path):
     assert refused <= {"tensor=8", "packed = alone"} | unrolled, run.stdout
 
 
+@pytest.mark.slow
 def test_verify_as_a_program(tmp_path):
     """One mesh and the runs in processes of their own: resumed, and two hosts."""
     flags = "--config=configs/quickstart.py", "--meshes=fsdp=4 tensor=2", f"--json={tmp_path}/a.json"
