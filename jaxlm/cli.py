@@ -58,7 +58,9 @@ def did_you_mean(word: str, allowed) -> str:
 
 
 def near_path(path: str | PurePath) -> str:
-    """did_you_mean for a path that is not there: of what lies beside the first part of it that is missing."""
+    """did_you_mean for a path that is not there, of what lies beside the first part of it that is missing; else ''."""
+    if os.path.exists(path):
+        return ""
     for part in (Path(path), *Path(path).parents):
         if part.parent.is_dir():
             near = difflib.get_close_matches(part.name, os.listdir(part.parent), n=1, cutoff=0.6)

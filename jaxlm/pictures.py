@@ -13,7 +13,7 @@ from jaxlm.errors import DataError
 
 # Okabe and Ito's colours, which the colour-blind tell apart, without the yellow, too pale for lines
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-FEW = 10
+FEW, PALE = 10, "#BFE3F7"  # of so few examples, accuracy is mostly chance
 
 
 @contextmanager
@@ -90,8 +90,7 @@ def calibration(path, result: Mapping) -> None:
     sure, right = weights @ x, weights @ y
     with drawing(path, 5.6, 6.6) as (figure, title):
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        few = np.array(["#BFE3F7"])  # of so few examples, accuracy is mostly chance
-        colours = np.where(bins["count"] < FEW, few, COLOURS[5])
+        colours = np.where(bins["count"] < FEW, PALE, COLOURS[5])
         above.bar(place, y, width, color=colours, edgecolor="white", label=f"accuracy (pale: under {FEW} examples)")
         above.vlines(x, np.minimum(x, y), np.maximum(x, y), color=COLOURS[1], label="gap")
         above.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1, label="accuracy = confidence")

@@ -135,7 +135,7 @@ def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) 
     reporter, result = Reporter(lm, config, args), {}
     fits = {
         "labels": config.task.name in SCORED,
-        "groups": config.task.name in SCORED and any("group" in example for example in reporter.source.examples),
+        "groups": "groups" in usual(config, reporter.source),
         "calibration": config.task.name == "classify",
         "texts": config.task.name in WRITTEN,
         "samples": config.task.name in (*WRITTEN, "lm", "prefix_lm", "fim"),

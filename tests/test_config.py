@@ -62,10 +62,10 @@ def test_text_of_another_type_is_named(key, text):
 
 
 def test_unknown_keys_suggest_the_nearest_in_any_section():
-    pairs = [("optim.learing_rate", "1"), ("lerning_rate", "1"), ("train.seq_len", "8"), ("train.seed", "3")]
-    problems = configs.override(configs.base(), pairs)
+    pairs = [("optim.learing_rate", "1"), ("lerning_rate", "1"), ("train.seq_len", "8"), ("model", "3")]
+    problems = configs.override(configs.base(), [*pairs, ("train.seed", "3")])
     assert "optim.learning_rate" in problems[0] and "optim.learning_rate" in problems[1]
-    assert "data.seq_len" in problems[2] and "did you mean seed?" in problems[3]
+    assert "data.seq_len" in problems[2] and "did you mean seed?" in problems[4] and len(problems) == 5
 
 
 @pytest.mark.parametrize(

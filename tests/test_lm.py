@@ -210,6 +210,9 @@ def test_a_path_that_is_not_there_names_the_nearest(tmp_path, monkeypatch):
         jaxlm.load("runs/reviws")
     with pytest.raises(CheckpointError, match="did you mean runs\\?"):
         jaxlm.load("rums/reviews")
+    with pytest.raises(CheckpointError, match="has no checkpoints") as raised:
+        jaxlm.load("runs/reviews")
+    assert "did you mean" not in str(raised.value), "it is there"
 
 
 def test_flags_that_say_nothing_to_a_model_are_refused(workdir):

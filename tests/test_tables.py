@@ -134,6 +134,7 @@ def refused(path, task="classify", columns=""):
 MISTAKES = [
     ("a.tsv", "a\tx\nb\nc\tx\ty\n", ["a.tsv:2: 1 columns, the first line has 2", "a.tsv:3: 3 columns", "2 problems"]),
     ("a.tsv", "", ["no examples in this file"]),
+    ("a.tsv", "1\ta film\tx\n2\ta day\ty\n", ["not clear which column is which", "text=0 label=1"]),
     ("a.tsv", "only text\n", ["1 of the 2 columns text, label"]),
     ("a.tsv", "1\ta\tx\ty\n", ["not clear which column", "--config.data.columns="]),
     ("a.tsv", b"ok\tx\nZ\xfcrich\tx\n", ["a.tsv:2: not UTF-8", "iconv -f LATIN1"]),

@@ -47,12 +47,10 @@ def load_manifest(path: str | Path) -> dict:
             )
         return manifest
     except OSError as error:
-        near = "" if Path(path).exists() else near_path(path)
         if Path(path).is_file():
             raise DataError(f"{path} is a file; needed is a directory that jaxlm.data.prepare has made") from None
-        raise DataError(
-            f"{path} is not prepared data: {file}: {error.strerror}{near}; make it with `{command}`"
-        ) from None
+        why = f"{file}: {error.strerror}{near_path(path)}"
+        raise DataError(f"{path} is not prepared data: {why}; make it with `{command}`") from None
     except (ValueError, KeyError, AttributeError) as error:
         if isinstance(error, DataError):
             raise

@@ -63,9 +63,10 @@ def is_missing(value) -> bool:
 def refuse(bad: list[str]) -> None:
     """Raises DataError where there are problems, each "PLACE: WHAT"; what is the same in many places is said once."""
     if bad:
-        first, repeats = {}, Counter(problem.partition(": ")[2] for problem in bad)
+        what_of = lambda problem: problem.partition(": ")[2] or problem
+        first, repeats = {}, Counter(map(what_of, bad))
         for problem in bad:
-            first.setdefault(problem.partition(": ")[2], problem)
+            first.setdefault(what_of(problem), problem)
         again = lambda what: f" (and so in {repeats[what] - 1:,} more)" if repeats[what] > 1 else ""
         lines = [problem + again(what) for what, problem in first.items()]
         more = [f"and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
