@@ -22,7 +22,8 @@ WARM_UP, STEPS = 3, 10  # the first steps load programs and choose among kernels
 class Times(NamedTuple):
     """Seconds of each step, [steps]. step: from the metrics of one to those of the next, as a run has them.
 
-    data: of these, waiting for a batch. host: of these, neither waiting for a batch nor for the devices.
+    data: of these, waiting for a batch. host: of these, neither waiting for a batch nor for the devices; of a CPU whose
+    programs run on the thread that calls them (jaxlm/process.py), outside of the call.
     """
 
     step: np.ndarray
@@ -35,15 +36,19 @@ def time_steps(
 ) -> tuple[Times, State, list[float]]:
     """(times, the last state, the loss of each step) of a train step, as train runs it: metrics come a step late."""
     rows, losses, pending = [], [], None
+    inline = jax.default_backend() == "cpu" and not jax.config.read("jax_cpu_enable_async_dispatch")
     for _ in range(warm_up + steps + 1):
         began = time.perf_counter()
-        state, metrics = step(state, batches.take())
+        batch = batches.take()
+        called = time.perf_counter()
+        state, metrics = step(state, batch)
         sent = time.perf_counter()
         batches.refill()
         if pending:
             losses.append(float(jax.device_get(pending)["loss"]))
         pending = metrics
-        rows.append((time.perf_counter() - began, batches.waited, sent - began - batches.waited))
+        whole = time.perf_counter() - began
+        rows.append((whole, batches.waited, (whole - (sent - called) if inline else sent - began) - batches.waited))
     jax.block_until_ready(state)
     return Times(*np.array(rows[warm_up + 1 :]).T), state, losses[warm_up:]
 

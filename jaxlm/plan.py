@@ -26,6 +26,7 @@ from jaxlm.measure import measure
 from jaxlm.page import Plan, duration, figures, fits, page, tokens_per_step
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.predict import step_times
+from jaxlm.process import reuse_freed_memory
 from jaxlm.search import changed, faster, remedies, search
 from jaxlm.state import abstract_inputs, abstract_state, check_sharding, jit_train_step, state_shardings
 from jaxlm.topology import Topology
@@ -180,6 +181,8 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--{flag}={path}: give a file, in a directory that is there")
     config = load(args.config)
     problems = override(config, args.overrides)
+    if args.topology == "local":
+        reuse_freed_memory()  # as in a run
     pod = find(args.topology, config.mesh.slices if args.slices is None else args.slices)
     if config.mesh.slices not in (1, pod.slices):
         problems.append(f"config.mesh.slices={config.mesh.slices}: --topology and --slices give {pod.slices}")
