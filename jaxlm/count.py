@@ -177,6 +177,19 @@ def walk(bodies, name: str, times: int, axes: dict, program: Program, fused: dic
     return total
 
 
+def largest_factor(text: str) -> int:
+    """Bytes of the largest matrix that a product of the program reads, of a batch of products one alone."""
+    arrays = {name: (dtype, shape) for name, dtype, shape in re.findall(r"%(\S+) = ([a-z]\w*)\[([\d,]*)\]", text)}
+    largest = 0
+    for *factors, how in re.findall(r" dot\(%([^\s,]+), %([^\s)]+)\)(.*)", text):
+        _, shape = arrays[factors[0]]
+        batch = re.search(r"lhs_batch_dims=\{([\d,]+)\}", how)
+        sizes = shape.split(",")
+        parts = math.prod(int(sizes[int(dim)]) for dim in batch[1].split(",")) if batch else 1
+        largest = max(largest, *(array_bytes(*arrays[name]) // parts for name in factors))
+    return largest
+
+
 def trips(line: str, bodies: dict) -> int:
     """How often a loop runs: as the compiler says, else the one bound that its condition compares with."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -106,10 +105,14 @@ def resident(key: str, forget_peak: bool = False) -> int:
 
 def random_batch(config: ConfigDict, mesh) -> dict[str, jax.Array]:
     """Of one document a row: no block of attention is skipped that a prediction counts."""
-    rng, shapes = np.random.default_rng(config.seed), abstract_inputs(config, mesh)[1]
-    B, T = shapes["tokens"].shape
-    window = rng.integers(0, config.model.vocab_size, (B, T + 1), np.int32)
-    ones = np.ones((B, T), np.int32)
-    made = {"tokens": window[:, :-1], "targets": window[:, 1:], "weights": ones.astype(jnp.float32),
-            "positions": ones * np.arange(T, dtype=np.int32), "segments": ones}  # fmt: skip
-    return {name: jax.device_put(x, shapes[name].sharding) for name, x in made.items()}
+    rng, m = np.random.default_rng(config.seed), config.model
+    kinds = {"tokens": m.vocab_size, "enc_tokens": m.vocab_size, "targets": m.num_labels or m.vocab_size}
+    kinds["labels"] = max(m.num_labels, 2)
+
+    def values(name: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
+        if name in kinds:
+            return rng.integers(0, kinds[name], like.shape).astype(like.dtype)
+        places = name in ("positions", "enc_positions", "reach")
+        return np.broadcast_to(np.arange(like.shape[-1]) if places else 1, like.shape).astype(like.dtype)
+
+    return {name: jax.device_put(values(name, x), x.sharding) for name, x in abstract_inputs(config, mesh)[1].items()}

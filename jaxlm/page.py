@@ -107,7 +107,7 @@ def page(plan: Plan, found: dict) -> str:
     verdict = "fits" if found["fits"] else "doesn't fit"
     room = f"{human(available - needed)} to spare" if found["fits"] else f"{human(needed - available)} too much"
     lines += ["", f"memory      {verdict}: needs {human(needed)} of {human(available)}, {room}"]
-    kinds = ("parameters", "optimizer", "EMA", "batch", "gradients and activations", "code")
+    kinds = ("parameters", "optimizer", "EMA", "batch", "gradients and activations", "packed factors", "code")
     lines += [f"            {kind:26}{human(plan.memory[kind]):>12}" for kind in kinds if plan.memory.get(kind)]
     if sum(plan.memory.get(kind, 0) for kind in kinds) > needed and found["fits"]:
         lines.append("            (some of these share memory)")

@@ -18,8 +18,7 @@ from jaxlm import cli, costs, topology
 from jaxlm.check import check, require
 from jaxlm.config import load, override, resolve
 from jaxlm.costs import human
-from jaxlm.count import count, matmul_flops
-from jaxlm.data.pipeline import open_stores
+from jaxlm.count import count, largest_factor, matmul_flops
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.kernels.attention import BLOCK
 from jaxlm.measure import measure
@@ -28,6 +27,7 @@ from jaxlm.parallel.mesh import make_mesh
 from jaxlm.predict import step_times
 from jaxlm.process import reuse_freed_memory
 from jaxlm.search import changed, faster, remedies, search
+from jaxlm.start import inherit, look_at_data, not_told
 from jaxlm.state import abstract_inputs, abstract_state, check_sharding, jit_train_step, state_shardings
 from jaxlm.topology import Topology
 
@@ -60,7 +60,9 @@ def make_plan(config: ConfigDict, pod: Topology) -> Plan:
     kept = found.output_size_in_bytes - found.alias_size_in_bytes
     whole = found.argument_size_in_bytes + found.temp_size_in_bytes + kept
     peak = found.peak_memory_in_bytes if pod.spec.dims else 0  # TPUs: some temporaries lie where arguments were
-    memory["needed"] = min(peak or whole, whole) + memory["code"]
+    if pod.chip == "cpu":  # there a product's factors are packed into blocks, which the compiler does not tell of
+        memory["packed factors"] = largest_factor(text)
+    memory["needed"] = min(peak or whole, whole) + memory["code"] + memory.get("packed factors", 0)
     program, devices = count(text, mesh, pod.slices, config.mesh.across), len(pod.devices)
     each = flops["executed"] / devices, flops["kernels"] / devices
     times = step_times(program, *each, mesh, pod) if pod.spec.flops else None
@@ -189,9 +191,11 @@ def main(argv: list[str]) -> int:
     config.mesh.slices = pod.slices
     if args.search < 0 or (args.search and not pod.spec.flops):
         problems.append(f"--search={args.search}: of a chip with a data sheet, how many options to compile")
-    if not config.model.vocab_size:
-        config.model.vocab_size = vocabulary(config)
-    require(problems + check(config, len(pod.devices)))
+    problems += inherit(config)
+    vocab_size, _, data_problem = look_at_data(config)
+    problems += not_told(config, vocab_size, data_problem)
+    require(problems + check(config, len(pod.devices), vocab_size))
+    config.model.vocab_size = config.model.vocab_size or vocab_size
     plan = make_plan(resolve(config), pod)
     here = args.topology == "local" and fits(plan)
     measured = measure(plan.config, make_mesh(plan.config, pod.devices), plan.compiled) if here else None
@@ -209,14 +213,6 @@ def main(argv: list[str]) -> int:
         found["search"] = frontier(config, plan, args.search)
     write()
     return 0 if found["fits"] else 1
-
-
-def vocabulary(config: ConfigDict) -> int:
-    """The tokenizer's. Raises ConfigError where there is no data to tell."""
-    try:
-        return open_stores(config, "train")[0].vocab_size
-    except UserError as error:
-        raise ConfigError(f"{error}; or set config.model.vocab_size, which is the tokenizer's where it is 0") from None
 
 
 def find(text: str, slices: int) -> Topology:

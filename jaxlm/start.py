@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 
 from jaxlm.checkpoint import Checkpoints, as_target, config_of, tokenizer_of
 from jaxlm.cli import near_path
-from jaxlm.config import unflatten
+from jaxlm.config import num_labels, unflatten
 from jaxlm.data.examples import Examples
-from jaxlm.data.pipeline import load_tokenizer, open_stores
+from jaxlm.data.pipeline import describe, load_tokenizer, open_stores
 from jaxlm.data.vocabulary import MADE
-from jaxlm.errors import CheckpointError
+from jaxlm.errors import CheckpointError, UserError
 from jaxlm.keys import HEADED, ROLES
 from jaxlm.models import ngram
 from jaxlm.models.bag import log_count_ratios
@@ -69,6 +69,23 @@ def inherit(config: ConfigDict) -> list[str]:
     if task.teacher and not task.teacher_model:
         task.teacher_model = tuple(read_config(task.teacher).model.items())
     return problems
+
+
+def look_at_data(config: ConfigDict) -> tuple[int, int, UserError | None]:
+    """(ids of the vocabulary, tokens of the training data, what is wrong with it); fills in config.data.labels."""
+    try:
+        vocab_size, config.data.labels, num_tokens = describe(config)
+    except UserError as error:
+        return 0, 0, error
+    return vocab_size, num_tokens, None
+
+
+def not_told(config: ConfigDict, vocab_size: int, problem: UserError | None) -> list[str]:
+    """The problem with the data, where a config leaves to it what must be known to describe a model."""
+    missing = [] if config.model.vocab_size or vocab_size else ["config.model.vocab_size"]
+    if config.task.name in HEADED and not (config.model.num_labels or num_labels(config)):
+        missing.append("config.model.num_labels")
+    return [f"{problem}; or set {' and '.join(missing)}, which it would tell"] if problem and missing else []
 
 
 def agree(config: ConfigDict, vocab_size: int) -> list[str]:

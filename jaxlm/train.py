@@ -19,9 +19,9 @@ from jaxlm import cli, costs
 from jaxlm.check import check, require
 from jaxlm.checkpoint import Checkpoints, describe_run
 from jaxlm.config import flatten, load, override, resolve
-from jaxlm.data.pipeline import Prefetch, describe, fingerprint, load_tokenizer, train_batches, validation_batches
+from jaxlm.data.pipeline import Prefetch, fingerprint, load_tokenizer, train_batches, validation_batches
 from jaxlm.data.tables import absolute
-from jaxlm.errors import CheckpointError, ConfigError, NumericsError, UserError
+from jaxlm.errors import CheckpointError, ConfigError, NumericsError
 from jaxlm.evaluator import Evaluator
 from jaxlm.keys import MESH_AXES
 from jaxlm.monitor import Monitor
@@ -30,7 +30,16 @@ from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import abstract_mesh, make_mesh
 from jaxlm.process import keep_compiled, reuse_freed_memory
 from jaxlm.score import less_is_better
-from jaxlm.start import agree, count_ngrams, inherit, read_teacher, warm_start, weigh_ngrams
+from jaxlm.start import (
+    agree,
+    count_ngrams,
+    inherit,
+    look_at_data,
+    not_told,
+    read_teacher,
+    warm_start,
+    weigh_ngrams,
+)
 from jaxlm.state import State, abstract_state, check_sharding, init_state, jit_train_step, state_shardings
 from jaxlm.topology import peak_flops
 from jaxlm.workdir import Hold, run_directory, write_whole
@@ -285,14 +294,11 @@ def main(argv: list[str]) -> int:
         parser.error("the following arguments are required: --workdir")
 
     problems += inherit(config)
-    try:
-        (vocab_size, config.data.labels, num_tokens), data_problem = describe(config), None
-    except UserError as error:
-        vocab_size, num_tokens, data_problem = 0, 0, error
-    else:
+    vocab_size, num_tokens, data_problem = look_at_data(config)
+    if not data_problem:
         problems += [] if problems else agree(config, vocab_size)
-    if not (config.model.vocab_size or vocab_size) and (args.dry_run or args.print_config):
-        problems.append(f"{data_problem}; or set config.model.vocab_size, which is the tokenizer's where it is 0")
+    elif args.dry_run or args.print_config:
+        problems += not_told(config, vocab_size, data_problem)
     require(problems + check(config, devices, vocab_size))
     config = resolve(config, vocab_size)
     if args.print_config:

@@ -11,11 +11,12 @@ from conftest import small_config
 
 from jaxlm import bench, dissect
 from jaxlm.config import flatten
-from jaxlm.data.pipeline import Prefetch, train_batches
+from jaxlm.data.pipeline import Prefetch, batch_shapes, train_batches
 from jaxlm.data.store import Store
 from jaxlm.data.synthetic import random_tokens
 from jaxlm.errors import ConfigError, DataError
-from jaxlm.measure import time_steps
+from jaxlm.keys import ROLES, TOKEN_TASKS
+from jaxlm.measure import random_batch, time_steps
 from jaxlm.parallel.mesh import make_mesh
 
 KEYS = "step_ms tokens_per_second mfu data_wait_ms host_ms compile_s peak_bytes".split()
@@ -52,6 +53,16 @@ def test_random_tokens_where_there_is_no_data(recipe, tmp_path, capsys):
     assert told["step_ms_spread"]["min"] <= told["step_ms"] <= told["step_ms_spread"]["max"]
     assert told["data_wait_ms"] + told["host_ms"] <= told["step_ms_spread"]["max"] and np.isfinite(told["loss"])
     assert told["mfu"] is None and told["peak_bytes"] > 0 and "random tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", (*TOKEN_TASKS, *ROLES))
+def test_a_random_batch_is_one_of_its_task(task):
+    labels = {"data__labels": ("a", "b", "c")} if task in ("classify", "multilabel", "tag") else {}
+    c = small_config(task__name=task, **labels)
+    batch, shapes = random_batch(c, make_mesh(c, jax.devices()[:1])), batch_shapes(c)
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == shapes
+    assert np.all(batch["segments"] == 1) and np.all(np.diff(batch["positions"]) == 1)
+    assert np.max(batch["tokens"]) < 64 and np.max(batch.get("labels", 0)) < 3
 
 
 def test_a_run_of_its_own_data(recipe, tmp_path, text_dir):

@@ -13,7 +13,16 @@ import pytest
 from conftest import mesh_of, program, small_config
 
 from jaxlm import costs, predict, topology
-from jaxlm.count import Collective, Program, axes_of_groups, count, groups_of, matmul_flops, run_share
+from jaxlm.count import (
+    Collective,
+    Program,
+    axes_of_groups,
+    count,
+    groups_of,
+    largest_factor,
+    matmul_flops,
+    run_share,
+)
 from jaxlm.errors import ConfigError
 from jaxlm.kernels.attention import attention
 from jaxlm.kernels.grouped_matmul import grouped_matmul
@@ -42,6 +51,14 @@ def test_products_are_counted_in_loops_branches_and_recomputed():
     assert kept == 6 * one and again == 7 * one
     batched = lambda x, y: jnp.einsum("BTD,DF->BTF", x, y)
     assert flops(batched, (2, 3, 4), (4, 5)) == 2 * 2 * 3 * 4 * 5
+
+
+def test_the_largest_factor_of_a_product_is_found_and_of_a_batch_of_products_one():
+    a, b, c = jnp.zeros((8, 64, 32)), jnp.zeros((8, 32, 16)), jnp.zeros((16, 500))
+    text = lambda f, *arrays: jax.jit(f).lower(*arrays).compile().as_text()
+    assert largest_factor(text(jnp.matmul, a, b)) == 4 * 64 * 32
+    assert largest_factor(text(lambda a, b, c: a @ b @ c, a, b, c)) == 4 * 8 * 64 * 16  # by c it is one product
+    assert largest_factor(text(lambda a: a + 1, a)) == 0
 
 
 def test_a_grouped_product_is_counted_once_for_each_row_and_its_transposes_too():
