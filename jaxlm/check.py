@@ -23,10 +23,10 @@ from jaxlm.keys import (
 from jaxlm.meshes import mesh, nearest_divisors, nearest_multiples
 
 AT_LEAST_ONE = (
-    "model.embed_dim model.num_heads model.window model.order model.buckets data.seq_len train.steps train.batch_size "
-    "train.grad_accumulation train.max_skipped model.scan_unroll model.experts_per_token model.pipeline_rounds "
-    "checkpoint.every checkpoint.keep log.every data.prefetch mesh.slices task.window data.vocab_size data.min_count "
-    "eval.beams"
+    "model.embed_dim model.num_heads model.window model.order model.embed_ngrams model.buckets model.scan_unroll "
+    "model.experts_per_token model.pipeline_rounds data.seq_len data.prefetch data.vocab_size data.min_count "
+    "train.steps train.batch_size train.grad_accumulation train.max_skipped checkpoint.every checkpoint.keep log.every "
+    "mesh.slices task.window eval.beams"
 ).split()
 AT_LEAST_ZERO = (
     "model.num_layers model.num_kv_heads model.head_dim model.mlp_dim model.vocab_size model.context_length "
@@ -188,6 +188,8 @@ def task(c: ConfigDict) -> list[str]:
             f"config.model.ngram_weights={m.ngram_weights}: is of a bag of n-grams that learns classes; set none, or "
             "model.name=bag and task.name=classify"
         )
+    if m.embed_ngrams > 1 and m.name not in ("decoder", "encoder"):
+        problems.append(f"config.model.embed_ngrams={m.embed_ngrams}: is of decoders and encoders; set 1")
     if m.name == "bilstm" and (m.hidden_dim or m.embed_dim) % 2:
         problems.append(f"config.model.hidden_dim={m.hidden_dim}: must be even for bilstm, half for each direction")
     if m.lora_rank:

@@ -21,9 +21,9 @@ def num_parameters(params) -> int:
 
 
 def embedding_parameters(params) -> int:
-    """Of the tables that are looked up: learned positions, and token embeddings where they do not give the output."""
+    """Of the tables that are looked up: positions, n-grams, and token embeddings where they do not give the output."""
     embed = params["embed"]
-    tables = [embed["positions"]] if "positions" in embed else []
+    tables = [embed[name] for name in ("positions", "ngrams") if name in embed]
     return num_parameters(tables + ([embed["tokens"]] if "unembed" in params or "head" in params else []))
 
 

@@ -166,7 +166,8 @@ def base() -> ConfigDict:
     m.lora_alpha = 16.0  # they count alpha / rank times
     m.lora_targets = "query|value"  # regex of the linear maps that get one
     m.order = 6  # ngram, bag: tokens of the longest; of ngram, the last of which is foretold
-    m.buckets = 131_072  # bag: rows of the table of n-grams, which are found in it by their hash
+    m.embed_ngrams = 1  # decoder, encoder: tokens of the longest run that has an embedding of its own; 1: tokens alone
+    m.buckets = 131_072  # bag, embed_ngrams: rows of the table of n-grams, which are found in it by their hash
     m.ngram_weights = "none"  # bag, classify: none | log_count_ratio (of an n-gram in the classes; NBSVM)
     m.discount = 0.0  # ngram: taken from each count; 0: three, estimated (Chen & Goodman 1998)
     m.ngrams = ()  # how many of each length are stored; filled in

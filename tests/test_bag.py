@@ -10,7 +10,7 @@ from conftest import fresh_state, one_step, small_config
 
 from jaxlm.data.pipeline import train_batches
 from jaxlm.models import build
-from jaxlm.models.bag import hashed, log_count_ratios
+from jaxlm.models.bag import log_count_ratios, ngrams_in
 from jaxlm.start import weigh_ngrams
 
 ORDER, MANY = 4, 2**31 - 1
@@ -45,7 +45,7 @@ def test_a_bucket_is_an_ngram_of_its_own_document(seed):
     """Of so many buckets that no two n-grams share one."""
     texts = documents(seed)
     tokens, *places = packed(texts, 40)
-    buckets, whole = (np.asarray(x[0]) for x in hashed(tokens, *places, ORDER, MANY))
+    buckets, whole = (np.asarray(x[0]) for x in ngrams_in(tokens, *places, ORDER, MANY))
     assert not whole[32:].any()
     named = {}
     for t, n in zip(*np.nonzero(whole)):
@@ -62,7 +62,9 @@ def test_a_document_has_length_1_however_long():
     x = build(c).apply({"params": params}, *packed(texts, 40))[0][0, :, 0]
     starts = np.cumsum([0, *map(len, texts)])
     for text, a, b in zip(texts, starts, starts[1:]):
-        buckets, counts = hashed(text[None], np.ones((1, len(text)), np.int32), np.arange(len(text))[None], ORDER, 97)
+        buckets, counts = ngrams_in(
+            text[None], np.ones((1, len(text)), np.int32), np.arange(len(text))[None], ORDER, 97
+        )
         assert len(np.unique(buckets[counts])) == counts.sum()
         np.testing.assert_allclose(x[a:b].sum(), np.sqrt(counts.sum()), rtol=1e-5)
 
@@ -71,7 +73,7 @@ def test_ngrams_spread_over_the_buckets():
     """Of the pairs of 60 tokens in as many buckets, as chance would have it: 1 - 1/e of them are met."""
     tokens = np.stack(np.meshgrid(np.arange(60), np.arange(60)), axis=-1).reshape(-1, 2)
     places = np.broadcast_to(np.arange(2), tokens.shape)
-    buckets, _ = hashed(tokens, np.ones_like(tokens), places, 2, 3600)
+    buckets, _ = ngrams_in(tokens, np.ones_like(tokens), places, 2, 3600)
     assert abs(len(np.unique(buckets[:, 1, 1])) / 3600 - (1 - np.exp(-1))) < 0.03
 
 
@@ -93,7 +95,7 @@ def test_a_position_sees_the_ngrams_that_end_there():
     def at(table):
         return model.apply({"params": params | {"embed": {"tokens": table}}}, text[None])[0][0, 7].sum()
 
-    buckets, counts = hashed(text[None], np.ones((1, 12), np.int32), np.arange(12)[None], ORDER, 97)
+    buckets, counts = ngrams_in(text[None], np.ones((1, 12), np.int32), np.arange(12)[None], ORDER, 97)
     seen = np.flatnonzero(np.abs(jax.grad(at)(params["embed"]["tokens"])).sum(axis=1))
     assert set(seen) == set(np.asarray(buckets[0, 7][counts[0, 7]]).tolist())
 
@@ -112,7 +114,7 @@ def test_ratios_are_those_of_the_formula(classes):
     texts, labels = documents(6), np.array([0, 1, 1, 0, classes - 1])
     ratios = log_count_ratios(texts, labels, classes, ORDER, 1000)
     tokens, *places = packed(texts, 32)
-    buckets, whole = (np.asarray(x[0]) for x in hashed(tokens, *places, ORDER, 1000))
+    buckets, whole = (np.asarray(x[0]) for x in ngrams_in(tokens, *places, ORDER, 1000))
     bucket_of = {tuple(tokens[0, t - n : t + 1].tolist()): buckets[t, n] for t, n in zip(*np.nonzero(whole))}
     counts = np.ones((classes, 1000))
     for text, label in zip(texts, labels):

@@ -25,7 +25,14 @@ from jaxlm.state import abstract_state, check_sharding, state_shardings, train_s
 MODELS = {
     "dense": {"model__num_heads": 8, "model__num_kv_heads": 8},
     "grouped-query": {"model__num_heads": 8, "model__num_kv_heads": 2, "model__qk_norm": True},
-    "sliding-window": {"model__layers": "SL", "model__window": 12, "model__num_layers": 8, "model__num_kv_heads": 4},
+    "sliding-window": {
+        "model__layers": "SL",
+        "model__window": 12,
+        "model__num_layers": 8,
+        "model__num_kv_heads": 4,
+        "model__embed_ngrams": 3,
+        "model__buckets": 256,
+    },
     "experts": {
         "model__num_experts": 4,
         "model__num_kv_heads": 4,

@@ -24,6 +24,7 @@ VARIANTS = {
     "softcaps": {"model__logit_softcap": 10.0, "model__attention_softcap": 5.0, "model__num_kv_heads": 1},
     "unrolled": {"model__layers": "SSL", "model__window": 4, "model__num_layers": 4, "model__scan": False},
     "remat": {"model__remat": "full"},
+    "n-grams": {"model__embed_ngrams": 4, "model__buckets": 500},
 }
 
 

@@ -15,29 +15,23 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import FrozenConfigDict
 
-from jaxlm.models.layers import embedding_dropout, parameter
+from jaxlm.models.layers import embedding_dropout, hashed, parameter
 from jaxlm.models.transformer import heads
 from jaxlm.parallel.linear import lookup
 from jaxlm.parallel.mesh import constrain
 
 
-def hashed(tokens_BT, segments_BT, positions_BT, order: int, buckets: int) -> tuple[jax.Array, jax.Array]:
+def ngrams_in(tokens_BT, segments_BT, positions_BT, order: int, buckets: int) -> tuple[jax.Array, jax.Array]:
     """(int32 [B, T, G], bool [B, T, G]): the bucket of the n-gram that ends at each position, and whether it counts.
 
-    It does where it is the first of its bucket in its document, and none that would begin before the document. The hash
-    is FNV-1a, token by token, its bits then mixed as at the end of MurmurHash3: a remainder would see the low ones
-    alone.
+    It does where it is the first of its bucket in its document, and none that would begin before the document.
     """
-    whole_BT, hash_BT = segments_BT != 0, jnp.full(tokens_BT.shape, 2166136261, jnp.uint32)
-    buckets_BTG, whole_BTG = [], []
-    for n in range(order):  # from the last token to those before it
+    whole_BT, whole_BTG = segments_BT != 0, []
+    for n in range(order):
         whole_BT &= (jnp.roll(segments_BT, n, axis=1) == segments_BT) & (positions_BT >= n)
-        hash_BT = (hash_BT ^ jnp.roll(tokens_BT, n, axis=1).astype(jnp.uint32)) * jnp.uint32(16777619)
-        mixed_BT = (hash_BT ^ (hash_BT >> 16)) * jnp.uint32(0x85EBCA6B)
-        mixed_BT = (mixed_BT ^ (mixed_BT >> 13)) * jnp.uint32(0xC2B2AE35)
-        buckets_BTG.append(((mixed_BT ^ (mixed_BT >> 16)) % jnp.uint32(buckets)).astype(jnp.int32))
         whole_BTG.append(whole_BT)
-    buckets_BTG, whole_BTG = jnp.stack(buckets_BTG, axis=2), jnp.stack(whole_BTG, axis=2)
+    buckets_BTG = jnp.stack(hashed(lambda n: jnp.roll(tokens_BT, n, axis=1), order, buckets), axis=2)
+    whole_BTG = jnp.stack(whole_BTG, axis=2)
     return buckets_BTG, whole_BTG & first(buckets_BTG, jnp.where(whole_BTG, segments_BT[..., None], 0))
 
 
@@ -58,8 +52,8 @@ def log_count_ratios(texts: list[np.ndarray], labels: np.ndarray, num_labels: in
     """
     row = lambda arrays: np.concatenate(arrays)[None].astype(np.int32)
     segments = row([np.full(len(text), n) for n, text in enumerate(texts, 1)])
-    found = hashed(row(texts), segments, row([np.arange(len(text)) for text in texts]), order, buckets)
-    buckets_TG, counts_TG = (np.asarray(x[0]) for x in found)
+    ngrams = ngrams_in(row(texts), segments, row([np.arange(len(text)) for text in texts]), order, buckets)
+    buckets_TG, counts_TG = (np.asarray(x[0]) for x in ngrams)
     labels_TG = np.broadcast_to(np.asarray(labels)[segments[0] - 1, None], counts_TG.shape)
     cells = labels_TG[counts_TG] * buckets + buckets_TG[counts_TG]
     counts = 1.0 + np.bincount(cells, minlength=num_labels * buckets).reshape(num_labels, buckets)
@@ -78,7 +72,7 @@ class Grams(nn.Module):
         c, (B, T) = self.config, tokens_BT.shape
         V, D, axes = c.buckets, c.embed_dim, ("vocab", "embed")
         table_VD = parameter(self, "tokens", nn.initializers.normal(c.embed_std), axes, (V, D), c)
-        buckets_BTG, counts_BTG = hashed(tokens_BT, segments_BT, positions_BT, c.order, V)
+        buckets_BTG, counts_BTG = ngrams_in(tokens_BT, segments_BT, positions_BT, c.order, V)
         find = lambda table: lookup(table, buckets_BTG.reshape(B, -1), axes).reshape(B, T, c.order, -1)
         weights_BTG = counts_BTG.astype(c.dtype)
         if c.ngram_weights == "log_count_ratio":  # counted where a run begins (jaxlm/start.py), not trained

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -137,17 +138,39 @@ def sinusoidal(positions_BT, embed_dim: int) -> jax.Array:
     return jnp.concatenate([sin, cos], axis=-1)[:, :, 0]
 
 
+def hashed(earlier: Callable, order: int, buckets: int) -> list[jax.Array]:
+    """Buckets, int32 [B, T], of the runs of 1 ... order tokens that end at each position.
+
+    earlier(n): the tokens n places before. The hash is FNV-1a, token by token, its bits then mixed as at the end of
+    MurmurHash3: a remainder would see the low ones alone.
+    """
+    hash_BT, found = jnp.uint32(2166136261), []
+    for n in range(order):  # from the last token to those before it
+        hash_BT = (hash_BT ^ earlier(n).astype(jnp.uint32)) * jnp.uint32(16777619)
+        mixed_BT = (hash_BT ^ (hash_BT >> 16)) * jnp.uint32(0x85EBCA6B)
+        mixed_BT = (mixed_BT ^ (mixed_BT >> 13)) * jnp.uint32(0xC2B2AE35)
+        found.append(((mixed_BT ^ (mixed_BT >> 16)) % jnp.uint32(buckets)).astype(jnp.int32))
+    return found
+
+
 class Embed(nn.Module):
-    """Tokens, and positions where they are added to the input -> x [B, T, D]."""
+    """Tokens, positions where they are added to the input, and n-grams -> x [B, T, D].
+
+    ngrams: (buckets, int32 [B, T, G]; whether each is there, bool) of model.embed_ngrams, or None.
+    """
 
     config: FrozenConfigDict
 
     @nn.compact
-    def __call__(self, tokens_BT, positions_BT):
-        c = self.config
+    def __call__(self, tokens_BT, positions_BT, ngrams=None):
+        c, (B, T) = self.config, tokens_BT.shape
         init = nn.initializers.normal(c.embed_std)
         table_VD = parameter(self, "tokens", init, ("vocab", "embed"), (c.vocab_size, c.embed_dim), c)
         x_BTD = lookup(table_VD, tokens_BT, ("vocab", "embed"))
+        if ngrams is not None:
+            table_VD = parameter(self, "ngrams", init, ("vocab", "embed"), (c.buckets, c.embed_dim), c)
+            x_BTGD = lookup(table_VD, ngrams[0].reshape(B, -1), ("vocab", "embed")).reshape(B, T, -1, c.embed_dim)
+            x_BTD += jnp.einsum("BTG,BTGD->BTD", ngrams[1].astype(c.dtype), x_BTGD)
         if c.scale_embeddings:
             x_BTD *= math.sqrt(c.embed_dim)
         if c.positions == "learned":

@@ -18,6 +18,7 @@ from jaxlm.models.layers import (
     Linear,
     back,
     embedding_dropout,
+    hashed,
     into,
     norm,
     parameter,
@@ -43,13 +44,15 @@ class Cache(NamedTuple):
 
     blocks: (k, v) of [B, S, K, H], or [L/P, B, S, K, H] with scan over L/P repeats of a pattern of P blocks; in an
     encoder-decoder (k, v, k of the encoder's output, v of it). segments_BS: int32, 0 where nothing has been written.
-    index: int32 scalar, positions written. enc_segments_BS: of the encoder's output, or None.
+    index: int32 scalar, positions written. enc_segments_BS: of the encoder's output, or None. tokens_BS: int32, those
+    seen, where n-grams have embeddings.
     """
 
     blocks: tuple[tuple[jax.Array, ...], ...]
     segments_BS: jax.Array
     index: jax.Array
     enc_segments_BS: jax.Array | None = None
+    tokens_BS: jax.Array | None = None
 
 
 class Context(NamedTuple):
@@ -71,18 +74,19 @@ def init_cache(config: FrozenConfigDict, batch: int, length: int, enc_length: in
     lead = (config.num_layers // blocks,) if config.scan else ()
     zeros = lambda size: jnp.zeros((*lead, batch, size, config.num_kv_heads, config.head_dim), config.dtype)
     lengths = (length, length, enc_length, enc_length) if enc_length else (length, length)
-    segments = lambda size: jnp.zeros((batch, size), jnp.int32)
+    whole = lambda size: jnp.zeros((batch, size), jnp.int32)
     return Cache(
-        tuple(tuple(map(zeros, lengths)) for _ in range(blocks)), segments(length), jnp.zeros((), jnp.int32),
-        segments(enc_length) if enc_length else None,
+        tuple(tuple(map(zeros, lengths)) for _ in range(blocks)), whole(length), jnp.zeros((), jnp.int32),
+        whole(enc_length) if enc_length else None, whole(length) if config.embed_ngrams > 1 else None,
     )  # fmt: skip
 
 
 def take_rows(config: FrozenConfigDict, cache: Cache, rows_B: jax.Array) -> Cache:
     """The cache of these rows of the batch, for beam search."""
     blocks = jax.tree.map(lambda x: jnp.take(x, rows_B, axis=1 if config.scan else 0), cache.blocks)
-    segments = (None if x is None else jnp.take(x, rows_B, axis=0) for x in (cache.segments_BS, cache.enc_segments_BS))
-    return Cache(blocks, next(segments), cache.index, next(segments))
+    whole = cache.segments_BS, cache.enc_segments_BS, cache.tokens_BS
+    segments_BS, *others = (None if x is None else jnp.take(x, rows_B, axis=0) for x in whole)
+    return Cache(blocks, segments_BS, cache.index, *others)
 
 
 class Attention(nn.Module):
@@ -225,15 +229,21 @@ class Transformer(nn.Module):
         """
         c = self.config
         B, T = tokens_BT.shape
-        segments_BS, index = segments_BT, None
+        segments_BS, tokens_BS, index = segments_BT, tokens_BT, None
         if cache is not None:
             segments_BT = jnp.ones((B, T), jnp.int32) if segments_BT is None else segments_BT
             index, places_T = cache.index, cache.index + jnp.arange(T)
-            segments_BS = jax.lax.dynamic_update_slice_in_dim(cache.segments_BS, segments_BT, index, axis=1)
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=1)
+            segments_BS = write(cache.segments_BS, segments_BT)
+            tokens_BS = None if cache.tokens_BS is None else write(cache.tokens_BS, tokens_BT)
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(T) if places_T is None else places_T, (B, T))
 
-        x_BTD = Embed(c, name="embed")(tokens_BT, positions_BT)
+        ngrams = None
+        if c.embed_ngrams > 1:
+            zigzag = cache is None and places_T is not None
+            ngrams = runs(c, tokens_BS, segments_BS, jnp.arange(T) if places_T is None else places_T, zigzag)
+        x_BTD = Embed(c, name="embed")(tokens_BT, positions_BT, ngrams)
         x_BTD = embedding_dropout(c, train)(x_BTD)
         mesh = even_mesh(B, T)
         caches = None if cache is None else cache.blocks
@@ -246,7 +256,7 @@ class Transformer(nn.Module):
             x_BTD = norm(c, "final_norm")(x_BTD)
         heads(self, c)
         if cache is not None:
-            cache = Cache(caches, segments_BS, index + T)
+            cache = Cache(caches, segments_BS, index + T, tokens_BS=tokens_BS)
         return x_BTD, cache
 
     def staged(self, x_BTD, rows, places_T, train: bool, mesh) -> jax.Array:
@@ -275,6 +285,23 @@ class Transformer(nn.Module):
         if self.is_mutable_collection("aux") and made:
             self.put_variable("aux", "layers", jax.tree_util.tree_map_with_path(of_all_layers, made["aux"]))
         return x_BTD
+
+
+def runs(config, tokens_BS, segments_BS, places_T, zigzag: bool) -> tuple[jax.Array, jax.Array]:
+    """(buckets, int32 [B, T, G]; bool): the runs of 2 ... model.embed_ngrams tokens that end at these places.
+
+    One that would begin in another document is none. Hashed n-grams beside the input's tokens: Pagnoni et al. 2024,
+    Huang et al. 2025. zigzag: the row has its tokens in the order of places_T, not of their places.
+    """
+    order = jnp.argsort(places_T) if zigzag else slice(None)
+    tokens_BS = tokens_BS[:, order]
+    segments_BS = jnp.ones_like(tokens_BS) if segments_BS is None else segments_BS[:, order]
+    earlier = lambda x_BS, n: x_BS[:, jnp.maximum(places_T - n, 0)]
+    found = hashed(partial(earlier, tokens_BS), config.embed_ngrams, config.buckets)
+    same = [
+        (places_T >= n) & (earlier(segments_BS, n) == earlier(segments_BS, 0)) for n in range(1, config.embed_ngrams)
+    ]
+    return jnp.stack(found[1:], axis=2), jnp.stack(same, axis=2)
 
 
 def self_context(config, segments_BT, segments_BS, positions_BT, reach_BT, places_T, index) -> Context:
