@@ -40,7 +40,10 @@ def get_config(arg="cpu"):
     c.optim.schedule = "linear"  # to 0: 1.575 where cosine gives 1.590
     c.optim.end_factor, c.optim.weight_decay = 0.0, 0.0
     c.eval.every = 500
-    if arg == "ngram":
+    if arg == "cpu":
+        c.model.embed_ngrams, c.model.buckets, c.train.ema = 4, 32_768, 0.95
+        c.optim.adam_learning_rate, c.optim.warmup_steps = 3e-2, 20
+    elif arg == "ngram":
         c.model.name, c.model.order = "ngram", 7
     elif arg == "lstm":
         c.model.name, c.optim.name, c.optim.learning_rate = "lstm", "adamw", 4e-3

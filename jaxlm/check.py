@@ -135,6 +135,8 @@ def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
             f"config.model.experts_per_token={m.experts_per_token}: there are only config.model.num_experts="
             f"{m.num_experts} experts"
         )
+    if m.embed_ngrams > 1 and m.name not in ("decoder", "encoder"):
+        problems.append(f"config.model.embed_ngrams={m.embed_ngrams}: is of decoders and encoders; set 1")
     if vocab_size and 0 < m.vocab_size < vocab_size:
         problems.append(
             f"config.model.vocab_size={m.vocab_size}: the tokenizer of config.data has {vocab_size} ids; "
@@ -188,8 +190,6 @@ def task(c: ConfigDict) -> list[str]:
             f"config.model.ngram_weights={m.ngram_weights}: is of a bag of n-grams that learns classes; set none, or "
             "model.name=bag and task.name=classify"
         )
-    if m.embed_ngrams > 1 and m.name not in ("decoder", "encoder"):
-        problems.append(f"config.model.embed_ngrams={m.embed_ngrams}: is of decoders and encoders; set 1")
     if m.name == "bilstm" and (m.hidden_dim or m.embed_dim) % 2:
         problems.append(f"config.model.hidden_dim={m.hidden_dim}: must be even for bilstm, half for each direction")
     if m.lora_rank:

@@ -90,7 +90,10 @@ def check_sharding(config: ConfigDict, mesh) -> None:
 
 def init_state(config: ConfigDict, mesh) -> State:
     """The state at step 0, born sharded; the same values on every mesh."""
-    return jax.jit(partial(create_state, config), out_shardings=state_shardings(config, mesh))()
+    with jax.set_mesh(mesh):  # on a CPU its compilation, not its run, takes the time
+        options = {"xla_backend_optimization_level": 1} if platform() == "cpu" else {}
+    places = state_shardings(config, mesh)
+    return jax.jit(partial(create_state, config), out_shardings=places, compiler_options=options)()
 
 
 def gradients(params: dict, batch: dict, key: jax.Array, config: ConfigDict, teacher=None) -> tuple[dict, dict]:

@@ -15,7 +15,8 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import FrozenConfigDict
 
-from jaxlm.models.layers import embedding_dropout, hashed, parameter
+from jaxlm.models.hashing import hashed
+from jaxlm.models.layers import embedding_dropout, parameter
 from jaxlm.models.transformer import heads
 from jaxlm.parallel.linear import lookup
 from jaxlm.parallel.mesh import constrain

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -136,21 +135,6 @@ def sinusoidal(positions_BT, embed_dim: int) -> jax.Array:
     """float32 [B, T, D] (Vaswani et al. 2017), sines then cosines."""
     sin, cos = rotary(positions_BT, embed_dim, 10_000.0)
     return jnp.concatenate([sin, cos], axis=-1)[:, :, 0]
-
-
-def hashed(earlier: Callable, order: int, buckets: int) -> list[jax.Array]:
-    """Buckets, int32 [B, T], of the runs of 1 ... order tokens that end at each position.
-
-    earlier(n): the tokens n places before. The hash is FNV-1a, token by token, its bits then mixed as at the end of
-    MurmurHash3: a remainder would see the low ones alone.
-    """
-    hash_BT, found = jnp.uint32(2166136261), []
-    for n in range(order):  # from the last token to those before it
-        hash_BT = (hash_BT ^ earlier(n).astype(jnp.uint32)) * jnp.uint32(16777619)
-        mixed_BT = (hash_BT ^ (hash_BT >> 16)) * jnp.uint32(0x85EBCA6B)
-        mixed_BT = (mixed_BT ^ (mixed_BT >> 13)) * jnp.uint32(0xC2B2AE35)
-        found.append(((mixed_BT ^ (mixed_BT >> 16)) % jnp.uint32(buckets)).astype(jnp.int32))
-    return found
 
 
 class Embed(nn.Module):

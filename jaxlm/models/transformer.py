@@ -11,6 +11,7 @@ from ml_collections import FrozenConfigDict
 
 from jaxlm.config import pipeline_microbatches
 from jaxlm.kernels.attention import ANYWHERE, FLASH, attention
+from jaxlm.models.hashing import runs
 from jaxlm.models.layers import (
     MLP,
     Embed,
@@ -18,7 +19,6 @@ from jaxlm.models.layers import (
     Linear,
     back,
     embedding_dropout,
-    hashed,
     into,
     norm,
     parameter,
@@ -285,23 +285,6 @@ class Transformer(nn.Module):
         if self.is_mutable_collection("aux") and made:
             self.put_variable("aux", "layers", jax.tree_util.tree_map_with_path(of_all_layers, made["aux"]))
         return x_BTD
-
-
-def runs(config, tokens_BS, segments_BS, places_T, zigzag: bool) -> tuple[jax.Array, jax.Array]:
-    """(buckets, int32 [B, T, G]; bool): the runs of 2 ... model.embed_ngrams tokens that end at these places.
-
-    One that would begin in another document is none. Hashed n-grams beside the input's tokens: Pagnoni et al. 2024,
-    Huang et al. 2025. zigzag: the row has its tokens in the order of places_T, not of their places.
-    """
-    order = jnp.argsort(places_T) if zigzag else slice(None)
-    tokens_BS = tokens_BS[:, order]
-    segments_BS = jnp.ones_like(tokens_BS) if segments_BS is None else segments_BS[:, order]
-    earlier = lambda x_BS, n: x_BS[:, jnp.maximum(places_T - n, 0)]
-    found = hashed(partial(earlier, tokens_BS), config.embed_ngrams, config.buckets)
-    same = [
-        (places_T >= n) & (earlier(segments_BS, n) == earlier(segments_BS, 0)) for n in range(1, config.embed_ngrams)
-    ]
-    return jnp.stack(found[1:], axis=2), jnp.stack(same, axis=2)
 
 
 def self_context(config, segments_BT, segments_BS, positions_BT, reach_BT, places_T, index) -> Context:
