@@ -78,6 +78,7 @@ def test_unknown_keys_suggest_the_nearest_in_any_section():
         ({"model__norm": "batch"}, "model.norm=batch"),
         ({"model__layers": "SSX"}, "model.layers='SSX'"),
         ({"model__ngram_weights": "log_count_ratio"}, "set none, or model.name=bag"),
+        ({"model__embed_ngrams": 3, "model__name": "lstm"}, "is of decoders and encoders"),
         ({"model__layers": "SSL"}, "must divide config.model.num_layers=2"),
         ({"model__vocab_size": 10}, "the tokenizer of config.data has 64 ids"),
         ({"optim__learning_rate": -1.0}, "optim.learning_rate=-1.0"),

@@ -366,6 +366,7 @@ def test_what_is_measured_is_told_with_its_error():
     ("--topology=v5p:4x4", "3 dimensions"),
     ("--topology=a100:8 --slices=2 --config.mesh.slices=4", "--slices give 2"),
     ("--topology=a100:8 --config.model.vocab_size=0", "set config.model.vocab_size"),
+    ("--topology=a100:8 --config.task.name=classify --config.model.name=encoder", "set config.model.num_labels"),
     ("--topology=a100:8 --json=tests", "give a file"),
 ])  # fmt: skip
 def test_what_cannot_be_planned_is_one_message(flags, hint):
