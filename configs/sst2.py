@@ -7,8 +7,8 @@
 The files have lines of a sentence, a tab and 0 or 1. On 2 CPU cores, accuracy on the 872 sentences of dev:
 
 ngrams (the default): a linear classifier of the runs of 1 to 6 bytes (NBSVM's weights, fastText's table), seven epochs
-    in 25 seconds: 81.3% (seeds 0, 1, 2: 81.4, 81.3, 81.2), AUC 0.891; in 8-fold cross-
-    validation over both files 82.0%.
+    in 25 seconds: 81.3% (seeds 0, 1, 2: 81.4, 81.3, 81.2), AUC 0.891; in 8-fold
+    cross-validation over both files 82.0%.
 lstm: words, states pooled by their maximum, 2.4M parameters, three epochs in 30 seconds: 81.0% (81.2, 81.0, 80.7); in
     cross-validation 79.9%.
 """

@@ -74,10 +74,10 @@ def init_cache(config: FrozenConfigDict, batch: int, length: int, enc_length: in
     lead = (config.num_layers // blocks,) if config.scan else ()
     zeros = lambda size: jnp.zeros((*lead, batch, size, config.num_kv_heads, config.head_dim), config.dtype)
     lengths = (length, length, enc_length, enc_length) if enc_length else (length, length)
-    whole = lambda size: jnp.zeros((batch, size), jnp.int32)
+    integers = lambda size: jnp.zeros((batch, size), jnp.int32)
     return Cache(
-        tuple(tuple(map(zeros, lengths)) for _ in range(blocks)), whole(length), jnp.zeros((), jnp.int32),
-        whole(enc_length) if enc_length else None, whole(length) if config.embed_ngrams > 1 else None,
+        tuple(tuple(map(zeros, lengths)) for _ in range(blocks)), integers(length), jnp.zeros((), jnp.int32),
+        integers(enc_length) if enc_length else None, integers(length) if config.embed_ngrams > 1 else None,
     )  # fmt: skip
 
 
@@ -236,13 +236,12 @@ class Transformer(nn.Module):
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=1)
             segments_BS = write(cache.segments_BS, segments_BT)
             tokens_BS = None if cache.tokens_BS is None else write(cache.tokens_BS, tokens_BT)
+        here_T = jnp.arange(T) if places_T is None else places_T
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(T) if places_T is None else places_T, (B, T))
+            positions_BT = jnp.broadcast_to(here_T, (B, T))
 
-        ngrams = None
-        if c.embed_ngrams > 1:
-            zigzag = cache is None and places_T is not None
-            ngrams = runs(c, tokens_BS, segments_BS, jnp.arange(T) if places_T is None else places_T, zigzag)
+        zigzag = cache is None and places_T is not None
+        ngrams = runs(c, tokens_BS, segments_BS, here_T, zigzag) if c.embed_ngrams > 1 else None
         x_BTD = Embed(c, name="embed")(tokens_BT, positions_BT, ngrams)
         x_BTD = embedding_dropout(c, train)(x_BTD)
         mesh = even_mesh(B, T)
