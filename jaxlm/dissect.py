@@ -20,7 +20,7 @@ from jaxlm.config import flatten
 from jaxlm.costs import human, reach
 from jaxlm.data.pipeline import train_batches
 from jaxlm.errors import UserError
-from jaxlm.kernels.cross_entropy import cross_entropy
+from jaxlm.kernels.cross_entropy import Mix, weighted
 from jaxlm.losses import rows_of
 from jaxlm.models.layers import MLP
 from jaxlm.models.transformer import Attention, self_context, unembedding
@@ -78,7 +78,7 @@ def step_parts(config: ConfigDict, mesh) -> dict[str, float]:
             found["MLP"] = m.num_layers * layer(MLP(m, m.mlp_dim), mesh, x_BTD)
     if c.task.name == "lm":
         table, options = unembedding(state.params), {"softcap": c.model.logit_softcap, "chunk": c.train.loss_chunk}
-        loss = lambda x, table: cross_entropy(x, table, batch["targets"], **options)[0]
+        loss = lambda x, table: weighted(x, table, batch["targets"], batch["weights"], Mix(), **options)[0]
         found["loss"] = forward_and_backward(loss, x_BTD, table)
     grads, sums = jax.jit(lambda s: gradients(s.params, batch, jax.random.key(0), c, s.teacher))(state)
     update = jax.jit(partial(apply_gradients, config=c))

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from jaxlm.data.transforms import ALLOWED, START, STOP
 from jaxlm.kernels.attention import NEVER
-from jaxlm.kernels.cross_entropy import divergence
+from jaxlm.kernels.cross_entropy import Mix, divergence
 from jaxlm.keys import LABELLED
-from jaxlm.models import build_section, nats_of
+from jaxlm.models import build_section, nats_of, weighted_nats_of
 from jaxlm.models.transformer import unembedding
 from jaxlm.parallel.mesh import even_mesh
 from jaxlm.parallel.ring import zigzag
@@ -89,13 +89,16 @@ def token_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=
     task says so, z-loss and the routers' losses. `routing`: see `routing_sums`. teacher: its parameters.
     """
     batch, places = mesh_order(batch)
-    loss_BT, log_z_BT, x_BTD, aux = token_losses(model, params, batch, places, config, dropout_key)
-    weights_BT, task = batch["weights"], config.task
-    learned_BT = loss_BT
-    if task.label_smoothing:  # the mean logit is that of the mean row of the table
+    x_BTD, aux = forward(model, params, batch, places, config, dropout_key)
+    weights_BT, task, more = batch["weights"], config.task, {}
+    own, smooth = 1 - task.distill, task.label_smoothing
+    objective, loss_BT, _ = weighted_nats_of(
+        model, params, x_BTD, batch["targets"], weights_BT,
+        Mix(own * (1 - smooth), own * smooth, config.train.z_loss), config.train.loss_chunk,
+    )  # fmt: skip
+    if smooth:  # the mean logit is that of the mean row of the table
         mean_BT = jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), jnp.mean(unembedding(params), axis=0))
-        learned_BT = (1 - task.label_smoothing) * loss_BT + task.label_smoothing * (log_z_BT - mean_BT)
-    more = {}
+        objective -= own * smooth * jnp.sum(weights_BT * mean_BT)
     if task.distill:
         section = teacher_section(config)
         y_BTD, _ = forward(build_section(section), teacher, batch, places, config)
@@ -103,13 +106,11 @@ def token_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=
             (x_BTD, unembedding(params), config.model.logit_softcap),
             (y_BTD, unembedding(teacher), section.logit_softcap),
         )
-        apart_BT = divergence(*tables, task.temperature)
-        learned_BT = (1 - task.distill) * learned_BT + task.distill * apart_BT
-        more["divergence"] = jnp.sum(weights_BT * apart_BT)
-    z_loss = config.train.z_loss * jnp.sum(weights_BT * jnp.square(log_z_BT))
+        more["divergence"] = jnp.sum(weights_BT * divergence(*tables, task.temperature))
+        objective += task.distill * more["divergence"]
     router_loss, routing = routing_sums(aux, jnp.sum(weights_BT, axis=1), config)
     return more | {
-        "objective": jnp.sum(weights_BT * learned_BT) + z_loss + router_loss,
+        "objective": objective + router_loss,
         "loss": jnp.sum(weights_BT * loss_BT),
         "weight": jnp.sum(weights_BT),
         "routing": routing,

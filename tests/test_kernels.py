@@ -9,11 +9,11 @@ from flax import linen as nn
 from jaxlm.kernels import attention as kernel
 from jaxlm.kernels import dense
 from jaxlm.kernels.attention import attention, choose, visible
-from jaxlm.kernels.cross_entropy import chunk_length, cross_entropy, logits_of
+from jaxlm.kernels.cross_entropy import Mix, chunk_length, cross_entropy, logits_of, weighted
 from jaxlm.kernels.hopper import first_keys
 from jaxlm.kernels.lstm import Steps, recur, run
 from jaxlm.kernels.norm import normalize
-from jaxlm.parallel.linear import product
+from jaxlm.parallel.linear import lookup, product
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
@@ -138,34 +138,73 @@ def test_soft_cap_is_refused_where_it_would_be_ignored():
         attention(x, x, x, window=4, softcap=5.0, implementation="xla")
 
 
-@pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_chunks_change_neither_loss_nor_gradient(softcap):
+@pytest.fixture
+def examples():
+    """(x [2, 12, 8], table [50, 8], targets, weights)."""
     rng = np.random.default_rng(0)
     x, table = rng.normal(size=(2, 12, 8)).astype(np.float32), rng.normal(size=(50, 8)).astype(np.float32)
-    targets = rng.integers(0, 50, (2, 12))
+    return x, table, rng.integers(0, 50, (2, 12)), rng.random((2, 12)).astype(np.float32)
 
-    def loss(x, table, chunk):
-        nats, log_z = cross_entropy(x, table, targets, softcap=softcap, chunk=chunk)
-        return nats.sum() + 1e-2 * jnp.square(log_z).sum()
 
-    def plain(x, table):
-        logits = logits_of(x, table, softcap)
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        nats = log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        return nats.sum() + 1e-2 * jnp.square(log_z).sum()
+def nats_in_full(x, table, targets, softcap):
+    logits = logits_of(x, table, softcap)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0], log_z
 
-    want = jax.value_and_grad(plain, (0, 1))(x, table)
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_chunks_change_neither_loss_nor_gradient(softcap, examples):
+    x, table, targets, _ = examples
+    total = lambda nats, log_z: nats.sum() + 1e-2 * jnp.square(log_z).sum()
+    want = jax.value_and_grad(lambda x, table: total(*nats_in_full(x, table, targets, softcap)), (0, 1))(x, table)
     for chunk in (1, 3, 12):
-        got = jax.value_and_grad(loss, (0, 1))(x, table, chunk)
+        loss = lambda x, table, chunk=chunk: total(*cross_entropy(x, table, targets, softcap=softcap, chunk=chunk))
+        got = jax.value_and_grad(loss, (0, 1))(x, table)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), want, got)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("mix", [Mix(), Mix(0.7, 0.3), Mix(1.0, 0.0, 0.1), Mix(0.0, 0.5, 0.2)])
+@pytest.mark.parametrize("of_gpus", [False, True])
+def test_a_gradient_made_beside_the_loss_is_the_gradient(softcap, mix, of_gpus, examples, monkeypatch):
+    x, table, targets, weights = examples
+
+    def in_full(x, table):
+        nats, log_z = nats_in_full(x, table, targets, softcap)
+        return 3 * jnp.sum(weights * (mix.loss * nats + mix.log_z * log_z + mix.z_loss * jnp.square(log_z)))
+
+    want, chunks = jax.value_and_grad(in_full, (0, 1))(x, table), (1, 3, 12)
+    if of_gpus:
+        monkeypatch.setattr("jaxlm.kernels.cross_entropy.platform", lambda: "gpu")
+    for chunk in chunks:
+        total = lambda x, table, c=chunk: 3 * weighted(x, table, targets, weights, mix, softcap=softcap, chunk=c)[0]
+        got = jax.value_and_grad(total, (0, 1))(x, table)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), want, got)
+        found = weighted(x, table, targets, weights, mix, softcap=softcap, chunk=chunk)[1:]
+        np.testing.assert_allclose(found, nats_in_full(x, table, targets, softcap), rtol=1e-5, atol=1e-5)
+
+
+def test_sums_of_rows_and_chunks_are_not_rounded_to_bfloat16():
+    """Each of 4,096 equal gradients alone is below the last digit of their sum."""
+    ids, table = jnp.zeros((4, 1024), jnp.int32), jnp.ones((8, 16), jnp.bfloat16)
+    gradient = jax.grad(lambda table: lookup(table, ids, ("vocab", "embed")).astype(jnp.float32).sum())(table)
+    assert (gradient[0] == 4096).all() and not gradient[1:].any()
+    x, weights = jnp.ones((4, 1024, 16), jnp.bfloat16), jnp.ones((4, 1024))
+    loss = lambda table: weighted(x, table, ids, weights, Mix(), chunk=1)[0]
+    np.testing.assert_allclose(jax.grad(loss)(table).astype(jnp.float32)[1], 4096 / 8, rtol=1e-2)
 
 
 def test_logits_are_never_kept_for_the_backward_pass():
     B, T, D, V = 4, 256, 32, 4096
-    f = jax.jit(jax.grad(lambda x, w: cross_entropy(x, w, jnp.zeros((B, T), jnp.int32), chunk=32)[0].sum(), (0, 1)))
+    zeros, ones = jnp.zeros((B, T), jnp.int32), jnp.ones((B, T))
     shapes = jax.ShapeDtypeStruct((B, T, D), jnp.float32), jax.ShapeDtypeStruct((V, D), jnp.float32)
-    temporary = f.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
-    assert temporary < 4 * B * T * V, "a whole float32 [B, T, V] array was allocated"
+    for loss in (
+        lambda x, w: cross_entropy(x, w, zeros, chunk=32)[0].sum(),
+        lambda x, w: weighted(x, w, zeros, ones, Mix(), chunk=32)[0],
+    ):
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+        assert temporary < 4 * B * T * V, "a whole float32 [B, T, V] array was allocated"
 
 
 def test_the_chosen_chunk_divides_the_length_and_fits():

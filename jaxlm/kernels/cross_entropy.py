@@ -1,15 +1,41 @@
-"""Token cross-entropy in chunks over the sequence: logits exist a chunk at a time and are not kept for backward."""
+"""Token cross-entropy in chunks over the sequence: logits exist a chunk at a time and are not kept for backward.
+
+Where the weight of each token is known beforehand (`weighted`), the gradient is made beside the loss, of the same
+logits; elsewhere (`cross_entropy`) the backward pass computes them again.
+
+Letters: C the positions of a chunk; V, on a mesh, a device's part of the vocabulary.
+"""
+
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxlm.kernels.attention import capped
+from jaxlm.kernels.attention import NEVER, capped
 from jaxlm.parallel.linear import activation_specs, sum_parts
-from jaxlm.parallel.mesh import even_mesh, gather, gather_weight, partition_spec, platform, split_axes
+from jaxlm.parallel.mesh import even_mesh, gather, gather_weight, names_of, partition_spec, platform, split_axes
 
 # Of float32 logits a device. Each chunk reads the output table and adds to its gradient: on accelerators few are fast.
-AUTO_CHUNK_BYTES = {"cpu": 64 << 20, "gpu": 512 << 20, "tpu": 512 << 20}
+AUTO_CHUNK_BYTES = {"cpu": 64 << 20, "gpu": 1 << 30, "tpu": 512 << 20}
+
+
+class Mix(NamedTuple):
+    """What is learned of a token: loss x its nats + log_z x log Z + z_loss x log(Z)^2, Z the softmax's denominator."""
+
+    loss: float = 1.0
+    log_z: float = 0.0
+    z_loss: float = 0.0
+
+
+class Options(NamedTuple):
+    """vocab: mesh axes that shard V here; scattered: those of them that also shard T, gathered a chunk at a time."""
+
+    softcap: float
+    chunk: int
+    vocab: tuple[str, ...] = ()
+    scattered: tuple[str, ...] = ()
 
 
 def logits_of(x_BTD: jax.Array, unembed_VD: jax.Array, softcap: float) -> jax.Array:
@@ -30,51 +56,165 @@ def cross_entropy(x_BTD, unembed_VD, targets_BT, *, softcap=0.0, chunk=0) -> tup
     x: final hidden states. chunk: positions whose logits a device has at one time; 0 chooses. Any chunk and any mesh
     give the same numbers. On a mesh each device has the logits of its own part of the vocabulary (Shoeybi et al. 2019).
     """
+    return on_mesh(nats, Options(softcap, chunk), x_BTD, unembed_VD, targets_BT)
+
+
+def weighted(x_BTD, unembed_VD, targets_BT, weights_BT, mix: Mix, *, softcap=0.0, chunk=0):
+    """(float32 sum over tokens of weight x mix; loss and log_z of cross_entropy, which pass no gradient on).
+
+    The weights are constants. Three products where cross_entropy's gradient takes four.
+    """
+    arrays = targets_BT, weights_BT.astype(jnp.float32)
+    return on_mesh(partial(weighted_nats, mix), Options(softcap, chunk), x_BTD, unembed_VD, *arrays)
+
+
+def on_mesh(f, options: Options, x_BTD, unembed_VD, *arrays):
+    """f(options, x, table, *arrays) on what each device holds. Of results without dimensions: their sum."""
     unembed_VD = unembed_VD.astype(x_BTD.dtype)
-    mesh = even_mesh(*targets_BT.shape)
+    mesh = even_mesh(*x_BTD.shape[:2])
     if mesh is None:
-        return chunked(x_BTD, unembed_VD, targets_BT, softcap, chunk, (), ())
+        return f(options, x_BTD, unembed_VD, *arrays)
     spec = partition_spec(("vocab", "embed"), unembed_VD.shape, mesh)
-    batch, _, between, extra = activation_specs(*targets_BT.shape, mesh)
+    batch, _, between, extra = activation_specs(*x_BTD.shape[:2], mesh)
     vocab = split_axes("vocab", unembed_VD.shape[0], mesh)
-    scattered = tuple(name for name in vocab if name in extra)
+    options = options._replace(vocab=vocab, scattered=tuple(name for name in vocab if name in extra))
+    tokens, everywhere = PartitionSpec(batch, between), names_of(batch) + names_of(between)
 
-    def f(x, unembed, targets):
-        return chunked(x, gather_weight(unembed, spec[1:], x, start=1), targets, softcap, chunk, vocab, scattered)
+    def local(x, unembed, *arrays):
+        out = f(options, x, gather_weight(unembed, spec[1:], x, start=1), *arrays)
+        return [jax.lax.psum(y, everywhere) if y.ndim == 0 else y for y in out]
 
-    tokens = PartitionSpec(batch, between)
-    return jax.shard_map(f, in_specs=(tokens, spec, tokens), out_specs=(tokens, tokens))(x_BTD, unembed_VD, targets_BT)
+    out_specs = [PartitionSpec()] * (len(arrays) - 1) + [tokens, tokens]
+    in_specs = (tokens, spec, *[tokens] * len(arrays))
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)(x_BTD, unembed_VD, *arrays)
 
 
-def chunked(x_BTD, unembed_VD, targets_BT, softcap, chunk, vocab, scattered):
-    """vocab: mesh axes that shard V here; scattered: those of them that also shard T, gathered a chunk at a time."""
-    B, T, _ = x_BTD.shape
-    peers = jax.lax.axis_size(scattered) if scattered else 1
-    chunk = chunk_length(B * peers, T, unembed_VD.shape[0], -(-chunk // peers))
-    offset = jax.lax.axis_index(vocab) * unembed_VD.shape[0] if vocab else 0
+# ---------------------------------------------------------------- on one device
 
-    @jax.checkpoint
-    def one(x_BCD, targets_BC):
-        x_BCD, targets_BC = gather(x_BCD, 1, scattered), gather(targets_BC, 1, scattered)
-        logits_BCV = logits_of(x_BCD, unembed_VD, softcap)
-        top_BC = jax.lax.stop_gradient(jnp.max(logits_BCV, axis=-1))
-        top_BC = jax.lax.pmax(top_BC, vocab) if vocab else top_BC  # of all positions: the sums below need one maximum
-        sums = jnp.exp(logits_BCV - top_BC[..., None]).sum(axis=-1)
-        local = targets_BC - offset
-        mine = (local >= 0) & (local < logits_BCV.shape[-1])
-        found = jnp.take_along_axis(logits_BCV, jnp.where(mine, local, 0)[..., None], axis=-1)[..., 0]
-        log_sum = jnp.log(sum_parts(sums, vocab, scattered))
-        target_BC = sum_parts(jnp.where(mine, found - top_BC, 0.0), vocab, scattered)
-        if scattered:
-            top_BC = jax.lax.dynamic_slice_in_dim(top_BC, jax.lax.axis_index(scattered) * chunk, chunk, axis=1)
-        return log_sum - target_BC, log_sum + top_BC
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def nats(options: Options, x_BTD, unembed_VD, targets_BT):
+    step = lambda _, x_BCD, targets_BC: (None, forward(options, unembed_VD, x_BCD, targets_BC)[0])
+    return scan_chunks(options, unembed_VD, step, None, x_BTD, targets_BT)[1]
+
+
+def nats_backward(options, kept, slopes):
+    x_BTD, unembed_VD, targets_BT = kept
+
+    def step(dunembed_VD, x_BCD, targets_BC, *slopes):
+        (_, log_z_BC), logits_BCV = forward(options, unembed_VD, x_BCD, targets_BC)
+        dx_BCD, more = backward(options, unembed_VD, x_BCD, targets_BC, logits_BCV, log_z_BC, *slopes)
+        return dunembed_VD + more, (dx_BCD,)
+
+    zeros = jnp.zeros_like(unembed_VD, jnp.float32)
+    dunembed_VD, (dx_BTD,) = scan_chunks(options, unembed_VD, step, zeros, x_BTD, targets_BT, *slopes)
+    return dx_BTD, dunembed_VD.astype(unembed_VD.dtype), None
+
+
+nats.defvjp(lambda options, *given: (nats(options, *given), given), nats_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def weighted_nats(mix: Mix, options: Options, x_BTD, unembed_VD, targets_BT, weights_BT):
+    loss_BT, log_z_BT = nats(options, x_BTD, unembed_VD, targets_BT)
+    return total(mix, weights_BT, loss_BT, log_z_BT), loss_BT, log_z_BT
+
+
+def weighted_forward(mix, options, x_BTD, unembed_VD, targets_BT, weights_BT):
+    def step(dunembed_VD, x_BCD, targets_BC, weights_BC):
+        (loss_BC, log_z_BC), logits_BCV = forward(options, unembed_VD, x_BCD, targets_BC)
+        slopes = weights_BC * mix.loss, weights_BC * (mix.log_z + 2 * mix.z_loss * log_z_BC)
+        dx_BCD, more = backward(options, unembed_VD, x_BCD, targets_BC, logits_BCV, log_z_BC, *slopes)
+        return dunembed_VD + more, (loss_BC, log_z_BC, dx_BCD)
+
+    zeros = jnp.zeros_like(unembed_VD, jnp.float32)
+    dunembed_VD, found = scan_chunks(options, unembed_VD, step, zeros, x_BTD, targets_BT, weights_BT)
+    loss_BT, log_z_BT, dx_BTD = found
+    return (total(mix, weights_BT, loss_BT, log_z_BT), loss_BT, log_z_BT), (dx_BTD, dunembed_VD)
+
+
+def weighted_backward(mix, options, kept, slopes):
+    dx_BTD, dunembed_VD = (slopes[0] * x for x in kept)
+    return dx_BTD.astype(kept[0].dtype), dunembed_VD.astype(kept[0].dtype), None, None
+
+
+weighted_nats.defvjp(weighted_forward, weighted_backward)
+
+
+def total(mix: Mix, weights_BT, loss_BT, log_z_BT) -> jax.Array:
+    return jnp.sum(weights_BT * (mix.loss * loss_BT + mix.log_z * log_z_BT + mix.z_loss * jnp.square(log_z_BT)))
+
+
+def scan_chunks(options: Options, unembed_VD, step, carry, *arrays):
+    """(the last carry, outputs joined) of step(carry, *chunks of the arrays [B, T, ...]) -> (carry, outputs)."""
+    B, T = arrays[0].shape[:2]
+    peers = jax.lax.axis_size(options.scattered) if options.scattered else 1
+    chunk = chunk_length(B * peers, T, unembed_VD.shape[0], -(-options.chunk // peers))
     if chunk == T:
-        return one(x_BTD, targets_BT)
+        return step(carry, *arrays)
     split = lambda a: jnp.moveaxis(a.reshape(B, T // chunk, chunk, *a.shape[2:]), 1, 0)
-    loss, log_z = jax.lax.map(lambda parts: one(*parts), (split(x_BTD), split(targets_BT)))
-    join = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, T)
-    return join(loss), join(log_z)
+    join = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, T, *a.shape[3:])
+    carry, out = jax.lax.scan(lambda carry, parts: step(carry, *parts), carry, [split(a) for a in arrays])
+    return carry, tuple(join(a) for a in out)
+
+
+def forward(options: Options, unembed_VD, x_BCD, targets_BC):
+    """((nats, log Z) of this device's positions, float32 [B, C]; logits of those of all in `scattered`)."""
+    vocab, scattered = options.vocab, options.scattered
+    chunk, (x_BCD, targets_BC) = x_BCD.shape[1], whole(options, x_BCD, targets_BC)
+    logits_BCV = logits_of(x_BCD, unembed_VD, options.softcap)
+    top_BC, sums_BC = top_and_sum(logits_BCV)
+    if vocab:  # of all positions: the sums of the devices need one maximum
+        own_BC, top_BC = top_BC, jax.lax.pmax(top_BC, vocab)
+        sums_BC *= jnp.exp(own_BC - top_BC)
+    local = local_targets(options, unembed_VD, targets_BC)
+    mine = (local >= 0) & (local < logits_BCV.shape[-1])
+    found_BC = jnp.take_along_axis(logits_BCV, jnp.where(mine, local, 0)[..., None], axis=-1)[..., 0]
+    log_sum = jnp.log(sum_parts(sums_BC, vocab, scattered))
+    target_BC = sum_parts(jnp.where(mine, found_BC - top_BC, 0.0), vocab, scattered)
+    if scattered:
+        top_BC = jax.lax.dynamic_slice_in_dim(top_BC, jax.lax.axis_index(scattered) * chunk, chunk, axis=1)
+    return (log_sum - target_BC, log_sum + top_BC), logits_BCV
+
+
+def top_and_sum(logits_BCV) -> tuple[jax.Array, jax.Array]:
+    """(maximum, sum of exp(logit - maximum)) over V; on a GPU in one pass (Milakov & Gimelshein 2018)."""
+    if platform() != "gpu":
+        top_BC = jnp.max(logits_BCV, axis=-1)
+        return top_BC, jnp.exp(logits_BCV - top_BC[..., None]).sum(axis=-1)
+
+    def join(a, b):
+        (top_a, sum_a), (top_b, sum_b) = a, b
+        top = jnp.maximum(top_a, top_b)
+        return top, sum_a * jnp.exp(top_a - top) + sum_b * jnp.exp(top_b - top)
+
+    start = jnp.float32(NEVER), jnp.float32(0)
+    return jax.lax.reduce((logits_BCV, jnp.ones_like(logits_BCV)), start, join, (logits_BCV.ndim - 1,))
+
+
+def backward(options: Options, unembed_VD, x_BCD, targets_BC, logits_BCV, log_z_BC, dloss_BC, dlog_z_BC):
+    """(dx, of this device's positions; dunembed, float32); the logits' gradient is rounded as x is."""
+    given = whole(options, x_BCD, targets_BC, log_z_BC, dloss_BC, dlog_z_BC)
+    x_BCD, targets_BC, log_z_BC, dloss_BC, dlog_z_BC = given
+    hit_BCV = jnp.arange(unembed_VD.shape[0]) == local_targets(options, unembed_VD, targets_BC)[..., None]
+    dlogits_BCV = (dloss_BC + dlog_z_BC)[..., None] * jnp.exp(logits_BCV - log_z_BC[..., None])
+    dlogits_BCV -= jnp.where(hit_BCV, dloss_BC[..., None], 0)
+    if options.softcap:
+        dlogits_BCV *= 1 - jnp.square(logits_BCV / options.softcap)
+    dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
+    dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, unembed_VD)
+    dunembed_VD = jnp.einsum("BCV,BCD->VD", dlogits_BCV, x_BCD, preferred_element_type=jnp.float32)
+    return sum_parts(dx_BCD, options.vocab, options.scattered), dunembed_VD
+
+
+def whole(options: Options, *arrays) -> list[jax.Array]:
+    """With the positions that the other devices in `scattered` hold."""
+    return [gather(x, 1, options.scattered) for x in arrays]
+
+
+def local_targets(options: Options, unembed_VD, targets_BC) -> jax.Array:
+    """Rows of this device's part of the table."""
+    return targets_BC - (jax.lax.axis_index(options.vocab) * unembed_VD.shape[0] if options.vocab else 0)
 
 
 def divergence(student: tuple, teacher: tuple, temperature: float) -> jax.Array:

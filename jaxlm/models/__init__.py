@@ -11,7 +11,7 @@ import jax
 from flax import linen as nn
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxlm.kernels.cross_entropy import cross_entropy, logits_of
+from jaxlm.kernels.cross_entropy import Mix, cross_entropy, logits_of, weighted
 from jaxlm.models import ngram
 from jaxlm.models.bag import Bag
 from jaxlm.models.encoder_decoder import EncoderDecoder
@@ -52,3 +52,12 @@ def nats_of(model: nn.Module, params, x, targets_BT, chunk: int = 0) -> tuple[ja
     if isinstance(model, ngram.NGram):
         return -ngram.log_probs_of(params, x, targets_BT), targets_BT * 0.0
     return cross_entropy(x, unembedding(params), targets_BT, softcap=model.config.logit_softcap, chunk=chunk)
+
+
+def weighted_nats_of(model: nn.Module, params, x, targets_BT, weights_BT, mix: Mix, chunk: int = 0):
+    """(float32 sum over tokens of weight x mix; what `nats_of` gives, which passes no gradient on)."""
+    if isinstance(model, ngram.NGram):
+        nats_BT, log_z_BT = nats_of(model, params, x, targets_BT)
+        return jax.numpy.sum(weights_BT * nats_BT), nats_BT, log_z_BT
+    softcap = model.config.logit_softcap
+    return weighted(x, unembedding(params), targets_BT, weights_BT, mix, softcap=softcap, chunk=chunk)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -173,6 +174,12 @@ ACTIVATIONS = {
 }
 
 
+@partial(jax.checkpoint, static_argnums=0)
+def activate(activation, up_BTF, *gate_BTF) -> jax.Array:
+    """Of which the backward pass keeps the arguments alone: the rest is cheaper to make again than to read."""
+    return activation(gate_BTF[0]) * up_BTF if gate_BTF else activation(up_BTF)
+
+
 class MLP(nn.Module):
     config: FrozenConfigDict
     mlp_dim: int
@@ -182,7 +189,6 @@ class MLP(nn.Module):
         c, F = self.config, self.mlp_dim
         names = ("up", "gate") if c.mlp == "swiglu" else ("up",)
         up_BTF, *gate_BTF = into(x_BTD, *(Linear(c, (c.embed_dim, F), ("embed", "mlp"), name=name)() for name in names))
-        activation = ACTIVATIONS[c.mlp]
-        h_BTF = activation(gate_BTF[0]) * up_BTF if gate_BTF else activation(up_BTF)
+        h_BTF = activate(ACTIVATIONS[c.mlp], up_BTF, *gate_BTF)
         scale = (2 * c.num_layers) ** -0.5
         return back(h_BTF, Linear(c, (F, c.embed_dim), ("mlp", "embed"), scale=scale, name="down")())

@@ -114,6 +114,20 @@ def sum_parts(y, summed: tuple[str, ...], positions: tuple[str, ...]):
     return jax.lax.psum(y, rest) if rest else y
 
 
+@jax.custom_vjp
+def take(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of a table; its gradient is summed in float32: in bfloat16 a frequent row soon stops growing."""
+    return jnp.take(table_VD, ids, axis=0)
+
+
+def take_backward(kept, dy):
+    table_VD, ids = kept
+    return jnp.zeros_like(table_VD, jnp.float32).at[ids].add(dy.astype(jnp.float32)).astype(table_VD.dtype), None
+
+
+take.defvjp(lambda table_VD, ids: (take(table_VD, ids), (table_VD, ids)), take_backward)
+
+
 def lookup(table_VD: jax.Array, ids_BT: jax.Array, axes: tuple) -> jax.Array:
     """Rows of a table -> residual activations [B, T, D]; each device looks up those that it holds.
 
@@ -122,7 +136,7 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array, axes: tuple) -> jax.Array:
     """
     mesh = even_mesh(*ids_BT.shape)
     if mesh is None:
-        return jnp.take(table_VD, ids_BT, axis=0)
+        return take(table_VD, ids_BT)
     spec = partition_spec(axes, table_VD.shape, mesh)
     batch, inside, between, extra = activation_specs(*ids_BT.shape, mesh)
     summed, parts = split_axes(axes[0], table_VD.shape[0], mesh), names_of(spec[1])
@@ -133,11 +147,10 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array, axes: tuple) -> jax.Array:
         send = parts and in_rows + in_length == parts and ids.size < table.shape[0]
         if send:
             ids = gather(gather(ids, 0, in_rows), 1, in_length)
-        else:
-            table = gather_weight(table, spec[1:], ids, start=1)
+        table = gather_weight(table, () if send else spec[1:], ids, start=1)
         local = ids - (jax.lax.axis_index(summed) * table.shape[0] if summed else 0)
         mine = (local >= 0) & (local < table.shape[0])
-        y = jnp.take(table, jnp.where(mine, local, 0), axis=0)
+        y = take(table, jnp.where(mine, local, 0))
         y = jnp.where(mine[..., None], y, 0) if summed else y
         if send:
             y = exchange(exchange(y, 1, in_length), 0, in_rows)
