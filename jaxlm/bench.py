@@ -27,7 +27,7 @@ from jaxlm.keys import ROLES
 from jaxlm.measure import Times, begin, peak_memory, time_steps
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.process import reuse_freed_memory
+from jaxlm.process import manage_memory, quick_random_numbers
 from jaxlm.start import inherit
 from jaxlm.state import abstract_inputs, abstract_state, check_sharding, init_state, jit_train_step
 from jaxlm.topology import peak_flops
@@ -208,7 +208,8 @@ def main(argv: list[str]) -> int:
         parser.error(f"--steps={args.steps}: must be at least 1")
     if args.json and not Path(args.json).parent.is_dir():
         raise ConfigError(f"--json={args.json}: there is no directory {Path(args.json).parent}")
-    reuse_freed_memory()
+    manage_memory()
+    quick_random_numbers()
     config = load(args.config)
     problems = override(config, args.overrides) + inherit(config)
     with tempfile.TemporaryDirectory() as folder:

@@ -25,7 +25,7 @@ from jaxlm.measure import measure
 from jaxlm.page import Plan, duration, figures, fits, page, tokens_per_step
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.predict import step_times
-from jaxlm.process import reuse_freed_memory
+from jaxlm.process import manage_memory, quick_random_numbers
 from jaxlm.search import changed, faster, remedies, search
 from jaxlm.start import inherit, look_at_data, not_told
 from jaxlm.state import abstract_inputs, abstract_state, check_sharding, jit_train_step, state_shardings
@@ -46,11 +46,11 @@ def make_plan(config: ConfigDict, pod: Topology) -> Plan:
             "kernels": matmul_flops(traced.jaxpr, visited(config), kernels_only=True),
         }
         flops["recomputed"] = flops["executed"] - kept_flops(config, mesh) if config.model.remat != "none" else 0.0
-        memory = state_memory(config, mesh) | {"available": pod.spec.memory}
+        memory = state_memory(config, mesh) | {"available": pod.memory}
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            memory["needed"] = max(needed_by(str(error)), pod.spec.memory + 1)  # told in three digits; it did not fit
+            memory["needed"] = max(needed_by(str(error)), pod.memory + 1)  # told in three digits; it did not fit
             memory["gradients and activations"] = memory["needed"] - sum(memory[kind] for kind in STATE)
             return Plan(config, pod, memory, flops, None, None, time.perf_counter() - began, None)
     text, found = compiled.as_text(), compiled.memory_analysis()
@@ -184,7 +184,8 @@ def main(argv: list[str]) -> int:
     config = load(args.config)
     problems = override(config, args.overrides)
     if args.topology == "local":
-        reuse_freed_memory()  # as in a run
+        manage_memory()  # as in a run
+        quick_random_numbers()
     pod = find(args.topology, config.mesh.slices if args.slices is None else args.slices)
     if config.mesh.slices not in (1, pod.slices):
         problems.append(f"config.mesh.slices={config.mesh.slices}: --topology and --slices give {pod.slices}")

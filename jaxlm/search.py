@@ -92,7 +92,7 @@ def search(config: ConfigDict, pod: Topology, compile: Callable, count: int) -> 
     compile: resolved config -> plan. Until `count` fit, at most twice as many: one that does not fit rules out those
     that need more.
     """
-    room = 1.1 * pod.spec.memory  # arithmetic is not exact
+    room = 1.1 * pod.memory  # arithmetic is not exact
     promising = sorted((o for o in options(config, pod) if o.memory <= room), key=lambda o: o.seconds)
     found, fitting, limit = [], 0, math.inf
     for option in promising:
@@ -113,7 +113,7 @@ def remedies(config: ConfigDict, pod: Topology, needed: int) -> Iterator[dict]:
         return
     parts = config.train.grad_accumulation
     state = fixed.memory - estimate_of_activations(fixed, pod)
-    factor = (needed - state) / max(pod.spec.memory * 0.95 - state, 1)
+    factor = (needed - state) / max(pod.memory * 0.95 - state, 1)
     sharded = estimate(config, {"mesh.strategy": "fsdp"}, pod)
     if sharded and sharded.memory < fixed.memory:
         yield {"mesh.strategy": "fsdp"}
@@ -140,7 +140,7 @@ def faster(config: ConfigDict, pod: Topology, count: int = 3) -> list[tuple[dict
     changes += [{"train.grad_accumulation": parts // 2}] if parts > 1 else []
     changes += [{"mesh.tensor": n} for n in (2 * tensor, tensor // 2) if n]
     tried = [option for option in (estimate(config, change, pod) for change in changes) if option and now]
-    found = [(o.overrides, 1 - o.seconds / now.seconds, o.memory) for o in tried if o.memory <= 0.9 * pod.spec.memory]
+    found = [(o.overrides, 1 - o.seconds / now.seconds, o.memory) for o in tried if o.memory <= 0.9 * pod.memory]
     return sorted((row for row in found if row[1] >= WORTHWHILE), key=lambda row: -row[1])[:count]
 
 

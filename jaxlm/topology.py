@@ -38,7 +38,7 @@ CHIPS = {
     "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1640 * GB, 90 * GB, 12.5 * GB, 1.75e9, 2, 4),
     # nvidia.com data sheets; network: one 400 Gb/s adapter for each GPU (A100: 200 Gb/s)
     "a100": Chip(("A100",), 312e12, 80 * GIB, 2039 * GB, 300 * GB, 25 * GB),
-    "h100": Chip(("H100",), 989e12, 80 * GIB, 3352 * GB, 450 * GB, 50 * GB),
+    "h100": Chip(("H100",), 989e12, 79 * GIB, 3352 * GB, 450 * GB, 50 * GB),
     "h200": Chip(("H200",), 989e12, 141 * GB, 4800 * GB, 450 * GB, 50 * GB),
 }
 # What the compiler is told, {option: (value, reason)}; by train and by plan alike, so a refusal is found before a run.
@@ -47,12 +47,15 @@ TPU_OPTIONS = {
     "xla_tpu_data_parallel_opt_different_sized_ops": (True, "also where layers differ in size"),
 }
 GPU_OPTIONS = {
+    "xla_gpu_enable_triton_gemm": (False, "cuBLAS: adds and GELU inside products, and no minutes of choosing kernels"),
+    "xla_gpu_dot_merger_threshold_mb": (0, "of products joined into one, the parts would be copied out again"),
     "xla_gpu_enable_latency_hiding_scheduler": (True, "collectives start early and end late, beside products"),
     "xla_gpu_all_gather_combine_threshold_bytes": (512 << 20, "one gather for a layer, not one for each matrix"),
     "xla_gpu_reduce_scatter_combine_threshold_bytes": (512 << 20, "the same for its gradients"),
     "xla_gpu_all_reduce_combine_threshold_bytes": (512 << 20, "and for those that are summed over copies"),
 }
 COMPILER_OPTIONS = {"tpu": TPU_OPTIONS, "gpu": GPU_OPTIONS, "cpu": {}}
+GPU_MEMORY_FRACTION = 0.92  # that XLA takes when it starts; its own default is 0.75
 PCIE = {"H100 PCIe": 756e12}  # slower cards of the same name
 # Google's names of TPU slices: v4 and v5p count cores, two a chip; v5e and v6e count chips.
 SHAPES_3D = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8",
@@ -72,6 +75,13 @@ class Topology(NamedTuple):
     def spec(self) -> Chip:
         """Of a chip without a data sheet in CHIPS its memory alone: `flops` is 0 and no time can be predicted."""
         return CHIPS.get(self.chip) or Chip((self.chip,), 0.0, memory_here(), 0.0, 0.0, 0.0)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of a device that a program may use."""
+        if self.name == "local":
+            return memory_here()
+        return int(self.spec.memory * (1 if self.spec.dims else GPU_MEMORY_FRACTION))
 
 
 def find_chip(device_kind: str) -> str | None:

@@ -28,7 +28,7 @@ from jaxlm.monitor import Monitor
 from jaxlm.optim import split
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import abstract_mesh, make_mesh
-from jaxlm.process import keep_compiled, reuse_freed_memory
+from jaxlm.process import keep_compiled, manage_memory, quick_random_numbers
 from jaxlm.score import less_is_better
 from jaxlm.start import (
     agree,
@@ -285,10 +285,11 @@ def main(argv: list[str]) -> int:
         fixed = [config.mesh[axis] for axis in MESH_AXES if config.mesh[axis] > 0]
         devices = args.devices or max(math.prod(fixed), jax.device_count())
     elif args.workdir:
-        reuse_freed_memory()
+        manage_memory()
         workdir = run_directory(args.workdir)
         hosts.connect(args)
         devices = jax.device_count()
+        quick_random_numbers()
         keep_compiled(workdir / "compiled")
     else:
         parser.error("the following arguments are required: --workdir")

@@ -25,7 +25,7 @@ KEYS = "step_ms tokens_per_second mfu data_wait_ms host_ms compile_s peak_bytes"
 @pytest.fixture(autouse=True)
 def _memory_as_it_was(monkeypatch):
     """The other tests of this process give freed memory back."""
-    monkeypatch.setattr(bench, "reuse_freed_memory", lambda: None)
+    monkeypatch.setattr(bench, "manage_memory", lambda: None)
 
 
 @pytest.fixture
