@@ -32,7 +32,7 @@ def get_config(arg="cpu"):
     c.model.name, c.model.num_layers, c.model.embed_dim = "encoder_decoder", v["layers"], 256
     c.model.num_heads, c.model.mlp_dim = 4, 512
     c.model.mlp, c.model.qk_norm, c.model.dropout = "relu2", True, v["dropout"]
-    c.model.scan, c.model.dtype = False, v["dtype"]
+    c.model.scan, c.model.dtype = arg == "gpu", v["dtype"]
     c.train.steps, c.train.batch_size = v["steps"], 32
     c.optim.name, c.optim.learning_rate, c.optim.adam_learning_rate = "muon", 2e-2, 5e-3
     c.optim.schedule, c.optim.end_factor, c.optim.weight_decay = "linear", 0.0, 0.0

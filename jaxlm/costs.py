@@ -1,6 +1,7 @@
 """What a run costs, by arithmetic: parameters, FLOPs, bytes per device. Nothing here touches a device."""
 
 import math
+import re
 from collections import defaultdict
 
 import jax
@@ -175,12 +176,17 @@ def pipeline_lines(config: ConfigDict, mesh) -> list[tuple[str, str]]:
 
 
 def sharding_table(params, shardings) -> str:
-    """One line for each parameter, the layers of a scan being one: name, shape, sharding, shape on a device."""
-    rows = [("parameter", "shape", "sharding", "on each device")]
+    """One line for each parameter, layers that are alike being one: name, shape, sharding, shape on a device."""
+    alike = defaultdict(list)  # names of the same parameter in several layers
     for (path, leaf), place in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(shardings)):
         spec = list(place.spec) + [None] * (leaf.ndim - len(place.spec))
         words = ["-" if e is None else "+".join(e) if isinstance(e, tuple) else e for e in spec]
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        rows.append((name, str(leaf.shape), f"({', '.join(words)})", str(place.shard_shape(leaf.shape))))
+        row = str(leaf.shape), f"({', '.join(words)})", str(place.shard_shape(leaf.shape))
+        alike[re.sub(r"block_\d+", "block_*", name), *row].append(name)
+    rows = [
+        (f"{kind} ({len(names)} x)" if len(names) > 1 else names[0], *row) for (kind, *row), names in alike.items()
+    ]
+    rows.insert(0, ("parameter", "shape", "sharding", "on each device"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

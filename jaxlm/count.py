@@ -15,19 +15,23 @@ import numpy as np
 # ---------------------------------------------------------------- FLOPs of a trace
 
 
-def matmul_flops(jaxpr, visited: float = 1.0, kernels_only: bool = False) -> float:
+def matmul_flops(jaxpr, visited: float = 1.0, only: str = "") -> float:
     """Of all matrix products of a jaxpr, on all devices; a multiplication and an addition are two.
 
     visited: part of the blocks of attention by blocks that are not skipped (a `cond` of which one branch does nothing).
-    kernels_only: of Pallas kernels alone.
+    only: "kernels": of Pallas kernels alone; "8 bits": of products of factors of 8 bits.
     """
-    total, inside = 0.0, lambda inner: matmul_flops(inner, visited, kernels_only)
+    total, inside = 0.0, lambda inner: matmul_flops(inner, visited, only)
     for eqn in jaxpr.eqns:
         name, p = eqn.primitive.name, eqn.params
-        if name == "dot_general" and not kernels_only:
+        if name == "dot_general":
             (contracted, _), _ = p["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
+            shape, narrow = eqn.invars[0].aval.shape, all(x.aval.dtype.itemsize == 1 for x in eqn.invars)
+            if only == "kernels" or (only == "8 bits" and not narrow):
+                continue
             total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+        elif only == "8 bits" and (name in ("pallas_call", "mpmd_map") or name.startswith("dot_product_attention_")):
+            continue
         elif name == "pallas_call":
             total += kernel_flops(p)
         elif name.startswith("dot_product_attention_"):  # cuDNN; forward 2 products, backward 5 (two of them again)
@@ -88,6 +92,7 @@ class Collective(NamedTuple):
 class Program(NamedTuple):
     collectives: list[Collective]
     cycles: float  # of everything that the TPU compiler estimates, kernels in Pallas apart; 0 from other compilers
+    traffic: float = 0.0  # of a GPU: bytes that all but products and attention read and write; else 0
 
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
@@ -175,6 +180,37 @@ def walk(bodies, name: str, times: int, axes: dict, program: Program, fused: dic
         if cycles and op != "while" and not in_fusion:
             total += int(cycles[1])
     return total
+
+
+def traffic(text: str) -> float:
+    """Bytes that a GPU's program reads and writes besides its products and attention, which are calls of libraries."""
+    bodies, entry = computations(text)
+
+    def of(name: str) -> float:
+        total, sizes = 0.0, {}
+        for line in bodies.get(name, []):
+            found = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*?)\)(.*)", line)
+            if not found:
+                continue
+            name, result, op, operands, rest = found.groups()
+            sizes[name] = written = sum(array_bytes(*array) for array in ARRAY.findall(result))
+            called = re.search(r"\b(?:body|to_apply|calls)=%?([\w.\-]+)", rest)
+            if op == "while":
+                total += trips(line, bodies) * of(called[1])
+            elif op in ("call", "async-start"):
+                total += of(called[1])
+            elif (op == "fusion" and "kind=kCustom" not in rest) or op in ("copy", "transpose", "scatter", "sort"):
+                read = [sizes.get(operand.split(" ")[-1].strip().lstrip("%"), 0) for operand in operands.split(",")]
+                body = "\n".join(bodies.get(called[1], [])) if op == "fusion" else ""
+                if "dynamic-update-slice(" in body:  # in place: what is put in is read, and written
+                    read = [size for size in read if size != written]
+                    written = sum(read)
+                if "dynamic-slice(" in body:  # a part of what is given is read
+                    read = [min(size, 2 * written) for size in read]
+                total += written + sum(read)
+        return total
+
+    return of(entry)
 
 
 def largest_factor(text: str) -> int:

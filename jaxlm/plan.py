@@ -18,7 +18,7 @@ from jaxlm import cli, costs, topology
 from jaxlm.check import check, require
 from jaxlm.config import load, override, resolve
 from jaxlm.costs import human
-from jaxlm.count import count, largest_factor, matmul_flops
+from jaxlm.count import count, largest_factor, matmul_flops, traffic
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.kernels.attention import BLOCK
 from jaxlm.measure import measure
@@ -43,8 +43,9 @@ def make_plan(config: ConfigDict, pod: Topology) -> Plan:
         flops = {
             "model": float(costs.flops_per_token(config, abstract_state(config)[0].params) * tokens_per_step(config)),
             "executed": matmul_flops(traced.jaxpr, visited(config)),
-            "kernels": matmul_flops(traced.jaxpr, visited(config), kernels_only=True),
+            "kernels": matmul_flops(traced.jaxpr, visited(config), "kernels"),
         }
+        narrow = matmul_flops(traced.jaxpr, 1.0, "8 bits") if config.model.quantize != "none" else 0.0
         flops["recomputed"] = flops["executed"] - kept_flops(config, mesh) if config.model.remat != "none" else 0.0
         memory = state_memory(config, mesh) | {"available": pod.memory}
         try:
@@ -64,7 +65,9 @@ def make_plan(config: ConfigDict, pod: Topology) -> Plan:
         memory["packed factors"] = largest_factor(text)
     memory["needed"] = min(peak or whole, whole) + memory["code"] + memory.get("packed factors", 0)
     program, devices = count(text, mesh, pod.slices, config.mesh.across), len(pod.devices)
-    each = flops["executed"] / devices, flops["kernels"] / devices
+    if not (pod.spec.dims or pod.estimate) and pod.spec.flops:
+        program = program._replace(traffic=traffic(text))
+    each = (flops["executed"] - narrow / 2) / devices, flops["kernels"] / devices  # 8 bits: at twice the rate
     times = step_times(program, *each, mesh, pod) if pod.spec.flops else None
     return Plan(config, pod, memory, flops, program, times, time.perf_counter() - began, compiled)
 

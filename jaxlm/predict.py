@@ -15,7 +15,8 @@ CYCLES = 0.8  # real time of compiled fusions over the TPU compiler's own estima
 KERNELS = 0.65  # part of the peak that kernels in Pallas reach: attention, experts' products
 HIDDEN = 0.5  # part of the communication beside work where a schedule does not say (GPUs, arithmetic; not measured)
 ERROR = 0.07  # of the step time: the worst of the fit
-GPU_WORK = 0.6  # part of the peak that a GPU reaches over a whole step besides communication (not measured by us)
+GPU_PRODUCTS, GPU_BANDWIDTH = 0.72, 0.62  # parts of a GPU's peaks: in products, attention included; in all else
+GPU_WORK = 0.48  # part of the first over a whole step, where no GPU's compiler told what else it does
 
 
 class Times(NamedTuple):
@@ -76,11 +77,16 @@ def seconds(collective: Collective, network: Network) -> float:
 
 
 def step_times(program: Program, flops: float, kernel_flops: float, mesh, topology: Topology) -> Times:
-    """flops: of all matrix products on one device, of which kernel_flops in kernels without an estimate of cycles."""
+    """flops: of all matrix products on one device, of which kernel_flops in kernels without an estimate of cycles.
+
+    Products of 8 bits count half.
+    """
     chip = topology.spec
     matrix = flops / chip.flops
     if program.cycles:
         work = CYCLES * program.cycles / chip.clock + kernel_flops / (KERNELS * chip.flops)
+    elif program.traffic:
+        work = flops / (GPU_PRODUCTS * chip.flops) + program.traffic / (GPU_BANDWIDTH * chip.bandwidth)
     else:
         work = flops / (GPU_WORK * chip.flops)
     communication, waited = {}, 0.0

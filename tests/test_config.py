@@ -131,7 +131,7 @@ def test_all_problems_come_at_once_and_no_traceback():
         (["--config=configs/gtp2.py"], "did you mean configs/gpt2.py?"),
         (["--config=configs/llama.py:9b"], "it has: 2-7b, 1b, 8b"),
         (["--config=configs/gpt2.py"], "--workdir"),
-        (["--config=configs/gpt2.py:big"], "no variants"),
+        (["--config=configs/gpt2.py:big"], "no variant 'big'"),
         (["--config=README.md"], "get_config"),
         (["--config=configs/gpt2.py", "--config.model.scan", "--workdir=w"], "needs a value"),
         ([], "--config"),

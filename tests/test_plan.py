@@ -22,6 +22,7 @@ from jaxlm.count import (
     largest_factor,
     matmul_flops,
     run_share,
+    traffic,
 )
 from jaxlm.errors import ConfigError
 from jaxlm.kernels.attention import attention
@@ -93,7 +94,7 @@ def test_a_causal_kernel_skips_what_no_query_sees():
     assert run_share((4, 3, 8)) == pytest.approx((1 + 2 + 3 * 6) / 24)  # windows: at most three blocks a row
     q = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.float32)
     f = partial(splash, window=1024, softcap=0.0, interpret=True)
-    counted = matmul_flops(jax.make_jaxpr(f)(q, q, q, None).jaxpr, kernels_only=True)
+    counted = matmul_flops(jax.make_jaxpr(f)(q, q, q, None).jaxpr, only="kernels")
     assert counted == 2 * 2 * 2 * 1024**2 * 128  # one block: nothing to skip
 
 
@@ -111,6 +112,53 @@ def test_splash_is_the_reference(window, softcap, kv_heads):
         lambda q, k, v: jnp.sum(jnp.sin(splash(q, k, v, segments, interpret=True, **options))), argnums=(0, 1, 2)
     )(q, k, v)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-3), got, want)
+
+
+def test_products_of_8_bits_are_told_apart():
+    x, w = jnp.ones((4, 8), jnp.float8_e4m3fn), jnp.ones((8, 16), jnp.float8_e4m3fn)
+    f = lambda x, w: (
+        jnp.dot(x, w, preferred_element_type=jnp.float32).sum() + (x.astype(jnp.float32) @ jnp.ones((8, 3))).sum()
+    )
+    counted = {only: matmul_flops(jax.make_jaxpr(f)(x, w).jaxpr, only=only) for only in ("", "8 bits", "kernels")}
+    assert counted == {"": 2 * 4 * 8 * 19, "8 bits": 2 * 4 * 8 * 16, "kernels": 0}
+
+
+def test_the_traffic_of_a_gpus_program_leaves_out_products_and_multiplies_loops_out():
+    text = """
+%put (p: f32[10,256], q: f32[256]) -> f32[10,256] {
+  ROOT %u = f32[10,256]{1,0} dynamic-update-slice(%p, %q)
+}
+%take (p: f32[10,256]) -> f32[256] {
+  ROOT %s = f32[256]{0} dynamic-slice(%p)
+}
+%body (t: (f32[10,256], s32[])) -> (f32[10,256], s32[]) {
+  %a = f32[10,256]{1,0} get-tuple-element(%t), index=0
+  %b = f32[256]{0} fusion(%a), kind=kLoop, calls=%take
+  %c = f32[10,256]{1,0} fusion(%a, %b), kind=kLoop, calls=%put
+}
+ENTRY %main (x: bf16[64,64], y: bf16[64,64]) -> bf16[64,64] {
+  %x = bf16[64,64]{1,0} parameter(0)
+  %y = bf16[64,64]{1,0} parameter(1)
+  %d = (bf16[64,64]{1,0}, s8[4194304]{0}) custom-call(%x, %y), custom_call_target="__cublas$lt$matmul"
+  %e = bf16[64,64]{1,0} get-tuple-element(%d), index=0
+  %f = f32[64,64]{1,0} fusion(%e, %x), kind=kLoop, calls=%take2
+  %g = f32[64,64]{1,0} fusion(%f), kind=kCustom, calls=%gemm
+  %w = (f32[10,256], s32[]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"10"}}
+}
+"""
+    once = 2 * 4 * 256 + 4 * 256  # twice the slice is allowed for what is read of it
+    assert traffic(text) == 64 * 64 * (2 + 2 + 4) + 10 * (once + 2 * 4 * 256)
+
+
+def test_a_gpu_is_reckoned_by_its_products_and_its_traffic():
+    """One H100, 26 November 2026: GPT-2 124M, 32 rows of 1,024 in bfloat16, 64.46 ms; 1.3B, 8 of 2,048, 253.95 ms."""
+    pod, mesh = topology.Topology("h100", "h100", (1, 1), 1, jax.devices()[:1], False), mesh_of(1)
+    for flops, bytes, measured in ((2.646e13, 5.753e10, 64.46e-3), (1.404e14, 1.2165e11, 253.95e-3)):
+        times = predict.step_times(Program([], 0.0, bytes), flops, 0.0, mesh, pod)
+        assert times.expected == pytest.approx(measured, rel=0.025)
+    unknown = predict.step_times(Program([], 0.0), 1.404e14, 0.0, mesh, pod)
+    assert unknown.low < unknown.work == pytest.approx(1.404e14 / (predict.GPU_WORK * 989e12))
+    assert pod.memory < 0.93 * pod.spec.memory  # what XLA takes of it
 
 
 # ---------------------------------------------------------------- collectives
