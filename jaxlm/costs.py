@@ -184,9 +184,7 @@ def sharding_table(params, shardings) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         row = str(leaf.shape), f"({', '.join(words)})", str(place.shard_shape(leaf.shape))
         alike[re.sub(r"block_\d+", "block_*", name), *row].append(name)
-    rows = [
-        (f"{kind} ({len(names)} x)" if len(names) > 1 else names[0], *row) for (kind, *row), names in alike.items()
-    ]
+    rows = [(f"{kind} ({len(names)} x)" if len(names) > 1 else names[0], *row) for (kind, *row), names in alike.items()]
     rows.insert(0, ("parameter", "shape", "sharding", "on each device"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -12,7 +12,7 @@ from flax import linen as nn
 from ml_collections import FrozenConfigDict
 
 from jaxlm.kernels.grouped_matmul import grouped_matmul, multiply_each
-from jaxlm.models.layers import ACTIVATIONS, MLP, activate, parameter, product
+from jaxlm.models.layers import ACTIVATIONS, MLP, parameter, product
 from jaxlm.parallel.experts import mixture
 
 SCORES = {  # of one token for every expert
@@ -131,8 +131,9 @@ def expert_mlp(config: FrozenConfigDict, kernels: dict, rows, sizes_E) -> jax.Ar
         multiply = lambda rows, kernel: product(multiply_each(rows, kernel, config.quantize))
     else:
         multiply = lambda rows, kernel: product(grouped_matmul(rows, kernel, sizes_E, quantize=config.quantize))
-    up, *gate = (multiply(rows, kernels[name]) for name in ("up", "gate") if name in kernels)
-    return multiply(activate(ACTIVATIONS[config.mlp], up, *gate), kernels["down"])
+    h, activation = multiply(rows, kernels["up"]), ACTIVATIONS[config.mlp]
+    h = activation(multiply(rows, kernels["gate"])) * h if "gate" in kernels else activation(h)
+    return multiply(h, kernels["down"])
 
 
 def auxiliary(sums: dict, experts_per_token: int, slots: int) -> dict[str, jax.Array]:
