@@ -150,6 +150,11 @@ ENTRY %main (x: bf16[64,64], y: bf16[64,64]) -> bf16[64,64] {
     assert traffic(text) == 64 * 64 * (2 + 2 + 4) + 10 * (once + 2 * 4 * 256)
 
 
+def test_what_gpus_are_told_is_known_to_this_jaxlib():
+    options = {name: value for name, (value, _) in topology.GPU_OPTIONS.items()}
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+
+
 def test_a_gpu_is_reckoned_by_its_products_and_its_traffic():
     """One H100, 26 November 2026: GPT-2 124M, 32 rows of 1,024 in bfloat16, 64.46 ms; 1.3B, 8 of 2,048, 253.95 ms."""
     pod, mesh = topology.Topology("h100", "h100", (1, 1), 1, jax.devices()[:1], False), mesh_of(1)
