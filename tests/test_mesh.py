@@ -202,8 +202,8 @@ def test_activations_of_long_inputs_fall_as_the_sequence_axis_grows(context_para
         temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
     falls = np.array(temporaries[0]) / temporaries
     assert temporaries[0] < 4 * 32768**2, "not even one head's logits of all positions by all"
-    # One device is a program of its own, which needs 5% less than its share of the others.
-    limits = {"ring": [1, 1.88, 3.75, 7.5], "all_gather": [1, 1.8, 3.0, 4.5]}
+    # One device is a program of its own: of 1,001 MB here it needs 68 less than its share of the others.
+    limits = {"ring": [1, 1.87, 3.73, 7.45], "all_gather": [1, 1.8, 3.0, 4.5]}
     assert (falls >= limits[context_parallel]).all(), temporaries
 
 

@@ -174,10 +174,23 @@ ACTIVATIONS = {
 }
 
 
-@partial(jax.checkpoint, static_argnums=0)
-def activate(activation, up_BTF, *gate_BTF) -> jax.Array:
-    """Of which the backward pass keeps the arguments alone: the rest is cheaper to make again than to read."""
+def activated(activation, factors: tuple) -> jax.Array:
+    up_BTF, *gate_BTF = factors
     return activation(gate_BTF[0]) * up_BTF if gate_BTF else activation(up_BTF)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def activate(activation, factors: tuple) -> jax.Array:
+    """factors: (up,) or (up, gate). They alone are kept for the backward pass: the rest is cheaper made than read."""
+    return activated(activation, factors)
+
+
+def activate_backward(activation, factors, dh_BTF):
+    dh_BTF, factors = jax.lax.optimization_barrier((dh_BTF, factors))  # else XLA would keep what is made again
+    return jax.vjp(partial(activated, activation), factors)[1](dh_BTF)
+
+
+activate.defvjp(lambda activation, factors: (activated(activation, factors), factors), activate_backward)
 
 
 class MLP(nn.Module):
@@ -189,6 +202,6 @@ class MLP(nn.Module):
         c, F = self.config, self.mlp_dim
         names = ("up", "gate") if c.mlp == "swiglu" else ("up",)
         up_BTF, *gate_BTF = into(x_BTD, *(Linear(c, (c.embed_dim, F), ("embed", "mlp"), name=name)() for name in names))
-        h_BTF = activate(ACTIVATIONS[c.mlp], up_BTF, *gate_BTF)
+        h_BTF = activate(ACTIVATIONS[c.mlp], (up_BTF, *gate_BTF))
         scale = (2 * c.num_layers) ** -0.5
         return back(h_BTF, Linear(c, (F, c.embed_dim), ("mlp", "embed"), scale=scale, name="down")())
