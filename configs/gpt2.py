@@ -17,7 +17,7 @@ from jaxlm.config import base, variant
 SIZES = {
     "124m": {"layers": 12, "width": 768, "heads": 12, "length": 1024, "batch": 480, "rate": 6e-4},
     "350m": {"layers": 24, "width": 1024, "heads": 16, "length": 1024, "batch": 480, "rate": 3e-4},
-    "1.3b": {"layers": 24, "width": 2048, "heads": 16, "length": 2048, "batch": 512, "rate": 2e-4},
+    "1.3b": {"layers": 24, "width": 2048, "heads": 16, "length": 2048, "batch": 512, "rate": 2e-4, "parts": 8},
 }
 
 
@@ -31,5 +31,6 @@ def get_config(arg="124m"):
     c.model.norm, c.model.mlp, c.model.positions = "layer", "gelu", "learned"
     c.model.norm_eps, c.model.scan = 1e-5, False
     c.train.steps, c.train.batch_size = 20_000, v["batch"]
+    c.train.grad_accumulation = v.get("parts", 1)  # 8 rows of a GPU at a time, of 8 GPUs
     c.optim.learning_rate, c.optim.warmup_steps = v["rate"], 700
     return c
