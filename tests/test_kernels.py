@@ -24,9 +24,9 @@ def test_library_attention_is_the_reference(heads, kv_heads, window, segmented):
     q = rng.normal(size=(2, 17, heads, 8)).astype(np.float32)
     k, v = rng.normal(size=(2, 2, 17, kv_heads, 8)).astype(np.float32)
     segments = np.sort(rng.integers(1, 4, (2, 17)), axis=1) if segmented else None
-    run = lambda name: jax.value_and_grad(
+    run = lambda name: jax.jit(jax.value_and_grad(
         lambda q: jnp.sin(attention(q, k, v, segments, segments, window=window, implementation=name)).sum()
-    )(q)
+    ))(q)  # fmt: skip
     for a, b in zip(jax.tree.leaves(run("reference")), jax.tree.leaves(run("xla"))):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 

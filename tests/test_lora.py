@@ -21,15 +21,15 @@ ALL = "query|key|value|out|up|gate|down"
 
 def with_noise(params):
     """The same with adapters that do something: at the start the second matrix of each is zero."""
-    key = jax.random.key(1)
-    noise = lambda path, x: 0.1 * jax.random.normal(key, x.shape) if path[-1].key == "lora_b" else x
+    rng = np.random.default_rng(1)
+    noise = lambda path, x: np.float32(0.1 * rng.normal(size=x.shape)) if path[-1].key == "lora_b" else x
     return jax.tree_util.tree_map_with_path(noise, params)
 
 
 def logits(model, params, name):
     tokens = np.random.default_rng(0).integers(0, 64, (2, 16))
     source = {"enc_tokens": jnp.asarray(tokens[:, ::-1])} if name == "encoder_decoder" else {}
-    x_BTD, _ = model.apply({"params": params}, jnp.asarray(tokens), **source)
+    x_BTD, _ = jax.jit(model.apply)({"params": params}, jnp.asarray(tokens), **source)
     return np.asarray(x_BTD @ unembedding(params).T)
 
 
