@@ -124,6 +124,7 @@ def losses(path, runs: str | PurePath | Sequence[tuple[str, str | PurePath]]) ->
         if not lowest:
             raise DataError(f"{', '.join(str(file) for _, file in runs)}: no row has a finite loss; wait for the first")
         value, name, step = lowest.get("eval/loss") or lowest["loss"]
+        axes.plot(step, value, "o", color="black", fillstyle="none", markersize=10, label="lowest")
         title(f"lowest {name}: {value:.4f}, at step {step:,.0f}")
         low, top = axes.get_ylim()[0], max(tops)
         axes.set(xlim=(0, None), ylim=(low, top + 0.1 * max(top - low, 0.1)))  # the first steps are beyond it

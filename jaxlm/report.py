@@ -24,14 +24,15 @@ INTERVALS = {  # task -> the figures that get an interval
 
 
 class Reporter:
-    """Runs the model at most once over the examples for all reports. args: those of jaxlm.evaluate."""
+    """Its `run` passes the examples through the model, once for all reports. args: those of jaxlm.evaluate."""
 
     def __init__(self, lm, config: ConfigDict, args):
         self.lm, self.config, self.args = lm, config, args
         self.evaluator = Evaluator(config, lm.mesh, lm.tokenizer)
-        self.source = self.evaluator.sources[0]
-        self.sums, self.scores, self.complete = self.evaluator.run(lm.params, lm.teacher)
-        self.files = []
+        self.source, self.files = self.evaluator.sources[0], []
+
+    def run(self) -> None:
+        self.sums, self.scores, self.complete = self.evaluator.run(self.lm.params, self.lm.teacher)
 
     def loss(self) -> dict:
         return self.evaluator.figures(self.sums, self.complete)
@@ -145,6 +146,7 @@ def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) 
     if not any(fits.get(word, True) for word in words):
         fit = ", ".join(word for word in REPORTS if fits.get(word, True))
         raise ConfigError(f"--tasks={','.join(words)}: not for task {config.task.name} on these data; {fit} are")
+    reporter.run()
     for word in words:
         if not fits.get(word, True):
             print(f"--tasks: {word} is not for task {config.task.name}")
@@ -180,11 +182,17 @@ def table(result: dict) -> list[str]:
 
 
 def comparison(results: dict[str, dict]) -> list[str]:
-    """A column for each run, a line for each figure that any of them has."""
+    """A column for each run, a line for each figure that any of them has, and one for its interval."""
     keys = dict.fromkeys(k for r in results.values() for k, x in r.items() if isinstance(x, (int, float, str)))
     last = {workdir: PurePath(workdir).name for workdir in results}
     names = last if len(set(last.values())) == len(last) else {workdir: workdir for workdir in results}
-    return columns([{"": key} | {names[workdir]: r.get(key, "") for workdir, r in results.items()} for key in keys])
+    row = lambda name, cell: {"": name} | {names[workdir]: cell(result) for workdir, result in results.items()}
+    rows = []
+    for key in keys:
+        between = lambda r, key=f"{key}_interval": " to ".join(f"{x:.4f}" for x in r.get(key, ()))
+        rows.append(row(key, lambda r, key=key: r.get(key, "")))
+        rows += [row("  95% interval", between)] * any(f"{key}_interval" in r for r in results.values())
+    return columns(rows)
 
 
 def columns(rows: list[dict]) -> list[str]:

@@ -21,6 +21,7 @@ from jaxlm.errors import CheckpointError, ConfigError, UserError
 from jaxlm.evaluate import gzip_bits_per_byte
 from jaxlm.evaluator import Evaluator, predicted_bytes
 from jaxlm.parallel.mesh import make_mesh
+from jaxlm.report import comparison
 from jaxlm.state import abstract_state, init_state, state_shardings
 
 
@@ -163,6 +164,12 @@ def test_several_runs_make_one_table_of_figures(workdir, tmp_path):
     assert results[str(workdir)] == results[str(copy)] and all(one == other for _, one, other in rows)
     refused = program("jaxlm.evaluate", *flags, "--gzip", check=False)
     assert refused.returncode == 2 and "give one --workdir" in refused.stderr
+
+
+def test_a_table_of_runs_has_the_interval_of_each():
+    lines = comparison({"runs/a": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}, "runs/b": {"loss": 2.0}})
+    assert [line.split() for line in lines[:2]] == [["a", "b"], ["accuracy", "0.5000"]]
+    assert lines[2].split() == ["95%", "interval", "0.4000", "to", "0.6000"] and lines[3].split() == ["loss", "2.0000"]
 
 
 def test_the_generate_program_prints_prompt_and_text(workdir):

@@ -192,7 +192,6 @@ OF_TEXT = {"data.columns", "data.tokenizer", "data.vocab_size", "data.min_count"
 def test_a_key_is_followed_where_the_table_says_so(task, folder, monkeypatch):
     """By the first batches, and by what the loss of any hidden states computes: with the key, and without it."""
     monkeypatch.setattr(losses, "build_section", Given)
-    monkeypatch.setattr(losses, "nats_of", lambda model, params, x, targets, chunk: (x[..., 0] * targets, x[..., 1]))
 
     def said(**settings):
         c = config_of(task, folder, **{"data__enc_len": 64} | settings)
@@ -286,14 +285,15 @@ def test_the_cache_of_an_encoder_decoder_changes_nothing():
 
 def small_writer(kind):
     """(model, parameters with something to say, prompts, lengths, source) of a vocabulary of 5."""
-    c = small_config(model__name=kind, model__vocab_size=5, model__embed_dim=16, model__tie_embeddings=False)
+    more = {"model__embed_ngrams": 3, "model__buckets": 50} if kind == "n-grams" else {"model__name": kind}
+    c = small_config(model__vocab_size=5, model__embed_dim=16, model__tie_embeddings=False, **more)
     params = jax.tree.map(lambda x: x + 0.5 * jax.random.normal(jax.random.key(x.size), x.shape), fresh_state(c).params)
     prompts, lengths = jnp.array([[0, 0, 1], [1, 2, 3]]), jnp.array([1, 3])
     source = {"enc_tokens": jnp.array([[1, 2, 3, 4], [4, 3, 0, 0]]), "enc_segments": jnp.array([[1] * 4, [1, 1, 0, 0]])}
     return build(c), params, prompts, lengths, source if kind == "encoder_decoder" else None
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
+@pytest.mark.parametrize("kind", ["decoder", "encoder_decoder", "n-grams"])
 def test_one_beam_is_greedy(kind):
     model, params, prompts, lengths, source = small_writer(kind)
     beams, _ = beam_search(model, params, prompts, lengths, source, max_tokens=6, beams=1, length_penalty=0.0, eos_id=0)
@@ -304,7 +304,7 @@ def test_one_beam_is_greedy(kind):
     np.testing.assert_array_equal(beams[:, 0], greedy)
 
 
-@pytest.mark.parametrize(("kind", "penalty"), [("decoder", 0.0), ("encoder_decoder", 1.0)])
+@pytest.mark.parametrize(("kind", "penalty"), [("decoder", 0.0), ("encoder_decoder", 1.0), ("n-grams", 1.0)])
 def test_a_wide_beam_finds_the_best_of_all(kind, penalty):
     """All 4^3 + ... sequences of at most 4 tokens that end with 0 or are cut off, by brute force."""
     model, params, prompts, lengths, source = small_writer(kind)
