@@ -111,7 +111,9 @@ class Checkpoints:
             losses = {s: self.meta(s).get("eval_loss") for s in steps}
             measured = [s for s in steps if losses[s] is not None]
             if not measured:
-                raise CheckpointError(f"{self.path}: no checkpoint has a validation loss; steps: {steps}")
+                raise CheckpointError(
+                    f"{self.path}: no checkpoint is of a step that was evaluated (config.eval.every); steps: {steps}"
+                )
             return min(measured, key=losses.get)
         if not str(step).isdecimal() or int(step) not in steps:
             raise CheckpointError(

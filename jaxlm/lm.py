@@ -18,7 +18,7 @@ from jaxlm.data.tokenizer import Words
 from jaxlm.data.transforms import Vocabulary
 from jaxlm.decode import generate_tokens, pad_prompts
 from jaxlm.errors import ConfigError, UserError
-from jaxlm.keys import HEADED, MESH_AXES, ROLES, WRITTEN
+from jaxlm.keys import HEADED, MESH_AXES, ROLES, TWO_SIDED, WRITTEN
 from jaxlm.losses import mesh_order, token_losses
 from jaxlm.meshes import fits
 from jaxlm.models import build, next_logits
@@ -162,6 +162,9 @@ class LM:
     def _require_text(self, what: str) -> None:
         if self.config.task.name in HEADED:
             raise UserError(f"lm.{what}: a model of task {self.config.task.name} foretells no tokens; use lm.answer")
+        if self.config.task.name in TWO_SIDED:
+            use = "; use lm.answer" * (self.config.task.name in ROLES)
+            raise UserError(f"lm.{what}: a model of task {self.config.task.name} reads a source first{use}")
 
     def _prompt(self, prompt: str) -> np.ndarray:
         ids, bos = self.tokenizer.encode(prompt), self.tokenizer.bos_id

@@ -271,9 +271,13 @@ def pick(arrays: Sequence[Sequence], index: Sequence[int]) -> list[Sequence]:
 
 
 def bootstrap(metric: Callable, *arrays: Sequence, samples=1000, seed=0, level=0.95) -> tuple[float, float]:
-    """The percentile interval of the float metric(*arrays), over `samples` draws of all examples with replacement."""
+    """The percentile interval of the float metric(*arrays), over `samples` draws of all examples with replacement.
+
+    A draw that has no figure (nan), such as the AUC where it holds one class alone, does not count.
+    """
     total, rng = count(**{f"array_{i}": array for i, array in enumerate(arrays)}), np.random.default_rng(seed)
     values = [metric(*pick(arrays, rng.integers(0, total, total))) for _ in range(samples)]
+    values = [value for value in values if not np.isnan(value)] or values
     low, high = np.quantile(numbers("resampled figures", values, 1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

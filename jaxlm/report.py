@@ -1,6 +1,7 @@
 """What jaxlm.evaluate tells of a model: a report for each word of --tasks, and the table of them all."""
 
 import json
+import sys
 from pathlib import Path, PurePath
 
 import jax
@@ -13,6 +14,7 @@ from jaxlm.data.examples import label_names
 from jaxlm.errors import ConfigError
 from jaxlm.evaluator import Evaluator
 from jaxlm.keys import ROLES, WRITTEN
+from jaxlm.respond import BATCH
 from jaxlm.score import SCORED, answers_of, score, write_answers
 
 INTERVALS = {  # task -> the figures that get an interval
@@ -106,7 +108,7 @@ class Reporter:
 
     def written(self) -> tuple[list[str], list[str]]:
         if not hasattr(self, "_written"):
-            self._written = write_answers(self.config, self.source, self.lm.params)
+            self._written = write_answers(self.config, self.source, self.lm.params, tell=progress)
         return self._written
 
     def gold(self) -> np.ndarray:
@@ -118,6 +120,12 @@ class Reporter:
     def picture(self, name: str) -> Path:
         self.files.append(f"{name}.png")
         return Path(self.args.pictures) / self.files[-1]
+
+
+def progress(done: int, total: int) -> None:
+    """Says how many texts are written, of those that take more than one turn."""
+    if total > BATCH and jax.process_index() == 0:
+        print(f"{done:,} of {total:,} texts are written", file=sys.stderr, flush=True)
 
 
 REPORTS = ("loss", "labels", "calibration", "texts", "samples", "sources", "groups")
@@ -197,7 +205,8 @@ def comparison(results: dict[str, dict]) -> list[str]:
 
 def columns(rows: list[dict]) -> list[str]:
     keys = [key for key in rows[0] if isinstance(rows[0][key], (int, float, str))]
-    cells = [keys] + [[f"{r[k]:.4f}" if isinstance(r.get(k), float) else str(r.get(k, "")) for k in keys] for r in rows]
+    shown = lambda x: f"{x:.4f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
+    cells = [keys] + [[shown(r.get(k, "")) for k in keys] for r in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(keys))]
     return [
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))

@@ -78,11 +78,12 @@ def prompt_of(example: dict, encode, vocab: Vocabulary) -> tuple[np.ndarray, np.
 
 def write(
     config: ConfigDict, params, vocab: Vocabulary, encode, examples: list[dict], *, beams=1, max_tokens=0,
-    length_penalty=0.6, temperature=0.0, top_k=0, top_p=0.0, seed=0,
+    length_penalty=0.6, temperature=0.0, top_k=0, top_p=0.0, seed=0, tell=lambda done, total: None,
 ) -> list[str]:  # fmt: skip
     """The text for each example, by beam search, or sampled where beams = 1 (temperature 0: greedy).
 
     Sources and prompts are cut at config.data.enc_len and seq_len, as in training; long ones are written first.
+    tell: is told how many are written, of how many.
     """
     model, max_tokens = build(config), max_tokens or config.eval.max_tokens
     asked = [prompt_of(example, encode, vocab) for example in examples]
@@ -110,6 +111,7 @@ def write(
         for i, ids in zip(chosen, fetch(out)):
             ends = np.flatnonzero(ids == vocab.end_id)
             texts[i] = vocab.tokenizer.decode(ids[: ends[0]] if len(ends) else ids)
+        tell(start + len(chosen), len(order))
     return texts
 
 

@@ -77,11 +77,11 @@ def spans_said(source, number: int, score: np.ndarray) -> str:
     return answer_text(source.examples[number], source.encode, *best_span(score, allowed))
 
 
-def write_answers(config: ConfigDict, source, params, count: int = 0) -> tuple[list[str], list[str]]:
-    """(what the model writes to the first `count` examples, or all; what they say)."""
+def write_answers(config: ConfigDict, source, params, count: int = 0, **more) -> tuple[list[str], list[str]]:
+    """(what the model writes to the first `count` examples, or all; what they say). more: of respond.write."""
     examples, e = source.examples[: count or None], config.eval
     options = {"beams": e.beams, "max_tokens": e.max_tokens, "length_penalty": e.length_penalty}
-    said = write(config, params, source.vocab, source.encode, examples, **options)
+    said = write(config, params, source.vocab, source.encode, examples, **options, **more)
     return said, [reference_of(example, config) for example in examples]
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxlm.checkpoint import Checkpoints, as_target, config_of, tokenizer_of
 from jaxlm.cli import near_path
-from jaxlm.config import num_labels, unflatten
+from jaxlm.config import flatten, num_labels, unflatten
 from jaxlm.data.examples import Examples
 from jaxlm.data.pipeline import describe, load_tokenizer, open_stores
 from jaxlm.data.vocabulary import MADE
@@ -47,9 +47,12 @@ def read_config(spec: str) -> ConfigDict:
         raise CheckpointError(f"{file}: {error.strerror or error}: give the --workdir of a jaxlm.train run") from None
 
 
-def inherit(config: ConfigDict) -> list[str]:
-    """Takes the model section and the tokenizer from train.init_from, the teacher's from its run; returns problems."""
-    problems, task = [], config.task
+def inherit(config: ConfigDict, asked: tuple | list = ()) -> list[str]:
+    """Takes the model section and the tokenizer from train.init_from, the teacher's from its run; returns problems.
+
+    asked: keys that the user has set, which that run must not overrule without a word.
+    """
+    problems, task, before = [], config.task, flatten(config)
     for key, spec in (("train.init_from", config.train.init_from), ("task.teacher", task.teacher)):
         if spec and not (Path(split_step(spec)[0]) / "config.json").exists() and "://" not in spec:
             near = near_path(split_step(spec)[0])
@@ -64,6 +67,10 @@ def inherit(config: ConfigDict) -> list[str]:
         config.model.vocab_size = max(config.model.vocab_size, theirs.vocab_size)
         if task.name in ROLES and config.data.tokenizer in MADE:
             config.data.tokenizer = str(Path(split_step(start)[0]).absolute())
+        now = flatten(config)
+        shown = lambda key: f"config.{key}={before[key]}: the run of train.init_from has {now[key]}; leave it out"
+        keys = [key for key in asked if key.startswith(("model.", "data.tokenizer")) and key in before]
+        problems += [shown(key) for key in keys if before[key] != now[key]]
     if task.name == "dpo":
         task.teacher = task.teacher or start
     if task.teacher and not task.teacher_model:
@@ -99,14 +106,15 @@ def agree(config: ConfigDict, vocab_size: int) -> list[str]:
         if not spec:
             continue
         given, meta = f"config.{key}={spec}", read_meta(spec)
-        theirs = tokenizer_of(meta)
-        if theirs.fingerprint != mine.fingerprint:
+        theirs, teaches = tokenizer_of(meta), key == "task.teacher"
+        other_task = teaches and task.name in HEADED and config_of(meta).task.name != task.name
+        if theirs.fingerprint != mine.fingerprint and not other_task:
             where = "--config.data.tokenizer=" if task.name in ROLES else "the text anew with --tokenizer="
             problems.append(
                 f"{given}: its tokenizer ({in_words(theirs)}) is not the data's ({in_words(mine)}), so that the same "
                 f"id is another text; {'give' if task.name in ROLES else 'prepare'} {where}{split_step(spec)[0]}"
             )
-        elif key == "task.teacher":
+        elif teaches:
             given = f"config.train.init_from={spec}" if spec == config.train.init_from else given
             problems += [f"{given}: {problem}" for problem in unlike(config_of(meta), config, vocab_size)]
         else:
@@ -127,9 +135,10 @@ def unlike(teacher: ConfigDict, config: ConfigDict, vocab_size: int) -> list[str
             f"{teacher.task.name}; give a run of task {'sft, whose model knows who speaks' if task == 'dpo' else task}"
         ]
     if task in HEADED and (teacher.task.name, teacher.data.labels) != (task, config.data.labels):
+        same = f', or, where they mean the same, --config.data.labels="{teacher.data.labels}"'
         return [
-            f"its outputs are of {head_in_words(teacher)}, this run's of {head_in_words(config)}; where they mean the "
-            f'same, give --config.data.labels="{teacher.data.labels}"; else another teacher'
+            f"its outputs are of {head_in_words(teacher)}, this run's of {head_in_words(config)}; give another teacher"
+            + same * (teacher.task.name == task)
         ]
     if config.task.distill and task not in HEADED and theirs != mine:
         return [f"a model of {theirs:,} ids, this one of {mine:,}; set --config.model.vocab_size={theirs}"]

@@ -294,7 +294,7 @@ def main(argv: list[str]) -> int:
     else:
         parser.error("the following arguments are required: --workdir")
 
-    problems += inherit(config)
+    problems += inherit(config, [key for key, _ in args.overrides])
     vocab_size, num_tokens, data_problem = look_at_data(config)
     if not data_problem:
         problems += [] if problems else agree(config, vocab_size)

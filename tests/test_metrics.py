@@ -207,6 +207,8 @@ def test_bootstrap():
     fast = metrics.bootstrap(metrics.bleu_of, metrics.bleu_counts(ours, golds), samples=20)
     assert fast == pytest.approx(metrics.bootstrap(whole, ours, golds, samples=20))  # sentences, the same ones
     assert fast != metrics.bootstrap(whole, ours, golds, samples=20, seed=1)
+    rare = lambda x: metrics.classification(np.stack([1 - x, x], 1), (x > 0.9).astype(int)).get("auc", math.nan)
+    assert metrics.bootstrap(rare, np.array([0.2, 0.4, 0.5, 0.95])) == (1.0, 1.0), "of draws without 0.95 there is none"
     with pytest.raises(DataError, match="20 of 20 resampled figures are NaN"):
         metrics.bootstrap(lambda x: math.nan, ours, samples=20)
 

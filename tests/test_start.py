@@ -96,6 +96,13 @@ def test_examples_are_told_to_use_the_tokenizer_of_the_run(folder, runs):
     assert problems_of(settings(folder, train__init_from=runs["lm"], data__tokenizer="words"))[0] == [], "inherited"
 
 
+def test_what_the_run_has_otherwise_than_the_user_asks_is_a_problem(folder, runs):
+    c = settings(folder, train__init_from=runs["lm"], model__embed_dim=64, model__dropout=0.3)
+    theirs = jaxlm.load(runs["lm"]).config.model.embed_dim
+    (problem,) = inherit(c, ["model.embed_dim", "model.dropout", "model.num_heads"])
+    assert problem == f"config.model.embed_dim=64: the run of train.init_from has {theirs}; leave it out"
+
+
 def test_train_ends_with_exit_2_and_the_other_problems_too(folder, runs, tmp_path):
     flags = [f"--config.data.path={folder / 'chars'}", f"--config.train.init_from={runs['lm']}", "--config.task.beta=2"]
     run = program("jaxlm.train", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *flags, check=False)
@@ -110,6 +117,13 @@ def test_a_teacher_of_other_labels_is_refused(folder, runs, labels):
     assert "task classify with labels bad, good" in problem and f"with labels {', '.join(labels)};" in problem
     assert "--config.data.labels=\"('bad', 'good')\"" in problem
     assert problems_of(settings(folder, **taught))[0] == []
+
+
+def test_a_teacher_of_another_task_is_refused_whatever_its_tokenizer(folder, runs):
+    taught = {"task__teacher": runs["sft"], "task__distill": 0.5, "data__tokenizer": str(folder / "chars")}
+    (problem,), _ = problems_of(settings(folder, **taught))
+    assert "are of task sft, this run's of task classify with labels bad, good; give another teacher" in problem
+    assert "tokenizer" not in problem
 
 
 def test_a_teacher_must_know_the_ids_of_the_task(folder, runs, text_dir):
