@@ -50,7 +50,7 @@ def read_config(spec: str) -> ConfigDict:
 def inherit(config: ConfigDict, asked: tuple | list = ()) -> list[str]:
     """Takes the model section and the tokenizer from train.init_from, the teacher's from its run; returns problems.
 
-    asked: keys that the user has set, which that run must not overrule without a word.
+    asked: keys that the user has set; the shape of the model must not be overruled without a word.
     """
     problems, task, before = [], config.task, flatten(config)
     for key, spec in (("train.init_from", config.train.init_from), ("task.teacher", task.teacher)):
@@ -69,7 +69,7 @@ def inherit(config: ConfigDict, asked: tuple | list = ()) -> list[str]:
             config.data.tokenizer = str(Path(split_step(start)[0]).absolute())
         now = flatten(config)
         shown = lambda key: f"config.{key}={before[key]}: the run of train.init_from has {now[key]}; leave it out"
-        keys = [key for key in asked if key.startswith(("model.", "data.tokenizer")) and key in before]
+        keys = [key for key in asked if key.startswith("model.") and key != "model.vocab_size" and key in before]
         problems += [shown(key) for key in keys if before[key] != now[key]]
     if task.name == "dpo":
         task.teacher = task.teacher or start

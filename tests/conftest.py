@@ -9,7 +9,6 @@ os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count=8"
 import gc
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
@@ -24,9 +23,6 @@ from jaxlm.parallel.mesh import make_mesh
 from jaxlm.state import create_state, train_step
 
 ROOT = Path(__file__).parent.parent
-if "JAXLM_TESTS_COMPILED" not in os.environ:  # made by the first process of a run, and gone with it
-    folder = tempfile.TemporaryDirectory(prefix="jaxlm-compiled-")
-    os.environ["JAXLM_TESTS_COMPILED"] = folder.name
 WORDS = "the cat sat on a mat and saw two dogs run by sea under old red moon while rain fell".split()
 
 
@@ -82,12 +78,17 @@ def random_batch(rng, rows=16, length=32, vocab=64, documents=3):
 def program(*args, devices=1, check=True, env=None):
     """Runs `python -m jaxlm.ARGS` as a person would."""
     flags = {"XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}"}
-    if devices == 1:  # what another test has compiled
-        flags["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAXLM_TESTS_COMPILED"]
+    if devices == 1:  # what another test of this worker has compiled
+        flags["JAX_COMPILATION_CACHE_DIR"] = str(program.compiled)
     command = [sys.executable, "-m", *map(str, args)]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | flags | (env or {}), capture_output=True, text=True)
     assert not check or run.returncode == 0, run.stdout + run.stderr
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory):
+    program.compiled = tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(autouse=True)
