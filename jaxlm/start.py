@@ -47,12 +47,9 @@ def read_config(spec: str) -> ConfigDict:
         raise CheckpointError(f"{file}: {error.strerror or error}: give the --workdir of a jaxlm.train run") from None
 
 
-def inherit(config: ConfigDict, asked: tuple | list = ()) -> list[str]:
-    """Takes the model section and the tokenizer from train.init_from, the teacher's from its run; returns problems.
-
-    asked: keys that the user has set; the shape of the model must not be overruled without a word.
-    """
-    problems, task, before = [], config.task, flatten(config)
+def inherit(config: ConfigDict) -> list[str]:
+    """Takes the model section and the tokenizer from train.init_from, the teacher's from its run; returns problems."""
+    problems, task = [], config.task
     for key, spec in (("train.init_from", config.train.init_from), ("task.teacher", task.teacher)):
         if spec and not (Path(split_step(spec)[0]) / "config.json").exists() and "://" not in spec:
             near = near_path(split_step(spec)[0])
@@ -67,15 +64,21 @@ def inherit(config: ConfigDict, asked: tuple | list = ()) -> list[str]:
         config.model.vocab_size = max(config.model.vocab_size, theirs.vocab_size)
         if task.name in ROLES and config.data.tokenizer in MADE:
             config.data.tokenizer = str(Path(split_step(start)[0]).absolute())
-        now = flatten(config)
-        shown = lambda key: f"config.{key}={before[key]}: the run of train.init_from has {now[key]}; leave it out"
-        keys = [key for key in asked if key.startswith("model.") and key != "model.vocab_size" and key in before]
-        problems += [shown(key) for key in keys if before[key] != now[key]]
     if task.name == "dpo":
         task.teacher = task.teacher or start
     if task.teacher and not task.teacher_model:
         task.teacher_model = tuple(read_config(task.teacher).model.items())
     return problems
+
+
+def overruled(asked: list[str], before: dict, config: ConfigDict) -> list[str]:
+    """A line for each key of the model that the user has set and `inherit` has set otherwise.
+
+    asked: those keys; before: the config as it was, flat.
+    """
+    now, grows = flatten(config), "model.vocab_size"
+    keys = [key for key in asked if key.startswith("model.") and key != grows and before.get(key) != now.get(key)]
+    return [f"config.{key}={before[key]} is not followed: the run of train.init_from has {now[key]}" for key in keys]
 
 
 def look_at_data(config: ConfigDict) -> tuple[int, int, UserError | None]:

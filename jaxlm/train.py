@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from pathlib import Path, PurePath
 
@@ -36,6 +37,7 @@ from jaxlm.start import (
     inherit,
     look_at_data,
     not_told,
+    overruled,
     read_teacher,
     warm_start,
     weigh_ngrams,
@@ -294,7 +296,10 @@ def main(argv: list[str]) -> int:
     else:
         parser.error("the following arguments are required: --workdir")
 
-    problems += inherit(config, [key for key, _ in args.overrides])
+    before = flatten(config)
+    problems += inherit(config)
+    for line in overruled([key for key, _ in args.overrides], before, config):
+        print(line, file=sys.stderr)
     vocab_size, num_tokens, data_problem = look_at_data(config)
     if not data_problem:
         problems += [] if problems else agree(config, vocab_size)

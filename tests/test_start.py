@@ -16,7 +16,7 @@ from jaxlm.data.pipeline import describe, fingerprint, load_tokenizer
 from jaxlm.data.prepare import prepare
 from jaxlm.errors import UserError
 from jaxlm.lora import write_run
-from jaxlm.start import agree, inherit, warm_start
+from jaxlm.start import agree, inherit, overruled, warm_start
 from jaxlm.state import init_state
 
 TEXTS = ["a fine day", "a rainy day", "some fine rain"]
@@ -96,11 +96,12 @@ def test_examples_are_told_to_use_the_tokenizer_of_the_run(folder, runs):
     assert problems_of(settings(folder, train__init_from=runs["lm"], data__tokenizer="words"))[0] == [], "inherited"
 
 
-def test_what_the_run_has_otherwise_than_the_user_asks_is_a_problem(folder, runs):
+def test_what_the_run_has_otherwise_than_the_user_asks_is_told(folder, runs):
     c = settings(folder, train__init_from=runs["lm"], model__embed_dim=64, model__dropout=0.3)
-    theirs = jaxlm.load(runs["lm"]).config.model.embed_dim
-    (problem,) = inherit(c, ["model.embed_dim", "model.dropout", "model.num_heads"])
-    assert problem == f"config.model.embed_dim=64: the run of train.init_from has {theirs}; leave it out"
+    before, theirs = jaxlm.config.flatten(c), jaxlm.load(runs["lm"]).config.model.embed_dim
+    assert inherit(c) == []
+    (line,) = overruled(["model.embed_dim", "model.dropout", "model.num_heads", "train.steps"], before, c)
+    assert line == f"config.model.embed_dim=64 is not followed: the run of train.init_from has {theirs}"
 
 
 def test_train_ends_with_exit_2_and_the_other_problems_too(folder, runs, tmp_path):
