@@ -57,12 +57,13 @@ def test_a_token_does_not_see_what_follows(made):
 
 def test_packed_documents_are_as_if_alone(made):
     _, _, _, logits = made
-    batch = random_batch(np.random.default_rng(1), rows=1)
+    batch = random_batch(np.random.default_rng(1), rows=2)
     packed = logits(batch["tokens"], batch["segments"], batch["positions"])
-    for segment in np.unique(batch["segments"]):
-        here = batch["segments"][0] == segment
-        alone = logits(batch["tokens"][:, here])
-        np.testing.assert_allclose(packed[0, here], alone[0], atol=1e-5)
+    for row in range(2):
+        for segment in np.unique(batch["segments"][row]):
+            here = batch["segments"][row] == segment
+            alone = logits(batch["tokens"][row : row + 1, here])
+            np.testing.assert_allclose(packed[row, here], alone[0], atol=1e-5)
 
 
 def test_no_gradient_flows_between_packed_documents(made):
