@@ -1,7 +1,8 @@
 """python -m jaxlm.generate --workdir=DIR --prompt "...": text from a trained model.
 
 A model fine-tuned on a task answers: a translation or a reply of its own, the probability of each class, the tag of
-each word. --input reads the prompts from a file, one a line; --beams searches instead of sampling.
+each word; one of task mlm says what may stand at each [MASK]. --input reads the prompts from a file, one a line;
+--beams searches instead of sampling.
 """
 
 import json
@@ -16,6 +17,7 @@ from jaxlm.parallel import hosts
 
 SAMPLING = "max_tokens temperature top_k top_p num_samples seed stop".split()
 SEARCH = "beams length_penalty max_tokens output".split()
+ANSWERING = (*ROLES, "mlm")
 
 
 def main(argv: list[str]) -> None:
@@ -46,12 +48,12 @@ def main(argv: list[str]) -> None:
 
     lm = jaxlm.load(args.workdir, step=args.step)
     refuse_useless(lm.config.task.name, args, parser)
-    if lm.config.task.name in ROLES and not (args.prompt or args.input):
+    if lm.config.task.name in ANSWERING and not (args.prompt or args.input):
         raise ConfigError(f"--prompt or --input: what is a model of task {lm.config.task.name} to answer?")
     prompts = args.prompt or ([] if args.input else [""])
     if args.input:
         prompts += Path(args.input).read_text().splitlines()
-    if lm.config.task.name in ROLES:
+    if lm.config.task.name in ANSWERING:
         return answer(lm, prompts, args)
     texts = lm.generate(prompts, **{name: getattr(args, name) for name in SAMPLING})
     if jax.process_index():
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> None:
 
 def refuse_useless(task: str, args, parser: cli.Parser) -> None:
     """Raises ConfigError where a flag was given that says nothing to a model of this task."""
-    follows = SAMPLING if task not in ROLES else SEARCH if task in WRITTEN else ["output"]
+    follows = SAMPLING if task not in ANSWERING else SEARCH if task in WRITTEN else ["output"]
     if task in WRITTEN and task != "seq2seq":  # which is searched, not sampled
         follows = [*follows, "temperature", "top_k", "top_p", "seed"]
     given = {name for name in (*SAMPLING, *SEARCH) if getattr(args, name) != parser.get_default(name)}

@@ -15,7 +15,7 @@ from jaxlm.config import mesh_sizes
 from jaxlm.data.examples import encoder_of
 from jaxlm.data.pipeline import eval_rows
 from jaxlm.data.tokenizer import Words
-from jaxlm.data.transforms import Vocabulary
+from jaxlm.data.transforms import Vocabulary, join
 from jaxlm.decode import generate_tokens, pad_prompts
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.keys import HEADED, MESH_AXES, ROLES, TWO_SIDED, WRITTEN
@@ -130,8 +130,11 @@ class LM:
 
         classify, multilabel: {label: probability} each; regress: a number; tag: the tag of each word; qa: text of the
         context; seq2seq, sft, dpo: the text that it writes. options: see jaxlm.respond.write; beams=4, say.
+        mlm, of strings: for each [MASK], a hidden token, the five likeliest as (token, probability).
         """
         task, d = self.config.task.name, self.config.data
+        if task == "mlm":
+            return [self._fill(text) for text in ([examples] if isinstance(examples, str) else examples)]
         if task not in ROLES:
             raise UserError(f"lm.answer: task {task} has no examples to answer; use lm.generate, lm.loss or lm.logits")
         column = "prompt" if task == "sft" else ROLES[task][0]
@@ -159,12 +162,27 @@ class LM:
         best = np.argsort(-similar)[:count]
         return [(self.tokenizer.decode([i]), float(similar[i])) for i in best if np.isfinite(similar[i])]
 
+    def _fill(self, text: str) -> list[list[tuple[str, float]]]:
+        vocab, parts = Vocabulary(self.tokenizer, "mlm"), text.split("[MASK]")
+        if len(parts) < 2:
+            raise UserError(f"a model of task mlm foretells hidden tokens: {text!r} has no [MASK] in it")
+        first, *rest = map(self.tokenizer.encode, parts)
+        ids = join(first, *(piece for part in rest for piece in (vocab.mask, part)))
+        logits = self.logits(ids[None])[0, ids == vocab.mask, : self.tokenizer.vocab_size]
+        chances = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        chances /= chances.sum(axis=-1, keepdims=True)
+        best = np.argsort(-chances)[:, :5]
+        return [[(self.tokenizer.decode([i]), round(float(p[i]), 6)) for i in five] for five, p in zip(best, chances)]
+
     def _require_text(self, what: str) -> None:
-        if self.config.task.name in HEADED:
-            raise UserError(f"lm.{what}: a model of task {self.config.task.name} foretells no tokens; use lm.answer")
-        if self.config.task.name in TWO_SIDED:
-            use = "; use lm.answer" * (self.config.task.name in ROLES)
-            raise UserError(f"lm.{what}: a model of task {self.config.task.name} reads a source first{use}")
+        task = self.config.task.name
+        if task in HEADED or task == "mlm":
+            raise UserError(f"lm.{what}: a model of task {task} foretells no tokens that follow; use lm.answer")
+        if task in TWO_SIDED:
+            use = "; use lm.answer" * (task in ROLES)
+            raise UserError(f"lm.{what}: a model of task {task} reads a source first{use}")
+        if task == "skipgram":
+            raise UserError(f"lm.{what}: a model of task skipgram foretells words nearby; use lm.neighbors")
 
     def _prompt(self, prompt: str) -> np.ndarray:
         ids, bos = self.tokenizer.encode(prompt), self.tokenizer.bos_id

@@ -24,7 +24,7 @@ from jaxlm.data.pipeline import Prefetch, fingerprint, load_tokenizer, train_bat
 from jaxlm.data.tables import absolute
 from jaxlm.errors import CheckpointError, ConfigError, NumericsError
 from jaxlm.evaluator import Evaluator
-from jaxlm.keys import MESH_AXES
+from jaxlm.keys import MESH_AXES, SILENT
 from jaxlm.monitor import Monitor
 from jaxlm.optim import split
 from jaxlm.parallel import hosts
@@ -159,7 +159,8 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
     if jax.process_index() == 0:
         why = f"stopped by {signal.Signals(stop.number).name}" if stopped else "done"
         best = " --step=best" if run.best.since and config.checkpoint.keep_best else ""
-        then = "the same command goes on" if stopped else f"try python -m jaxlm.generate --workdir={workdir}{best}"
+        program = "evaluate" if config.task.name in SILENT else "generate"
+        then = "the same command goes on" if stopped else f"try python -m jaxlm.{program} --workdir={workdir}{best}"
         print(f"{why} at step {last_step}, saved in {checkpoints.path}; {then}")
     return cli.PREEMPTED if stopped else 0
 
@@ -298,7 +299,7 @@ def main(argv: list[str]) -> int:
 
     before = flatten(config)
     problems += inherit(config)
-    for line in overruled([key for key, _ in args.overrides], before, config):
+    for line in overruled([key for key, _ in args.overrides], before, config) if jax.process_index() == 0 else ():
         print(line, file=sys.stderr)
     vocab_size, num_tokens, data_problem = look_at_data(config)
     if not data_problem:

@@ -7,19 +7,21 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import program, small_config
+from conftest import mesh_of, program, small_config
 
 import jaxlm
 from jaxlm.checkpoint import Checkpoints, describe_run
-from jaxlm.config import resolve
+from jaxlm.config import base, resolve
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.pipeline import fingerprint
 from jaxlm.data.prepare import prepare
 from jaxlm.data.store import Store
+from jaxlm.data.transforms import Vocabulary
 from jaxlm.decode import sample
 from jaxlm.errors import CheckpointError, ConfigError, UserError
 from jaxlm.evaluate import gzip_bits_per_byte
 from jaxlm.evaluator import Evaluator, predicted_bytes
+from jaxlm.lm import LM
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.report import comparison
 from jaxlm.state import abstract_state, init_state, state_shardings
@@ -137,6 +139,35 @@ def test_the_loss_of_texts_is_that_of_their_logits(lm):
         assert got.tokens == len(ids) and got.nats_per_token == pytest.approx(nats / len(ids), rel=1e-5)
         assert got.bits_per_byte == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
     assert math.isnan(lm.loss([""])[0].nats_per_token)
+
+
+@pytest.mark.parametrize(
+    ("task", "named"),
+    [("mlm", "use lm.answer"), ("classify", "use lm.answer"), ("seq2seq", "reads a source first; use lm.answer"),
+     ("ul2", "reads a source first$"), ("skipgram", "use lm.neighbors")],
+)  # fmt: skip
+def test_what_writes_no_text_says_what_it_does_instead(task, named):
+    c = resolve(base())
+    c.task.name = task
+    for ask in (LM(c, {}, None, None, 0).generate, LM(c, {}, None, None, 0).loss):
+        with pytest.raises(UserError, match=named):
+            ask("a")
+
+
+def test_a_masked_model_says_what_may_stand_at_each_mask():
+    c = small_config(task__name="mlm", model__name="encoder", model__vocab_size=384)
+    mesh = mesh_of(1)
+    masked = LM(c, init_state(c, mesh).params, tokenizers.Bytes(), mesh, 0)
+    (holes,) = masked.answer("ab[MASK]c[MASK]")
+    mask = Vocabulary(masked.tokenizer, "mlm").mask
+    logits = masked.logits([[97, 98, mask, 99, mask]])[0, [2, 4], : masked.tokenizer.vocab_size].astype(np.float64)
+    chances = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    for said, likely in zip(holes, chances, strict=True):
+        best = np.argsort(-likely)[:5]
+        assert [token for token, _ in said] == [masked.tokenizer.decode([i]) for i in best]
+        np.testing.assert_allclose([chance for _, chance in said], likely[best], atol=1e-6)
+    with pytest.raises(UserError, match=r"has no \[MASK\]"):
+        masked.answer(["nothing"])
 
 
 def test_evaluation_is_the_mean_over_every_token_once(lm, text_dir, tmp_path, workdir):
