@@ -9,9 +9,11 @@ import base64
 import importlib.metadata
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
@@ -21,6 +23,7 @@ from jaxlm.config import flatten, unflatten
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import CheckpointError
 from jaxlm.optim import name_of
+from jaxlm.parallel.mesh import platform
 from jaxlm.state import State
 from jaxlm.workdir import in_bucket, run_directory
 
@@ -78,6 +81,7 @@ class Checkpoints:
             found = "has no checkpoints/" if workdir.is_dir() else "is not a directory"
             need = "give the --workdir of a jaxlm.train run that has saved"
             raise CheckpointError(f"{workdir} {found}: {need}{near_path(workdir)}")
+        self._writer, self._writing = ThreadPoolExecutor(1), None
         options = {"read_only": True}
         if config is not None:
             policies = [keep.LatestN(config.checkpoint.keep)]
@@ -98,6 +102,7 @@ class Checkpoints:
             raise CheckpointError(f"cannot use {self.path}: {error.strerror or error}") from None
 
     def latest(self) -> int | None:
+        self._settle()
         return self.manager.latest_step()
 
     def choose(self, step: str | int = "latest") -> int:
@@ -122,10 +127,21 @@ class Checkpoints:
         return int(step)
 
     def save(self, state: State, meta: dict, eval_loss: float | None = None) -> None:
-        """Copies the state to the host, then writes it in the background."""
+        """Copies the state to the host, then writes it in the background. Raises what the save before came to."""
+        self._settle()
         step = int(state.step)
-        if step not in self.manager.all_steps():
+        if step in self.manager.all_steps():
+            return
+        if jax.process_count() > 1:  # orbax's processes wait for each other, in the order of the loop
             self._write(step, items(state), meta, eval_loss)
+        else:  # orbax takes 50 ms to begin, however small the state
+            self._writing = self._writer.submit(self._write, step, on_host(items(state)), meta, eval_loss)
+
+    def _settle(self) -> None:
+        """Waits until orbax has begun with the save before, and raises its error."""
+        if self._writing:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def save_params(self, step: int, params: dict, meta: dict) -> None:
         """A checkpoint to evaluate, to generate and to begin from, not to go on with: it has no optimizer's state."""
@@ -215,9 +231,11 @@ class Checkpoints:
         return [f"config.{key}: {old} -> {new}" for key, old, new in pairs if deciding(key) and old != new]
 
     def wait(self) -> None:
+        self._settle()
         self.manager.wait_until_finished()
 
     def close(self) -> None:
+        self._writer.shutdown()
         self.manager.close()
 
 
@@ -225,6 +243,13 @@ def items(state: State) -> dict:
     """The parts of a state that are saved, and can be read, on their own."""
     rest = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
     return {"params": state.params, "rest": rest} | ({} if state.ema is None else {"ema": state.ema})
+
+
+def on_host(tree):
+    """A copy of its arrays in numpy."""
+    if platform() == "cpu":  # where device_get gives views of what the next step donates
+        return jax.tree.map(lambda x: np.array(x, copy=True), tree)
+    return jax.device_get(tree)
 
 
 def as_target(abstract, shardings):

@@ -33,7 +33,7 @@ class Monitor:
         self.config, self.start = config, start
         self.step_tokens = config.train.batch_size * config.data.seq_len
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.data_seconds = 0.0
+        self.data_seconds = self.save_seconds = 0.0
         self.paces = deque(maxlen=9)  # seconds a step between the last rows, for an ETA that one stall does not move
         self.mark = (start, time.perf_counter())
         if not self.active:
@@ -50,6 +50,10 @@ class Monitor:
     def waited(self, seconds: float) -> None:
         """Adds to the time that the loop spent waiting for data."""
         self.data_seconds += seconds
+
+    def saved(self, seconds: float) -> None:
+        """Adds to the time that the loop stood still for a checkpoint."""
+        self.save_seconds += seconds
 
     def step(self, step: int, metrics: dict) -> None:
         """After each step, with its metrics on the host; writes a row every log.every steps, and after the first."""
@@ -74,6 +78,7 @@ class Monitor:
             "data_seconds": round(self.data_seconds / steps, 6),
             "skipped": int(metrics["skipped"]),
         }
+        row |= {"save_seconds": round(self.save_seconds, 6)} if self.save_seconds else {}
         row |= {key: round(metrics[key], 4) for key in MORE if key in metrics}
         if self.peak_flops:
             row["mfu"] = round(rate * self.flops_per_token / (self.peak_flops * jax.device_count()), 4)
@@ -81,7 +86,7 @@ class Monitor:
             row = {k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu")}
         else:
             self.paces.append(seconds)
-        self.mark, self.data_seconds = (step, now), 0.0
+        self.mark, self.data_seconds, self.save_seconds = (step, now), 0.0, 0.0
         if step % self.config.log.every == 0 or step == 1:
             self.write(row)
         self.show(row)

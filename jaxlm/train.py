@@ -241,8 +241,9 @@ class Run:
         exhausted = self.exhausted()
         keep_best = better and self.config.checkpoint.keep_best
         if ended or exhausted or keep_best or step % self.config.checkpoint.every == 0:
-            meta = self.meta | {"best": [self.best.value, self.best.since]}
+            meta, began = self.meta | {"best": [self.best.value, self.best.since]}, time.perf_counter()
             self.checkpoints.save(state, meta, badness if badness is not None and math.isfinite(badness) else None)
+            self.monitor.saved(time.perf_counter() - began)
         return ended or exhausted
 
     def exhausted(self) -> bool:

@@ -241,6 +241,20 @@ def test_a_state_survives_a_checkpoint_to_the_last_bit(tmp_path, text_dir):
         Checkpoints(tmp_path, c).restore(0, abstract_state(c)[0], state_shardings(c, mesh))
 
 
+def test_what_goes_wrong_in_the_background_is_raised_by_the_next_save_and_at_the_end(tmp_path, text_dir, monkeypatch):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    c = small_config(data__path=str(text_dir), model__vocab_size=257)
+    state, meta = init_state(c, make_mesh(c)), describe_run(c, tokenizers.load(text_dir), fingerprint(c))
+    checkpoints = Checkpoints(tmp_path, c)
+    monkeypatch.setattr(checkpoints.manager, "save", full)
+    for then in (lambda: checkpoints.save(state.replace(step=state.step + 1), meta), checkpoints.wait):
+        checkpoints.save(state, meta)
+        with pytest.raises(OSError, match="No space"):
+            then()
+
+
 def test_a_path_that_is_not_there_names_the_nearest(tmp_path, monkeypatch):
     (tmp_path / "runs" / "reviews").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
