@@ -1,5 +1,6 @@
 """The order of data: a pure function of (seed, data, step), on any number of hosts; every token counts once."""
 
+import grain
 import numpy as np
 import pytest
 from conftest import small_config
@@ -9,6 +10,7 @@ from jaxlm.data.pipeline import (
     fingerprint,
     num_rows,
     open_stores,
+    order_of,
     read_rows,
     train_batches,
     validation_batches,
@@ -45,6 +47,13 @@ def test_an_epoch_has_every_row_once_and_the_next_another_order(config):
     every = sorted(rows_of(read_rows(store, np.arange(n), 32)))
     assert sorted(rows[:n]) == every and sorted(rows[n : 2 * n]) == every
     assert rows[:n] != rows[n : 2 * n] and rows[:n] != every
+
+
+def test_the_order_is_that_of_grain():
+    for rows, seed in ((1, 0), (2, 5), (97, 1), (1000, 2**31)):
+        order, same = order_of(rows, seed), grain.MapDataset.range(rows).seed(seed).shuffle()
+        places = [*range(3 * rows + 1), 10**9, 2**32 * rows + 5]
+        assert [order(place) for place in places] == [same[place] for place in places]
 
 
 def test_without_shuffle_rows_come_in_order(config):

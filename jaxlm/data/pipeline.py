@@ -19,6 +19,7 @@ that has no bos, such as chars, nothing precedes that first token: its weight is
 """
 
 import itertools
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from functools import lru_cache
 
 import grain
 import numpy as np
+from grain.experimental import index_shuffle
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.check import mixture
@@ -66,9 +68,9 @@ def num_rows(store: Store, seq_len: int) -> int:
 def read_clipped(store: Store, starts: np.ndarray, length: int) -> np.ndarray:
     """store.rows, with the first and the last token repeated beyond the ends of the stream."""
     width = min(length, store.num_tokens)
-    begins = np.clip(starts, 0, store.num_tokens - width)
+    begins = np.minimum(np.maximum(starts, 0), store.num_tokens - width)
     window = store.rows(begins, width)
-    if width == length and np.array_equal(begins, starts):
+    if width == length and (begins == starts).all():
         return window
     places = np.clip(starts[:, None] + np.arange(length), 0, store.num_tokens - 1)
     return np.take_along_axis(window, places - begins[:, None], axis=1)
@@ -81,20 +83,22 @@ def read_rows(store: Store, rows: np.ndarray, seq_len: int) -> dict[str, np.ndar
     tokens, targets, weights = window[:, :-1].copy(), window[:, 1:].copy(), np.ones(shape, np.float32)
     # Where a document begins, in the rows one after the other, and where a row does: pieces of one segment each.
     number, place = store.starts_in(starts, seq_len)
-    begins = number * seq_len + place
-    edges = np.union1d(begins, np.arange(len(rows)) * seq_len)
-    lengths, row = np.diff(edges, append=weights.size), edges // seq_len
-    segment = np.arange(len(edges)) - np.searchsorted(edges, row * seq_len) + 1
-    positions = np.arange(weights.size, dtype=np.int32) - np.repeat(edges.astype(np.int32), lengths)
-    segments = np.repeat(segment.astype(np.int32), lengths).reshape(shape)
+    begins, begin_of_row = number * seq_len + place, np.arange(0, weights.size, seq_len)
+    edge = np.zeros(weights.size + 1, bool)
+    edge[begins] = edge[begin_of_row] = edge[-1] = True
+    edges = np.flatnonzero(edge).astype(np.int32)
+    edges, lengths = edges[:-1], np.diff(edges)
+    first = np.searchsorted(edges, begin_of_row).astype(np.int32)  # the first piece of each row
+    segment = np.arange(1, len(edges) + 1, dtype=np.int32) - first[edges // seq_len]
+    positions = np.arange(weights.size, dtype=np.int32) - np.repeat(edges, lengths)
+    segments = np.repeat(segment, lengths).reshape(shape)
     if store.bos_id is None:  # nothing comes before a document, so its first token cannot be predicted
-        weights.ravel()[begins] = 0
+        weights.ravel()[begins] = segments.ravel()[begins] = 0
     else:
         tokens.ravel()[begins] = store.bos_id
     if starts.max(initial=0) + seq_len > store.num_tokens:
         past = starts[:, None] + np.arange(seq_len) >= store.num_tokens
-        tokens[past], targets[past], weights[past] = 0, 0, 0
-    segments[weights == 0] = 0
+        tokens[past] = targets[past] = weights[past] = segments[past] = 0
     return {
         "tokens": tokens,
         "targets": targets,
@@ -161,14 +165,30 @@ def load_tokenizer(config: ConfigDict):
 
 def read_mixed(sources: list, ids: np.ndarray, keys: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """The batch of (source, row) pairs, int64 [B, 2]. keys: int64 [B], a number for what is random in each."""
-    batch, present = {}, np.unique(ids[:, 0])
+    batch, present = {}, sorted(set(ids[:, 0].tolist()))
     if len(present) == 1:
-        return sources[present[0]].read(ids[:, 1], [(seed, key) for key in keys])
+        return sources[present[0]].read(ids[:, 1], [(seed, key) for key in keys.tolist()])
     for source in present:
         here = ids[:, 0] == source
-        for name, value in sources[source].read(ids[here, 1], [(seed, key) for key in keys[here]]).items():
+        for name, value in sources[source].read(ids[here, 1], [(seed, key) for key in keys[here].tolist()]).items():
             batch.setdefault(name, np.zeros((len(ids), *value.shape[1:]), value.dtype))[here] = value
     return batch
+
+
+def order_of(num_rows: int, seed: int | None) -> Callable[[int], int]:
+    """The row at each place of an endless order that has all rows in every epoch, as they are or (seed) shuffled.
+
+    What grain.MapDataset.range(num_rows).seed(seed).shuffle() holds there, in a fifth of the time.
+    """
+    if seed is None:
+        return lambda place: place % num_rows
+    first = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])  # of the first epoch
+
+    def row(place: int) -> int:
+        epoch, index = divmod(place, num_rows)
+        return index_shuffle(index, num_rows - 1, (first + epoch) % 2**32, 4)  # of four rounds, as grain does
+
+    return row
 
 
 def train_batches(config: ConfigDict, rows: slice | np.ndarray = ALL) -> grain.MapDataset:
@@ -177,14 +197,18 @@ def train_batches(config: ConfigDict, rows: slice | np.ndarray = ALL) -> grain.M
     for number, source in enumerate(sources):
         if not source.num_rows:
             raise DataError(f"{mixture(config)[number][0] or config.data.train}: the train split is empty")
-        order = grain.MapDataset.range(source.num_rows).seed(config.seed + number)
-        order = order.shuffle() if config.data.shuffle else order
-        orders.append(order.repeat().map(lambda row, number=number: (number, row)))
-    weights = [weight for _, weight in mixture(config)]
-    ids = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
-    batches = ids.batch(B, drop_remainder=True, batch_fn=lambda ids: np.array(ids, np.int64))
-    place = np.arange(B)
-    return batches.map_with_index(lambda k, ids: read_mixed(sources, ids[rows], (k * B + place)[rows], config.seed))
+        orders.append(order_of(source.num_rows, config.seed + number if config.data.shuffle else None))
+    turns = [grain.MapDataset.range(sys.maxsize).map(lambda turn, n=n: (n, turn)) for n in range(len(orders))]
+    mixed = grain.MapDataset.mix(turns, [weight for _, weight in mixture(config)])
+    place = np.arange(B)[rows]
+
+    def batch(k: int) -> dict[str, np.ndarray]:
+        keys = k * B + place
+        picked = map(mixed.__getitem__, keys.tolist()) if len(orders) > 1 else ((0, key) for key in keys.tolist())
+        ids = np.array([(source, orders[source](turn)) for source, turn in picked], np.int64)
+        return read_mixed(sources, ids, keys, config.seed)
+
+    return grain.MapDataset.range(sys.maxsize).map(batch)
 
 
 def eval_rows(config: ConfigDict) -> int:

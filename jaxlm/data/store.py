@@ -151,7 +151,7 @@ class Store:
         found = [(np.empty(0, np.int64),) * 2]
         first = np.searchsorted(self._bounds, windows, "right") - 1
         most = (np.searchsorted(self._bounds, windows + length) - first).max(initial=0)  # shards of any window
-        shards = np.unique(first[:, None] + np.arange(most)) if most > 0 else []
+        shards = sorted({shard + i for shard in first.tolist() for i in range(most)})
         for shard in shards:
             if 0 <= shard < len(self._shards):
                 begin, end = self._bounds[shard : shard + 2]
