@@ -104,7 +104,7 @@ def ranges(c: ConfigDict) -> list[str]:
 
 def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
     m, problems = c.model, []
-    attends = m.name in ATTENDING
+    attends = m.name in ATTENDING and m.num_layers
     if attends and not m.head_dim and m.embed_dim % m.num_heads:
         problems.append(
             f"config.model.num_heads={m.num_heads}: must divide config.model.embed_dim={m.embed_dim} "
@@ -112,7 +112,7 @@ def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
         )
     elif attends and m.positions == "rope" and (m.head_dim or m.embed_dim // m.num_heads) % 2:
         problems.append("config.model.head_dim: must be even for positions=rope")
-    if m.num_kv_heads and m.num_heads % m.num_kv_heads:
+    if attends and m.num_kv_heads and m.num_heads % m.num_kv_heads:
         problems.append(
             f"config.model.num_kv_heads={m.num_kv_heads}: must divide config.model.num_heads={m.num_heads} "
             f"(nearest: {nearest_divisors(m.num_kv_heads, m.num_heads)})"

@@ -89,6 +89,8 @@ def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
     for key in ("beams", "length_penalty", "max_tokens"):
         if getattr(args, key) is not None:
             config.eval[key] = getattr(args, key)
+    if args.answers and config.task.name not in ROLES:
+        raise ConfigError(f"--answers={args.answers}: task {config.task.name} has no examples to answer")
     if args.columns and config.task.name not in ROLES:
         raise ConfigError(f"--columns={args.columns}: task {config.task.name} has no files of examples")
     config.data.columns = config.data.columns if args.columns is None else args.columns
@@ -101,7 +103,8 @@ def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
     with jax.set_mesh(lm.mesh):
         if config.task.teacher_model:
             lm.teacher = read_teacher(config, lm.mesh)
-        result = {"step": lm.step, **report(lm, config, asked, workdir, args)}
+        data = config.data.val if config.task.name in ROLES else config.data.mixture or config.data.path
+        result = {"data": data, "step": lm.step, **report(lm, config, asked, workdir, args)}
     if args.gzip and not jax.process_index():
         result["gzip_bits_per_byte"] = gzip_bits_per_byte(open_stores(config, "val"), lm.tokenizer)
     return {"model": config.model.name, "task": config.task.name, "parameters": num_parameters(lm.params)} | result

@@ -31,9 +31,9 @@ class Evaluator:
         self.batches = validation_batches(config, hosts.local_rows(mesh, eval_rows(config)), self.sources)
         self.step = jax.jit(partial(eval_step, config=config), out_shardings=NamedSharding(mesh, PartitionSpec()))
         self.num_bytes = None
-        if config.task.name == "lm":
-            paths = [path for path, _ in mixture(config)]
-            self.num_bytes = sum(map(predicted_bytes, open_stores(config, "val"), paths))
+        stores = open_stores(config, "val") if config.task.name == "lm" else []
+        if stores and stores[0].manifest["tokenizer"]["name"] != "words":  # which does not know all that is there
+            self.num_bytes = sum(map(predicted_bytes, stores, (path for path, _ in mixture(config))))
 
     def leaves_out(self) -> str:
         """In words, what an evaluation leaves out of the split; empty where nothing."""

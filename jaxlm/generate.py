@@ -12,12 +12,11 @@ import jax
 
 from jaxlm import cli
 from jaxlm.errors import ConfigError
-from jaxlm.keys import ROLES, WRITTEN
+from jaxlm.keys import ANSWERING, WRITTEN
 from jaxlm.parallel import hosts
 
 SAMPLING = "max_tokens temperature top_k top_p num_samples seed stop".split()
 SEARCH = "beams length_penalty max_tokens output".split()
-ANSWERING = (*ROLES, "mlm")
 
 
 def main(argv: list[str]) -> None:
@@ -42,6 +41,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--step", default="latest", help="checkpoint: latest, best or a number")
     hosts.add_flags(parser)
     args = parser.parse(argv)
+    if args.input and not Path(args.input).is_file():
+        raise ConfigError(f"--input={args.input}: there is no such file{cli.near_path(args.input)}")
     hosts.connect(args)
 
     import jaxlm

@@ -29,6 +29,7 @@ ATTENDING = ("decoder", "encoder", "encoder_decoder")  # models with heads
 LABELLED = ("classify", "multilabel", "regress")  # one label an example, not one a token
 HEADED = (*LABELLED, "tag", "qa")  # answered by a head of model.num_labels outputs, not from the vocabulary
 WRITTEN = ("seq2seq", "sft", "dpo")  # answered with a text that the model writes
+ANSWERING = (*ROLES, "mlm")  # models that answer an example
 SILENT = ("span_corruption", "ul2", "skipgram")  # to start others from, or for their embeddings: they answer nothing
 # What an evaluation in training may tell, where the data and the libraries that are here allow it: for eval.metric.
 METRICS = dict.fromkeys((*TOKEN_TASKS, "seq2seq", "sft"), ("loss", "perplexity", "tokens", "divergence"))

@@ -18,7 +18,7 @@ from jaxlm.data.tokenizer import Words
 from jaxlm.data.transforms import Vocabulary, join
 from jaxlm.decode import generate_tokens, pad_prompts
 from jaxlm.errors import ConfigError, UserError
-from jaxlm.keys import HEADED, MESH_AXES, ROLES, TWO_SIDED, WRITTEN
+from jaxlm.keys import HEADED, MESH_AXES, ROLES, SILENT, TWO_SIDED, WRITTEN
 from jaxlm.losses import mesh_order, token_losses
 from jaxlm.meshes import fits
 from jaxlm.models import build, next_logits
@@ -26,6 +26,8 @@ from jaxlm.parallel.hosts import fetch, to_global
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.respond import label, write
 from jaxlm.state import abstract_state, state_shardings
+
+SPELLED = ("bytes", "chars")  # tokenizers whose tokens are not words, nor parts of words, with the space before them
 
 
 class TextLoss(NamedTuple):
@@ -136,7 +138,8 @@ class LM:
         if task == "mlm":
             return [self._fill(text) for text in ([examples] if isinstance(examples, str) else examples)]
         if task not in ROLES:
-            raise UserError(f"lm.answer: task {task} has no examples to answer; use lm.generate, lm.loss or lm.logits")
+            use = "; use lm.generate, lm.loss or lm.logits" * (task not in SILENT)
+            raise UserError(f"lm.answer: task {task} has no examples to answer{use}")
         column = "prompt" if task == "sft" else ROLES[task][0]
         examples = [examples] if isinstance(examples, (str, dict)) else examples
         examples = [{column: example} if isinstance(example, str) else dict(example) for example in examples]
@@ -147,10 +150,14 @@ class LM:
             return label(self.config, self.params, self.tokenizer, examples)
 
     def neighbors(self, word: str, count: int = 10) -> list[tuple[str, float]]:
-        """The tokens whose embeddings have the largest cosine similarity with the mean of the word's, and that."""
+        """The tokens whose embeddings have the largest cosine similarity with the mean of the word's, and that.
+
+        Where a word after a space is fewer tokens, as most are to sentencepiece, these are meant.
+        """
         if "embed" not in self.params or "tokens" not in self.params["embed"] or self.config.model.name == "bag":
             raise UserError(f"lm.neighbors: model.name={self.config.model.name} has no embeddings of tokens")
-        ids = self.tokenizer.encode(word)
+        texts = (word,) if self.tokenizer.name in SPELLED else (word, f" {word}")
+        ids = min(map(self.tokenizer.encode, texts), key=len)
         said = self.tokenizer.decode(ids)
         if not said.strip() or (Words.UNKNOWN in said and Words.UNKNOWN not in word):
             raise UserError(f"lm.neighbors: {word!r} is not in the vocabulary")
@@ -164,8 +171,10 @@ class LM:
 
     def _fill(self, text: str) -> list[list[tuple[str, float]]]:
         vocab, parts = Vocabulary(self.tokenizer, "mlm"), text.split("[MASK]")
+        if self.tokenizer.name not in SPELLED:  # the space before a hidden token is of that token
+            parts[:-1] = [part.rstrip(" ") for part in parts[:-1]]
         if len(parts) < 2:
-            raise UserError(f"a model of task mlm foretells hidden tokens: {text!r} has no [MASK] in it")
+            raise ConfigError(f"a model of task mlm foretells hidden tokens: {text!r} has no [MASK] in it")
         first, *rest = map(self.tokenizer.encode, parts)
         ids = join(first, *(piece for part in rest for piece in (vocab.mask, part)))
         logits = self.logits(ids[None])[0, ids == vocab.mask, : self.tokenizer.vocab_size]

@@ -15,6 +15,7 @@ from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import flatten, resolve
 from jaxlm.errors import ConfigError
 from jaxlm.keys import base
+from jaxlm.monitor import proposal
 from jaxlm.parallel import hosts
 from jaxlm.start import merge
 from jaxlm.workdir import Hold, run_directory, write_whole
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
     source.close()
     config = merged_config(lm.config, section)
     write_run(output, lm.step, params, meta, config, lm.tokenizer)
-    print(f"step {lm.step} without adapters is in {output}; try python -m jaxlm.generate --workdir={output}")
+    print(f"step {lm.step} without adapters is in {output}; {proposal(config, output, lm.tokenizer.bos_id)}")
 
 
 if __name__ == "__main__":

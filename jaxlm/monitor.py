@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxlm.keys import ANSWERING, SILENT
 from jaxlm.workdir import in_bucket, write_whole
 
 # Of a step, where there are: a mixture of experts' routing, and what a task's loss says besides.
@@ -156,6 +157,14 @@ class Upload:
 
     def close(self) -> None:
         """Writes nothing: it may belong to another run by now."""
+
+
+def proposal(config: ConfigDict, workdir: PurePath, bos_id: int | None, flags: str = "") -> str:
+    """The command that shows what a trained model does. bos_id: of its tokenizer."""
+    task = config.task.name
+    program = "evaluate" if task in SILENT else "generate"
+    prompt = " --prompt=TEXT" * (task in ANSWERING or (program == "generate" and bos_id is None))
+    return f"try python -m jaxlm.{program} --workdir={workdir}{flags}{prompt}"
 
 
 def keep_rows(path: PurePath, last_step: int) -> None:

@@ -197,10 +197,20 @@ def comparison(results: dict[str, dict]) -> list[str]:
     row = lambda name, cell: {"": name} | {names[workdir]: cell(result) for workdir, result in results.items()}
     rows = []
     for key in keys:
+        shown = short_path if key == "data" else lambda x: x
         between = lambda r, key=f"{key}_interval": " to ".join(f"{x:.4f}" for x in r.get(key, ()))
-        rows.append(row(key, lambda r, key=key: r.get(key, "")))
+        rows.append(row(key, lambda r, key=key, shown=shown: shown(r.get(key, ""))))
         rows += [row("  95% interval", between)] * any(f"{key}_interval" in r for r in results.values())
+    classes = dict.fromkeys(each["name"] for r in results.values() for each in r.get("classes", ()))
+    for name in classes:
+        f1 = lambda r, name=name: next((each["f1"] for each in r.get("classes", ()) if each["name"] == name), "")
+        rows.append(row(f"f1 of {name}", f1))
     return columns(rows)
+
+
+def short_path(files: str) -> str:
+    """Of files, or of two in parallel, the names alone."""
+    return "+".join(PurePath(file).name for file in files.split("+"))
 
 
 def columns(rows: list[dict]) -> list[str]:

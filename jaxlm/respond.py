@@ -27,7 +27,15 @@ def of_examples(source, rows: list[np.ndarray]) -> dict[int, np.ndarray]:
             labelled = "label" in source.pieces[number]
             found[number] = scores[place] if labelled else scores[at : at + length]
             at += length
-    return dict(sorted(found.items()))
+    exact = one_less_others if source.config.task.name == "classify" else lambda x: x
+    return {number: exact(found[number]) for number in sorted(found)}
+
+
+def one_less_others(chances: np.ndarray) -> np.ndarray:
+    """float64. In float32 a probability near 1 has lost digits that the others, near 0, still have."""
+    chances, top = chances.astype(np.float64), chances.argmax()
+    chances[top] = 1 - (chances.sum() - chances[top])
+    return chances
 
 
 def read_scores(config: ConfigDict, params, source) -> dict[int, np.ndarray]:

@@ -63,7 +63,7 @@ def answers_of(config: ConfigDict, source, scores: dict | None, written=None) ->
         return [{**example, "answer": text} for example, text in zip(source.examples, written()[0])]
     names = label_names(config)
     say = {
-        "classify": lambda i, x: {"answer": names[int(x.argmax())], "scores": [round(float(p), 6) for p in x]},
+        "classify": lambda i, x: {"answer": names[int(x.argmax())], "scores": [float(f"{p:.12g}") for p in x]},
         "multilabel": lambda i, x: {"answer": [n for n, p in zip(names, x) if p >= 0.5]},
         "regress": lambda i, x: {"answer": float(x[0])},
         "qa": lambda i, x: {"answer": spans_said(source, i, x)},

@@ -24,8 +24,8 @@ from jaxlm.data.pipeline import Prefetch, fingerprint, load_tokenizer, train_bat
 from jaxlm.data.tables import absolute
 from jaxlm.errors import CheckpointError, ConfigError, NumericsError
 from jaxlm.evaluator import Evaluator
-from jaxlm.keys import MESH_AXES, SILENT
-from jaxlm.monitor import Monitor
+from jaxlm.keys import MESH_AXES
+from jaxlm.monitor import Monitor, proposal
 from jaxlm.optim import split
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import abstract_mesh, make_mesh
@@ -140,11 +140,16 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
         flops, peak = costs.flops_per_token(config, state.params), peak_flops(jax.devices()[0].device_kind)
         monitor = Monitor(workdir, config, start, flops, peak)
         trained = costs.num_parameters(split(state.params, config)[0])
-        some = f", {trained:,} ({trained / parameters:.1%}) of them trained," if trained < parameters else ""
+        some = f", {trained:,} ({trained / parameters:.1%}) of them trained," if 0 < trained < parameters else ""
         monitor.say(
             f"{parameters:,} parameters{some} on {mesh.size} x {jax.devices()[0].device_kind}; "
             f"from step {start} to {config.train.stop_at}; {workdir}"
         )
+        if config.task.teacher:
+            role = "reference" if config.task.name == "dpo" else f"teacher of {config.task.distill:.0%} of the loss"
+            monitor.say(f"{role}: {config.task.teacher}")
+        if config.model.lora_rank and not config.train.init_from:
+            monitor.say("adapters (model.lora_rank) beside random weights that stay so: train.init_from names no run")
         for name, text in costs.attention_lines(config, mesh) + costs.pipeline_lines(config, mesh):
             monitor.say(f"{name}: {text}")
         try:
@@ -159,8 +164,7 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
     if jax.process_index() == 0:
         why = f"stopped by {signal.Signals(stop.number).name}" if stopped else "done"
         best = " --step=best" if run.best.since and config.checkpoint.keep_best else ""
-        program = "evaluate" if config.task.name in SILENT else "generate"
-        then = "the same command goes on" if stopped else f"try python -m jaxlm.{program} --workdir={workdir}{best}"
+        then = "the same command goes on" if stopped else proposal(config, workdir, tokenizer.bos_id, best)
         print(f"{why} at step {last_step}, saved in {checkpoints.path}; {then}")
     return cli.PREEMPTED if stopped else 0
 
@@ -208,6 +212,9 @@ class Run:
 
     def keep(self, state: State, params: dict) -> int:
         """Evaluates and saves parameters that were counted, as step 1."""
+        if state.step:
+            self.monitor.say("nothing to do: the n-grams are counted")
+            return int(state.step)
         place = lambda x, old: jax.device_put(x, old.sharding)
         params = jax.tree.map(place, params, state.params)
         self.visit(state.replace(params=params, step=jnp.ones_like(state.step)), 1, True, self.evaluate)

@@ -86,7 +86,7 @@ def tune(
 
 def report(study: Study) -> None:
     """Prints the best trials, those without a value, what matters, and what to paste; draws history and importances."""
-    ranked, others = study.ranked(), [r for r in study.records if r["state"] not in ("done", "pruned")]
+    pictures, ranked, others = [], study.ranked(), [r for r in study.records if r["state"] not in ("done", "pruned")]
     table = [("trial", study.goal.metric, *study.space)]
     for record in ranked[:SHOWN]:
         table.append((str(record["trial"]), outcome(record), *values_of(record)))
@@ -105,14 +105,17 @@ def report(study: Study) -> None:
         axes = plots.plot_optimization_history(study.optuna, target_name=study.goal.metric)
         axes.xaxis.get_major_locator().set_params(integer=True)
         draw(axes, study.workdir, "history")
+        pictures.append("history.png")
     if len(ranked) >= ENOUGH and len(study.space) > 1:
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         study.importances = optuna.importance.get_param_importances(study.optuna, evaluator=evaluator)
         study.save()
         draw(plots.plot_param_importances(study.optuna, evaluator=evaluator), study.workdir, "importance")
+        pictures.append("importance.png")
         shown = "  ".join(f"{key} {value:.2f}" for key, value in study.importances.items())
         print(f"importance (PED-ANOVA of {len(ranked)} trials: rough, and low for choices): {shown}")
     if ranked:
+        print(f"wrote {' and '.join(pictures)} to {study.workdir}")
         print(f"the best, to paste:\n{flags(ranked[0])}")
 
 

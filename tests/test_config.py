@@ -75,6 +75,7 @@ def test_unknown_keys_suggest_the_nearest_in_any_section():
         ({"model__num_kv_heads": 3}, "model.num_kv_heads=3"),
         ({"model__dropout": 1.0}, "model.dropout=1.0"),
         ({"eval__metric": "perplexty"}, "did you mean perplexity?"),
+        ({"eval__metric": "acc", "task__name": "classify"}, "did you mean accuracy?"),  # not auc, which looks nearer
         ({"model__norm": "batch"}, "model.norm=batch"),
         ({"model__layers": "SSX"}, "model.layers='SSX'"),
         ({"model__ngram_weights": "log_count_ratio"}, "set none, or model.name=bag"),

@@ -16,6 +16,8 @@ from jaxlm.data import vocabulary
 from jaxlm.data.examples import Examples, label_names, tokenizer_of
 from jaxlm.data.pipeline import describe, fingerprint, train_batches, validation_batches
 from jaxlm.errors import ConfigError, DataError
+from jaxlm.metrics import auc, classification
+from jaxlm.respond import one_less_others
 
 HEADER = ("text", "label")
 ROWS = [("a fine day", "good"), ("a rainy day", "bad"), ("", "bad")]
@@ -76,6 +78,20 @@ def test_what_cannot_be_learned_says_why(tmp_path):
             made(tmp_path, rows, task=task)
     with pytest.raises(DataError, match="example 1: no label; it has text"):
         Examples(settings(tmp_path, ROWS), "val", examples=[{"text": "a"}])
+
+
+def test_of_two_classes_both_have_one_auc():
+    """Also where a model is so sure that float32 has one probability for many examples."""
+    logits = np.float32(np.random.default_rng(0).normal(12, 6, 400))
+    both = np.stack([logits * 0, logits], 1)
+    chances = np.exp(both - both.max(1, keepdims=True))
+    chances /= chances.sum(1, keepdims=True)
+    assert len(np.unique(chances[:, 1])) < 390
+    exact = np.stack([one_less_others(row) for row in chances])
+    np.testing.assert_allclose(exact, chances, atol=1e-6)
+    labels = (np.random.default_rng(1).random(400) < 0.7).astype(int)
+    one, other = (row["auc"] for row in classification(exact, labels)["classes"])
+    assert one == pytest.approx(other, abs=1e-12) and one == pytest.approx(auc(labels, logits), abs=1e-12)
 
 
 def test_a_careless_command_is_corrected(tmp_path):

@@ -168,6 +168,7 @@ def test_a_masked_model_says_what_may_stand_at_each_mask():
         np.testing.assert_allclose([chance for _, chance in said], likely[best], atol=1e-6)
     with pytest.raises(UserError, match=r"has no \[MASK\]"):
         masked.answer(["nothing"])
+    assert masked.neighbors("a", 3) == masked.neighbors("a", 4)[:3]
 
 
 def test_evaluation_is_the_mean_over_every_token_once(lm, text_dir, tmp_path, workdir):
@@ -201,6 +202,8 @@ def test_a_table_of_runs_has_the_interval_of_each():
     lines = comparison({"runs/a": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}, "runs/b": {"loss": 2.0}})
     assert [line.split() for line in lines[:2]] == [["a", "b"], ["accuracy", "0.5000"]]
     assert lines[2].split() == ["95%", "interval", "0.4000", "to", "0.6000"] and lines[3].split() == ["loss", "2.0000"]
+    lines = comparison({"runs/a": {"data": "x/v.de+y/v.en", "classes": [{"name": "bad", "f1": 0.5}]}, "runs/b": {}})
+    assert [line.split() for line in lines[1:]] == [["data", "v.de+v.en"], ["f1", "of", "bad", "0.5000"]]
 
 
 def test_the_generate_program_prints_prompt_and_text(workdir):
@@ -268,6 +271,10 @@ def test_a_path_that_is_not_there_names_the_nearest(tmp_path, monkeypatch):
 
 
 def test_flags_that_say_nothing_to_a_model_are_refused(workdir):
+    run = program("jaxlm.generate", f"--workdir={workdir}", "--input=there is none.txt", check=False)
+    assert run.returncode == 2 and "there is no such file" in run.stderr and "Traceback" not in run.stderr
+    run = program("jaxlm.evaluate", f"--workdir={workdir}", "--answers=a.jsonl", check=False)
+    assert run.returncode == 2 and "has no examples" in run.stderr
     run = program("jaxlm.generate", f"--workdir={workdir}", "--prompt=a", "--beams=4", check=False)
     assert run.returncode == 2 and "--beams: not for a model of task lm, which follows --max_tokens" in run.stderr
 

@@ -48,7 +48,7 @@ def many(tmp_path, monkeypatch):
     return str(folder)
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "chars"])
+@pytest.mark.parametrize("kind", ["sentencepiece", "words", "bytes", "chars"])
 @pytest.mark.parametrize("split", ["tail", "documents"])
 def test_any_number_of_workers_writes_the_same_bytes(many, tmp_path, kind, split):
     for workers in (1, 2):

@@ -147,6 +147,7 @@ MISTAKES = [
     ("a.jsonl", '{"text": "a", "label": null}\n{"text": "b", "label": 1}', [":1: no label"]),
     ("a.jsonl", '{"text": "a", "lable": 1}\n', ["no column label; did you mean lable?", "it has 'text', 'lable'"]),
     ("a.jsonl", '{"content": "a", "y": 1}\n', ["no column text and no column label", "'content', 'y'"]),
+    ("a.jsonl", '{"text": "a"}\n', ["no column label", "needed are text, label"]),
     ("a.parquet", b"PAR?", ["not a parquet file"]),
     ("a.tsv.gz", None, ["can't be read"]),
     ("a.xlsx", "x", ["not a file of examples", ".tsv, .csv, .jsonl"]),

@@ -122,10 +122,11 @@ def label_names(config: ConfigDict) -> tuple[str, ...]:
         examples, places = examples_of(train, task, config.data.columns)
         refuse([f"{where}: its label is empty" for where, e in zip(places, examples) if not label_of(e["label"])])
     if task == "classify" and len(examples) >= 20 and len(names) > len(examples) / 2:
+        order = 'Are the columns in another order? Say --config.data.columns="text=1 label=0"'
+        order = f"Are config.data.columns={config.data.columns!r} right?" if config.data.columns else order
         raise DataError(
             f"{train}: {len(names):,} different labels in {len(examples):,} examples, such as {names[0][:60]!r}: that "
-            'is no classification. Are the columns in another order? Say --config.data.columns="text=1 label=0", or '
-            "give config.data.labels"
+            f"is no classification. {order}, or give config.data.labels"
         )
     if len(names) < 2 and task != "multilabel":
         raise DataError(f"{train}: every example has the label {''.join(names)!r}; there is nothing to tell apart")

@@ -23,10 +23,11 @@ from jaxlm import cli
 from jaxlm.data import parts, readers, store
 from jaxlm.data.parts import Job, Options
 from jaxlm.data.tokenizer import Bytes, Tokenizer, load
-from jaxlm.data.vocabulary import SAMPLE_CHARS, chars_from, train_sentencepiece
+from jaxlm.data.vocabulary import SAMPLE_CHARS, chars_from, train_sentencepiece, words_from
 from jaxlm.errors import ConfigError, DataError, UserError
 
-TRAINED = ("sentencepiece", "bytes", "chars")  # --tokenizer: one of these, else a path
+SIZED = ("sentencepiece", "words")  # tokenizers that are trained to a size
+TRAINED = (*SIZED, "bytes", "chars")  # --tokenizer: one of these, else a path
 VAL_SPLITS = ("tail", "documents")
 ON_BAD_RECORD = ("error", "skip")
 VOCAB_SIZE = 4096  # of a sentencepiece model, unless another is asked for
@@ -66,7 +67,7 @@ def prepare(
         hint = cli.did_you_mean(str(tokenizer), TRAINED)
         raise ConfigError(f"--tokenizer={tokenizer} is not {', '.join(TRAINED)} or a file{hint}")
     given = None if tokenizer in TRAINED else load(tokenizer)
-    if tokenizer == "sentencepiece" and vocab_size is None:
+    if tokenizer in SIZED and vocab_size is None:
         vocab_size = VOCAB_SIZE
     name = given.fingerprint if given else tokenizer
     options = Options(name, vocab_size, val_fraction, val_split, text_key, on_bad_record)
@@ -109,8 +110,8 @@ def _check(options: Options, workers: int | None) -> None:
         )
         if not right
     ]
-    if options.vocab_size is not None and options.tokenizer != "sentencepiece":
-        wrong.append("vocab_size is for tokenizer=sentencepiece, the others have their own")
+    if options.vocab_size is not None and options.tokenizer not in SIZED:
+        wrong.append(f"vocab_size is for tokenizer={' or '.join(SIZED)}, the others have their own")
     if wrong:
         raise ConfigError("; ".join(wrong))
 
@@ -175,7 +176,7 @@ def _passes(output: Path, identity: dict, jobs: list[Job], given: Tokenizer | No
     """Counts, makes the tokenizer, writes, and puts everything in its place. Returns the manifest."""
     total = max(1, sum(job.bytes for job in jobs))
     options, folder = jobs[0].options, jobs[0].folder
-    if options.tokenizer == "sentencepiece":
+    if options.tokenizer in SIZED:
         jobs = [dataclasses.replace(job, sample_chars=1 + SAMPLE_CHARS * job.bytes // total) for job in jobs]
     run(parts.count, jobs)
     counted = [json.loads(job.record("count").read_bytes()) for job in jobs]
@@ -201,7 +202,8 @@ def _make_tokenizer(counted: list[dict], options: Options) -> Tokenizer:
         return Bytes()
     if options.tokenizer == "chars":
         return chars_from(character for record in counted for character in record["alphabet"])
-    return train_sentencepiece((chunk for record in counted for chunk in record["sample"]), options.vocab_size)
+    train = {"sentencepiece": train_sentencepiece, "words": words_from}[options.tokenizer]
+    return train((chunk for record in counted for chunk in record["sample"]), options.vocab_size)
 
 
 def _finish(output: Path, identity: dict, jobs: list[Job], counts: dict, tokenizer: Tokenizer) -> dict:
@@ -278,7 +280,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--tokenizer", default="sentencepiece", metavar="|".join([*TRAINED, "PATH"]), help="default: sentencepiece"
     )
-    parser.add_argument("--vocab_size", type=int, help=f"of a sentencepiece model to train (default: {VOCAB_SIZE})")
+    parser.add_argument("--vocab_size", type=int, help=f"of {' or '.join(SIZED)} (default: {VOCAB_SIZE})")
     parser.add_argument("--val_fraction", type=float, default=0.1, help="of the text to keep for validation (0.1)")
     parser.add_argument("--val_split", choices=VAL_SPLITS, default="tail", help="the end of the text, or drawn by hash")
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")

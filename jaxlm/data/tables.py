@@ -128,6 +128,8 @@ def unclear(path: str, cells: list[str], roles: list[str], needed: list[str], mi
         return f"{path}: its first line has {len(cells)} of the {len(needed)} columns {', '.join(needed)}"
     what = f"no column {' and no column '.join(missing)}" if missing else "it is not clear which column is which"
     hint = did_you_mean(missing[0], cells) if missing else ""
+    if missing and len(cells) < len(needed):
+        return f"{path}: {what}{hint}; it has {shown}, and needed are {', '.join(needed)}"
     named = missing and len(cells) >= len(needed or roles) and not any(" " in cell for cell in cells)
     example = " ".join(f"{role}={cells[i] if named else i}" for i, role in enumerate(needed or roles))
     return (

@@ -329,6 +329,8 @@ def messages_of(example) -> list[dict]:
 def sft(example, encode, vocab, labels) -> dict:
     """Only what the assistant says is learned."""
     ids, written = chat(messages_of(example), encode, vocab)
+    if not {"messages", "response"} & set(example):
+        raise ValueError(f"it has neither messages nor a response, but {', '.join(example)}")
     if not written.any():
         raise ValueError("the assistant says nothing in it, so that there is nothing to learn")
     return shifted(ids) | {"weights": written[1:].astype(np.float32)}
