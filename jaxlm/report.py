@@ -128,6 +128,7 @@ def progress(done: int, total: int) -> None:
         print(f"{done:,} of {total:,} texts are written", file=sys.stderr, flush=True)
 
 
+MANY = 20  # classes, of which a table of several runs has the F1 of none
 REPORTS = ("loss", "labels", "calibration", "texts", "samples", "sources", "groups")
 
 
@@ -202,7 +203,7 @@ def comparison(results: dict[str, dict]) -> list[str]:
         rows.append(row(key, lambda r, key=key, shown=shown: shown(r.get(key, ""))))
         rows += [row("  95% interval", between)] * any(f"{key}_interval" in r for r in results.values())
     classes = dict.fromkeys(each["name"] for r in results.values() for each in r.get("classes", ()))
-    for name in classes:
+    for name in classes if len(classes) <= MANY else ():
         f1 = lambda r, name=name: next((each["f1"] for each in r.get("classes", ()) if each["name"] == name), "")
         rows.append(row(f"f1 of {name}", f1))
     return columns(rows)

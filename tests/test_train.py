@@ -54,8 +54,9 @@ def test_resumed_is_uninterrupted_to_the_last_digit(tmp_path, text_dir, devices,
 
 
 def test_a_run_that_dies_goes_on_from_its_last_checkpoint_and_repeats_no_row(tmp_path, text_dir):
-    train(tmp_path / "whole", text_dir, train__steps=30)
     settings = {"train__steps": 30, "checkpoint__every": 10, "log__every": 1}
+    train(tmp_path / "whole", text_dir, **settings)
+    assert list(rows(tmp_path / "whole", "save_seconds")) == [11, 21]
     command = [sys.executable, "-c", KILLED, "--config=configs/quickstart.py", f"--workdir={tmp_path / 'killed'}"]
     both = SETTINGS | {"data.path": text_dir} | {k.replace("__", "."): v for k, v in settings.items()}
     command += [f"--config.{key}={value}" for key, value in both.items()]
