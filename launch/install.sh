@@ -6,6 +6,9 @@ cd "$(dirname "$0")/.."
 
 [ $# -le 1 ] || { echo "usage: bash launch/install.sh [EXTRA,...], such as ${1},$2" >&2; exit 2; }
 extras=${1:-}
+for extra in ${extras//,/ }; do
+  grep -q "^$extra = \[" pyproject.toml || { echo "there is no extra $extra: see pyproject.toml" >&2; exit 2; }
+done
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
   extras=${extras:+$extras,}cuda
 elif compgen -G '/dev/accel*' >/dev/null || [ -n "${TPU_NAME:-}" ]; then
