@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
 def did_you_mean(word: str, allowed) -> str:
     """' (did you mean X?)', or '' where nothing is near."""
-    longer = [each for each in allowed if each.startswith(word)] if len(word) > 2 else []
+    longer = sorted((each for each in allowed if each.startswith(word)), key=len) if len(word) > 2 else []
     near = longer[:1] or difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -178,8 +178,7 @@ class LM:
         first, *rest = map(self.tokenizer.encode, parts)
         ids = join(first, *(piece for part in rest for piece in (vocab.mask, part)))
         logits = self.logits(ids[None])[0, ids == vocab.mask, : self.tokenizer.vocab_size]
-        chances = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        chances /= chances.sum(axis=-1, keepdims=True)
+        chances = np.asarray(jax.nn.softmax(logits))
         best = np.argsort(-chances)[:, :5]
         return [[(self.tokenizer.decode([i]), round(float(p[i]), 6)) for i in five] for five, p in zip(best, chances)]
 

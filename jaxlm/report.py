@@ -1,6 +1,7 @@
 """What jaxlm.evaluate tells of a model: a report for each word of --tasks, and the table of them all."""
 
 import json
+import re
 import sys
 from pathlib import Path, PurePath
 
@@ -210,8 +211,8 @@ def comparison(results: dict[str, dict]) -> list[str]:
 
 
 def short_path(files: str) -> str:
-    """Of files, or of two in parallel, the names alone."""
-    return "+".join(PurePath(file).name for file in files.split("+"))
+    """The names alone: of a file or a directory, of two in parallel (A+B), of a mixture (A=0.7,B=0.3)."""
+    return re.sub(r"[^+,]*/(?=[^+,])", "", files)
 
 
 def columns(rows: list[dict]) -> list[str]:

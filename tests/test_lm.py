@@ -13,6 +13,7 @@ import jaxlm
 from jaxlm.checkpoint import Checkpoints, describe_run
 from jaxlm.config import base, resolve
 from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data import vocabulary
 from jaxlm.data.pipeline import fingerprint
 from jaxlm.data.prepare import prepare
 from jaxlm.data.store import Store
@@ -168,7 +169,18 @@ def test_a_masked_model_says_what_may_stand_at_each_mask():
         np.testing.assert_allclose([chance for _, chance in said], likely[best], atol=1e-6)
     with pytest.raises(UserError, match=r"has no \[MASK\]"):
         masked.answer(["nothing"])
-    assert masked.neighbors("a", 3) == masked.neighbors("a", 4)[:3]
+
+
+def test_words_of_sentencepiece_are_meant_with_the_space_before_them():
+    tokenizer = vocabulary.make("sentencepiece", ["the king saw the old king and the old moon\n"] * 50, 300)
+    king = tokenizer.encode(" king")
+    assert len(king) == 1 and len(tokenizer.encode("king")) > 1
+    size = Vocabulary(tokenizer, "mlm").size
+    c = small_config(task__name="mlm", model__name="encoder", model__vocab_size=size)
+    mesh = mesh_of(1)
+    masked = LM(c, init_state(c, mesh).params, tokenizer, mesh, 0)
+    assert masked.neighbors("king") == masked.neighbors(" king")
+    assert masked.answer("the [MASK] moon") == masked.answer("the[MASK] moon")
 
 
 def test_evaluation_is_the_mean_over_every_token_once(lm, text_dir, tmp_path, workdir):
@@ -202,6 +214,8 @@ def test_a_table_of_runs_has_the_interval_of_each():
     lines = comparison({"runs/a": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}, "runs/b": {"loss": 2.0}})
     assert [line.split() for line in lines[:2]] == [["a", "b"], ["accuracy", "0.5000"]]
     assert lines[2].split() == ["95%", "interval", "0.4000", "to", "0.6000"] and lines[3].split() == ["loss", "2.0000"]
+    for data, names in (("/x/v.tsv", "v.tsv"), ("x/a=0.7,/y/b=0.3", "a=0.7,b=0.3"), ("x/mine/", "mine/")):
+        assert comparison({"runs/a": {"data": data}, "runs/b": {}})[1].split() == ["data", names]
     lines = comparison({"runs/a": {"data": "x/v.de+y/v.en", "classes": [{"name": "bad", "f1": 0.5}]}, "runs/b": {}})
     assert [line.split() for line in lines[1:]] == [["data", "v.de+v.en"], ["f1", "of", "bad", "0.5000"]]
 

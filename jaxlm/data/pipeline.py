@@ -178,7 +178,7 @@ def read_mixed(sources: list, ids: np.ndarray, keys: np.ndarray, seed: int) -> d
 def order_of(num_rows: int, seed: int | None) -> Callable[[int], int]:
     """The row at each place of an endless order that has all rows in every epoch, as they are or (seed) shuffled.
 
-    What grain.MapDataset.range(num_rows).seed(seed).shuffle() holds there, in a fifth of the time.
+    What grain.MapDataset.range(num_rows).seed(seed).shuffle() holds there, in a third of the time.
     """
     if seed is None:
         return lambda place: place % num_rows
