@@ -1,10 +1,12 @@
 """The order of data: a pure function of (seed, data, step), on any number of hosts; every token counts once."""
 
 import grain
+import jax
 import numpy as np
 import pytest
 from conftest import small_config
 
+from jaxlm.data import pipeline
 from jaxlm.data.pipeline import (
     Prefetch,
     fingerprint,
@@ -38,6 +40,14 @@ def test_batch_k_is_the_same_for_1_2_and_4_hosts_and_again(config):
                 part = train_batches(config, rows)[k]
                 for key, value in whole.items():
                     np.testing.assert_array_equal(value[rows], part[key])
+
+
+def test_a_batch_is_the_same_whatever_is_read_with_it(config, monkeypatch):
+    together = train_batches(config)
+    monkeypatch.setattr(pipeline, "BLOCK", 1)
+    alone = train_batches(config)
+    for k in (5, 63, 64, 65, 1000, 5):
+        jax.tree.map(np.testing.assert_array_equal, together[k], alone[k])
 
 
 def test_an_epoch_has_every_row_once_and_the_next_another_order(config):

@@ -41,6 +41,7 @@ from jaxlm.errors import DataError
 from jaxlm.keys import ROLES, TWO_SIDED
 
 ALL = slice(None)
+BLOCK = 16_384  # tokens read at once, where batches are smaller: a call of numpy costs as much as a thousand of them
 
 
 def open_stores(config: ConfigDict, split: str) -> list[Store]:
@@ -201,12 +202,20 @@ def train_batches(config: ConfigDict, rows: slice | np.ndarray = ALL) -> grain.M
     turns = [grain.MapDataset.range(sys.maxsize).map(lambda turn, n=n: (n, turn)) for n in range(len(orders))]
     mixed = grain.MapDataset.mix(turns, [weight for _, weight in mixture(config)])
     place = np.arange(B)[rows]
+    b, plain = len(place), config.task.name == "lm"  # else a row costs more than a call, and waits would add up
+    together = max(1, BLOCK // (b * config.data.seq_len)) if plain else 1
 
-    def batch(k: int) -> dict[str, np.ndarray]:
-        keys = k * B + place
+    @lru_cache(maxsize=2)
+    def block(number: int) -> dict[str, np.ndarray]:
+        """`together` batches, one after the other."""
+        keys = (np.arange(number * together, (number + 1) * together)[:, None] * B + place).ravel()
         picked = map(mixed.__getitem__, keys.tolist()) if len(orders) > 1 else ((0, key) for key in keys.tolist())
         ids = np.array([(source, orders[source](turn)) for source, turn in picked], np.int64)
         return read_mixed(sources, ids, keys, config.seed)
+
+    def batch(k: int) -> dict[str, np.ndarray]:
+        number, part = divmod(k, together)
+        return {name: rows[part * b : (part + 1) * b] for name, rows in block(number).items()}
 
     return grain.MapDataset.range(sys.maxsize).map(batch)
 
