@@ -169,6 +169,11 @@ def task(c: ConfigDict) -> list[str]:
         )
     if not d.isolate and (m.name == "encoder_decoder" or (m.name in ("encoder", "bag") and k.name in ROLES)):
         problems.append(f"config.data.isolate=False: the {m.name} of task {k.name} would read padding; set True")
+    if k.class_weights != "none" and k.balanced_sampling:
+        problems.append(
+            f"config.task.class_weights={k.class_weights}: rare classes would be raised twice; set it to none, or "
+            "config.task.balanced_sampling=False"
+        )
     if k.distill and not k.teacher:
         problems.append(f"config.task.distill={k.distill}: needs config.task.teacher, a run directory")
     if k.temperature != 1 and not k.distill and k.name in FOLLOWED["task.temperature"]:

@@ -17,7 +17,7 @@ from jaxlm.costs import num_parameters
 from jaxlm.data.pipeline import open_stores
 from jaxlm.data.store import Store
 from jaxlm.errors import ConfigError, DataError
-from jaxlm.keys import ROLES
+from jaxlm.keys import ROLES, WRITTEN
 from jaxlm.parallel import hosts
 from jaxlm.report import REPORTS, comparison, report, table
 from jaxlm.start import read_teacher
@@ -89,6 +89,8 @@ def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
     for key in ("beams", "length_penalty", "max_tokens"):
         if getattr(args, key) is not None:
             config.eval[key] = getattr(args, key)
+            if config.task.name not in WRITTEN and len(args.workdir) == 1:
+                raise ConfigError(f"--{key}: not for a model of task {config.task.name}, which writes no answers")
     if args.answers and config.task.name not in ROLES:
         raise ConfigError(f"--answers={args.answers}: task {config.task.name} has no examples to answer")
     if args.columns and config.task.name not in ROLES:
@@ -100,6 +102,8 @@ def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
         config.data.path, config.data.mixture = args.data, ""
     if config.task.name not in ROLES:
         require_tokenizer(config, lm.tokenizer)
+    if args.gzip and lm.tokenizer.name == "words":
+        raise ConfigError("--gzip: a tokenizer of words does not give the text back whole")
     with jax.set_mesh(lm.mesh):
         if config.task.teacher_model:
             lm.teacher = read_teacher(config, lm.mesh)

@@ -51,6 +51,7 @@ class LM:
 
         segments: tokens see only their own number; None: each row is one document. positions: None: 0, 1, ...
         """
+        self._require_text("logits")
         tokens = np.asarray(tokens, np.int32)
         if tokens.ndim != 2:
             raise ConfigError(f"lm.logits: tokens must be [batch, length], not of shape {tokens.shape}")
@@ -69,7 +70,8 @@ class LM:
         """How surprising each text is, read in windows of data.seq_len as evaluation does.
 
         Where the tokenizer has no beginning-of-text token (chars), the first token of a text cannot be predicted and
-        does not count. A text without a counted token has nan.
+        does not count. A text without a counted token has nan, and so has the size in bits of one by a tokenizer of
+        words, which does not know them all.
         """
         self._require_text("loss")
         texts = [texts] if isinstance(texts, str) else texts
@@ -184,12 +186,12 @@ class LM:
 
     def _require_text(self, what: str) -> None:
         task = self.config.task.name
-        if task in HEADED or task == "mlm":
+        if task in HEADED or (task == "mlm" and what != "logits"):
             raise UserError(f"lm.{what}: a model of task {task} foretells no tokens that follow; use lm.answer")
         if task in TWO_SIDED:
             use = "; use lm.answer" * (task in ROLES)
             raise UserError(f"lm.{what}: a model of task {task} reads a source first{use}")
-        if task == "skipgram":
+        if task == "skipgram" and what != "logits":
             raise UserError(f"lm.{what}: a model of task skipgram foretells words nearby; use lm.neighbors")
 
     def _prompt(self, prompt: str) -> np.ndarray:
@@ -210,7 +212,9 @@ class LM:
         text = self.tokenizer.decode(np.concatenate([prompt, ids]))[len(self.tokenizer.decode(prompt)) :]
         return text[: min((text.find(s) for s in stop if s and s in text), default=len(text))]
 
-    def _predicted_bytes(self, text: str) -> int:
+    def _predicted_bytes(self, text: str) -> float:
+        if isinstance(self.tokenizer, Words):
+            return math.nan
         first = 0 if self.tokenizer.bos_id is not None else len(text[0].encode())
         return len(text.encode()) - first
 

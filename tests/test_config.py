@@ -102,6 +102,10 @@ def test_unknown_keys_suggest_the_nearest_in_any_section():
         ({"data__word_dropout": 0.1}, "data.word_dropout=0.1: task lm does not follow it"),
         ({"data__labels": ("a", "b")}, "data.labels=('a', 'b'): task lm does not follow it"),
         ({"task__name": "qa", "task__distill": 0.5}, "task.distill=0.5: task qa does not follow it (but lm, mlm"),
+        (
+            {"task__name": "classify", "task__class_weights": "balanced", "task__balanced_sampling": True},
+            "raised twice",
+        ),
         ({"task__temperature": 2.0}, "set config.task.distill as well"),
         ({"task__teacher": "runs/a"}, "teaches nothing; set config.task.distill"),
         ({"model__quantize": "fp16"}, "model.quantize=fp16: must be one of none, fp8, int8"),

@@ -150,7 +150,8 @@ def test_the_loss_of_texts_is_that_of_their_logits(lm):
 def test_what_writes_no_text_says_what_it_does_instead(task, named):
     c = resolve(base())
     c.task.name = task
-    for ask in (LM(c, {}, None, None, 0).generate, LM(c, {}, None, None, 0).loss):
+    lm = LM(c, {}, None, None, 0)
+    for ask in (lm.generate, lm.loss, *([] if task in ("mlm", "skipgram") else [lm.logits])):
         with pytest.raises(UserError, match=named):
             ask("a")
 
@@ -289,6 +290,8 @@ def test_flags_that_say_nothing_to_a_model_are_refused(workdir):
     assert run.returncode == 2 and "there is no such file" in run.stderr and "Traceback" not in run.stderr
     run = program("jaxlm.evaluate", f"--workdir={workdir}", "--answers=a.jsonl", check=False)
     assert run.returncode == 2 and "has no examples" in run.stderr
+    run = program("jaxlm.evaluate", f"--workdir={workdir}", "--beams=4", check=False)
+    assert run.returncode == 2 and "--beams: not for a model of task lm" in run.stderr
     run = program("jaxlm.generate", f"--workdir={workdir}", "--prompt=a", "--beams=4", check=False)
     assert run.returncode == 2 and "--beams: not for a model of task lm, which follows --max_tokens" in run.stderr
 
