@@ -169,21 +169,6 @@ def task(c: ConfigDict) -> list[str]:
         )
     if not d.isolate and (m.name == "encoder_decoder" or (m.name in ("encoder", "bag") and k.name in ROLES)):
         problems.append(f"config.data.isolate=False: the {m.name} of task {k.name} would read padding; set True")
-    if k.class_weights != "none" and k.balanced_sampling:
-        problems.append(
-            f"config.task.class_weights={k.class_weights}: rare classes would be raised twice; set it to none, or "
-            "config.task.balanced_sampling=False"
-        )
-    if k.distill and not k.teacher:
-        problems.append(f"config.task.distill={k.distill}: needs config.task.teacher, a run directory")
-    if k.temperature != 1 and not k.distill and k.name in FOLLOWED["task.temperature"]:
-        problems.append(f"config.task.temperature={k.temperature}: is of distillation; set config.task.distill as well")
-    if k.teacher and not k.distill and k.name != "dpo":
-        problems.append(f"config.task.teacher={k.teacher}: teaches nothing; set config.task.distill=0.5, say, as well")
-    if k.name == "dpo" and not (k.teacher or c.train.init_from):
-        problems.append("config.train.init_from: dpo starts from a model, which is its reference; give a run directory")
-    if k.label_smoothing and m.logit_softcap:
-        problems.append("config.task.label_smoothing: not with config.model.logit_softcap; set one of them to 0")
     if m.name not in ATTENDING and (c.mesh.sequence > 1 or c.mesh.stage > 1 or m.lora_rank):
         problems.append(
             f"config.model.name={m.name}: has no sequence or stage axis and no LoRA; set mesh.sequence=1 ..."
@@ -209,7 +194,28 @@ def task(c: ConfigDict) -> list[str]:
         )
     elif metric in OF_TEXTS and not c.eval.generate:
         problems.append(f"config.eval.metric={metric}: needs texts; set config.eval.generate=100, say")
-    return problems + in_vain(c)
+    return problems + objective(c) + in_vain(c)
+
+
+def objective(c: ConfigDict) -> list[str]:
+    """What is learned: from whom, and how much each example counts."""
+    k, m, problems = c.task, c.model, []
+    if k.class_weights != "none" and k.balanced_sampling:
+        problems.append(
+            f"config.task.class_weights={k.class_weights}: rare classes would be raised twice; set it to none, or "
+            "config.task.balanced_sampling=False"
+        )
+    if k.distill and not k.teacher:
+        problems.append(f"config.task.distill={k.distill}: needs config.task.teacher, a run directory")
+    if k.temperature != 1 and not k.distill and k.name in FOLLOWED["task.temperature"]:
+        problems.append(f"config.task.temperature={k.temperature}: is of distillation; set config.task.distill as well")
+    if k.teacher and not k.distill and k.name != "dpo":
+        problems.append(f"config.task.teacher={k.teacher}: teaches nothing; set config.task.distill=0.5, say, as well")
+    if k.name == "dpo" and not (k.teacher or c.train.init_from):
+        problems.append("config.train.init_from: dpo starts from a model, which is its reference; give a run directory")
+    if k.label_smoothing and m.logit_softcap:
+        problems.append("config.task.label_smoothing: not with config.model.logit_softcap; set one of them to 0")
+    return problems
 
 
 def in_vain(c: ConfigDict) -> list[str]:

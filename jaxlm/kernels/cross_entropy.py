@@ -15,7 +15,16 @@ from jax.sharding import PartitionSpec
 
 from jaxlm.kernels.attention import NEVER, capped
 from jaxlm.parallel.linear import activation_specs, sum_parts
-from jaxlm.parallel.mesh import even_mesh, gather, gather_weight, names_of, partition_spec, platform, split_axes
+from jaxlm.parallel.mesh import (
+    current_mesh,
+    even_mesh,
+    gather,
+    gather_weight,
+    names_of,
+    partition_spec,
+    platform,
+    split_axes,
+)
 
 # Of float32 logits a device. Each chunk reads the output table and adds to its gradient: on accelerators few are fast.
 AUTO_CHUNK_BYTES = {"cpu": 64 << 20, "gpu": 1 << 30, "tpu": 512 << 20}
@@ -125,9 +134,10 @@ def weighted_forward(mix, options, x_BTD, unembed_VD, targets_BT, weights_BT):
         (loss_BC, log_z_BC), logits_BCV = forward(options, unembed_VD, x_BCD, targets_BC)
         slopes = weights_BC * mix.loss, weights_BC * (mix.log_z + 2 * mix.z_loss * log_z_BC)
         dx_BCD, more = backward(options, unembed_VD, x_BCD, targets_BC, logits_BCV, log_z_BC, *slopes)
-        return dunembed_VD + more, (loss_BC, log_z_BC, dx_BCD)
+        return (dunembed_VD + more).astype(dunembed_VD.dtype), (loss_BC, log_z_BC, dx_BCD)
 
-    zeros = jnp.zeros_like(unembed_VD, jnp.float32)
+    # Devices send it in x's dtype, however it is summed here: on a mesh float32 would only take twice the memory.
+    zeros = jnp.zeros_like(unembed_VD, jnp.float32 if current_mesh() is None else None)
     dunembed_VD, found = scan_chunks(options, unembed_VD, step, zeros, x_BTD, targets_BT, weights_BT)
     loss_BT, log_z_BT, dx_BTD = found
     return (total(mix, weights_BT, loss_BT, log_z_BT), loss_BT, log_z_BT), (dx_BTD, dunembed_VD)
