@@ -1,9 +1,12 @@
 """Kernels equal their reference; the loss is the same in any number of chunks and keeps no logits."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mesh_of
 from flax import linen as nn
 
 from jaxlm.kernels import attention as kernel
@@ -190,8 +193,12 @@ def test_sums_of_rows_and_chunks_are_not_rounded_to_bfloat16():
     gradient = jax.grad(lambda table: lookup(table, ids, ("vocab", "embed")).astype(jnp.float32).sum())(table)
     assert (gradient[0] == 4096).all() and not gradient[1:].any()
     x, weights = jnp.ones((4, 1024, 16), jnp.bfloat16), jnp.ones((4, 1024))
-    loss = lambda table: weighted(x, table, ids, weights, Mix(), chunk=1)[0]
-    np.testing.assert_allclose(jax.grad(loss)(table).astype(jnp.float32)[1], 4096 / 8, rtol=1e-2)
+    loss = lambda table, chunk: weighted(x, table, ids, weights, Mix(), chunk=chunk)[0]
+    for mesh in (mesh_of(1), mesh_of(4, fsdp=4), mesh_of(8, fsdp=4, tensor=2)):
+        for chunk in (1, 64, 1024):
+            with jax.set_mesh(mesh):
+                found = jax.jit(jax.grad(partial(loss, chunk=chunk)))(table).astype(jnp.float32)
+            np.testing.assert_allclose(found[1], 4096 / 8, rtol=1e-2)
 
 
 def test_logits_are_never_kept_for_the_backward_pass():

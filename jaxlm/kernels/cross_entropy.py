@@ -28,6 +28,8 @@ from jaxlm.parallel.mesh import (
 
 # Of float32 logits a device. Each chunk reads the output table and adds to its gradient: on accelerators few are fast.
 AUTO_CHUNK_BYTES = {"cpu": 64 << 20, "gpu": 1 << 30, "tpu": 512 << 20}
+# Chunks of which the table's gradient may be summed in x's dtype, as devices sum it: half the memory of float32.
+FEW = 32
 
 
 class Mix(NamedTuple):
@@ -136,8 +138,8 @@ def weighted_forward(mix, options, x_BTD, unembed_VD, targets_BT, weights_BT):
         dx_BCD, more = backward(options, unembed_VD, x_BCD, targets_BC, logits_BCV, log_z_BC, *slopes)
         return (dunembed_VD + more).astype(dunembed_VD.dtype), (loss_BC, log_z_BC, dx_BCD)
 
-    # Devices send it in x's dtype, however it is summed here: on a mesh float32 would only take twice the memory.
-    zeros = jnp.zeros_like(unembed_VD, jnp.float32 if current_mesh() is None else None)
+    few = x_BTD.shape[1] <= FEW * chunk_of(options, unembed_VD, x_BTD)
+    zeros = jnp.zeros_like(unembed_VD, unembed_VD.dtype if few and current_mesh() else jnp.float32)
     dunembed_VD, found = scan_chunks(options, unembed_VD, step, zeros, x_BTD, targets_BT, weights_BT)
     loss_BT, log_z_BT, dx_BTD = found
     return (total(mix, weights_BT, loss_BT, log_z_BT), loss_BT, log_z_BT), (dx_BTD, dunembed_VD)
@@ -155,11 +157,14 @@ def total(mix: Mix, weights_BT, loss_BT, log_z_BT) -> jax.Array:
     return jnp.sum(weights_BT * (mix.loss * loss_BT + mix.log_z * log_z_BT + mix.z_loss * jnp.square(log_z_BT)))
 
 
+def chunk_of(options: Options, unembed_VD, x_BTD) -> int:
+    peers = jax.lax.axis_size(options.scattered) if options.scattered else 1
+    return chunk_length(x_BTD.shape[0] * peers, x_BTD.shape[1], unembed_VD.shape[0], -(-options.chunk // peers))
+
+
 def scan_chunks(options: Options, unembed_VD, step, carry, *arrays):
     """(the last carry, outputs joined) of step(carry, *chunks of the arrays [B, T, ...]) -> (carry, outputs)."""
-    B, T = arrays[0].shape[:2]
-    peers = jax.lax.axis_size(options.scattered) if options.scattered else 1
-    chunk = chunk_length(B * peers, T, unembed_VD.shape[0], -(-options.chunk // peers))
+    (B, T), chunk = arrays[0].shape[:2], chunk_of(options, unembed_VD, arrays[0])
     if chunk == T:
         return step(carry, *arrays)
     split = lambda a: jnp.moveaxis(a.reshape(B, T // chunk, chunk, *a.shape[2:]), 1, 0)
