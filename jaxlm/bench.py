@@ -60,13 +60,14 @@ class Running:
     def place(self, rows: dict) -> dict:
         return hosts.to_global(rows, self.mesh, self.config.train.batch_size)
 
-    def time(self, steps: int) -> tuple[Times, list[float]]:
+    def time(self, steps: int, warm_up: int = WARM_UP) -> tuple[Times, list[float]]:
         """(times, losses) of so many steps, after a warm-up."""
-        start, self.at = self.at, self.at + WARM_UP + steps + 1
+        start, self.at = self.at, self.at + warm_up + steps + 1
         with jax.set_mesh(self.mesh):
             self.state = init_state(self.config, self.mesh) if self.state is None else self.state
             ready = Prefetch(self.batches, start, self.at, self.config.data.prefetch, self.place)
-            times, self.state, losses = time_steps(self.step, self.state, ready, steps, WARM_UP)
+            times, self.state, losses = time_steps(self.step, self.state, ready, steps, warm_up)
+            ready.close()
         return times, losses
 
 
@@ -135,9 +136,9 @@ def with_data(config: ConfigDict, folder: Path) -> tuple[ConfigDict, str, list[s
             raise
         vocab_size = config.model.vocab_size or VOCABULARY
         random_tokens(folder, vocab_size, RANDOM_TOKENS, config.seed)
-        where = f"random tokens of {vocab_size:,} kinds, because {str(error).splitlines()[0]}"
+        where = f"random tokens of {vocab_size:,} kinds (config.model.vocab_size), because {str(error).splitlines()[0]}"
         config.data.path, config.task.name = str(folder), "lm"
-        flags = [f"--config.data.path={folder}", "--config.task.name=lm", "--config.eval.every=0"]
+        flags = [f"--config.data.path={folder}", "--config.task.name=lm"]
     config.model.vocab_size = config.model.vocab_size or vocab_size
     return config, where, flags
 
@@ -167,9 +168,15 @@ def sweep(config: ConfigDict, steps: int, folder: Path) -> dict[str, list[dict]]
             for key in keys:
                 section, leaf = key.split(".")
                 scaled[section][leaf] = int(scaled[section][leaf] * factor)
-            if not check(scaled, jax.device_count()):  # half of one layer
+            section, leaf = keys[0].split(".")
+            if scaled[section][leaf] and not check(scaled, jax.device_count()):  # half of one layer is none
                 runs.append(Running(resolve(scaled)))
-        turns = [[run.time(-(-steps // TURNS))[0].step for run in runs] for _ in range(TURNS)]
+        if not runs:
+            continue  # a model without layers
+        print(f"{name:9} {len(runs)} sizes in {TURNS} turns of {-(-steps // TURNS)} steps", flush=True)
+        turns = [
+            [run.time(-(-steps // TURNS), 1 if turn else WARM_UP)[0].step for run in runs] for turn in range(TURNS)
+        ]
         for run, seconds in zip(runs, zip(*turns)):
             c, (section, leaf) = run.config, keys[0].split(".")
             flops = costs.flops_per_token(c, run.state.params) * c.train.batch_size * c.data.seq_len
@@ -201,13 +208,20 @@ def main(argv: list[str]) -> int:
     parser.add_config()
     parser.add_argument("--steps", type=int, default=50, help="timed steps, after a warm-up (default: 50)")
     parser.add_argument("--parts", action="store_true", help="also the parts of a step and of a run, each alone")
-    parser.add_argument("--sweep", metavar="DIR", help="also other sizes; pictures go there")
+    parser.add_argument("--sweep", metavar="DIR", help="also other sizes, at most 20 steps each; pictures go there")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     args = parser.parse(argv)
     if args.steps < 1:
         parser.error(f"--steps={args.steps}: must be at least 1")
     if args.json and not Path(args.json).parent.is_dir():
         raise ConfigError(f"--json={args.json}: there is no directory {Path(args.json).parent}")
+    if args.json and Path(args.json).is_dir():
+        raise ConfigError(f"--json={args.json}: is a directory; give a file in it")
+    if args.sweep:
+        try:
+            Path(args.sweep).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--sweep={args.sweep}: {error.strerror}") from None
     manage_memory()
     quick_random_numbers()
     config = load(args.config)
@@ -217,21 +231,23 @@ def main(argv: list[str]) -> int:
         if config.model.name == "ngram":
             raise ConfigError("config.model.name=ngram: is counted, not trained: it has no step to time")
         config, where, flags = with_data(config, Path(folder) / "tokens")
+        print(f"data: {where}", flush=True)
+        started = None
+        if args.parts:
+            require(check(config, vocab_size=config.model.vocab_size))
+            given = [f"--config.{key}={text}" for key, text in args.overrides]
+            started = dissect.start([f"--config={args.config}", *given, *flags, "--config.eval.every=0"])
         require(check(config, jax.device_count(), config.model.vocab_size))
         resolved = resolve(config)
-        print(f"data: {where}")
         figures = bench(resolved, args.steps) | machine() | {"config": args.config, "data": where}
-        tokens = f"{figures['tokens_per_step']:,} tokens a step"
-        print(
-            f"{figures['parameters']:,} parameters on {figures['devices']}, {tokens}, attention: {figures['attention']}"
-        )
+        attention = f", attention: {figures['attention']}" if figures["attention"] else ""
+        tokens = f"{figures['tokens_per_step']:,} tokens a step" + ", padding too" * (config.task.name in ROLES)
+        print(f"{figures['parameters']:,} parameters on {figures['devices']}, {tokens}{attention}")
         print("\n".join(lines(figures)), flush=True)
         write = lambda: Path(args.json).write_text(json.dumps(figures, indent=1) + "\n") if args.json else None
         write()
         if args.parts:
-            given = [f"--config.{key}={text}" for key, text in args.overrides]
-            command = [f"--config={args.config}", *given, *flags]
-            figures["parts"] = dissect.parts(resolved, command, figures["step_ms"])
+            figures["parts"] = dissect.parts(resolved, figures["step_ms"]) | {"start": started}
             write()
         if args.sweep:
             figures["sweep"] = sweep(config, min(args.steps, 20), Path(args.sweep))

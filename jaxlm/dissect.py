@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxlm.checkpoint import Checkpoints, items
+from jaxlm.checkpoint import Checkpoints, items, on_host
 from jaxlm.config import flatten
 from jaxlm.costs import human, reach
 from jaxlm.data.pipeline import train_batches
@@ -82,7 +82,7 @@ def step_parts(config: ConfigDict, mesh) -> dict[str, float]:
         table, options = unembedding(state.params), {"softcap": c.model.logit_softcap, "chunk": c.train.loss_chunk}
         loss = lambda x, table: weighted(x, table, batch["targets"], batch["weights"], Mix(), **options)[0]
         found["loss"] = forward_and_backward(loss, x_BTD, table)
-    grads, sums = jax.jit(lambda s: gradients(s.params, batch, jax.random.key(0), c, s.teacher))(state)
+    grads, sums = jax.jit(lambda s, batch: gradients(s.params, batch, jax.random.key(0), c, s.teacher))(state, batch)
     update = jax.jit(partial(apply_gradients, config=c))
     found["optimizer"] = median(lambda: update(state, grads, sums))
     return {name: 1e3 * seconds for name, seconds in found.items()}
@@ -90,9 +90,9 @@ def step_parts(config: ConfigDict, mesh) -> dict[str, float]:
 
 def loader(config: ConfigDict, mesh) -> dict[str, float]:
     """Batches alone, made on one thread as a run makes them: this host's rows."""
+    began, count = time.perf_counter(), 0
     batches = train_batches(config, hosts.local_rows(mesh, config.train.batch_size))
-    tokens, began, count = config.train.batch_size * config.data.seq_len, time.perf_counter(), 0
-    batches[0]
+    tokens = len(batches[0]["tokens"]) * config.data.seq_len
     opened = time.perf_counter() - began
     began = time.perf_counter()
     while time.perf_counter() - began < 1:
@@ -103,33 +103,36 @@ def loader(config: ConfigDict, mesh) -> dict[str, float]:
 
 
 def checkpoint(config: ConfigDict, mesh) -> dict[str, float]:
-    """A save: how long the loop waits for it, beside a copy of as many bytes, and how long until it is written."""
+    """A save: how long the loop waits for it, beside the state's copy alone, and how long until it is written."""
     state, found = init_state(config, mesh), {"blocked_ms": [], "copy_ms": [], "written_ms": []}
-    arrays, other = jax.tree.leaves(items(state)), np.ones(OTHER_WORK)
-    since = lambda began: 1e3 * (time.perf_counter() - began)
+    other, size = np.ones(OTHER_WORK), sum(x.nbytes for x in jax.tree.leaves(items(state)))
+    step_on = jax.jit(
+        lambda state: jax.tree.map(jnp.copy, state.replace(step=state.step + 1))
+    )  # to arrays not yet read
+
+    def timed(f: Callable, *args) -> float:
+        nonlocal state, other
+        state, other = jax.block_until_ready(step_on(state)), other * 1.0
+        began = time.perf_counter()
+        f(*args)
+        return 1e3 * (time.perf_counter() - began)
+
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder), config)
-        for step in range(SAVES + 1):
-            other *= 1.0
+        for _ in range(SAVES + 1):
+            found["copy_ms"].append(timed(lambda: on_host(items(state))))
+            found["blocked_ms"].append(timed(lambda: checkpoints.save(state, {"config": flatten(config)})))
             began = time.perf_counter()
-            _ = [np.array(x, copy=True) for x in arrays]
-            found["copy_ms"].append(since(began))
-            state = state.replace(step=jnp.int32(step))
-            other *= 1.0
-            began = time.perf_counter()
-            checkpoints.save(state, {"config": flatten(config)})
-            found["blocked_ms"].append(since(began))
             checkpoints.wait()
-            found["written_ms"].append(since(began))
+            found["written_ms"].append(found["blocked_ms"][-1] + 1e3 * (time.perf_counter() - began))
         checkpoints.close()
-    size = sum(x.nbytes for x in arrays)
     return {"bytes": size} | {name: float(np.median(times[1:])) for name, times in found.items()}
 
 
 def start(command: list[str]) -> dict[str, float]:
-    """Seconds from a command of jaxlm.train, in a process of its own, to its first step: with no compiled programs yet,
+    """Seconds from a command of jaxlm.train to its first step, with no compiled programs and with a run's; of imports.
 
-    and with those of a run before. And of the imports alone.
+    In processes of their own, which need the devices that are here: to be called before this one takes them.
     """
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import jaxlm.train"], check=True)
@@ -145,17 +148,23 @@ def start(command: list[str]) -> dict[str, float]:
                     raise UserError(f"jaxlm.train ended before its first step: {' '.join(words)}")
                 found[name] = time.perf_counter() - began
                 run.kill()
+    print(
+        f"start           {found['warm_s']:10.2f} s from the command to the first step; {found['cold_s']:.2f} s where "
+        f"nothing is compiled yet; imports {found['imports_s']:.2f} s",
+        flush=True,
+    )
     return found
 
 
-def parts(config: ConfigDict, command: list[str], step_ms: float) -> dict[str, dict]:
-    """All of them, printed as they come. config: resolved; command: the flags of jaxlm.train for it."""
+def parts(config: ConfigDict, step_ms: float) -> dict[str, dict]:
+    """Of a step, of its data and of a checkpoint, printed as they come. config: resolved."""
     found, mesh = {}, make_mesh(config)
     with jax.set_mesh(mesh):
         found["step"] = step_parts(config, mesh)
         found["step"]["rest"] = step_ms - sum(found["step"].values())
         for name, ms in found["step"].items():
-            print(f"  {name:14}{ms:10.2f} ms, {ms / step_ms:.0%} of the step", flush=True)
+            more = " (each part was timed alone)" * (name == "rest")
+            print(f"  {name:14}{ms:10.2f} ms, {ms / step_ms:.0%} of the step{more}", flush=True)
         f = found["data"] = loader(config, mesh)
         print(
             f"  data          {f['ms_a_batch']:10.2f} ms a batch, beside the step: {f['tokens_per_second']:,.0f} "
@@ -164,13 +173,8 @@ def parts(config: ConfigDict, command: list[str], step_ms: float) -> dict[str, d
         )
         f = found["checkpoint"] = checkpoint(config, mesh)
     print(
-        f"  checkpoint    {f['blocked_ms']:10.2f} ms in the loop, of {human(f['bytes'])}, whose plain copy takes "
-        f"{f['copy_ms']:.2f} ms; written after {f['written_ms']:.0f} ms",
+        f"  checkpoint    {f['blocked_ms']:10.2f} ms in the loop, of {human(f['bytes'])}, whose copy to the host "
+        f"takes {f['copy_ms']:.2f} ms; written after {f['written_ms']:.0f} ms",
         flush=True,
-    )
-    f = found["start"] = start(command)
-    print(
-        f"  start         {f['warm_s']:10.2f} s from the command to the first step; {f['cold_s']:.2f} s where nothing "
-        f"is compiled yet; imports {f['imports_s']:.2f} s"
     )
     return found

@@ -21,8 +21,8 @@ WARM_UP, STEPS = 3, 10  # the first steps load programs and choose among kernels
 class Times(NamedTuple):
     """Seconds of each step, [steps]. step: from the metrics of one to those of the next, as a run has them.
 
-    data: of these, waiting for a batch. host: of these, neither waiting for a batch nor for the devices; of a CPU whose
-    programs run on the thread that calls them (jaxlm/process.py), outside of the call.
+    data: of these, waiting for a batch. host: of these, neither waiting for a batch nor for the devices; of one CPU,
+    whose programs run on the thread that calls them (jaxlm/process.py), outside of the call.
     """
 
     step: np.ndarray
@@ -35,7 +35,8 @@ def time_steps(
 ) -> tuple[Times, State, list[float]]:
     """(times, the last state, the loss of each step) of a train step, as train runs it: metrics come a step late."""
     rows, losses, pending = [], [], None
-    inline = jax.default_backend() == "cpu" and not jax.config.read("jax_cpu_enable_async_dispatch")
+    asynchronous = jax.config.read("jax_cpu_enable_async_dispatch") or jax.device_count() > 1
+    inline = jax.default_backend() == "cpu" and not asynchronous
     for _ in range(warm_up + steps + 1):
         began = time.perf_counter()
         batch = batches.take()

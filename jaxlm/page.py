@@ -132,7 +132,8 @@ def page(plan: Plan, found: dict) -> str:
 
 def time_lines(plan: Plan, found: dict) -> list[str]:
     t, days, train = plan.times, found["days"], plan.config.train
-    length = f"{days:,.1f} days" if days >= 2 else f"{24 * days:,.2g} hours"
+    units = (("days", days, 2), ("hours", 24 * days, 1), ("minutes", 1440 * days, 0))
+    length = next(f"{n:,.3g} {unit}" for unit, n, least in units if n >= least)
     return [
         f"time        {duration(t.expected)} a step ({duration(t.low)} to {duration(t.high)}): MFU {found['mfu']:.1%}, "
         f"{found['tokens_per_second']:,.0f} tokens/s",

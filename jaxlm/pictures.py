@@ -172,5 +172,5 @@ def growth(path, name: str, sizes: Sequence[float], milliseconds: Sequence[float
         axes.minorticks_off()
         axes.set_yticks(times, [f"{time:,.0f}" if time >= 100 else f"{time:.3g}" for time in times])
         axes.legend(loc="upper left")
-        worst = f"time grows by at most {over.max():+.0%} more than FLOPs, per point" if len(over) else "one size"
-        title(f"{name}: {worst}")
+        more = over.max(initial=0)
+        title(f"{name}: time grows " + (f"up to {more:.0%} faster than FLOPs" if more > 0 else "no faster than FLOPs"))

@@ -11,7 +11,7 @@ for extra in ${extras//,/ }; do
 done
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
   extras=${extras:+$extras,}cuda
-elif compgen -G '/dev/accel*' >/dev/null || [ -n "${TPU_NAME:-}" ]; then
+elif compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null || [ -n "${TPU_NAME:-}" ]; then
   extras=${extras:+$extras,}tpu
 fi
 target=".${extras:+[$extras]}"

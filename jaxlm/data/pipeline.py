@@ -203,7 +203,7 @@ def train_batches(config: ConfigDict, rows: slice | np.ndarray = ALL) -> grain.M
     mixed = grain.MapDataset.mix(turns, [weight for _, weight in mixture(config)])
     place = np.arange(B)[rows]
     b, plain = len(place), config.task.name == "lm"  # else a row costs more than a call, and waits would add up
-    together = max(1, BLOCK // (b * config.data.seq_len)) if plain else 1
+    together = max(1, BLOCK // max(1, b * config.data.seq_len)) if plain else 1
 
     @lru_cache(maxsize=2)
     def block(number: int) -> dict[str, np.ndarray]:
@@ -211,11 +211,14 @@ def train_batches(config: ConfigDict, rows: slice | np.ndarray = ALL) -> grain.M
         keys = (np.arange(number * together, (number + 1) * together)[:, None] * B + place).ravel()
         picked = map(mixed.__getitem__, keys.tolist()) if len(orders) > 1 else ((0, key) for key in keys.tolist())
         ids = np.array([(source, orders[source](turn)) for source, turn in picked], np.int64)
-        return read_mixed(sources, ids, keys, config.seed)
+        found = read_mixed(sources, ids, keys, config.seed)
+        for value in found.values():
+            value.setflags(write=False)  # batches are parts of it, also when they are asked for again
+        return found
 
     def batch(k: int) -> dict[str, np.ndarray]:
         number, part = divmod(k, together)
-        return {name: rows[part * b : (part + 1) * b] for name, rows in block(number).items()}
+        return {name: value[part * b : (part + 1) * b] for name, value in block(number).items()}
 
     return grain.MapDataset.range(sys.maxsize).map(batch)
 

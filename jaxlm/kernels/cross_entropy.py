@@ -29,7 +29,7 @@ from jaxlm.parallel.mesh import (
 # Of float32 logits a device. Each chunk reads the output table and adds to its gradient: on accelerators few are fast.
 AUTO_CHUNK_BYTES = {"cpu": 64 << 20, "gpu": 1 << 30, "tpu": 512 << 20}
 # Chunks of which the table's gradient may be summed in x's dtype, as devices sum it: half the memory of float32.
-FEW = 32
+FEW = 16
 
 
 class Mix(NamedTuple):

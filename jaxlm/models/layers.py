@@ -186,8 +186,12 @@ def activate(activation, factors: tuple) -> jax.Array:
 
 
 def activate_backward(activation, factors, dh_BTF):
-    dh_BTF, factors = jax.lax.optimization_barrier((dh_BTF, factors))  # else XLA would keep what is made again
-    return jax.vjp(partial(activated, activation), factors)[1](dh_BTF)
+    given = dh_BTF, factors
+    if len(dh_BTF) > 1:  # several rows as one: the TPU compiler would transpose each [T, F], for the kernels' gradients
+        given = jax.tree.map(lambda x: x.reshape(1, -1, x.shape[-1]), given)
+    dh, given = jax.lax.optimization_barrier(given)  # else XLA would keep what is made again
+    (dfactors,) = jax.vjp(partial(activated, activation), given)[1](dh)
+    return (jax.tree.map(lambda d, x: d.reshape(x.shape), dfactors, factors),)
 
 
 activate.defvjp(lambda activation, factors: (activated(activation, factors), factors), activate_backward)
