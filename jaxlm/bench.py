@@ -236,7 +236,8 @@ def main(argv: list[str]) -> int:
         if args.parts:
             require(check(config, vocab_size=config.model.vocab_size))
             given = [f"--config.{key}={text}" for key, text in args.overrides]
-            started = dissect.start([f"--config={args.config}", *given, *flags, "--config.eval.every=0"])
+            silent = "--config.eval.every=0", "--config.eval.patience=0"
+            started = dissect.start([f"--config={args.config}", *given, *flags, *silent])
         require(check(config, jax.device_count(), config.model.vocab_size))
         resolved = resolve(config)
         figures = bench(resolved, args.steps) | machine() | {"config": args.config, "data": where}
