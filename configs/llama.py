@@ -8,14 +8,14 @@
 topology. What plan says of a chip, with model.remat=full:
 
     recipe              memory            step       MFU
-    2-7b,v5e-256         4.49 of 16 GiB     3.21 s   59.6%
-    8b,v5e-256           6.58 of 16 GiB     3.75 s   64.1%
-    8b,v5p-128           7.72 of 95 GiB     1.65 s   62.5%
-    8b,v6e-256           9.53 of 32 GiB     2.34 s   44.2%
-    70b,v5p-256         27.32 of 95 GiB    12.87 s   66.7%
-    70b,v6e-256         22.76 of 32 GiB     9.70 s   44.3%
-    405b,v5p-1024x2     59.13 of 95 GiB    77.40 s   60.5%   two slices of 512 chips
-    8b,v5p-256,1m        6.63 of 95 GiB   308.56 s    9.8%   1,048,576 tokens in a ring; by blocks in XLA, no kernel yet
+    2-7b,v5e-256         4.35 of 16 GiB     3.11 s   61.6%
+    8b,v5e-256           5.60 of 16 GiB     3.74 s   64.4%
+    8b,v5p-128           6.75 of 95 GiB     1.65 s   62.7%
+    8b,v6e-256           8.99 of 32 GiB     2.32 s   44.5%
+    70b,v5p-256         25.37 of 95 GiB    12.87 s   66.8%
+    70b,v6e-256         20.80 of 32 GiB     9.74 s   44.1%
+    405b,v5p-1024x2     59.94 of 95 GiB    73.85 s   63.4%   two slices of 512 chips
+    8b,v5p-256,1m        5.65 of 95 GiB   308.56 s    9.8%   1,048,576 tokens in a ring; by blocks in XLA, no kernel yet
 """
 
 from jaxlm.config import base, variant

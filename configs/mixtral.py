@@ -7,7 +7,7 @@
 82,092,544 parameters. What plan says of a chip, with model.remat=full:
 
     recipe              memory            step       MFU
-    8x7b,v5p-128        19.48 of 95 GiB     4.35 s   34.1%
+    8x7b,v5p-128        19.48 of 95 GiB     4.34 s   34.1%
 """
 
 from jaxlm.config import base, variant
