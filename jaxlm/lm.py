@@ -51,7 +51,6 @@ class LM:
 
         segments: tokens see only their own number; None: each row is one document. positions: None: 0, 1, ...
         """
-        self._require_text("logits")
         tokens = np.asarray(tokens, np.int32)
         if tokens.ndim != 2:
             raise ConfigError(f"lm.logits: tokens must be [batch, length], not of shape {tokens.shape}")
@@ -186,12 +185,12 @@ class LM:
 
     def _require_text(self, what: str) -> None:
         task = self.config.task.name
-        if task in HEADED or (task == "mlm" and what != "logits"):
+        if task in HEADED or task == "mlm":
             raise UserError(f"lm.{what}: a model of task {task} foretells no tokens that follow; use lm.answer")
         if task in TWO_SIDED:
             use = "; use lm.answer" * (task in ROLES)
             raise UserError(f"lm.{what}: a model of task {task} reads a source first{use}")
-        if task == "skipgram" and what != "logits":
+        if task == "skipgram":
             raise UserError(f"lm.{what}: a model of task skipgram foretells words nearby; use lm.neighbors")
 
     def _prompt(self, prompt: str) -> np.ndarray:

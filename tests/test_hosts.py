@@ -130,6 +130,7 @@ def test_two_processes_go_on_from_the_checkpoint_of_one(tmp_path, text_dir, whol
     assert close(rows(workdir), rows(whole)) and close(rows(workdir, "eval/loss"), rows(whole, "eval/loss"))
 
 
+@pytest.mark.slow
 def test_a_batch_that_every_process_needs_whole(tmp_path, text_dir, whole):
     """tensor=8: the rows are not split over the processes at all."""
     train(tmp_path / "two", text_dir, **MESH | {"mesh__fsdp": 1, "mesh__tensor": 8}, train__stop_at=10)
@@ -156,6 +157,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, text_di
     assert list(rows(workdir)) == list(range(1, last + 1))
 
 
+@pytest.mark.slow
 def test_the_others_end_when_one_is_killed(tmp_path, text_dir):
     """Missed for the heartbeat timeout, it ends them too; what was saved stays."""
     workdir, out = tmp_path / "run", tmp_path / "out"

@@ -57,7 +57,7 @@ MESHES = {
 FAST = [  # each mesh with one model; all of them with --all
     ("dense", "data=8"),
     ("dense", "tensor=8"),
-    ("experts", "fsdp=8"),
+    ("dense", "fsdp=8"),
     ("grouped-query", "fsdp=4 tensor=2"),
     ("sliding-window", "sequence=8 ring"),
     ("grouped-query", "sequence=4 tensor=2 all-gather"),

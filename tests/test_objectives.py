@@ -41,9 +41,9 @@ MESHES = {
     "stage=2 fsdp=4": {"stage": 2, "fsdp": 4},
 }
 FAST = {  # each task with a mesh; all of them with --all
-    "data=8": ("regress",),
+    "data=8": ("regress", "seq2seq distilled"),
     "fsdp=4 tensor=2": ("lm distilled", "classify", "classify by a bag", "span_corruption"),
-    "sequence=4 tensor=2": ("prefix_lm", "mlm", "tag", "qa", "dpo", "seq2seq distilled", "classify distilled"),
+    "sequence=4 tensor=2": ("prefix_lm", "mlm", "tag", "qa", "dpo", "classify distilled"),
     "stage=2 fsdp=4": ("classify by a decoder",),
 }
 ROWS = 8

@@ -198,7 +198,7 @@ MESHES = {
     "stage=2 fsdp=2 tensor=2": ({"stage": 2, "fsdp": 2, "tensor": 2}, 0),
     "expert=2 fsdp=2 tensor=2": ({"expert": 2, "fsdp": 2, "tensor": 2}, 4),
 }
-SLOW = [("int8", mesh) for mesh in MESHES] + [("fp8", "expert=2 fsdp=2 tensor=2")]
+SLOW = [("int8", mesh) for mesh in MESHES] + [("fp8", "fsdp=4 tensor=2"), ("fp8", "expert=2 fsdp=2 tensor=2")]
 
 
 @pytest.mark.parametrize(

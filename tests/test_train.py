@@ -38,7 +38,11 @@ def rows(workdir, key="loss"):
 
 
 @pytest.mark.parametrize(
-    ("devices", "mesh"), [(1, {}), (8, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2})], ids=["1", "8"]
+    ("devices", "mesh"),
+    [
+        pytest.param(1, {}, id="1", marks=pytest.mark.slow),
+        pytest.param(8, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, id="8"),
+    ],
 )
 def test_resumed_is_uninterrupted_to_the_last_digit(tmp_path, text_dir, devices, mesh):
     """Dropout and shuffling on; the losses in metrics.jsonl are the same text; each step appears once."""

@@ -102,6 +102,7 @@ def alone(tiny, batches):
     return functools.cache(partial(train_on, configs.resolve(on_mesh(tiny, "")), mesh_of(1), batches))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_summed_twice_over_a_mesh_axis_is_found(tiny, batches, alone, monkeypatch):
     real = cross_entropy.sum_parts
 
@@ -129,6 +130,7 @@ def test_attention_that_ignores_segments_is_found(tiny, batches, monkeypatch):
     assert not result.ok and result.figures["place"].startswith("the output of layer 0 attention depends on")
 
 
+@pytest.mark.slow
 def test_a_ring_that_ignores_segments_is_found(tiny, batches, alone, monkeypatch):
     real = ring.ring
     careless = lambda q, k, v, at_T, at_S, *rest: real(q, k, v, (at_T[0], None), (at_S[0], None), *rest)
