@@ -164,6 +164,15 @@ def test_with_tensor_parallel_no_whole_activation_is_all_reduced():
     assert not [shape for kind, shape in made if kind == "all-reduce" and np.prod(shape) >= rows * T * D]
 
 
+@pytest.mark.parametrize("sizes", [{"data": 4, "sequence": 2}, {"data": 8}, {"fsdp": 4, "tensor": 2}], ids=str)
+def test_what_an_mlp_computes_stays_where_it_is(sizes):
+    """Nothing of its hidden width is gathered but a kernel; B, T, D and F are all different here."""
+    c = small_config(model__embed_dim=48, model__head_dim=8, model__mlp_dim=112, model__num_kv_heads=4)
+    widths = {112 // sizes.get("tensor", 1), 112}
+    gathered = [shape for kind, shape in collectives(compiled_step(c, **sizes)[0]) if kind == "all-gather"]
+    assert not [shape for shape in gathered if shape[-1] in widths and len(shape) > 1 and shape[-2] != 48]
+
+
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}], ids=str)
 def test_with_fsdp_gradients_are_reduce_scattered(sizes):
     """All-reduced are shards (over data), norms' scales and scalars alone."""

@@ -14,7 +14,7 @@ from ml_collections import FrozenConfigDict
 from jaxlm.kernels.norm import normalize
 from jaxlm.kernels.quantized import tensordot
 from jaxlm.parallel.linear import columns, lookup, rows
-from jaxlm.parallel.mesh import constrain
+from jaxlm.parallel.mesh import constrain, current_mesh
 
 
 def parameter(module: nn.Module, name: str, init, axes: tuple[str | None, ...], shape: tuple[int, ...], config):
@@ -186,8 +186,8 @@ def activate(activation, factors: tuple) -> jax.Array:
 
 
 def activate_backward(activation, factors, dh_BTF):
-    given = dh_BTF, factors
-    if len(dh_BTF) > 1:  # several rows as one: the TPU compiler would transpose each [T, F], for the kernels' gradients
+    given, mesh = (dh_BTF, factors), current_mesh()
+    if mesh is None or mesh.shape["sequence"] == 1:  # rows as one, each of which the TPU compiler would transpose
         given = jax.tree.map(lambda x: x.reshape(1, -1, x.shape[-1]), given)
     dh, given = jax.lax.optimization_barrier(given)  # else XLA would keep what is made again
     (dfactors,) = jax.vjp(partial(activated, activation), given)[1](dh)
