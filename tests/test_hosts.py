@@ -123,6 +123,7 @@ def test_two_processes_are_one_and_one_goes_on_from_their_checkpoint(tmp_path, t
         assert close(rows(workdir, key), rows(whole, key)), key
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_the_checkpoint_of_one(tmp_path, text_dir, whole, half):
     """Started as SLURM does."""
     workdir = shutil.copytree(half, tmp_path / "two")
@@ -144,7 +145,13 @@ def wait_for_rows(runs, workdir, number):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize(("number", "receiver"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("number", "receiver"),
+    [
+        pytest.param(signal.SIGTERM, 1, id="SIGTERM"),
+        pytest.param(signal.SIGINT, 0, id="Ctrl-C", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, text_dir, half, number, receiver):
     workdir, out = shutil.copytree(half, tmp_path / "run"), tmp_path / "out"
     with started(out, *words_of(workdir, text_dir, **MESH, train__steps=100_000, checkpoint__every=7)) as runs:

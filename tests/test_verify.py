@@ -116,6 +116,7 @@ def test_a_loss_that_is_summed_twice_over_a_mesh_axis_is_found(tiny, batches, al
     assert "the loss" in result.figures["place"]
 
 
+@pytest.mark.slow
 def test_a_product_that_is_not_summed_is_found_in_its_layer(tiny, batches, alone, monkeypatch):
     monkeypatch.setattr("jaxlm.parallel.linear.scatter_sum", lambda y, axis, names: jax.lax.dynamic_slice_in_dim(
         y, 0, y.shape[axis] // jax.lax.axis_size(names), axis) if names else y)  # fmt: skip
