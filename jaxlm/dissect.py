@@ -108,11 +108,11 @@ def checkpoint(config: ConfigDict, mesh) -> dict[str, float]:
     other, size = np.ones(OTHER_WORK), sum(x.nbytes for x in jax.tree.leaves(items(state)))
     new_arrays = jax.jit(lambda state: jax.tree.map(jnp.copy, state))  # what has been read once is kept on the host
 
-    def timed(f: Callable, *args) -> float:
+    def timed(f: Callable) -> float:
         nonlocal state, other
         state, other = jax.block_until_ready(new_arrays(state.replace(step=state.step + 1))), other * 1.0
         began = time.perf_counter()
-        f(*args)
+        f()
         return 1e3 * (time.perf_counter() - began)
 
     with tempfile.TemporaryDirectory() as folder:
