@@ -214,7 +214,7 @@ def base() -> ConfigDict:
     t.grad_accumulation = 1  # microbatches a step: less memory, the same result
     t.accumulation_dtype = "float32"  # of the sum of their gradients; bfloat16: half of its memory, rounded each time
     t.stop_at = 0  # end cleanly after this step, leaving the schedule as it is; 0: at steps
-    t.loss_chunk = 0  # positions whose logits exist at one time; 0: 64 MiB of them (GPU: 1 GiB, TPU: 512 MiB)
+    t.loss_chunk = 0  # positions whose logits exist at one time; 0: GPU 1 GiB of them, TPU 512 MiB, CPU up to 64
     t.z_loss = 0.0  # weight of log(Z)^2, keeps logits from drifting (PaLM: 1e-4)
     t.ema = 0.0  # decay of an average of the parameters, used for evaluation and generation; 0: off
     t.max_skipped = 20  # stop after this many steps in a row whose gradients were not finite

@@ -215,9 +215,14 @@ def test_logits_are_never_kept_for_the_backward_pass():
 
 
 def test_the_chosen_chunk_divides_the_length_and_fits():
-    for shape in ((12, 64, 65), (16, 1024, 50304), (1, 8192, 128256), (8, 1000, 32000)):
-        chunk = chunk_length(*shape)
-        assert shape[1] % chunk == 0 and (chunk == 1 or 4 * shape[0] * chunk * shape[2] <= 64 << 20)
+    for rows, length, vocab in ((12, 64, 65), (16, 1024, 50304), (1, 8192, 128256), (8, 1000, 32000), (16, 127, 4096)):
+        for dim in (64, 4096):
+            chunk = chunk_length(rows, length, (vocab, dim))
+            assert length % chunk == 0 and (chunk == 1 or 4 * rows * chunk * vocab <= 64 << 20)
+    assert chunk_length(16, 256, (4096, 128)) == 32  # what a CPU's caches hold
+    assert chunk_length(4, 512, (32000, 512)) == 128  # of a table that is larger than they are
+    assert chunk_length(16, 127, (4096, 128)) == 127  # never one position at a time where all of them fit
+    assert chunk_length(16, 256, (4096, 128), 100) == 64
 
 
 @pytest.mark.parametrize("reverse", [False, True])
