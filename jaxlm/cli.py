@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
@@ -69,8 +70,22 @@ def near_path(path: str | PurePath) -> str:
     return ""
 
 
+def spare_threads() -> None:
+    """Where a CPU stands in for several devices, gives XLA more threads than their collectives can keep waiting.
+
+    Independent collectives of a device run beside each other, and each keeps a thread until all its devices have come.
+    XLA makes one thread for each device: a device that is left without one is then waited for until its 40 seconds are
+    over (jaxlib 0.10). To be called before the first device is asked for; a PJRT_NPROC of the user's stays.
+    """
+    said = f"{os.environ.get('XLA_FLAGS')} device_count={os.environ.get('JAX_NUM_CPU_DEVICES')}"
+    devices = max(map(int, re.findall(r"device_count=(\d+)", said)), default=1)
+    if devices > 1:
+        os.environ.setdefault("PJRT_NPROC", str(max(8 * devices, os.cpu_count() or 1)))
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a program's `main(argv)` and exits: 0, its return value, a `UserError`'s code, or 130 after Ctrl-C."""
+    spare_threads()
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:

@@ -48,11 +48,12 @@ def keep_compiled(folder: PurePath) -> None:
     """Compiled programs are kept in `folder`, and found there by the next start of the same command.
 
     Where the user has named a folder (JAX_COMPILATION_CACHE_DIR), in that. CPUs that are not alike do not share: jax
-    does not tell them apart, and one may lack what the program of another uses. Not on several CPU devices: there the
-    collectives of programs that come from it can wait for each other forever (jax 0.10).
+    does not tell them apart, and one may lack what the program of another uses. On several CPU devices nothing is kept,
+    and nothing used: there the collectives of programs that were kept can wait for each other forever (jax 0.10).
     """
     if jax.default_backend() == "cpu":
         if jax.device_count() > 1:
+            jax.config.update("jax_enable_compilation_cache", False)
             return
         folder /= hashlib.sha256(instructions().encode()).hexdigest()[:12]
     if not jax.config.jax_compilation_cache_dir:

@@ -314,7 +314,9 @@ def main(argv: list[str]) -> int:
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(DEVICES)}"  # read when the first device is asked for
     )
+    cli.spare_threads()
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # as in a run on several CPU devices
     logging.getLogger("jaxlm").setLevel(logging.ERROR)  # what a tiny model leaves whole says nothing of the real one
     meshes = None
     if args.meshes is not None:

@@ -16,12 +16,16 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
+from jaxlm import cli
 from jaxlm import config as configs
 from jaxlm.data.prepare import prepare
 from jaxlm.keys import MESH_AXES
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.state import create_state, train_step
 
+cli.spare_threads()
+jax.devices()
+os.environ.pop("PJRT_NPROC")  # a program that a test starts has as many devices as the test says
 ROOT = Path(__file__).parent.parent
 WORDS = "the cat sat on a mat and saw two dogs run by sea under old red moon while rain fell".split()
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from functools import partial
 
 import jax
@@ -9,8 +10,8 @@ import pytest
 from conftest import mesh_of, program
 from test_config import RECIPES
 
+from jaxlm import cli, verify
 from jaxlm import config as configs
-from jaxlm import verify
 from jaxlm.data.pipeline import train_batches
 from jaxlm.errors import ConfigError
 from jaxlm.kernels import attention, cross_entropy
@@ -65,6 +66,24 @@ def test_verify_as_a_program(tmp_path):
         "fsdp=4 tensor=2", "packed = alone", "resumed = uninterrupted", "hosts 1 = 2",
     ]  # fmt: skip
     assert told["ok"] and "4 hold (" in run.stdout
+
+
+def test_fake_devices_have_threads_to_wait_with(monkeypatch):
+    """With a thread for each, collectives beside each other can keep them all, and wait forever."""
+    for flags, set_by_user, threads in (
+        ("--xla_force_host_platform_device_count=256 --xla_backend_optimization_level=0", None, "2048"),
+        ("--xla_force_host_platform_device_count=256", "3", "3"),
+        ("--xla_force_host_platform_device_count=1", None, None),
+        ("", None, None),
+    ):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        monkeypatch.setenv("PJRT_NPROC", set_by_user or "")
+        if not set_by_user:
+            monkeypatch.delenv("PJRT_NPROC")
+        cli.spare_threads()
+        assert os.environ.get("PJRT_NPROC") == threads
+    if os.path.exists("/proc/self/task"):
+        assert len(os.listdir("/proc/self/task")) >= 64  # conftest has called it for these eight
 
 
 def test_a_mesh_that_does_not_exist_is_named():
