@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-BLOCKS, LEAST = 4, 64  # of queries; the shortest worth it
+BLOCKS, LEAST = 8, 64  # of queries, at most; the shortest worth it
 HIDDEN, NOTHING = -1e30, -1e29  # the logit of a hidden key; the maximum where all are: its exponential is 0, not 1
 
 
