@@ -74,8 +74,9 @@ def spare_threads() -> None:
     """Where a CPU stands in for several devices, gives XLA more threads than their collectives can keep waiting.
 
     Independent collectives of a device run beside each other, and each keeps a thread until all its devices have come.
-    XLA makes one thread for each device: a device that is left without one is then waited for until its 40 seconds are
-    over (jaxlib 0.10). To be called before the first device is asked for; a PJRT_NPROC of the user's stays.
+    XLA makes one thread for each device or core: where they all wait, a device without one may be waited for until 40
+    seconds are over and the process is ended (seen with jaxlib 0.10, once). To be called before the
+    first device is asked for; a PJRT_NPROC of the user's stays.
     """
     said = f"{os.environ.get('XLA_FLAGS')} device_count={os.environ.get('JAX_NUM_CPU_DEVICES')}"
     devices = max(map(int, re.findall(r"device_count=(\d+)", said)), default=1)

@@ -62,7 +62,8 @@ def logits_of(x_BTD: jax.Array, unembed_VD: jax.Array, softcap: float) -> jax.Ar
 def chunk_length(batch: int, length: int, table: tuple[int, int], limit: int = 0) -> int:
     """The largest divisor of `length` whose float32 logits stay within AUTO_CHUNK_BYTES, or that is at most `limit`.
 
-    On a CPU, of those divisors that whose logits are nearest to the size of the table [V, D] or of the caches.
+    On a CPU without a limit: of those divisors the one whose logits come nearest to the size of the table [V, D], or to
+    CPU_CACHE where that is larger.
     """
     (vocab, dim), most = table, AUTO_CHUNK_BYTES[platform()]
     best = min(most, max(CPU_CACHE, 4 * vocab * dim)) if platform() == "cpu" else most
