@@ -80,9 +80,9 @@ def test_the_front_needs_no_jax(name):
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
 def test_sizes(file):
-    """A file has at most 350 lines, a function 60."""
+    """A file has at most 500 lines, a function 60."""
     text = file.read_text()
-    assert len(text.splitlines()) <= 350
+    assert len(text.splitlines()) <= 500
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.name != "base":  # base() is the table of keys
             length = node.end_lineno - node.lineno + 1
