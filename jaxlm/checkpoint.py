@@ -9,6 +9,7 @@ import base64
 import importlib.metadata
 import json
 import logging
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 
@@ -22,6 +23,7 @@ from jaxlm.cli import near_path
 from jaxlm.config import flatten, unflatten
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import CheckpointError
+from jaxlm.keys import base
 from jaxlm.optim import name_of
 from jaxlm.parallel.mesh import platform
 from jaxlm.state import State
@@ -51,11 +53,48 @@ def versions(packages) -> dict[str, str]:
 
 
 def config_of(meta: dict) -> ConfigDict:
-    return unflatten(meta["config"])
+    """The config of a checkpoint. Raises CheckpointError where it has keys or values that this jaxlm doesn't know."""
+    return known_config(meta["config"], "the checkpoint")
+
+
+def known_config(flat: dict, where: str) -> ConfigDict:
+    """A flat config, as JSON, as a ConfigDict. where: what it is read from, for messages. Raises CheckpointError."""
+    known = flatten(base())
+    unknown = [f"config.{key}={value}" for key, value in flat.items() if key not in known]
+    if unknown:
+        raise CheckpointError(
+            f"{where} is of another version of jaxlm: this one has no key {', no key '.join(unknown)}; "
+            "use the version that the run was trained with"
+        )
+    try:
+        return unflatten(flat)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the config of {where} can't be read: {error}") from None
 
 
 def tokenizer_of(meta: dict):
     return tokenizers.from_bytes(meta["tokenizer"]["name"], base64.b64decode(meta["tokenizer"]["data"]))
+
+
+def require_checkpoints(workdir: PurePath, config: ConfigDict) -> None:
+    """Raises CheckpointError where metrics.jsonl tells of steps whose checkpoints are gone.
+
+    A run makes checkpoints/ before its first row, and a save that was cut short leaves a directory in it, so a run that
+    died before or inside of its first save is told from one whose checkpoints were deleted. To be called before
+    `Checkpoints` makes the directory. A bucket has no empty directories: there nothing is known.
+    """
+    rows, folder = workdir / "metrics.jsonl", workdir / "checkpoints"
+    if in_bucket(workdir) or not rows.is_file():
+        return
+    last = max(re.findall(r'^\{"step": (\d+),', rows.read_text(), re.MULTILINE), key=int, default=None)
+    if last is None:
+        return
+    if folder.is_dir() and (any(folder.iterdir()) or int(last) <= config.checkpoint.every):
+        return
+    raise CheckpointError(
+        f"{rows} has rows up to step {last}, but {folder} has no checkpoint: put it back, give another --workdir, or "
+        "--start_over, which begins at step 0 and drops these rows"
+    )
 
 
 class Manager(ocp.CheckpointManager):
@@ -149,11 +188,16 @@ class Checkpoints:
 
     def _write(self, step: int, parts: dict, meta: dict, eval_loss: float | None) -> None:
         args = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
-        self.manager.save(
+        saved = self.manager.save(
             step,
             args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta | {"eval_loss": eval_loss})),
             metrics=None if eval_loss is None else {"loss": eval_loss},
         )
+        if not saved:  # orbax says no more than this
+            raise CheckpointError(
+                f"step {step} was not saved: {self.path} has steps {sorted(self.manager.all_steps())}, and nothing is "
+                "saved below the newest; if its directory was renamed, rename it back, or give another --workdir"
+            )
 
     def meta(self, step: int) -> dict:
         try:
@@ -167,6 +211,11 @@ class Checkpoints:
         """The state at `step`, on the mesh of `shardings`. Raises CheckpointError where it does not fit `abstract`."""
         places = items(shardings)
         got = self._read(step, **{name: as_target(tree, places[name]) for name, tree in items(abstract).items()})
+        if (inside := int(got["rest"]["step"])) != step:
+            raise CheckpointError(
+                f"{self.path / str(step)} holds step {inside}: its directory was renamed or copied; rename it to "
+                f"{inside}, or move it away to go on from the one before"
+            )
         return State(params=got["params"], ema=got.get("ema"), teacher=None, **got["rest"])
 
     def restore_params(self, step: int, abstract: State, shardings: State) -> dict:
@@ -184,6 +233,12 @@ class Checkpoints:
     def _read(self, step: int, **targets):
         for name, target in targets.items():
             if name not in self.manager.item_metadata(step):
+                if name == "ema" and "rest" in self.manager.item_metadata(step):
+                    raise CheckpointError(
+                        f"{self.path / str(step)} was trained without an average of the parameters: train.ema can't be "
+                        "switched on half-way; set --config.train.ema=0, or begin a new run in another --workdir with "
+                        f"--config.train.init_from={self.path.parent}"
+                    )
                 raise CheckpointError(
                     f"{self.path / str(step)} has no {name}: it is of a model alone, which a run can begin from, but "
                     f"not go on with; give another --workdir, and --config.train.init_from={self.path.parent}"

@@ -59,6 +59,8 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"--workdir={args.workdir}: this model has no adapters (model.lora_rank=0); use it as it is")
     with jax.set_mesh(lm.mesh):
         params, section = merge(lm.params, lm.config.model)
+        # An average is float32: what takes the parameters' place has their dtype.
+        params = jax.tree.map(lambda x: x.astype(section.param_dtype), params)
     source = Checkpoints(args.workdir)
     meta = source.meta(lm.step)
     source.close()

@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jaxlm.checkpoint import Checkpoints, as_target, config_of, tokenizer_of
+from jaxlm.checkpoint import Checkpoints, as_target, config_of, known_config, tokenizer_of
 from jaxlm.cli import near_path
-from jaxlm.config import flatten, num_labels, unflatten
+from jaxlm.config import flatten, num_labels
 from jaxlm.data.examples import Examples
 from jaxlm.data.pipeline import describe, load_tokenizer, open_stores
 from jaxlm.data.vocabulary import MADE
@@ -42,9 +42,12 @@ def read_config(spec: str) -> ConfigDict:
     """The resolved config of a run directory. Raises CheckpointError."""
     file = run_directory(split_step(spec)[0]) / "config.json"
     try:
-        return unflatten(json.loads(file.read_text()))
+        flat = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror or error}: give the --workdir of a jaxlm.train run") from None
+    return known_config(flat, str(file))
 
 
 def inherit(config: ConfigDict) -> list[str]:

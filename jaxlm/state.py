@@ -21,7 +21,7 @@ from jaxlm.topology import COMPILER_OPTIONS
 
 @flax.struct.dataclass
 class State:
-    """step: int32, steps done. ema: average of params, or None. skipped: int32, steps dropped as not finite.
+    """step: int32, steps done. ema: float32 average of params, or None. skipped: int32, steps dropped as not finite.
 
     teacher: parameters that the loss compares with and nothing changes, or None; not saved in checkpoints.
     """
@@ -39,7 +39,8 @@ def create_state(config: ConfigDict) -> State:
     params = nn.unbox(initial(build(config), config.seed))
     require_trained(params, config)
     zero = jnp.zeros((), jnp.int32)
-    ema = jax.tree.map(jnp.copy, params) if config.train.ema else None
+    # An average needs float32 whatever the parameters are in: bfloat16 could not hold a decay of 0.9999.
+    ema = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params) if config.train.ema else None
     teacher = nn.unbox(initial(build_section(teacher_section(config)), 0)) if config.task.teacher_model else None
     return State(zero, params, optimizer(config).init(params), ema, zero, teacher)
 
@@ -134,7 +135,10 @@ def train_step(state: State, batch: dict, *, config: ConfigDict) -> tuple[State,
 
 
 def apply_gradients(state: State, grads: dict, sums: dict, *, config: ConfigDict) -> tuple[State, dict]:
-    """As train_step, of what `gradients` returned. Where it is not finite nothing changes but `skipped`."""
+    """As train_step, of what `gradients` returned. Where it is not finite nothing changes but `skipped`.
+
+    The new state has the dtypes of the old one, in whatever dtype the arithmetic between them was done.
+    """
     norm = optax.tree.norm(grads)
     if config.optim.clip:
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.optim.clip / (norm + 1e-6)), grads)
@@ -147,7 +151,8 @@ def apply_gradients(state: State, grads: dict, sums: dict, *, config: ConfigDict
         decay = jnp.minimum(config.train.ema, (1 + state.step) / (10 + state.step))
         ema = still(jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params))
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
-    keep = lambda new, old: jax.tree.map(partial(jnp.where, finite), new, old)
+    one = lambda new, old: jnp.where(finite, new.astype(old.dtype), old)
+    keep = lambda new, old: jax.tree.map(one, new, old)
     params, opt_state, ema = keep((params, opt_state, ema), (state.params, state.opt_state, state.ema))
     new = State(state.step + 1, params, opt_state, ema, state.skipped + ~finite, state.teacher)
     rate = schedule(config, config.optim.learning_rate)(state.step - state.skipped)  # dropped steps do not count

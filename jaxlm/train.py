@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jaxlm import cli, costs
 from jaxlm.check import check, require
-from jaxlm.checkpoint import Checkpoints, describe_run
+from jaxlm.checkpoint import Checkpoints, describe_run, require_checkpoints
 from jaxlm.config import flatten, load, override, resolve
 from jaxlm.data.pipeline import Prefetch, fingerprint, load_tokenizer, train_batches, validation_batches
 from jaxlm.data.tables import absolute
@@ -120,9 +120,11 @@ def start_state(config, mesh, checkpoints: Checkpoints, data: dict, allow_data_c
     return checkpoints.restore(step, abstract_state(config)[0], state_shardings(config, mesh)), meta
 
 
-def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False) -> int:
+def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False, start_over: bool = False) -> int:
     """Runs a resolved config to train.stop_at. Returns the exit code: 0, or 75 where a signal asked it to stop."""
     hold = Hold(workdir)
+    if not start_over:
+        require_checkpoints(workdir, config)
     mesh, stop = make_mesh(config), StopSignal()
     data, tokenizer = fingerprint(config), load_tokenizer(config)
     counted = count_ngrams(config) if config.model.name == "ngram" else None
@@ -285,6 +287,7 @@ def main(argv: list[str]) -> int:
         help="with --dry_run: for this many devices (default: as many as the mesh names, or those here)",
     )
     parser.add_argument("--allow_data_change", action="store_true", help="resume although the data has changed")
+    parser.add_argument("--start_over", action="store_true", help="begin at step 0 although checkpoints/ is gone")
     hosts.add_flags(parser)
     args = parser.parse(argv)
     config = load(args.config)
@@ -330,7 +333,7 @@ def main(argv: list[str]) -> int:
     if config.data.path:
         config.data.path = str(Path(config.data.path).absolute())  # evaluation may start elsewhere
     config.data.train, config.data.val = absolute(config.data.train), absolute(config.data.val)
-    return train(config, workdir, args.allow_data_change)
+    return train(config, workdir, args.allow_data_change, args.start_over)
 
 
 if __name__ == "__main__":
