@@ -56,8 +56,11 @@ class Monitor:
         """Adds to the time that the loop stood still for a checkpoint."""
         self.save_seconds += seconds
 
-    def step(self, step: int, metrics: dict) -> None:
-        """After each step, with its metrics on the host; writes a row every log.every steps, and after the first."""
+    def step(self, step: int, metrics: dict, finished: float) -> None:
+        """After each step, with its metrics on the host; writes a row every log.every steps, and after the first.
+
+        finished: when the step was done (perf_counter). Metrics may be handed on later, so that is no measure.
+        """
         if not self.active:
             return
         if self.progress:
@@ -65,8 +68,8 @@ class Monitor:
         if step % self.config.log.every and step != self.start + 1:
             return
         before, then = self.mark
-        now, steps = time.perf_counter(), step - before
-        seconds = (now - then) / steps
+        steps = step - before
+        seconds = (finished - then) / steps
         rate = self.step_tokens / seconds
         row = {
             "step": step,
@@ -87,7 +90,7 @@ class Monitor:
             row = {k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu")}
         else:
             self.paces.append(seconds)
-        self.mark, self.data_seconds, self.save_seconds = (step, now), 0.0, 0.0
+        self.mark, self.data_seconds, self.save_seconds = (step, finished), 0.0, 0.0
         if step % self.config.log.every == 0 or step == 1:
             self.write(row)
         self.show(row)

@@ -197,11 +197,13 @@ class Run:
         ready, pending = Prefetch(batches, start, last, c.data.prefetch, place), None
         for step in range(start + 1, last + 1):
             state, metrics = self.train_step(state, ready.take())
+            # A CPU's step is done when its call returns, another's when its metrics are fetched.
+            finished = time.perf_counter() if metrics["loss"].is_ready() else None
             self.monitor.waited(ready.waited)
             ready.refill()
             if pending:
                 self.record(*pending)
-            pending, ended = (step, metrics), stop.after_step() or step == last
+            pending, ended = (step, metrics, finished), stop.after_step() or step == last
             evaluates = self.evaluate and (step % c.eval.every == 0 or step == last)
             if ended or evaluates or step % c.checkpoint.every == 0:
                 self.record(*pending)
@@ -222,12 +224,16 @@ class Run:
         self.visit(state.replace(params=params, step=jnp.ones_like(state.step)), 1, True, self.evaluate)
         return 1
 
-    def record(self, step: int, metrics) -> None:
-        """Hands a step's metrics on. Raises NumericsError after too many steps in a row that were not finite."""
+    def record(self, step: int, metrics, finished: float | None) -> None:
+        """Hands a step's metrics on. Raises NumericsError after too many steps in a row that were not finite.
+
+        finished: when the step was done (perf_counter); None: when its metrics are here.
+        """
         metrics = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        finished = finished or time.perf_counter()
         before, in_a_row = self.skipped
         self.skipped = (metrics["skipped"], in_a_row + 1 if metrics["skipped"] > before else 0)
-        self.monitor.step(step, metrics)
+        self.monitor.step(step, metrics, finished)
         if self.skipped[1] >= self.config.train.max_skipped:
             self.monitor.flush()
             raise NumericsError(
