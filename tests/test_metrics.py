@@ -12,6 +12,8 @@ import pytest
 
 from jaxlm import metrics, pictures
 from jaxlm.errors import ConfigError, DataError
+from jaxlm.keys import base
+from jaxlm.score import of_texts, warn_once
 
 sk = pytest.importorskip("sklearn.metrics")
 sacrebleu = pytest.importorskip("sacrebleu")
@@ -148,6 +150,32 @@ def test_rouge_is_rouge_scores():
     assert metrics.rouge(["The cats!"], [["dogs", "the cats"]])["rouge2"] == 100
     with pytest.raises(DataError, match="a to z"):
         metrics.rouge(["\u732b"], ["\u732b"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u732b\u304c\u597d\u304d",
+        "\u043a\u043e\u0442 \u0438 \u043f\u0435\u0441 \u0441\u043f\u044f\u0442",
+        "\u03b7 \u03b3\u03ac\u03c4\u03b1",
+    ],
+)
+def test_texts_that_rouge_cannot_read_keep_bleu_and_chrf(text, caplog):
+    config = base()
+    warn_once.cache_clear()
+    got = of_texts(config, [text, text], [text, text])
+    of_texts(config, [text, text], [text, text])
+    assert got["chrf"] == 100 and got == metrics.translation([text, text], [text, text])
+    (line,) = caplog.messages
+    assert line.startswith("ROUGE is left out: rouge_score reads a to z") and "\n" not in line
+
+
+def test_texts_in_a_to_z_have_rouge_too(caplog):
+    texts = ["the cat is red", "so is the mat"]
+    got = of_texts(base(), texts, texts)
+    assert got["bleu"] == pytest.approx(100) and got["rougeL"] == 100 and not caplog.messages
+    with pytest.raises(DataError, match="needed are"):
+        of_texts(base(), texts, texts[:1])
 
 
 def squad_by_definition(prediction, answers):
