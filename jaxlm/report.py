@@ -16,7 +16,7 @@ from jaxlm.errors import ConfigError
 from jaxlm.evaluator import Evaluator
 from jaxlm.keys import ROLES, WRITTEN
 from jaxlm.respond import BATCH
-from jaxlm.score import SCORED, answers_of, of_texts, score, write_answers
+from jaxlm.score import SCORED, answers_of, bleu_options, of_texts, score, write_answers
 
 INTERVALS = {  # task -> the figures that get an interval
     "classify": ("accuracy", "f1", "auc"),
@@ -75,7 +75,7 @@ class Reporter:
         said, wanted = self.written()
         result = of_texts(self.config, said, wanted)
         if self.args.bootstrap and "bleu" in result:
-            counts = metrics.bleu_counts(said, wanted, self.config.data.lowercase)
+            counts = metrics.bleu_counts(said, wanted, **bleu_options(self.config))
             result["bleu_interval"] = self.interval(metrics.bleu_of, counts)
         return result
 

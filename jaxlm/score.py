@@ -105,12 +105,16 @@ def score_texts(config: ConfigDict, source, params, count: int = 0) -> dict:
 
 def of_texts(config: ConfigDict, said: list[str], references: list[str]) -> dict:
     """BLEU, chrF and ROUGE of texts. ROUGE is left out, and that is told, where the references are not in a to z."""
-    result = metrics.translation(said, references, lowercase=config.data.lowercase)
+    result = metrics.translation(said, references, **bleu_options(config))
     try:
         return result | metrics.rouge(said, references)
     except DataError as error:  # of ROUGE alone: translation has taken the same texts
         warn_once(f"ROUGE is left out: {error}")
         return result
+
+
+def bleu_options(config: ConfigDict) -> dict:
+    return {"lowercase": config.data.lowercase, "tokenize": config.eval.bleu_tokenize}
 
 
 @cache

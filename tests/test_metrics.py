@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from jaxlm import metrics, pictures
+from jaxlm.check import check
 from jaxlm.errors import ConfigError, DataError
-from jaxlm.keys import base
-from jaxlm.score import of_texts, warn_once
+from jaxlm.keys import BLEU_TOKENIZERS, base
+from jaxlm.score import bleu_options, of_texts, warn_once
 
 sk = pytest.importorskip("sklearn.metrics")
 sacrebleu = pytest.importorskip("sacrebleu")
@@ -176,6 +177,29 @@ def test_texts_in_a_to_z_have_rouge_too(caplog):
     assert got["bleu"] == pytest.approx(100) and got["rougeL"] == 100 and not caplog.messages
     with pytest.raises(DataError, match="needed are"):
         of_texts(base(), texts, texts[:1])
+
+
+def test_the_tokenizer_of_bleu_can_be_chosen():
+    config = base()
+    texts = ["\u732b\u304c\u597d\u304d", "\u72ac\u304c\u597d\u304d"]
+    assert "bleu" not in of_texts(config, texts, texts)  # a word each, to 13a
+    for name in ("char", "zh"):
+        config.eval.bleu_tokenize = name
+        got = of_texts(config, texts, texts)
+        assert got["bleu"] == pytest.approx(100) and f"tok:{name}" in got["signature"]
+        counts = metrics.bleu_counts(texts, texts, **bleu_options(config))
+        assert metrics.bleu_of(counts) == pytest.approx(100)
+
+
+def test_a_tokenizer_that_sacrebleu_has_not_is_refused_before_a_run():
+    config = base()
+    assert set(BLEU_TOKENIZERS) == set(sacrebleu.BLEU.TOKENIZERS)
+    config.task.name, config.eval.bleu_tokenize = "seq2seq", "chars"
+    (problem,) = [each for each in check(config) if "bleu" in each]
+    assert "config.eval.bleu_tokenize=chars: must be one of 13a" in problem and "did you mean char" in problem
+    config.task.name, config.eval.bleu_tokenize = "classify", "char"
+    (problem,) = [each for each in check(config) if "bleu" in each]
+    assert "task classify does not follow it" in problem
 
 
 def squad_by_definition(prediction, answers):
