@@ -15,9 +15,10 @@ from jaxlm.data.pipeline import Prefetch, eval_rows, open_sources, open_stores, 
 from jaxlm.data.store import Store
 from jaxlm.errors import DataError
 from jaxlm.keys import WRITTEN
+from jaxlm.metrics import bleu_scorer
 from jaxlm.parallel import hosts
 from jaxlm.respond import of_examples
-from jaxlm.score import SCORED, score, score_texts
+from jaxlm.score import SCORED, bleu_options, score, score_texts
 from jaxlm.state import eval_step
 
 
@@ -26,6 +27,8 @@ class Evaluator:
 
     def __init__(self, config: ConfigDict, mesh, tokenizer=None):
         """tokenizer: the model's, where that is not config.data's own."""
+        if config.task.name in WRITTEN and config.eval.generate:
+            bleu_scorer(**bleu_options(config))  # so that what is missing is told before step 1
         self.config, self.mesh = config, mesh
         self.sources = open_sources(config, "val", tokenizer)
         self.batches = validation_batches(config, hosts.local_rows(mesh, eval_rows(config)), self.sources)

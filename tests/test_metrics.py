@@ -13,6 +13,7 @@ import pytest
 from jaxlm import metrics, pictures
 from jaxlm.check import check
 from jaxlm.errors import ConfigError, DataError
+from jaxlm.evaluator import Evaluator
 from jaxlm.keys import BLEU_TOKENIZERS, base
 from jaxlm.score import bleu_options, of_texts, warn_once
 
@@ -200,6 +201,20 @@ def test_a_tokenizer_that_sacrebleu_has_not_is_refused_before_a_run():
     config.task.name, config.eval.bleu_tokenize = "classify", "char"
     (problem,) = [each for each in check(config) if "bleu" in each]
     assert "task classify does not follow it" in problem
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ImportError, OSError])
+@pytest.mark.parametrize("task", ["seq2seq", "sft"])
+def test_what_a_tokenizer_of_bleu_needs_is_told_before_a_run(task, error, monkeypatch):
+    def missing(**options):
+        raise error("\nneeds more.\n\n    pip install more\n")
+
+    missing.TOKENIZERS = sacrebleu.BLEU.TOKENIZERS
+    monkeypatch.setattr(sacrebleu, "BLEU", missing)
+    config = base()
+    config.task.name, config.eval.generate, config.eval.bleu_tokenize = task, 5, "ja-mecab"
+    with pytest.raises(ConfigError, match=r"bleu_tokenize=ja-mecab: needs more\. pip install more Or choose char"):
+        Evaluator(config, mesh=None)
 
 
 def squad_by_definition(prediction, answers):
