@@ -6,6 +6,7 @@ import string
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -215,6 +216,20 @@ def test_what_a_tokenizer_of_bleu_needs_is_told_before_a_run(task, error, monkey
     config.task.name, config.eval.generate, config.eval.bleu_tokenize = task, 5, "ja-mecab"
     with pytest.raises(ConfigError, match=r"bleu_tokenize=ja-mecab: needs more\. pip install more Or choose char"):
         Evaluator(config, mesh=None)
+
+
+@pytest.mark.parametrize(
+    ("task", "bad"), [("regress", [np.nan]), ("regress", [np.inf]), ("classify", [np.nan, np.nan])]
+)
+def test_scores_that_are_nan_leave_an_evaluation_its_loss(task, bad, caplog):
+    evaluator = object.__new__(Evaluator)  # without a model
+    evaluator.config = base()
+    evaluator.config.task.name, evaluator.config.data.labels = task, ("no", "yes")
+    evaluator.sources = [SimpleNamespace(pieces=[{"label": 1}, {"label": 0}])]
+    warn_once.cache_clear()
+    assert evaluator.scored({0: np.array(bad), 1: np.array(bad)}) == {}
+    (line,) = caplog.messages
+    assert line.startswith("this evaluation gives only the loss: ") and "NaN" in line
 
 
 def squad_by_definition(prediction, answers):
