@@ -17,7 +17,7 @@ from jaxlm.costs import num_parameters
 from jaxlm.data.pipeline import open_stores
 from jaxlm.data.store import Store
 from jaxlm.errors import ConfigError, DataError
-from jaxlm.keys import ROLES, WRITTEN
+from jaxlm.keys import BLEU_TOKENIZERS, ROLES, WRITTEN
 from jaxlm.parallel import hosts
 from jaxlm.report import REPORTS, comparison, report, table
 from jaxlm.start import read_teacher
@@ -47,6 +47,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--beams", type=int, help="hypotheses of a beam search, for texts (default: the run's)")
     parser.add_argument("--length_penalty", type=float, help="of a beam search (default: the run's)")
     parser.add_argument("--max_tokens", type=int, help="of an answer (default: the run's)")
+    parser.add_argument(
+        "--bleu_tokenize", choices=BLEU_TOKENIZERS, help="sacrebleu's tokenizer for BLEU (default: the run's)"
+    )
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamplings for intervals; 0: none")
     parser.add_argument("--pictures", metavar="DIR", help="write pictures there, .png")
     parser.add_argument("--answers", metavar="FILE", help="write every example with what the model says, .jsonl")
@@ -86,7 +89,7 @@ def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
     lm = jaxlm.load(workdir, step=args.step)
     config = lm.config.copy_and_resolve_references()
     config.eval.batches = config.eval.generate = 0
-    for key in ("beams", "length_penalty", "max_tokens"):
+    for key in ("beams", "length_penalty", "max_tokens", "bleu_tokenize"):
         if getattr(args, key) is not None:
             config.eval[key] = getattr(args, key)
             if config.task.name not in WRITTEN and len(args.workdir) == 1:

@@ -15,9 +15,10 @@ from jaxlm.data.pipeline import Prefetch, eval_rows, open_sources, open_stores, 
 from jaxlm.data.store import Store
 from jaxlm.errors import DataError
 from jaxlm.keys import WRITTEN
+from jaxlm.metrics import bleu_scorer
 from jaxlm.parallel import hosts
 from jaxlm.respond import of_examples
-from jaxlm.score import SCORED, score, score_texts
+from jaxlm.score import SCORED, bleu_options, score, score_texts, warn_once
 from jaxlm.state import eval_step
 
 
@@ -26,6 +27,8 @@ class Evaluator:
 
     def __init__(self, config: ConfigDict, mesh, tokenizer=None):
         """tokenizer: the model's, where that is not config.data's own."""
+        if config.task.name in WRITTEN and config.eval.generate:
+            bleu_scorer(**bleu_options(config))  # so that what is missing is told before step 1
         self.config, self.mesh = config, mesh
         self.sources = open_sources(config, "val", tokenizer)
         self.batches = validation_batches(config, hosts.local_rows(mesh, eval_rows(config)), self.sources)
@@ -49,10 +52,19 @@ class Evaluator:
         sums, scores, complete = self.run(params, teacher)
         result, config = self.figures(sums, complete), self.config
         if scores is not None and installed():
-            result |= {name: x for name, x in score(config, self.sources[0], scores).items() if isinstance(x, float)}
+            result |= self.scored(scores)
         if config.task.name in WRITTEN and config.eval.generate:
             result |= score_texts(config, self.sources[0], params, config.eval.generate)
         return result
+
+    def scored(self, scores: dict) -> dict:
+        """The task's figures; none, and that is told, where the scores have none, such as those that are NaN."""
+        try:
+            figures = score(self.config, self.sources[0], scores)
+        except DataError as error:  # the run goes on: train.max_skipped ends those that stay NaN
+            warn_once(f"this evaluation gives only the loss: {error}")
+            return {}
+        return {name: x for name, x in figures.items() if isinstance(x, float)}
 
     def figures(self, sums: dict, complete: bool) -> dict:
         """Means of the sums; of text also perplexity and tokens, and of all of a text bits_per_byte and bytes."""

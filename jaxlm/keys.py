@@ -77,7 +77,12 @@ FOLLOWED = {
     "eval.beams": WRITTEN,
     "eval.max_tokens": WRITTEN,
     "eval.length_penalty": WRITTEN,
+    "eval.bleu_tokenize": WRITTEN,
 }
+# As sacrebleu's BLEU.TOKENIZERS has them; zh, ja-mecab and ko-mecab divide what has no spaces, char every character.
+BLEU_TOKENIZERS = (
+    "13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "none", "spm", "flores101", "flores200", "spBLEU-1K"
+)  # fmt: skip
 CHOICES = {
     "task.name": (*TOKEN_TASKS, *ROLES),
     "task.class_weights": ("none", "balanced"),
@@ -100,6 +105,7 @@ CHOICES = {
     "mesh.strategy": tuple(STRATEGIES),
     "mesh.across": ("data", "fsdp", "stage"),
     "optim.name": ("sgd", "adam", "adamw", "adafactor", "lion", "muon"),
+    "eval.bleu_tokenize": BLEU_TOKENIZERS,
     "optim.schedule": ("constant", "linear", "cosine", "wsd", "inverse_sqrt"),
 }
 
@@ -266,6 +272,7 @@ def base() -> ConfigDict:
     c.eval.max_tokens = 0  # of an answer; 0: data.seq_len
     c.eval.beams = 1  # hypotheses of a beam search; 1: greedy
     c.eval.length_penalty = 0.6  # exponent of the length that a beam's score is divided by (Wu et al. 2016)
+    c.eval.bleu_tokenize = "13a"  # sacrebleu's, the usual one of papers; zh, ja-mecab, ko-mecab or char without spaces
 
     c.log = ConfigDict()
     c.log.every = 10  # steps between rows of metrics.jsonl

@@ -184,16 +184,26 @@ def texts(hypotheses: Sequence[str], references: Sequence[str | Sequence[str]]) 
     return lists
 
 
+def bleu_scorer(lowercase: bool = False, tokenize: str = "13a", **options):
+    """sacrebleu's BLEU. Raises ConfigError where it has no such tokenizer, or where what that needs is not here."""
+    lib = library("sacrebleu")
+    if tokenize not in lib.BLEU.TOKENIZERS:
+        raise ConfigError(f"sacrebleu has no tokenizer {tokenize!r}; it has {', '.join(lib.BLEU.TOKENIZERS)}")
+    try:
+        return lib.BLEU(lowercase=lowercase, tokenize=tokenize, **options)
+    except (ImportError, OSError, RuntimeError) as error:  # its message names the package, or the file it looks for
+        need = " ".join(str(error).split())
+        raise ConfigError(f"config.eval.bleu_tokenize={tokenize}: {need} Or choose char or zh.") from None
+
+
 def translation(hypotheses, references, lowercase: bool = False, tokenize: str = "13a") -> dict:
     """bleu and chrf of the corpus, to 100, and sacrebleu's signature and chrf_signature, which make them comparable.
 
     `references` has a text for each hypothesis, or a list of one or more. `tokenize` is one of sacrebleu's. BLEU counts
     runs of four tokens: where no reference has one it is left out, being 0 even for the references themselves.
     """
-    lib, lists = library("sacrebleu"), texts(hypotheses, references)
-    if tokenize not in lib.BLEU.TOKENIZERS:
-        raise ConfigError(f"sacrebleu has no tokenizer {tokenize!r}; it has {', '.join(lib.BLEU.TOKENIZERS)}")
-    bleu, chrf = lib.BLEU(lowercase=lowercase, tokenize=tokenize), lib.CHRF(lowercase=lowercase)
+    lists = texts(hypotheses, references)
+    bleu, chrf = bleu_scorer(lowercase, tokenize), library("sacrebleu").CHRF(lowercase=lowercase)
     scored = lambda metric: metric.corpus_score([*hypotheses], [*zip_longest(*lists)]).score
     result = {"chrf": scored(chrf), "chrf_signature": str(chrf.get_signature())}
     if any(bleu.corpus_score([text], [[text]]).totals[3] for each in lists for text in each):
@@ -203,7 +213,7 @@ def translation(hypotheses, references, lowercase: bool = False, tokenize: str =
 
 def bleu_counts(hypotheses, references, lowercase: bool = False, tokenize: str = "13a") -> np.ndarray:
     """[N, 10]: what BLEU counts in each sentence. bootstrap(bleu_of, bleu_counts(...)) resamples the sentences."""
-    bleu = library("sacrebleu").BLEU(lowercase, tokenize=tokenize, effective_order=True)  # only stops a warning
+    bleu = bleu_scorer(lowercase, tokenize, effective_order=True)  # only stops a warning
     scores = map(bleu.sentence_score, hypotheses, texts(hypotheses, references))
     return np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores])
 

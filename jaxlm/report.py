@@ -16,7 +16,7 @@ from jaxlm.errors import ConfigError
 from jaxlm.evaluator import Evaluator
 from jaxlm.keys import ROLES, WRITTEN
 from jaxlm.respond import BATCH
-from jaxlm.score import SCORED, answers_of, score, write_answers
+from jaxlm.score import SCORED, answers_of, bleu_options, of_texts, score, write_answers
 
 INTERVALS = {  # task -> the figures that get an interval
     "classify": ("accuracy", "f1", "auc"),
@@ -73,9 +73,9 @@ class Reporter:
     def texts(self) -> dict:
         """BLEU, chrF and ROUGE of what the model writes."""
         said, wanted = self.written()
-        result = metrics.translation(said, wanted, lowercase=self.config.data.lowercase) | metrics.rouge(said, wanted)
+        result = of_texts(self.config, said, wanted)
         if self.args.bootstrap and "bleu" in result:
-            counts = metrics.bleu_counts(said, wanted)
+            counts = metrics.bleu_counts(said, wanted, **bleu_options(self.config))
             result["bleu_interval"] = self.interval(metrics.bleu_of, counts)
         return result
 

@@ -1,11 +1,15 @@
 """The figures of a task from a model's answers to its examples; jaxlm/metrics.py has the arithmetic."""
 
+import logging
+from functools import cache
+
 import numpy as np
 from ml_collections import ConfigDict
 
 from jaxlm import metrics
 from jaxlm.data.examples import label_names
 from jaxlm.data.transforms import ALLOWED, answer_text
+from jaxlm.errors import DataError
 from jaxlm.respond import best_span, write
 
 SCORED = ("classify", "multilabel", "regress", "tag", "qa")  # whose examples have scores
@@ -96,4 +100,24 @@ def reference_of(example: dict, config: ConfigDict) -> str:
 def score_texts(config: ConfigDict, source, params, count: int = 0) -> dict:
     """BLEU, chrF and ROUGE of what the model writes to the examples."""
     said, references = write_answers(config, source, params, count)
-    return metrics.translation(said, references, lowercase=config.data.lowercase) | metrics.rouge(said, references)
+    return of_texts(config, said, references)
+
+
+def of_texts(config: ConfigDict, said: list[str], references: list[str]) -> dict:
+    """BLEU, chrF and ROUGE of texts. ROUGE is left out, and that is told, where the references are not in a to z."""
+    result = metrics.translation(said, references, **bleu_options(config))
+    try:
+        return result | metrics.rouge(said, references)
+    except DataError as error:  # of ROUGE alone: translation has taken the same texts
+        warn_once(f"ROUGE is left out: {error}")
+        return result
+
+
+def bleu_options(config: ConfigDict) -> dict:
+    return {"lowercase": config.data.lowercase, "tokenize": config.eval.bleu_tokenize}
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Each evaluation of a run would say the same."""
+    logging.getLogger("jaxlm").warning(text)

@@ -22,7 +22,7 @@ from jaxlm.checkpoint import Checkpoints, describe_run, require_checkpoints
 from jaxlm.config import flatten, load, override, resolve
 from jaxlm.data.pipeline import Prefetch, fingerprint, load_tokenizer, train_batches, validation_batches
 from jaxlm.data.tables import absolute
-from jaxlm.errors import CheckpointError, ConfigError, NumericsError
+from jaxlm.errors import CheckpointError, NumericsError
 from jaxlm.evaluator import Evaluator
 from jaxlm.keys import MESH_AXES
 from jaxlm.monitor import Monitor, proposal
@@ -83,20 +83,35 @@ class Best:
     def __init__(self, metric: str, value: float | None = None, since: int = 0):
         self.metric, self.value, self.since = metric, value, since
 
-    def badness(self, result: dict) -> float:
-        """The metric of an evaluation, so that less is better. Raises ConfigError where it is not among the results."""
-        if self.metric not in result:
-            raise ConfigError(
-                f"config.eval.metric={self.metric}: an evaluation of this task has {', '.join(result)}"
-                f"{cli.did_you_mean(self.metric, result)}"
-            )
-        return result[self.metric] if less_is_better(self.metric) else -result[self.metric]
+    def badness(self, result: dict) -> float | None:
+        """The metric of an evaluation, so that less is better; None where the evaluation has not given it, or NaN."""
+        value = result.get(self.metric)
+        if value is None or not math.isfinite(value):
+            return None
+        return value if less_is_better(self.metric) else -value
+
+    def waits(self, result: dict) -> str:
+        """In words, why an evaluation says nothing of what is best; empty where it does."""
+        if self.badness(result) is not None:
+            return ""
+        why = "has no such figure on these data"
+        if self.metric in result:
+            why = f"gave {result[self.metric]}"
+        given = ", ".join(name for name in result if name != self.metric)
+        return (
+            f"eval.metric={self.metric}: this evaluation {why}, so the choice of the best and eval.patience wait; "
+            f"others it gave: {given}"
+        )
 
     def update(self, result: dict) -> bool:
-        """True where it is the best."""
+        """True where it is the best. An evaluation without the metric changes nothing: there is nothing to compare."""
         badness = self.badness(result)
-        better = math.isfinite(badness) and (self.value is None or badness < self.value)
-        self.value, self.since = (badness, 0) if better else (self.value, self.since + 1)
+        if badness is None:
+            return False
+        better = self.value is None or badness < self.value
+        if better:
+            self.value = badness
+        self.since = 0 if better else self.since + 1
         return better
 
 
@@ -249,6 +264,8 @@ class Run:
             result = self.evaluate(state.params if state.ema is None else state.ema, state.teacher)
             self.monitor.evaluation(step, result)
             badness = self.best.badness(result)
+            if waiting := self.best.waits(result):
+                self.monitor.say(waiting)
             if step % self.config.eval.every == 0:  # the one at stop_at is extra: patience must not depend on stops
                 better = self.best.update(result)
         self.hold.check()
@@ -257,7 +274,7 @@ class Run:
         keep_best = better and self.config.checkpoint.keep_best
         if ended or exhausted or keep_best or step % self.config.checkpoint.every == 0:
             meta, began = self.meta | {"best": [self.best.value, self.best.since]}, time.perf_counter()
-            self.checkpoints.save(state, meta, badness if badness is not None and math.isfinite(badness) else None)
+            self.checkpoints.save(state, meta, badness)
             self.monitor.saved(time.perf_counter() - began)
         return ended or exhausted
 
@@ -266,9 +283,10 @@ class Run:
         patience = self.config.eval.patience
         if not patience or self.best.since < patience:
             return False
-        self.monitor.say(
-            f"no better {self.best.metric} than {abs(self.best.value):.4f} in {patience} evaluations: stopping"
-        )
+        # a checkpoint of an older version may have counted evaluations that gave no value
+        value = self.best.value
+        than = "" if value is None else f" than {abs(value):.4f}"
+        self.monitor.say(f"no better {self.best.metric}{than} in {patience} evaluations: stopping")
         return True
 
 

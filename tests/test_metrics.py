@@ -6,12 +6,17 @@ import string
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jaxlm import metrics, pictures
+from jaxlm.check import check
 from jaxlm.errors import ConfigError, DataError
+from jaxlm.evaluator import Evaluator
+from jaxlm.keys import BLEU_TOKENIZERS, base
+from jaxlm.score import bleu_options, of_texts, warn_once
 
 sk = pytest.importorskip("sklearn.metrics")
 sacrebleu = pytest.importorskip("sacrebleu")
@@ -148,6 +153,83 @@ def test_rouge_is_rouge_scores():
     assert metrics.rouge(["The cats!"], [["dogs", "the cats"]])["rouge2"] == 100
     with pytest.raises(DataError, match="a to z"):
         metrics.rouge(["\u732b"], ["\u732b"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u732b\u304c\u597d\u304d",
+        "\u043a\u043e\u0442 \u0438 \u043f\u0435\u0441 \u0441\u043f\u044f\u0442",
+        "\u03b7 \u03b3\u03ac\u03c4\u03b1",
+    ],
+)
+def test_texts_that_rouge_cannot_read_keep_bleu_and_chrf(text, caplog):
+    config = base()
+    warn_once.cache_clear()
+    got = of_texts(config, [text, text], [text, text])
+    of_texts(config, [text, text], [text, text])
+    assert got["chrf"] == 100 and got == metrics.translation([text, text], [text, text])
+    (line,) = caplog.messages
+    assert line.startswith("ROUGE is left out: rouge_score reads a to z") and "\n" not in line
+
+
+def test_texts_in_a_to_z_have_rouge_too(caplog):
+    texts = ["the cat is red", "so is the mat"]
+    got = of_texts(base(), texts, texts)
+    assert got["bleu"] == pytest.approx(100) and got["rougeL"] == 100 and not caplog.messages
+    with pytest.raises(DataError, match="needed are"):
+        of_texts(base(), texts, texts[:1])
+
+
+def test_the_tokenizer_of_bleu_can_be_chosen():
+    config = base()
+    texts = ["\u732b\u304c\u597d\u304d", "\u72ac\u304c\u597d\u304d"]
+    assert "bleu" not in of_texts(config, texts, texts)  # a word each, to 13a
+    for name in ("char", "zh"):
+        config.eval.bleu_tokenize = name
+        got = of_texts(config, texts, texts)
+        assert got["bleu"] == pytest.approx(100) and f"tok:{name}" in got["signature"]
+        counts = metrics.bleu_counts(texts, texts, **bleu_options(config))
+        assert metrics.bleu_of(counts) == pytest.approx(100)
+
+
+def test_a_tokenizer_that_sacrebleu_has_not_is_refused_before_a_run():
+    config = base()
+    assert set(BLEU_TOKENIZERS) == set(sacrebleu.BLEU.TOKENIZERS)
+    config.task.name, config.eval.bleu_tokenize = "seq2seq", "chars"
+    (problem,) = [each for each in check(config) if "bleu" in each]
+    assert "config.eval.bleu_tokenize=chars: must be one of 13a" in problem and "did you mean char" in problem
+    config.task.name, config.eval.bleu_tokenize = "classify", "char"
+    (problem,) = [each for each in check(config) if "bleu" in each]
+    assert "task classify does not follow it" in problem
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ImportError, OSError])
+@pytest.mark.parametrize("task", ["seq2seq", "sft"])
+def test_what_a_tokenizer_of_bleu_needs_is_told_before_a_run(task, error, monkeypatch):
+    def missing(**options):
+        raise error("\nneeds more.\n\n    pip install more\n")
+
+    missing.TOKENIZERS = sacrebleu.BLEU.TOKENIZERS
+    monkeypatch.setattr(sacrebleu, "BLEU", missing)
+    config = base()
+    config.task.name, config.eval.generate, config.eval.bleu_tokenize = task, 5, "ja-mecab"
+    with pytest.raises(ConfigError, match=r"bleu_tokenize=ja-mecab: needs more\. pip install more Or choose char"):
+        Evaluator(config, mesh=None)
+
+
+@pytest.mark.parametrize(
+    ("task", "bad"), [("regress", [np.nan]), ("regress", [np.inf]), ("classify", [np.nan, np.nan])]
+)
+def test_scores_that_are_nan_leave_an_evaluation_its_loss(task, bad, caplog):
+    evaluator = object.__new__(Evaluator)  # without a model
+    evaluator.config = base()
+    evaluator.config.task.name, evaluator.config.data.labels = task, ("no", "yes")
+    evaluator.sources = [SimpleNamespace(pieces=[{"label": 1}, {"label": 0}])]
+    warn_once.cache_clear()
+    assert evaluator.scored({0: np.array(bad), 1: np.array(bad)}) == {}
+    (line,) = caplog.messages
+    assert line.startswith("this evaluation gives only the loss: ") and "NaN" in line
 
 
 def squad_by_definition(prediction, answers):

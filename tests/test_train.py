@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 from conftest import FLAGS, ROOT, program
 
 from jaxlm.data.prepare import prepare
-from jaxlm.errors import ConfigError
-from jaxlm.train import Best
+from jaxlm.keys import base
+from jaxlm.train import Best, Run
 from jaxlm.workdir import Hold
 
 SETTINGS = {
@@ -171,6 +172,38 @@ def test_the_best_is_not_spoiled_by_nan_and_knows_which_way_is_better():
     assert [best.update({"loss": loss}) for loss in (nan, 2.0, nan, 1.0)] == [False, True, False, True]
     high = Best("accuracy")
     assert [high.update({"accuracy": x}) for x in (0.5, nan, 0.4, 0.6)] == [True, False, False, True]
-    with pytest.raises(ConfigError, match="did you mean accuracy"):
-        Best("acuracy").update({"accuracy": 0.5})
-    assert best.since == 0
+    assert best.since == 0 and Best("bleu").badness({"bleu": 2.0}) == -2.0
+
+
+@pytest.mark.parametrize(
+    ("metric", "result", "why"),
+    [
+        ("auc", {"loss": 0.7, "accuracy": 1.0}, "has no such figure"),  # one class alone
+        ("pearson", {"loss": 0.0, "mse": 0.0}, "has no such figure"),  # constants
+        ("bleu", {"loss": 1.0, "chrf": 3.0}, "has no such figure"),  # targets of one word
+        ("loss", {"loss": float("nan"), "tokens": 3}, "gave nan"),
+        ("mse", {"loss": 1.0, "mse": float("inf")}, "gave inf"),
+    ],
+)
+def test_a_metric_that_an_evaluation_does_not_give_saves_and_waits(metric, result, why):
+    config = base()
+    config.eval.metric, config.eval.patience, config.checkpoint.every = metric, 1, 5
+    run = object.__new__(Run)  # without a model
+    run.config, run.meta, run.best, run.hold = config, {}, Best(metric), Mock()
+    run.monitor, run.checkpoints, run.evaluate = Mock(), Mock(), Mock(return_value=result)
+    state = Mock(ema=None)
+    assert [run.visit(state, step, False, True) for step in (250, 500, 750)] == [False] * 3
+    saves = run.checkpoints.save.call_args_list
+    assert [save.args for save in saves] == [(state, {"best": [None, 0]}, None)] * 3
+    said = [call.args[0] for call in run.monitor.say.call_args_list]
+    assert len(said) == 3 and "\n" not in said[0]
+    assert f"eval.metric={metric}: this evaluation {why}" in said[0] and "wait" in said[0]
+
+
+def test_patience_that_was_spent_without_a_value_is_told():
+    """As checkpoints of older versions may have it."""
+    run, config = object.__new__(Run), base()
+    config.eval.patience = 2
+    run.config, run.monitor, run.best = config, Mock(), Best("auc", None, 2)
+    assert run.exhausted()
+    run.monitor.say.assert_called_once_with("no better auc in 2 evaluations: stopping")
