@@ -1,8 +1,13 @@
 """Laws of the readers: every format gives the same documents; what is wrong with a file is refused or counted."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import os
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -208,3 +213,45 @@ def test_the_standard_library_is_an_input():
     names = [source.name for source in sources]
     assert len(names) > 300 and "stdlib/argparse.py" in names and names == sorted(names)
     assert not any("/test/" in name or "site-packages" in name for name in names)
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.Codec("zstd").compress(data, asbytes=True)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.bz2", "a.jsonl.xz", "a.jsonl"])
+def test_what_is_compressed_is_read_by_its_first_bytes(tmp_path, name):
+    path = tmp_path / name
+    plain = jsonl(path).read_bytes() if "jsonl" in name else b"text\n" * 1000
+    want = "".join(DOCS) if "jsonl" in name else plain.decode()
+    for compress in (bytes, gzip.compress, zstd, bz2.compress, lzma.compress):
+        path.write_bytes(compress(plain))
+        pieces = readers.read(parts.plan(readers.find([str(path)]))[0], "text", readers.Notes())
+        assert "".join(piece.text for piece in pieces) == want
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstd, bz2.compress, lzma.compress])
+def test_a_compressed_file_that_breaks_off_is_noted(tmp_path, compress):
+    path = tmp_path / "a.txt"
+    path.write_bytes(compress(np.random.default_rng(0).bytes(50_000).hex().encode())[:-9000])
+    notes = readers.Notes()
+    list(readers.read(parts.plan(readers.find([str(path)]))[0], "text", notes))
+    assert len(notes.broken) == 1
+
+
+def test_archives_are_refused_all_at_once_with_what_to_type(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.txt", "w") as archive:
+        archive.writestr("b.txt", "text")
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        archive.add(tmp_path / "a.txt", "b.txt")
+    (tmp_path / "b.txt").write_bytes(packed.getvalue())
+    (tmp_path / "c d.txt").write_bytes(gzip.compress(packed.getvalue()))
+    (tmp_path / "e.txt").write_bytes(b"7z\xbc\xaf\x27\x1c and more")
+    (tmp_path / "f.txt").write_text("text")
+    with pytest.raises(DataError) as error:
+        prepare.prepare([str(tmp_path)], tmp_path / "out", "bytes")
+    _, *lines = str(error.value).splitlines()
+    assert len(lines) == 4
+    for line, words in zip(lines, ("unzip ", "tar -xf ", "tar -xf '", "7z x ")):
+        assert words in line

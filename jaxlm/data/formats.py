@@ -1,0 +1,63 @@
+"""What a file is by its first bytes, whatever its name says, and its bytes without compression."""
+
+import bz2
+import lzma
+import re
+import shlex
+from typing import BinaryIO
+
+import pyarrow as pa
+
+HEAD_BYTES = 64 << 10  # enough to see what a file is
+COMPRESSIONS = {
+    "gzip": re.compile(rb"\x1f\x8b\x08"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # a frame, or one to skip
+    "bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+}
+# What is not read, and what takes the text out of it.
+ARCHIVES = (
+    (re.compile(rb"PK(\x03\x04|\x05\x06|\x07\x08)"), "a zip archive", "unzip {} -d FOLDER"),
+    (re.compile(rb"7z\xbc\xaf\x27\x1c"), "a 7z archive", "7z x {} -oFOLDER"),
+    (re.compile(rb"Rar!\x1a\x07"), "a rar archive", "unrar x {} FOLDER/"),
+    (re.compile(rb".{257}ustar", re.DOTALL), "a tar archive", "mkdir FOLDER && tar -xf {} -C FOLDER"),
+    (re.compile(rb"\x04\x22\x4d\x18"), "compressed with lz4", "lz4 -d {} TEXT"),
+    (re.compile(rb"\x1f\x9d"), "compressed with compress", "gzip -dc {} > TEXT"),
+    (re.compile(rb"%PDF-"), "a PDF", "pdftotext {} TEXT"),
+)
+BROKEN = (OSError, EOFError, lzma.LZMAError)  # what reading a compressed file may raise
+
+
+def compression(head: bytes) -> str:
+    """The key of COMPRESSIONS that a file with these first bytes is compressed with, else ""."""
+    for name, pattern in COMPRESSIONS.items():
+        if pattern.match(head):
+            return name
+    return ""
+
+
+def open_stream(path: str, name: str) -> BinaryIO:
+    """The bytes of a file without its compression (see `compression`)."""
+    if name == "bz2":
+        return bz2.open(path)
+    if name == "xz":
+        return lzma.open(path)
+    return pa.input_stream(path, compression=name or None)
+
+
+def beginning(path: str, name: str) -> bytes:
+    """The first bytes of what is in a file; none of one that breaks off there, which reading it will tell."""
+    try:
+        with open_stream(path, name) as stream:
+            return stream.read(HEAD_BYTES)
+    except BROKEN:
+        return b""
+
+
+def refusal(path: str, head: bytes) -> str:
+    """Why a file with these first bytes is not read and what to type, else ""."""
+    for pattern, what, command in ARCHIVES:
+        if pattern.match(head):
+            typed = command.format(shlex.quote(path))
+            return f"{what}, which is not read; take the text out first: {typed}"
+    return ""
