@@ -255,3 +255,30 @@ def test_archives_are_refused_all_at_once_with_what_to_type(tmp_path):
     assert len(lines) == 4
     for line, words in zip(lines, ("unzip ", "tar -xf ", "tar -xf '", "7z x ")):
         assert words in line
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.ndjson", "a.ndjson.zst", "a.00000-of-00008.json.gz"])
+def test_json_with_a_record_a_line_is_a_document_a_record(tmp_path, name):
+    path = jsonl(tmp_path / name)
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    pieces = readers.read(parts.plan(readers.find([str(path)]))[0], "text", readers.Notes())
+    assert [piece.text for piece in pieces] == DOCS
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.json", '[{"text": "a"},\n{"text": "b"}]', r"jq -c '\.\[\]'"),
+        ("a.json", '\n {\n "text": "a"}', "jq -c \\."),
+        ("a.csv", "text,label\na,1\n", "--text_key: cat .*a.csv .*'excel'"),
+        ("a b.tsv", "text\tlabel\na\t1\n", "--text_key: cat '.*a b.tsv' .*'excel-tab'"),
+    ],
+)
+def test_what_has_records_but_not_one_a_line_is_refused_with_what_to_type(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name}: .*{words}.* > "):
+        readers.find([str(tmp_path / name)])
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(DataError, match=rf"{name}.gz: .*gzip -dc "):
+        readers.find([str(tmp_path / f"{name}.gz")])

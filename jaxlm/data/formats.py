@@ -25,6 +25,11 @@ ARCHIVES = (
     (re.compile(rb"\x1f\x9d"), "compressed with compress", "gzip -dc {} > TEXT"),
     (re.compile(rb"%PDF-"), "a PDF", "pdftotext {} TEXT"),
 )
+DECOMPRESS = {"": "cat", "gzip": "gzip -dc", "zstd": "zstd -dc", "bz2": "bzip2 -dc", "xz": "xz -dc"}
+TABLES = {".csv": "excel", ".tsv": "excel-tab"}  # the dialects of the csv module
+TO_JSONL = (
+    "python -c \"import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(sys.stdin, dialect='{}')]\""
+)
 BROKEN = (OSError, EOFError, lzma.LZMAError)  # what reading a compressed file may raise
 
 
@@ -54,10 +59,35 @@ def beginning(path: str, name: str) -> bytes:
         return b""
 
 
-def refusal(path: str, head: bytes) -> str:
-    """Why a file with these first bytes is not read and what to type, else ""."""
+def refusal(path: str, suffix: str, name: str, head: bytes) -> str:
+    """Why a file is not read and what to type, else "".
+
+    Its name ends with `suffix` but for its compression, `name`; `head` is what `beginning` gives.
+    """
     for pattern, what, command in ARCHIVES:
         if pattern.match(head):
             typed = command.format(shlex.quote(path))
             return f"{what}, which is not read; take the text out first: {typed}"
+    if suffix in TABLES:
+        typed = _typed(path, name, TO_JSONL.format(TABLES[suffix]), ".jsonl")
+        return f"a table, which is not read; write a record a line, and name its column as --text_key: {typed}"
+    if suffix == ".json":
+        return _json_refusal(path, name, head)
     return ""
+
+
+def _json_refusal(path: str, name: str, head: bytes) -> str:
+    text = head.removeprefix(b"\xef\xbb\xbf").strip()
+    if text.startswith(b"["):
+        typed = _typed(path, name, "jq -c '.[]'", ".jsonl")
+        return f"one JSON list, which is not read; write a record a line: {typed}"
+    first, ended, _ = text.partition(b"\n")
+    if ended and first.startswith(b"{") and not first.rstrip().endswith(b"}"):
+        typed = _typed(path, name, "jq -c .", ".jsonl")
+        return f"a JSON object on many lines, which is not read; write a record a line: {typed}"
+    return ""
+
+
+def _typed(path: str, name: str, command: str, ending: str) -> str:
+    """A line for the shell that puts the text of a file through a command, into a new file."""
+    return f"{DECOMPRESS[name]} {shlex.quote(path)} | {command} > {shlex.quote(path + ending)}"

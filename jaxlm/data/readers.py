@@ -1,8 +1,9 @@
 """Raw files to documents: find the files, then read them, or a stretch of one, piece by piece.
 
-A text file of any kind is one document; a .jsonl line and a .parquet row is one document under a key. What gzip, zstd,
-bz2 or xz compressed is read through, by its first bytes. What is wrong with the input is noted, never raised: the
-caller has to see all of it before it decides. But a file of a format that is not read is refused at once.
+A text file of any kind is one document; a line of .jsonl, .ndjson or .json, and a row of .parquet, is one document
+under a key. What gzip, zstd, bz2 or xz compressed is read through, by its first bytes. What is wrong with the input is
+noted, never raised: the caller has to see all of it before it decides. But a file of a format that is not read is
+refused at once.
 """
 
 import glob
@@ -24,7 +25,8 @@ from jaxlm.data.tokenizer import replace_surrogates
 from jaxlm.errors import DataError
 
 # What a directory is searched for; a file that is named, or matches a glob, may be any.
-SUFFIXES = ".jsonl .parquet .txt .md .rst .tex .html .py .c .h .cc .cpp .cu .js .ts .java .go .rs .sh".split()
+SUFFIXES = ".jsonl .ndjson .parquet .txt .md .rst .tex .html .py .c .h .cc .cpp .cu .js .ts .java .go .rs .sh".split()
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}  # the others are text
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 PIECE_BYTES = 64 << 10  # of text to encode at a time: sentencepiece is half as fast on 1 MiB
@@ -44,7 +46,7 @@ class Source:
 
     @property
     def kind(self) -> str:
-        return {".jsonl": "jsonl", ".parquet": "parquet"}.get(_suffix(self.path), "text")
+        return KINDS.get(_suffix(self.path), "text")
 
     @property
     def compressed(self) -> bool:
@@ -134,7 +136,8 @@ def _refuse(sources: list[Source]) -> None:
     wrong = []
     for source in sources:
         head = formats.beginning(source.path, source.compression)
-        if reason := formats.refusal(source.path, head):
+        suffix = _suffix(source.path)
+        if reason := formats.refusal(source.path, suffix, source.compression, head):
             wrong.append(f"{source.name}: {reason}")
     if wrong:
         raise DataError("\n  ".join(["the input has files that can't be read:", *wrong]))
