@@ -282,3 +282,31 @@ def test_what_has_records_but_not_one_a_line_is_refused_with_what_to_type(tmp_pa
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
     with pytest.raises(DataError, match=rf"{name}.gz: .*gzip -dc "):
         readers.find([str(tmp_path / f"{name}.gz")])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_text_with_a_byte_order_mark_is_read(tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr(parts, "PART_BYTES", 100)  # which must not cut it
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 7)
+    text = "Line \u4e2d \U0001f600\n" * 50
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    (tmp_path / "b.txt").write_bytes(gzip.compress(text.encode(encoding)))
+    for name in "ab":
+        assert prepared_text(tmp_path / f"{name}.txt") == (text, {"byte_order_marks": 1})
+    path = jsonl(tmp_path / "c.json")
+    path.write_bytes(path.read_text().encode(encoding))
+    assert prepared_text(path) == ("".join(DOCS), {"byte_order_marks": 1})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"c\.json: .*truncated data"):
+        prepared_text(path)
+
+
+@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE"])
+def test_text_without_a_byte_order_mark_is_refused_with_the_command_that_converts_it(tmp_path, encoding):
+    path = tmp_path / "a.txt"
+    path.write_bytes("Line one\n".encode(encoding))
+    with pytest.raises(DataError, match=f"a.txt: .*NUL.*cat .* iconv -f {encoding} -t UTF-8 > "):
+        readers.find([str(path)])
+    (tmp_path / "b.txt").write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(DataError, match=f"b.txt: .*gzip -dc .* iconv -f {encoding}"):
+        readers.find([str(tmp_path / "b.txt")])

@@ -1,9 +1,11 @@
-"""What a file is by its first bytes, whatever its name says, and its bytes without compression."""
+"""What a file is by its first bytes, whatever its name says; its bytes without compression, as UTF-8."""
 
 import bz2
+import codecs
 import lzma
 import re
 import shlex
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -30,7 +32,9 @@ TABLES = {".csv": "excel", ".tsv": "excel-tab"}  # the dialects of the csv modul
 TO_JSONL = (
     "python -c \"import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(sys.stdin, dialect='{}')]\""
 )
-BROKEN = (OSError, EOFError, lzma.LZMAError)  # what reading a compressed file may raise
+MARKS = {"utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
+NUL_SHARE = 0.2  # of the bytes of what is no UTF-8; a stray NUL in a text is kept
+BROKEN = (OSError, EOFError, lzma.LZMAError, UnicodeError)  # what reading a compressed or encoded file may raise
 
 
 def compression(head: bytes) -> str:
@@ -39,6 +43,22 @@ def compression(head: bytes) -> str:
         if pattern.match(head):
             return name
     return ""
+
+
+def encoding(head: bytes) -> str:
+    """The key of MARKS whose byte order mark these bytes start with, else "": UTF-8."""
+    for name, marks in MARKS.items():  # the UTF-16 mark is the start of the UTF-32 one
+        if head.startswith(marks):
+            return name
+    return ""
+
+
+def to_utf8(blocks: Iterable[bytes], name: str) -> Iterator[bytes]:
+    """Text in an encoding of MARKS, as UTF-8 without the mark. Raises: UnicodeError where it is broken."""
+    decoder = codecs.getincrementaldecoder(name)()
+    for block in blocks:
+        yield decoder.decode(block).encode()
+    yield decoder.decode(b"", final=True).encode()
 
 
 def open_stream(path: str, name: str) -> BinaryIO:
@@ -68,12 +88,25 @@ def refusal(path: str, suffix: str, name: str, head: bytes) -> str:
         if pattern.match(head):
             typed = command.format(shlex.quote(path))
             return f"{what}, which is not read; take the text out first: {typed}"
+    name_of_encoding = encoding(head)
+    if name_of_encoding:
+        head = head.decode(name_of_encoding, errors="replace").encode()
+    elif suffix != ".parquet" and head.count(0) > NUL_SHARE * len(head):
+        return _nul_refusal(path, name, head)
     if suffix in TABLES:
         typed = _typed(path, name, TO_JSONL.format(TABLES[suffix]), ".jsonl")
         return f"a table, which is not read; write a record a line, and name its column as --text_key: {typed}"
     if suffix == ".json":
         return _json_refusal(path, name, head)
     return ""
+
+
+def _nul_refusal(path: str, name: str, head: bytes) -> str:
+    big = head[::2].count(0) > head[1::2].count(0)
+    guess = "UTF-16BE" if big else "UTF-16LE"
+    typed = _typed(path, name, f"iconv -f {guess} -t UTF-8", ".utf8")
+    share = head.count(0) / len(head)
+    return f"{share:.0%} NUL bytes, so not UTF-8; if it is {guess} without a byte order mark, convert it: {typed}"
 
 
 def _json_refusal(path: str, name: str, head: bytes) -> str:

@@ -43,14 +43,16 @@ class Source:
     bytes: int
     sha256: str
     compression: str = ""  # see formats.compression
+    encoding: str = ""  # see formats.encoding
 
     @property
     def kind(self) -> str:
         return KINDS.get(_suffix(self.path), "text")
 
     @property
-    def compressed(self) -> bool:
-        return bool(self.compression)
+    def streamed(self) -> bool:
+        """Whether its bytes are not those of the text, so that it has to be read from its start."""
+        return bool(self.compression or self.encoding)
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,8 @@ def _source(name: str, path: str) -> Source:
         for start in range(0, size, step):
             file.seek(start)
             digest.update(file.read(length))
-    return Source(name, path, size, digest.hexdigest(), compression)
+    encoding = formats.encoding(formats.beginning(path, compression))
+    return Source(name, path, size, digest.hexdigest(), compression, encoding)
 
 
 def _read_text(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
@@ -275,10 +278,8 @@ def _blocks(span: Span, notes: Notes) -> Iterator[bytes]:
     try:
         if not span.source.bytes and span.source.path.lower().endswith(COMPRESSED):
             raise OSError("empty, which no compressed file is")
-        if span.source.compressed:
-            with formats.open_stream(span.source.path, span.source.compression) as stream:
-                while block := stream.read(BLOCK_BYTES):
-                    yield block
+        if span.source.streamed:
+            yield from _streamed(span.source, notes)
             return
         with open(span.source.path, "rb") as stream:
             stream.seek(span.start)
@@ -286,6 +287,16 @@ def _blocks(span: Span, notes: Notes) -> Iterator[bytes]:
                 yield stream.read(min(BLOCK_BYTES, span.stop - start))
     except formats.BROKEN as error:
         _broken(notes, span.source.name, error)
+
+
+def _streamed(source: Source, notes: Notes) -> Iterator[bytes]:
+    """All of a file as UTF-8, without its compression."""
+    with formats.open_stream(source.path, source.compression) as stream:
+        blocks = iter(lambda: stream.read(BLOCK_BYTES), b"")
+        if source.encoding:
+            notes.counts["byte_order_marks"] += 1
+            blocks = formats.to_utf8(blocks, source.encoding)
+        yield from blocks
 
 
 def _lines(blocks: Iterable[bytes], notes: Notes) -> Iterator[bytes]:
