@@ -1,8 +1,13 @@
 """Laws of the readers: every format gives the same documents; what is wrong with a file is refused or counted."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import os
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -208,3 +213,100 @@ def test_the_standard_library_is_an_input():
     names = [source.name for source in sources]
     assert len(names) > 300 and "stdlib/argparse.py" in names and names == sorted(names)
     assert not any("/test/" in name or "site-packages" in name for name in names)
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.Codec("zstd").compress(data, asbytes=True)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.bz2", "a.jsonl.xz", "a.jsonl"])
+def test_what_is_compressed_is_read_by_its_first_bytes(tmp_path, name):
+    path = tmp_path / name
+    plain = jsonl(path).read_bytes() if "jsonl" in name else b"text\n" * 1000
+    want = "".join(DOCS) if "jsonl" in name else plain.decode()
+    for compress in (bytes, gzip.compress, zstd, bz2.compress, lzma.compress):
+        path.write_bytes(compress(plain))
+        pieces = readers.read(parts.plan(readers.find([str(path)]))[0], "text", readers.Notes())
+        assert "".join(piece.text for piece in pieces) == want
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstd, bz2.compress, lzma.compress])
+def test_a_compressed_file_that_breaks_off_is_noted(tmp_path, compress):
+    path = tmp_path / "a.txt"
+    path.write_bytes(compress(np.random.default_rng(0).bytes(50_000).hex().encode())[:-9000])
+    notes = readers.Notes()
+    list(readers.read(parts.plan(readers.find([str(path)]))[0], "text", notes))
+    assert len(notes.broken) == 1
+
+
+def test_archives_are_refused_all_at_once_with_what_to_type(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.txt", "w") as archive:
+        archive.writestr("b.txt", "text")
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        archive.add(tmp_path / "a.txt", "b.txt")
+    (tmp_path / "b.txt").write_bytes(packed.getvalue())
+    (tmp_path / "c d.txt").write_bytes(gzip.compress(packed.getvalue()))
+    (tmp_path / "e.txt").write_bytes(b"7z\xbc\xaf\x27\x1c and more")
+    (tmp_path / "f.txt").write_text("text")
+    with pytest.raises(DataError) as error:
+        prepare.prepare([str(tmp_path)], tmp_path / "out", "bytes")
+    _, *lines = str(error.value).splitlines()
+    assert len(lines) == 4
+    for line, words in zip(lines, ("unzip ", "tar -xf ", "tar -xf '", "7z x ")):
+        assert words in line
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.ndjson", "a.ndjson.zst", "a.00000-of-00008.json.gz"])
+def test_json_with_a_record_a_line_is_a_document_a_record(tmp_path, name):
+    path = jsonl(tmp_path / name)
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    pieces = readers.read(parts.plan(readers.find([str(path)]))[0], "text", readers.Notes())
+    assert [piece.text for piece in pieces] == DOCS
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.json", '[{"text": "a"},\n{"text": "b"}]', r"jq -c '\.\[\]'"),
+        ("a.json", '\n {\n "text": "a"}', "jq -c \\."),
+        ("a.csv", "text,label\na,1\n", "--text_key: cat .*a.csv .*'excel'"),
+        ("a b.tsv", "text\tlabel\na\t1\n", "--text_key: cat '.*a b.tsv' .*'excel-tab'"),
+    ],
+)
+def test_what_has_records_but_not_one_a_line_is_refused_with_what_to_type(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name}: .*{words}.* > "):
+        readers.find([str(tmp_path / name)])
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(DataError, match=rf"{name}.gz: .*gzip -dc "):
+        readers.find([str(tmp_path / f"{name}.gz")])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_text_with_a_byte_order_mark_is_read(tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr(parts, "PART_BYTES", 100)  # which must not cut it
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 7)
+    text = "Line \u4e2d \U0001f600\n" * 50
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    (tmp_path / "b.txt").write_bytes(gzip.compress(text.encode(encoding)))
+    for name in "ab":
+        assert prepared_text(tmp_path / f"{name}.txt") == (text, {"byte_order_marks": 1})
+    path = jsonl(tmp_path / "c.json")
+    path.write_bytes(path.read_text().encode(encoding))
+    assert prepared_text(path) == ("".join(DOCS), {"byte_order_marks": 1})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"c\.json: .*truncated data"):
+        prepared_text(path)
+
+
+@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE"])
+def test_text_without_a_byte_order_mark_is_refused_with_the_command_that_converts_it(tmp_path, encoding):
+    path = tmp_path / "a.txt"
+    path.write_bytes("Line one\n".encode(encoding))
+    with pytest.raises(DataError, match=f"a.txt: .*NUL.*cat .* iconv -f {encoding} -t UTF-8 > "):
+        readers.find([str(path)])
+    (tmp_path / "b.txt").write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(DataError, match=f"b.txt: .*gzip -dc .* iconv -f {encoding}"):
+        readers.find([str(tmp_path / "b.txt")])

@@ -285,7 +285,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--val_fraction", type=float, default=0.1, help="of the text to keep for validation (0.1)")
     parser.add_argument("--val_split", choices=VAL_SPLITS, default="tail", help="the end of the text, or drawn by hash")
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
-    parser.add_argument("--text_key", default="text", help="where .jsonl and .parquet have the text (text)")
+    parser.add_argument("--text_key", default="text", help="where .jsonl, .json and .parquet have the text (text)")
     parser.add_argument("--on_bad_record", choices=ON_BAD_RECORD, default="error", help="skip: count them and go on")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output")
     args = parser.parse(argv)

@@ -1,7 +1,9 @@
 """Raw files to documents: find the files, then read them, or a stretch of one, piece by piece.
 
-A text file of any kind is one document; a .jsonl line and a .parquet row is one document under a key. .gz and .zst are
-read through. What is wrong with the input is noted, never raised: the caller has to see all of it before it decides.
+A text file of any kind is one document; a line of .jsonl, .ndjson or .json, and a row of .parquet, is one document
+under a key. What gzip, zstd, bz2 or xz compressed is read through, by its first bytes. What is wrong with the input is
+noted, never raised: the caller has to see all of it before it decides. But a file of a format that is not read is
+refused at once.
 """
 
 import glob
@@ -18,11 +20,14 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
+from jaxlm.data import formats
 from jaxlm.data.tokenizer import replace_surrogates
 from jaxlm.errors import DataError
 
 # What a directory is searched for; a file that is named, or matches a glob, may be any.
-SUFFIXES = ".jsonl .parquet .txt .md .rst .tex .html .py .c .h .cc .cpp .cu .js .ts .java .go .rs .sh".split()
+SUFFIXES = ".jsonl .ndjson .parquet .txt .md .rst .tex .html .py .c .h .cc .cpp .cu .js .ts .java .go .rs .sh".split()
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}  # the others are text
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 PIECE_BYTES = 64 << 10  # of text to encode at a time: sentencepiece is half as fast on 1 MiB
 BLOCK_BYTES = 256 << 10  # of a file read at a time
@@ -37,14 +42,17 @@ class Source:
     path: str
     bytes: int
     sha256: str
+    compression: str = ""  # see formats.compression
+    encoding: str = ""  # see formats.encoding
 
     @property
     def kind(self) -> str:
-        return {".jsonl": "jsonl", ".parquet": "parquet"}.get(_suffix(self.path), "text")
+        return KINDS.get(_suffix(self.path), "text")
 
     @property
-    def compressed(self) -> bool:
-        return self.path.lower().endswith((".gz", ".zst"))
+    def streamed(self) -> bool:
+        """Whether its bytes are not those of the text, so that it has to be read from its start."""
+        return bool(self.compression or self.encoding)
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class Notes:
 def find(inputs: Iterable[str]) -> list[Source]:
     """The files that the inputs (paths, directories, globs, or "stdlib") name, each once, in order.
 
-    Raises: DataError that lists every input that names no file.
+    Raises: DataError that lists every input that names no file, or every file of a format that is not read.
     """
     named, nothing = {}, []
     for text in inputs:
@@ -91,15 +99,18 @@ def find(inputs: Iterable[str]) -> list[Source]:
         for name, path in files:
             named.setdefault(os.path.realpath(path), (name, os.path.abspath(path)))
     if nothing:
+        known = f"{' '.join(SUFFIXES)}, also {' '.join(COMPRESSED)}"
         raise DataError(
             "no file matches "
             + ", ".join(f"--input={text!r}" for text in nothing)
-            + f" (seen from {os.getcwd()}; a directory is searched for {' '.join(SUFFIXES)}, also .gz and .zst)"
+            + f" (seen from {os.getcwd()}; a directory is searched for {known})"
         )
     try:
-        return [_source(name, path) for name, path in named.values()]
+        sources = [_source(name, path) for name, path in named.values()]
+        _refuse(sources)
     except OSError as error:
         raise DataError(f"the input {error.filename} can't be read: {error.strerror}") from None
+    return sources
 
 
 def read(spans: Iterable[Span], key: str, notes: Notes) -> Iterator[Piece]:
@@ -120,6 +131,18 @@ def beginning(source: Source) -> str:
 def character(data: bytes | bytearray, index: int) -> int:
     """Where the UTF-8 character that has byte `index` starts."""
     return next((i for i in range(index, index - 4, -1) if data[i] & 0xC0 != 0x80), index)
+
+
+def _refuse(sources: list[Source]) -> None:
+    """Raises: DataError that names every file that is of no format that is read."""
+    wrong = []
+    for source in sources:
+        head = formats.beginning(source.path, source.compression)
+        suffix = _suffix(source.path)
+        if reason := formats.refusal(source.path, suffix, source.compression, head):
+            wrong.append(f"{source.name}: {reason}")
+    if wrong:
+        raise DataError("\n  ".join(["the input has files that can't be read:", *wrong]))
 
 
 def _matches(text: str) -> list[tuple[str, str]]:
@@ -146,7 +169,10 @@ def _stdlib() -> list[tuple[str, str]]:
 
 def _suffix(path: str) -> str:
     """.jsonl, .txt ..., whether or not it is compressed."""
-    return Path(path.lower().removesuffix(".gz").removesuffix(".zst")).suffix
+    path = path.lower()
+    for ending in COMPRESSED:
+        path = path.removesuffix(ending)
+    return Path(path).suffix
 
 
 def _source(name: str, path: str) -> Source:
@@ -154,11 +180,13 @@ def _source(name: str, path: str) -> Source:
     digest, stretches, length = hashlib.sha256(), 64, 16 << 10
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
+        compression = formats.compression(file.read(16))
         step = max(length, (size - length) // (stretches - 1))
         for start in range(0, size, step):
             file.seek(start)
             digest.update(file.read(length))
-    return Source(name, path, size, digest.hexdigest())
+    encoding = formats.encoding(formats.beginning(path, compression))
+    return Source(name, path, size, digest.hexdigest(), compression, encoding)
 
 
 def _read_text(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
@@ -248,19 +276,27 @@ def _bad(notes: Notes, name: str, number: int, reason: str) -> None:
 def _blocks(span: Span, notes: Notes) -> Iterator[bytes]:
     """The bytes of a span, decompressed. A file that breaks off ends early, and is noted."""
     try:
-        if span.source.compressed:
-            if not span.source.bytes:
-                raise OSError("empty, which no compressed file is")
-            with pa.input_stream(span.source.path) as stream:  # .gz or .zst, by the name
-                while block := stream.read(BLOCK_BYTES):
-                    yield block
+        if not span.source.bytes and span.source.path.lower().endswith(COMPRESSED):
+            raise OSError("empty, which no compressed file is")
+        if span.source.streamed:
+            yield from _streamed(span.source, notes)
             return
         with open(span.source.path, "rb") as stream:
             stream.seek(span.start)
             for start in range(span.start, span.stop, BLOCK_BYTES):
                 yield stream.read(min(BLOCK_BYTES, span.stop - start))
-    except OSError as error:
+    except formats.BROKEN as error:
         _broken(notes, span.source.name, error)
+
+
+def _streamed(source: Source, notes: Notes) -> Iterator[bytes]:
+    """All of a file as UTF-8, without its compression."""
+    with formats.open_stream(source.path, source.compression) as stream:
+        blocks = iter(lambda: stream.read(BLOCK_BYTES), b"")
+        if source.encoding:
+            notes.counts["byte_order_marks"] += 1
+            blocks = formats.to_utf8(blocks, source.encoding)
+        yield from blocks
 
 
 def _lines(blocks: Iterable[bytes], notes: Notes) -> Iterator[bytes]:
