@@ -237,6 +237,32 @@ def test_a_given_tokenizer_is_used_and_kept(tmp_path):
         tokenizer.load(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    "kind, line",
+    [
+        ("bytes", "bos is token 256, eos is token 256"),
+        ("sentencepiece", "bos is token 1, eos is token 1"),
+        ("chars", "note: no bos, no eos: documents have no end, so that generation goes on to max_tokens"),
+    ],
+)
+def test_the_summary_says_how_documents_begin_and_end(tmp_path, kind, line):
+    path = jsonl(tmp_path / "a.jsonl")
+    size = 300 if kind == "sentencepiece" else None
+    manifest = prepare.prepare([str(path)], tmp_path / "a", kind, vocab_size=size, workers=1)
+    assert line in prepare.summary(manifest, tmp_path / "a").splitlines()
+
+
+def test_data_prepared_before_keep_the_end_that_they_were_written_with(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl")
+    prepare.prepare([str(path)], tmp_path / "a", "bytes", workers=1)
+    file = tmp_path / "a" / store.MANIFEST
+    manifest = json.loads(file.read_bytes())
+    manifest["tokenizer"] |= {"bos_id": None, "eos_id": None}
+    file.write_text(json.dumps(manifest))
+    loaded = tokenizer.load(tmp_path / "a")
+    assert loaded.bos_id is None and loaded.eos_id is None
+
+
 def test_a_killed_program_leaves_no_workers_behind(many, tmp_path):
     script = (
         "import sys; from jaxlm.data import parts, prepare; parts.PART_BYTES = 5000\n"

@@ -150,6 +150,63 @@ def test_hugging_face_without_the_library_says_what_to_install(monkeypatch):
         tokenizer.from_bytes("huggingface", json.dumps({}).encode())
 
 
+def named_tokens(words: list[str], special: list[str], processor: dict | None = None) -> tuple:
+    """The words that a tokenizer.json of these words, special tokens and post processor has as bos and eos."""
+    library = pytest.importorskip("tokenizers")
+    vocabulary_ = {word: i for i, word in enumerate(["<unk>", *words])}
+    model = library.Tokenizer(library.models.WordLevel(vocabulary_, unk_token="<unk>"))
+    model.add_special_tokens(special)
+    content = json.loads(model.to_str())
+    content["post_processor"] = processor
+    made = tokenizer.from_bytes("huggingface", json.dumps(content).encode())
+    known = {i: word for word, i in vocabulary_.items()}
+    return known.get(made.bos_id), known.get(made.eos_id)
+
+
+def template(before: list[str], after: list[str]) -> dict:
+    pieces = [{"SpecialToken": {"id": word, "type_id": 0}} for word in [*before, *after]]
+    pieces.insert(len(before), {"Sequence": {"id": "A", "type_id": 0}})
+    special = {word: {"id": word, "ids": [1], "tokens": [word]} for word in [*before, *after]}
+    return {"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": special}
+
+
+DEEPSEEK = ["<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"]
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+
+
+@pytest.mark.parametrize(
+    "processor, expected",
+    [
+        (template(["<go>"], ["<stop>"]), ("<go>", "<stop>")),
+        (template(["<go>"], []), ("<go>", "</s>")),
+        (template([], ["<stop>", "<go>"]), ("<s>", "<stop>")),
+        ({"type": "BertProcessing", "cls": ["<go>", 3], "sep": ["<stop>", 4]}, ("<go>", "<stop>")),
+        ({"type": "Sequence", "processors": [BYTE_LEVEL, template(["<go>"], ["<stop>"])]}, ("<go>", "<stop>")),
+        (BYTE_LEVEL, ("<s>", "</s>")),
+        (None, ("<s>", "</s>")),
+    ],
+)
+def test_the_post_processor_says_which_tokens_begin_and_end_a_text(processor, expected):
+    words = ["<s>", "</s>", "<go>", "<stop>"]
+    assert named_tokens(words, words, processor) == expected
+
+
+@pytest.mark.parametrize(
+    "words, special, expected",
+    [
+        (["<s>", "</s>", "<bos>", "<eos>"], ["<bos>", "<eos>"], ("<bos>", "<eos>")),
+        (["<s>", "</s>", "[PAD]"], ["[PAD]"], (None, None)),
+        (["<s>", "</s>"], [], ("<s>", "</s>")),  # nothing is marked
+        (DEEPSEEK, None, tuple(DEEPSEEK)),
+        (["<|begin_of_text|>", "<|eot_id|>"], None, ("<|begin_of_text|>", "<|eot_id|>")),
+        (["<|im_start|>", "<|im_end|>"], None, (None, "<|im_end|>")),
+        (["<|im_end|>", "<|endoftext|>"], None, ("<|endoftext|>", "<|endoftext|>")),
+    ],
+)
+def test_names_are_looked_for_among_the_special_tokens_only(words, special, expected):
+    assert named_tokens(words, words if special is None else special) == expected
+
+
 def test_a_sample_is_bounded_even_and_a_function_of_the_stream():
     samples = [vocabulary.Sample(100_000) for _ in range(2)]
     for i in range(300):

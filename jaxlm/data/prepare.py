@@ -246,6 +246,15 @@ def _finish(output: Path, identity: dict, jobs: list[Job], counts: dict, tokeniz
     return manifest
 
 
+def _begin_and_end(tokenizer: dict) -> str:
+    """One line on the tokens around a document. tokenizer: the manifest's entry."""
+    bos, eos = tokenizer["bos_id"], tokenizer["eos_id"]
+    begin = "no bos" if bos is None else f"bos is token {bos}"
+    if eos is None:
+        return f"note: {begin}, no eos: documents have no end, so that generation goes on to max_tokens"
+    return f"{begin}, eos is token {eos}"
+
+
 def summary(manifest: dict, output: str | Path) -> str:
     """What a person wants to know about a prepared directory, and what to type next."""
     splits, tokenizer = manifest["splits"], manifest["tokenizer"]
@@ -254,6 +263,7 @@ def summary(manifest: dict, output: str | Path) -> str:
         ratio = split["bytes"] / max(1, split["tokens"])
         lines.append(f"{name:10}{split['documents']:14,}{split['bytes']:18,}{split['tokens']:18,}{ratio:14.3f}")
     lines.append(f"tokenizer {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens")
+    lines.append(_begin_and_end(tokenizer))
     wanted = manifest["options"]["vocab_size"]
     if wanted and wanted > tokenizer["vocab_size"]:
         lines.append(f"note: the text has no pieces for the {wanted:,} tokens that were asked for")

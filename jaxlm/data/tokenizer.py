@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -162,9 +163,29 @@ class HuggingFace(Tokenizer):
     """Hugging Face's tokenizer.json. Special tokens that are spelled out in a text are read as plain text."""
 
     name, filename = "huggingface", "tokenizer.json"
-    # The file does not say which special token is which, so these are looked for, in this order.
-    BOS = ("<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "[CLS]", END_OF_TEXT)
-    EOS = ("<|end_of_text|>", END_OF_TEXT, "</s>", "<eos>", "[SEP]")
+    # Where the post processor does not say which special token is which, these are looked for, in this order.
+    BOS = (
+        "<|begin_of_text|>",
+        "<|startoftext|>",
+        "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+        "<s>",
+        "<bos>",
+        "[CLS]",
+        "[BOS]",
+        END_OF_TEXT,
+    )
+    EOS = (
+        "<|end_of_text|>",
+        END_OF_TEXT,
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+        "</s>",
+        "<eos>",
+        "[SEP]",
+        "[EOS]",
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+    )
 
     def __init__(self, data: bytes):
         try:
@@ -178,9 +199,17 @@ class HuggingFace(Tokenizer):
         self._model.no_padding()
         ids = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values()) + 1  # ids may have gaps
-        self.bos_id, self.eos_id = (
-            next((ids[word] for word in words if word in ids), None) for words in (self.BOS, self.EOS)
-        )
+        content = json.loads(data)
+        bos, eos = _around_the_text(content.get("post_processor"))
+        marked = _special_tokens(content)
+        # A file that marks nothing as special leaves only the names to go by.
+        candidates = marked or ids
+        if bos not in ids:
+            bos = _first_of(self.BOS, candidates)
+        if eos not in ids:
+            eos = _first_of(self.EOS, candidates)
+        self.bos_id = ids.get(bos)
+        self.eos_id = ids.get(eos)
 
     def to_bytes(self) -> bytes:
         return self._data
@@ -190,6 +219,45 @@ class HuggingFace(Tokenizer):
 
     def _decode(self, ids: np.ndarray) -> str:
         return self._model.decode(ids.tolist(), skip_special_tokens=True)
+
+
+def _first_of(words: Iterable[str], candidates: Collection[str]) -> str | None:
+    return next((word for word in words if word in candidates), None)
+
+
+def _special_tokens(content: dict) -> set[str]:
+    """The added tokens that a tokenizer.json marks as special."""
+    added = content.get("added_tokens") or []
+    return {token["content"] for token in added if token["special"]}
+
+
+def _around_the_text(processor: dict | None) -> tuple[str | None, str | None]:
+    """The tokens that a tokenizer.json's post processor puts before and after one text, None where it puts none."""
+    kind = processor["type"] if processor else None
+    if kind == "TemplateProcessing":
+        return _around_the_template(processor)
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        return processor["cls"][0], processor["sep"][0]
+    before, after = None, None
+    if kind == "Sequence":
+        for part in processor["processors"]:
+            first, last = _around_the_text(part)
+            before = before or first
+            after = after or last
+    return before, after
+
+
+def _around_the_template(processor: dict) -> tuple[str | None, str | None]:
+    """The first special token on each side of the text."""
+    before, after = [], []
+    side = before
+    for piece in processor["single"]:
+        if "Sequence" in piece:
+            side = after
+        else:
+            name = piece["SpecialToken"]["id"]
+            side += processor["special_tokens"][name]["tokens"]
+    return next(iter(before), None), next(iter(after), None)
 
 
 TOKENIZERS = {kind.name: kind for kind in (SentencePiece, Bytes, Chars, Words, HuggingFace)}
@@ -227,6 +295,9 @@ def load(path: str | Path) -> Tokenizer:
         tokenizer = _read(store.inside(path, entry["file"]), entry["name"])
         if tokenizer.fingerprint != entry["sha256"]:
             raise DataError(f"{path / entry['file']} is not the tokenizer that the data was prepared with (SHA-256)")
+        # Data that an earlier version prepared keep the begin and the end that they were written with.
+        tokenizer.bos_id = entry["bos_id"]
+        tokenizer.eos_id = entry["eos_id"]
         return tokenizer
     return _read(path)
 
