@@ -1,0 +1,54 @@
+"""What people give to a trained model and get from it: files of prompts and answers, arguments, examples."""
+
+import json
+
+import pytest
+
+from jaxlm.errors import DataError
+from jaxlm.generate import read_prompts, write_answers
+
+ODD_LINES = ["a\x0bb", "c\x0cd", "e\u2028f", "g\x85h", "i\x1cj", "", " k\rl "]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", [True, False])
+def test_only_a_newline_ends_a_prompt(tmp_path, end, last):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes((end.join(ODD_LINES) + end * last).encode())
+    assert read_prompts(str(file)) == ODD_LINES
+
+
+def test_a_file_of_prompts_may_be_empty_or_begin_with_a_mark(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"")
+    assert read_prompts(str(file)) == []
+    file.write_bytes(b"\xef\xbb\xbfone")
+    assert read_prompts(str(file)) == ["one"]
+
+
+def test_a_file_of_prompts_that_is_not_utf8_is_named(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"prompts\.txt: byte 3 is not UTF-8"):
+        read_prompts(str(file))
+
+
+def test_answers_are_a_line_each_and_come_back(tmp_path, capsys):
+    answers = ["one\ntwo", "a\\nb", "c\r\nd", "e\u2028f", ""]
+    file = tmp_path / "answers.txt"
+    write_answers(str(file), ["p"] * 5, answers)
+    lines = file.read_bytes().decode().split("\n")[:-1]
+    assert lines == ["one\\ntwo", "a\\\\nb", "c\\r\\nd", "e\u2028f", ""]
+    told = capsys.readouterr().err
+    assert "3 of 5 answers" in told and told.count("\n") == 1
+    write_answers(str(file), ["p"], ["plain"])
+    assert file.read_text() == "plain\n" and not capsys.readouterr().err
+
+
+def test_answers_of_jsonl_hold_prompt_and_answer(tmp_path, capsys):
+    file = tmp_path / "answers.jsonl"
+    pairs = [("p\u2028", "one\ntwo"), ("q", {"good": 0.5}), ("r", ["A", "B"])]
+    write_answers(str(file), [prompt for prompt, _ in pairs], [said for _, said in pairs])
+    lines = file.read_bytes().decode().split("\n")[:-1]
+    assert [json.loads(line) for line in lines] == [{"prompt": p, "answer": said} for p, said in pairs]
+    assert not capsys.readouterr().err
