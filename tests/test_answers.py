@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from jaxlm.errors import DataError
+from jaxlm.errors import ConfigError, DataError
 from jaxlm.generate import read_prompts, write_answers
+from jaxlm.lm import sampling_of
 
 ODD_LINES = ["a\x0bb", "c\x0cd", "e\u2028f", "g\x85h", "i\x1cj", "", " k\rl "]
 
@@ -52,3 +54,37 @@ def test_answers_of_jsonl_hold_prompt_and_answer(tmp_path, capsys):
     lines = file.read_bytes().decode().split("\n")[:-1]
     assert [json.loads(line) for line in lines] == [{"prompt": p, "answer": said} for p, said in pairs]
     assert not capsys.readouterr().err
+
+
+PLAIN = {"max_tokens": 5, "temperature": 0.8, "top_k": 0, "top_p": 0.0, "num_samples": 1, "seed": 0}
+
+
+@pytest.mark.parametrize("five", [5, 5.0, np.int64(5), np.float32(5), np.array(5)], ids=repr)
+def test_a_whole_number_may_be_of_any_type(five):
+    _, _, numbers = sampling_of("a", (), PLAIN | {"max_tokens": five})
+    assert numbers == PLAIN and type(numbers["max_tokens"]) is int
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("value", ["5", None, True, float("nan"), float("inf"), [5]], ids=repr)
+def test_what_is_no_number_is_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=f"lm.generate: {name}="):
+        sampling_of("a", (), PLAIN | {name: value})
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "top_k", "num_samples", "seed"])
+def test_a_broken_number_is_not_whole(name):
+    with pytest.raises(ConfigError, match=f"{name}=5.5: must be a whole number"):
+        sampling_of("a", (), PLAIN | {name: 5.5})
+
+
+@pytest.mark.parametrize("prompts", [None, 3, b"bytes", ["a", None], [{"role": "user"}], {"a": 1}], ids=repr)
+def test_prompts_that_are_no_texts_are_refused(prompts):
+    with pytest.raises(ConfigError, match=r"prompts.*must be a text"):
+        sampling_of(prompts, (), PLAIN)
+
+
+def test_stop_may_be_none_one_or_several():
+    assert [sampling_of("a", stop, PLAIN)[1] for stop in (None, (), "x", ("x", "y"))] == [[], [], ["x"], ["x", "y"]]
+    with pytest.raises(ConfigError, match=r"stop\[1\]=3.*top_p=2"):
+        sampling_of("a", ["x", 3], PLAIN | {"top_p": 2})
