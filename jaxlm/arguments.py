@@ -1,5 +1,6 @@
 """What people pass to jaxlm.load and its LM: taken where it is plainly meant, else refused by its name."""
 
+import json
 import math
 from numbers import Integral, Real
 from operator import index
@@ -67,13 +68,95 @@ class Arguments:
             return None
         return list(value)
 
-    def known(self, given, allowed, what: str) -> None:
-        """Notes each name of `given` that is not among `allowed`."""
-        for name in given:
-            if name not in allowed:
-                self.problems.append(
-                    f"there is no {what} {name!r}{did_you_mean(str(name), allowed)} (there are {', '.join(allowed)})"
-                )
+
+SPEAKERS = ("system", "user", "assistant")
+ASKED = {
+    "tag": ("words",),
+    "qa": ("question", "context"),
+    "seq2seq": ("source",),
+    "sft": ("prompt",),
+    "dpo": ("prompt",),
+}
+NO_WORDS = (type(None), bytes, dict)
+NO_TEXT = (*NO_WORDS, list, tuple)
+CHATTING = ("sft", "dpo")  # what is asked may be a dialogue
+
+
+def examples_of(task: str, columns: tuple[str, ...], given) -> list[dict]:
+    """The examples in what was given to lm.answer, dicts of the task's columns. Raises ConfigError of all faults.
+
+    A text is the first column that is asked for. Messages, dicts of role and content, are one dialogue of sft or dpo.
+    """
+    read = Arguments("lm.answer")
+    asked = ASKED.get(task, ("text",))
+    chats = task in CHATTING
+    if chats and "messages" not in columns:
+        columns = ("messages", *columns)
+    if isinstance(given, (str, dict)):
+        given = [given]
+    given = read.items("examples", given, "a text, a dict or a list of them") or []
+    if chats and given and all(map(is_message, given)):
+        given = [given]
+    examples = []
+    for number, item in enumerate(given):
+        name = f"examples[{number}]"
+        if isinstance(item, str):
+            item = {asked[0]: item}
+        elif chats and isinstance(item, (list, tuple, np.ndarray)):
+            item = {"messages": list(item)}
+        elif not isinstance(item, dict):
+            read.must(name, item, f"a text or a dict of {', '.join(columns)}")
+            continue
+        read.problems += [f"{name}{problem}" for problem in faults_of(task, columns, asked, item)]
+        examples.append(dict(item))
+    read.refuse()
+    return examples
+
+
+def faults_of(task: str, columns: tuple[str, ...], asked: tuple[str, ...], example: dict) -> list[str]:
+    """What an example of lm.answer has that its task does not know, and what it lacks."""
+    rule = f"a model of task {task} knows {', '.join(columns)}"
+    unknown = [name for name in example if name not in columns]
+    if unknown:
+        return [f" has {name!r}: {rule}{did_you_mean(str(name), columns)}" for name in unknown]
+    if task in CHATTING and "messages" in example:
+        return dialogue_faults(example["messages"])
+    problems = []
+    for name in asked:
+        if name not in example:
+            problems.append(f" has no {name!r}: {rule}")
+        elif isinstance(example[name], NO_WORDS if name == "words" else NO_TEXT):
+            problems.append(f"[{name!r}]={shown(example[name])}: must be a text")
+    return problems
+
+
+def dialogue_faults(messages) -> list[str]:
+    """What makes messages no dialogue that an assistant can answer."""
+    rule = 'a dialogue is a list of {"role": ..., "content": ...}'
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except json.JSONDecodeError:
+            return [f"['messages']={shown(messages)}: {rule}"]
+    if not isinstance(messages, (list, tuple)):
+        return [f"['messages']={shown(messages)}: {rule}"]
+    problems = []
+    for number, message in enumerate(messages):
+        where = f"['messages'][{number}]"
+        if not is_message(message):
+            problems.append(f"{where}={shown(message)}: {rule}")
+        elif message["role"] not in SPEAKERS:
+            hint = did_you_mean(str(message["role"]), SPEAKERS)
+            problems.append(f"{where} has the role {message['role']!r}: roles are {', '.join(SPEAKERS)}{hint}")
+        elif not isinstance(message["content"], str):
+            problems.append(f"{where} has the content {shown(message['content'])}: must be a text")
+    if not problems and all(message["role"] == "assistant" for message in messages):
+        problems.append("['messages'] has no message of a user to answer")
+    return problems
+
+
+def is_message(item) -> bool:
+    return isinstance(item, dict) and {"role", "content"} <= set(item)
 
 
 def number_of(value) -> float | int | None:

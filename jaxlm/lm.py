@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxlm.arguments import Arguments
+from jaxlm.arguments import Arguments, examples_of
 from jaxlm.checkpoint import Checkpoints, config_of, tokenizer_of
 from jaxlm.cli import did_you_mean
 from jaxlm.config import mesh_sizes
@@ -113,6 +113,9 @@ class LM:
         Raises ConfigError that names each argument that is not what it should be.
         """
         self._require_text("generate")
+        task = self.config.task.name
+        if task in WRITTEN:  # a plain continuation would not be what it was tuned to write
+            raise UserError(f"lm.generate: a model of task {task} answers prompts and dialogues; use lm.answer")
         given = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         given |= {"num_samples": num_samples, "seed": seed}
         prompts, stop, numbers = sampling_of(prompts, stop, given)
@@ -134,6 +137,9 @@ class LM:
     def answer(self, examples, **options) -> list:
         """What a fine-tuned model says to examples: dicts of the columns of its task, or strings of the first of them.
 
+        sft, dpo: also a dialogue, a list of {"role": ..., "content": ...}, or a list of dialogues. Raises ConfigError
+        of columns that the task does not have, and of those that it lacks.
+
         classify, multilabel: {label: probability} each; regress: a number; tag: the tag of each word; qa: text of the
         context; seq2seq, sft, dpo: the text that it writes. options: see jaxlm.respond.write; beams=4, say.
         mlm, of strings: for each [MASK], a hidden token, the five likeliest as (token, probability).
@@ -144,9 +150,8 @@ class LM:
         if task not in ROLES:
             use = "; use lm.generate, lm.loss or lm.logits" * (task not in SILENT)
             raise UserError(f"lm.answer: task {task} has no examples to answer{use}")
-        column = "prompt" if task == "sft" else ROLES[task][0]
-        examples = [examples] if isinstance(examples, (str, dict)) else examples
-        examples = [{column: example} if isinstance(example, str) else dict(example) for example in examples]
+        columns = tuple(role.removesuffix("?") for role in ROLES[task])
+        examples = examples_of(task, columns, examples)
         with jax.set_mesh(self.mesh):
             if task in WRITTEN:
                 encode = encoder_of(self.tokenizer, d.lowercase)

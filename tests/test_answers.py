@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from jaxlm.errors import ConfigError, DataError
+from jaxlm.arguments import examples_of
+from jaxlm.config import base, resolve
+from jaxlm.errors import ConfigError, DataError, UserError
 from jaxlm.generate import read_prompts, write_answers
-from jaxlm.lm import sampling_of
+from jaxlm.keys import ROLES
+from jaxlm.lm import LM, sampling_of
 
 ODD_LINES = ["a\x0bb", "c\x0cd", "e\u2028f", "g\x85h", "i\x1cj", "", " k\rl "]
 
@@ -88,3 +91,50 @@ def test_stop_may_be_none_one_or_several():
     assert [sampling_of("a", stop, PLAIN)[1] for stop in (None, (), "x", ("x", "y"))] == [[], [], ["x"], ["x", "y"]]
     with pytest.raises(ConfigError, match=r"stop\[1\]=3.*top_p=2"):
         sampling_of("a", ["x", 3], PLAIN | {"top_p": 2})
+
+
+HELLO = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]
+
+
+def asked(task, given):
+    return examples_of(task, tuple(role.removesuffix("?") for role in ROLES[task]), given)
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_a_list_of_messages_is_a_dialogue(task):
+    assert asked(task, HELLO) == asked(task, [HELLO]) == asked(task, {"messages": HELLO}) == [{"messages": HELLO}]
+    assert asked(task, HELLO[1]) == [{"messages": HELLO[1:]}]
+    assert asked(task, [HELLO, "a", {"prompt": "b"}]) == [{"messages": HELLO}, {"prompt": "a"}, {"prompt": "b"}]
+    assert asked(task, {"messages": json.dumps(HELLO)}) == [{"messages": json.dumps(HELLO)}]
+
+
+@pytest.mark.parametrize("task", ["classify", "multilabel", "regress", "tag", "seq2seq", "sft", "dpo"])
+def test_a_text_is_what_is_asked(task):
+    (example,) = asked(task, "a b")
+    assert list(example.values()) == ["a b"] and asked(task, ["a b"]) == [example] and asked(task, []) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "named"),
+    [("sft", {"promt": "a"}, "'promt'.*messages, prompt, response; did you mean prompt"),
+     ("classify", {"txt": "a"}, "'txt'.*text, label, text2; did you mean text"),
+     ("seq2seq", ["a", {"scource": "a"}], r"examples\[1\] has 'scource'.*did you mean source"),
+     ("classify", {"label": "a"}, "has no 'text'"), ("tag", {}, "has no 'words'"), ("qa", "who?", "has no 'context'"),
+     ("classify", HELLO, "'role'.*text, label"), ("sft", {"messages": []}, "no message of a user"),
+     ("sft", [[]], "no message of a user"), ("sft", {"messages": "hello"}, "a dialogue is a list"),
+     ("sft", [{"role": "usr", "content": "a"}], "role 'usr'.*did you mean user"),
+     ("sft", [{"role": "user", "content": None}], "content None"), ("sft", {"prompt": None}, "must be a text"),
+     ("sft", [HELLO, [{"role": "user"}]], r"examples\[1\].*a dialogue is"), ("regress", None, "examples=None"),
+     ("classify", [3], r"examples\[0\]=3"), ("classify", b"a", "decode")],
+)  # fmt: skip
+def test_what_a_task_does_not_know_is_refused(task, given, named):
+    with pytest.raises(ConfigError, match=f"(?s)lm.answer: .*{named}"):
+        asked(task, given)
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_a_model_that_answers_says_so(task):
+    c = resolve(base())
+    c.task.name = task
+    with pytest.raises(UserError, match=r"task (sft|dpo) .*use lm\.answer"):
+        LM(c, {}, None, None, 0).generate("a")
