@@ -6,12 +6,13 @@ each word; one of task mlm says what may stand at each [MASK]. --input reads the
 """
 
 import json
+import sys
 from pathlib import Path
 
 import jax
 
 from jaxlm import cli
-from jaxlm.errors import ConfigError
+from jaxlm.errors import ConfigError, DataError
 from jaxlm.keys import ANSWERING, WRITTEN
 from jaxlm.parallel import hosts
 
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", required=True, help="run directory of jaxlm.train")
     parser.add_argument("--prompt", action="append", help="how the text begins (repeat for several; default: nothing)")
     parser.add_argument("--input", metavar="FILE", help="prompts, one a line")
-    parser.add_argument("--output", metavar="FILE", help="write the answers there, one a line")
+    parser.add_argument("--output", metavar="FILE", help="write the answers there, one a line; FILE.jsonl: as JSON")
     parser.add_argument(
         "--beams", type=int, default=1, help="hypotheses of a beam search; 1: greedy (translation, chat)"
     )
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"--prompt or --input: what is a model of task {lm.config.task.name} to answer?")
     prompts = args.prompt or ([] if args.input else [""])
     if args.input:
-        prompts += Path(args.input).read_text().splitlines()
+        prompts += read_prompts(args.input)
     if lm.config.task.name in ANSWERING:
         return answer(lm, prompts, args)
     texts = lm.generate(prompts, **{name: getattr(args, name) for name in SAMPLING})
@@ -84,13 +85,49 @@ def answer(lm, prompts: list[str], args) -> None:
         options |= {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
         options["temperature"] = 0.0 if lm.config.task.name == "seq2seq" else args.temperature
     answers = lm.answer(prompts, **options)
-    lines = [said if isinstance(said, str) else json.dumps(said) for said in answers]
     if jax.process_index():
         return
     if args.output:
-        Path(args.output).write_text("".join(line + "\n" for line in lines))
+        write_answers(args.output, prompts, answers)
     else:
-        print("\n".join(lines))
+        print("\n".join(map(spelled, answers)))
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a file of UTF-8. Only a newline ends one, not every character that Unicode lets end a line."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"--input={path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    lines = text.split("\n")
+    if not lines[-1]:  # what follows the last newline
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def write_answers(path: str, prompts: list[str], answers: list) -> None:
+    """One line an answer: objects {"prompt", "answer"} to FILE.jsonl, else texts whose line ends are escaped."""
+    if path.endswith(".jsonl"):
+        pairs = zip(prompts, answers, strict=True)
+        lines = [json.dumps({"prompt": prompt, "answer": said}, ensure_ascii=False) for prompt, said in pairs]
+    else:
+        lines = [escaped(said) if isinstance(said, str) else spelled(said) for said in answers]
+        changed = sum(isinstance(said, str) and said != line for said, line in zip(answers, lines))
+        if changed:
+            print(
+                f"--output={path}: in {changed} of {len(lines)} answers backslash, newline and carriage return are "
+                "written as \\\\, \\n and \\r, so that each is one line (FILE.jsonl keeps them in JSON)",
+                file=sys.stderr,
+            )
+    Path(path).write_bytes("".join(line + "\n" for line in lines).encode("utf-8"))
+
+
+def spelled(said) -> str:
+    return said if isinstance(said, str) else json.dumps(said)
+
+
+def escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from jaxlm.arguments import Arguments, examples_of
 from jaxlm.checkpoint import Checkpoints, config_of, tokenizer_of
 from jaxlm.cli import did_you_mean
 from jaxlm.config import mesh_sizes
@@ -108,28 +109,36 @@ class LM:
     ) -> list[str]:
         """Continuations, without the prompts: num_samples for each of `prompts` (str or list of str), in their order.
 
-        temperature 0: greedy. top_k, top_p: 0 is off. stop: a text ends before the first of these strings.
+        temperature 0: greedy. top_k, top_p: 0 is off. stop: a text ends before the first of these strings; None: none.
+        Raises ConfigError that names each argument that is not what it should be.
         """
         self._require_text("generate")
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        require_sampling(max_tokens, temperature, top_k, top_p, num_samples)
+        task = self.config.task.name
+        if task in WRITTEN:  # a plain continuation would not be what it was tuned to write
+            raise UserError(f"lm.generate: a model of task {task} answers prompts and dialogues; use lm.answer")
+        given = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        given |= {"num_samples": num_samples, "seed": seed}
+        prompts, stop, numbers = sampling_of(prompts, stop, given)
+        num_samples, seed = numbers.pop("num_samples"), numbers.pop("seed")
         ids = [self._prompt(prompt) for prompt in prompts for _ in range(num_samples)]
         if not ids:
             return []
         padded, lengths = pad_prompts(ids)
-        self._require_length(int(lengths.max()) + max_tokens)
+        self._require_length(int(lengths.max()) + numbers["max_tokens"])
         # A text depends on its seed and prompt alone: sample i of every prompt has seed + i.
         seeds = (np.tile(np.arange(num_samples), len(prompts)) + seed % 2**32) % 2**32
         with jax.set_mesh(self.mesh):
             out = generate_tokens(
-                self.model, self.params, padded, lengths, seeds.astype(np.uint32), max_tokens=max_tokens,
-                temperature=float(temperature), top_k=top_k, top_p=float(top_p), eos_id=self.tokenizer.eos_id,
+                self.model, self.params, padded, lengths, seeds.astype(np.uint32), eos_id=self.tokenizer.eos_id,
+                **numbers,
             )  # fmt: skip
-        stop = (stop,) if isinstance(stop, str) else stop
         return [self._text(prompt, row, stop) for prompt, row in zip(ids, fetch(out))]
 
     def answer(self, examples, **options) -> list:
         """What a fine-tuned model says to examples: dicts of the columns of its task, or strings of the first of them.
+
+        sft, dpo: also a dialogue, a list of {"role": ..., "content": ...}, or a list of dialogues. Raises ConfigError
+        of columns that the task does not have, and of those that it lacks.
 
         classify, multilabel: {label: probability} each; regress: a number; tag: the tag of each word; qa: text of the
         context; seq2seq, sft, dpo: the text that it writes. options: see jaxlm.respond.write; beams=4, say.
@@ -141,9 +150,8 @@ class LM:
         if task not in ROLES:
             use = "; use lm.generate, lm.loss or lm.logits" * (task not in SILENT)
             raise UserError(f"lm.answer: task {task} has no examples to answer{use}")
-        column = "prompt" if task == "sft" else ROLES[task][0]
-        examples = [examples] if isinstance(examples, (str, dict)) else examples
-        examples = [{column: example} if isinstance(example, str) else dict(example) for example in examples]
+        columns = tuple(role.removesuffix("?") for role in ROLES[task])
+        examples = examples_of(task, columns, examples)
         with jax.set_mesh(self.mesh):
             if task in WRITTEN:
                 encode = encoder_of(self.tokenizer, d.lowercase)
@@ -242,17 +250,21 @@ class LM:
             raise ConfigError(f"learned positions end at {limit}: {length} tokens (prompt and max_tokens) are too many")
 
 
-def require_sampling(max_tokens, temperature, top_k, top_p, num_samples) -> None:
-    rules = [
-        ("max_tokens", max_tokens, 1 <= max_tokens <= 1_000_000, "from 1 to 1,000,000"),
-        ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or positive"),
-        ("top_k", top_k, top_k >= 0, "0 (off) or positive"),
-        ("top_p", top_p, 0 <= top_p <= 1, "0 (off) or a probability"),
-        ("num_samples", num_samples, num_samples >= 1, "at least 1"),
-    ]
-    problems = [f"{name}={value}: must be {rule}" for name, value, sound, rule in rules if not sound]
-    if problems:
-        raise ConfigError("; ".join(problems))
+def sampling_of(prompts, stop, given: dict) -> tuple[list[str], list[str], dict]:
+    """(prompts, stop strings, the numbers by name) of what was given to lm.generate. Raises ConfigError."""
+    read = Arguments("lm.generate")
+    prompts = read.texts("prompts", prompts)
+    stop = [] if stop is None else read.texts("stop", stop)
+    numbers = {
+        "max_tokens": read.whole("max_tokens", given["max_tokens"], 1, "from 1 to 1,000,000", 1_000_000),
+        "temperature": read.real("temperature", given["temperature"], 0, math.inf, "0 (greedy) or positive"),
+        "top_k": read.whole("top_k", given["top_k"], 0, "0 (off) or positive", 2**31 - 1),
+        "top_p": read.real("top_p", given["top_p"], 0, 1, "0 (off) or a probability"),
+        "num_samples": read.whole("num_samples", given["num_samples"], 1, "at least 1"),
+        "seed": read.whole("seed", given["seed"], None, "of any size"),
+    }
+    read.refuse()
+    return prompts, stop, numbers
 
 
 @partial(jax.jit, static_argnames="model")

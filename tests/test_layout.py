@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 # Each may import those before it, and its own folder.
 ORDER = (
-    "errors cli keys config meshes check data parallel kernels models losses optim topology state decode costs count "
-    "predict measure page search workdir checkpoint process start monitor respond metrics pictures score evaluator "
-    "report lm laws space trial study dissect programs"
+    "errors cli arguments keys config meshes check data parallel kernels models losses optim topology state decode "
+    "costs count predict measure page search workdir checkpoint process start monitor respond metrics pictures "
+    "score evaluator report lm laws space trial study dissect programs"
 ).split()
 PROGRAMS = {"train", "evaluate", "generate", "verify", "plan", "bench", "tune", "lora"}
 
@@ -71,7 +71,7 @@ def test_no_cycles():
         visit(module)
 
 
-@pytest.mark.parametrize("name", ["data", "errors", "cli", "keys", "config", "meshes", "check"])
+@pytest.mark.parametrize("name", ["data", "errors", "cli", "arguments", "keys", "config", "meshes", "check"])
 def test_the_front_needs_no_jax(name):
     for file in FILES:
         if box(module_of(file) + "._") == name:
