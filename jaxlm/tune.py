@@ -27,7 +27,7 @@ from jaxlm.config import load, override
 from jaxlm.data.pipeline import fingerprint, validation_batches
 from jaxlm.errors import ConfigError
 from jaxlm.space import Dimension, edges, is_grid, read_space
-from jaxlm.study import Goal, Study, direction_of, flags, line, outcome, values_of
+from jaxlm.study import Goal, Study, direction_of, flags, line, nothing_done, outcome, values_of
 from jaxlm.trial import Trainer
 from jaxlm.workdir import Hold
 
@@ -187,6 +187,8 @@ def main(argv: list[str]) -> int:
         print(f"stopped: {study.finished()} of {total} trials are finished, in {workdir}; the same command goes on")
         return cli.PREEMPTED
     report(study)
+    if not study.ranked():
+        raise nothing_done(study.records)
     return 0
 
 

@@ -17,7 +17,7 @@ from jaxlm import config as configs
 from jaxlm import tune
 from jaxlm.errors import ConfigError, NumericsError, UserError
 from jaxlm.space import edges, read_space
-from jaxlm.study import Goal, direction_of
+from jaxlm.study import Goal, direction_of, nothing_done
 from jaxlm.trial import Rows, Stopped, Trainer, shares
 from jaxlm.workdir import Hold
 
@@ -186,6 +186,36 @@ def test_failures_are_no_results_and_nothing_but_failures_ends_the_search(tmp_pa
         search(tmp_path, fails)
     study = search(tmp_path, trials=5)
     assert [record["state"] for record in study.records] == ["done"] * 5
+
+
+def refused(heads):
+    return {"state": "refused", "reason": f"config.model.num_heads={heads}: must divide config.model.embed_dim=384"}
+
+
+@pytest.mark.parametrize(
+    ("records", "kind", "parts"),
+    [
+        ([refused(5), refused(7)], ConfigError, ["none of 2 trials", "2 refused: such as config.model.num_heads=5"]),
+        ([{"state": "diverged", "reason": "not finite"}], NumericsError, ["1 diverged: not finite"]),
+        (
+            [refused(5), {"state": "failed", "reason": "no space left"}],
+            UserError,
+            ["1 refused: config.model", "1 failed: no"],
+        ),
+    ],
+)
+def test_a_search_without_results_is_an_error_that_counts_the_reasons(records, kind, parts):
+    error = nothing_done(records)
+    assert type(error) is kind and error.exit_code
+    for part in parts:
+        assert part in str(error)
+
+
+def test_a_search_of_refused_trials_only_ends_with_exit_code_2(tmp_path, text_dir):
+    flags = "--space=model.num_heads=choice:5,7", "--trials=3", f"--config.data.path={text_dir}"
+    with pytest.raises(ConfigError, match="3 refused: such as config") as error:
+        tune.main(["--config=configs/shakespeare_char.py", *flags, f"--workdir={tmp_path}/run"])
+    assert error.value.exit_code == 2 and (tmp_path / "run" / "results.json").exists()
 
 
 def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(tmp_path, capsys):
