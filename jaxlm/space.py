@@ -15,6 +15,8 @@ try:
 except ImportError:  # the program says so
     BaseDistribution = object
 
+EDGE = 0.05  # of a range, in its scale: so near to an end, the best value says little about what lies beyond
+
 
 class Dimension(NamedTuple):
     text: str  # such as log:1e-4:1e-1
@@ -103,3 +105,64 @@ def holds(dimension: Dimension, value) -> bool:
         return value in among.choices
     steps = (value - among.low) / (among.step or 1)
     return among.low <= value <= among.high and (not among.step or abs(steps - round(steps)) < 1e-8)
+
+
+def edge_of(dimension: Dimension, value) -> str:
+    """Whether a value is the "lowest" or "highest" that was searched, or within 5% of the range of it; else empty.
+
+    Empty too where values have no order, or where there are fewer than three: all are at an edge then.
+    """
+    among = dimension.values
+    if isinstance(among, CategoricalDistribution):
+        return end_of_list(among.choices, value)
+    if among.step and among.high - among.low < 2 * among.step:
+        return ""
+    scale = math.log if among.log else float
+    low, high = scale(among.low), scale(among.high)
+    position = (scale(value) - low) / (high - low)
+    if position <= EDGE:
+        return "lowest"
+    return "highest" if position >= 1 - EDGE else ""
+
+
+def end_of_list(choices: tuple, value) -> str:
+    """As edge_of, of numbers that are given one by one."""
+    numbers = all(type(choice) in (int, float) for choice in choices)
+    if not numbers or len(choices) < 3:
+        return ""
+    if value == min(choices):
+        return "lowest"
+    return "highest" if value == max(choices) else ""
+
+
+def beyond(dimension: Dimension, edge: str) -> float | int:
+    """A value a little outside of what was searched, at that edge."""
+    among = dimension.values
+    if isinstance(among, CategoricalDistribution):
+        low, high = min(among.choices), max(among.choices)
+    else:
+        low, high = among.low, among.high
+    if isinstance(low, int):
+        return low - 1 if edge == "lowest" else high + 1
+    if low > 0:  # also of a scale that is not logarithmic: a positive key may have no values below 0
+        return low * 0.9 if edge == "lowest" else high * 1.1
+    margin = EDGE * (high - low)
+    return low - margin if edge == "lowest" else high + margin
+
+
+def edges(space: dict[str, Dimension], best: dict, config: ConfigDict) -> list[str]:
+    """A line for each key whose best value is at an edge of what was searched. best: {key: value}."""
+    lines = []
+    for key, value in best.items():
+        edge = edge_of(space[key], value)
+        if not edge:
+            continue
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        said = f"{key}={shown} is at the {edge} end of {space[key].text}"
+        try:
+            read_values(key, [str(beyond(space[key], edge))], config)
+        except ValueError:
+            lines.append(f"{said}, and no config may go further")
+        else:
+            lines.append(f"{said}: better may lie beyond; search a wider --space in another --workdir")
+    return lines

@@ -38,6 +38,7 @@ DIRECTIONS = {  # by a word in a metric's name
 }
 FINISHED = ("done", "pruned", "refused", "diverged")  # others, running and failed, run again
 FAILURES = 3  # and no other outcome: the values are not the reason
+REASONS = 5  # shown of a search without results
 
 
 class Vain(ConfigError):
@@ -252,6 +253,29 @@ class Study:
         if not values:
             raise NumericsError(f"{self.goal.metric} was not finite")
         return max(values) if self.maximize else min(values)
+
+
+def nothing_done(records: list[dict]) -> UserError:
+    """The error of a search whose trials are over and none of them done: how many had which outcome, and why.
+
+    Reasons that differ in numbers only, such as the value that a rule refuses, are counted as one.
+    """
+    counts, examples = Counter(), {}
+    for record in records:
+        alike = record["state"], re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "N", record["reason"])
+        counts[alike] += 1
+        examples.setdefault(alike, record["reason"])
+    lines = [f"none of {len(records)} trials was done, so there is no best:"]
+    for alike, count in counts.most_common(REASONS):
+        such = "such as " if count > 1 else ""
+        lines.append(f"  {count} {alike[0]}: {such}{examples[alike]}")
+    if len(counts) > REASONS:
+        lines.append(f"  and {len(counts) - REASONS} other reasons, in results.json")
+    lines.append("change --space or the config, and give another --workdir")
+    states = {record["state"] for record in records}
+    kinds = {"refused": ConfigError, "diverged": NumericsError}
+    kind = kinds.get(states.pop(), UserError) if len(states) == 1 else UserError
+    return kind("\n".join(lines))
 
 
 def outcome(record: dict) -> str:

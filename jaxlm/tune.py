@@ -26,8 +26,8 @@ from jaxlm.check import check, require
 from jaxlm.config import load, override
 from jaxlm.data.pipeline import fingerprint, validation_batches
 from jaxlm.errors import ConfigError
-from jaxlm.space import Dimension, is_grid, read_space
-from jaxlm.study import Goal, Study, direction_of, flags, line, outcome, values_of
+from jaxlm.space import Dimension, edges, is_grid, read_space
+from jaxlm.study import Goal, Study, direction_of, flags, line, nothing_done, outcome, values_of
 from jaxlm.trial import Trainer
 from jaxlm.workdir import Hold
 
@@ -115,6 +115,8 @@ def report(study: Study) -> None:
         shown = "  ".join(f"{key} {value:.2f}" for key, value in study.importances.items())
         print(f"importance (PED-ANOVA of {len(ranked)} trials: rough, and low for choices): {shown}")
     if ranked:
+        for text in edges(study.space, ranked[0]["values"], study.config):
+            print(text)
         print(f"wrote {' and '.join(pictures)} to {study.workdir}")
         print(f"the best, to paste:\n{flags(ranked[0])}")
 
@@ -185,6 +187,8 @@ def main(argv: list[str]) -> int:
         print(f"stopped: {study.finished()} of {total} trials are finished, in {workdir}; the same command goes on")
         return cli.PREEMPTED
     report(study)
+    if not study.ranked():
+        raise nothing_done(study.records)
     return 0
 
 

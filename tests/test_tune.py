@@ -16,8 +16,8 @@ from conftest import FLAGS, ROOT
 from jaxlm import config as configs
 from jaxlm import tune
 from jaxlm.errors import ConfigError, NumericsError, UserError
-from jaxlm.space import read_space
-from jaxlm.study import Goal, direction_of
+from jaxlm.space import edges, read_space
+from jaxlm.study import Goal, direction_of, nothing_done
 from jaxlm.trial import Rows, Stopped, Trainer, shares
 from jaxlm.workdir import Hold
 
@@ -188,6 +188,36 @@ def test_failures_are_no_results_and_nothing_but_failures_ends_the_search(tmp_pa
     assert [record["state"] for record in study.records] == ["done"] * 5
 
 
+def refused(heads):
+    return {"state": "refused", "reason": f"config.model.num_heads={heads}: must divide config.model.embed_dim=384"}
+
+
+@pytest.mark.parametrize(
+    ("records", "kind", "parts"),
+    [
+        ([refused(5), refused(7)], ConfigError, ["none of 2 trials", "2 refused: such as config.model.num_heads=5"]),
+        ([{"state": "diverged", "reason": "not finite"}], NumericsError, ["1 diverged: not finite"]),
+        (
+            [refused(5), {"state": "failed", "reason": "no space left"}],
+            UserError,
+            ["1 refused: config.model", "1 failed: no"],
+        ),
+    ],
+)
+def test_a_search_without_results_is_an_error_that_counts_the_reasons(records, kind, parts):
+    error = nothing_done(records)
+    assert type(error) is kind and error.exit_code
+    for part in parts:
+        assert part in str(error)
+
+
+def test_a_search_of_refused_trials_only_ends_with_exit_code_2(tmp_path, text_dir):
+    flags = "--space=model.num_heads=choice:5,7", "--trials=3", f"--config.data.path={text_dir}"
+    with pytest.raises(ConfigError, match="3 refused: such as config") as error:
+        tune.main(["--config=configs/shakespeare_char.py", *flags, f"--workdir={tmp_path}/run"])
+    assert error.value.exit_code == 2 and (tmp_path / "run" / "results.json").exists()
+
+
 def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(tmp_path, capsys):
     def interrupted(config, folder, watch):
         if folder.parent.name == "3":
@@ -246,6 +276,40 @@ def test_the_report(tmp_path, capsys):
 def test_what_is_wrong_with_a_space_is_said(text, says):
     space, (problem,) = read_space([text], configs.base())
     assert not space and f"--space={text}: " in problem and says in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "end"),
+    [
+        ("optim.learning_rate=log:1e-4:1e-2", 9e-3, "highest"),
+        ("optim.learning_rate=log:1e-4:1e-2", 1.1e-4, "lowest"),
+        ("optim.learning_rate=log:1e-4:1e-2", 5e-3, ""),
+        ("optim.learning_rate=float:1e-4:1e-2", 4e-4, "lowest"),
+        ("optim.learning_rate=grid:1e-2,1e-3,1e-1", 1e-1, "highest"),
+        ("optim.learning_rate=grid:1e-2,1e-3,1e-1", 1e-2, ""),
+        ("model.num_layers=int:1:8", 8, "highest"),
+        ("model.num_layers=int:1:8", 7, ""),
+        ("model.num_layers=int:1:2", 2, ""),
+        ("model.num_layers=choice:2,4", 4, ""),
+        ("optim.name=choice:adamw,muon,sgd", "adamw", ""),
+        ("model.qk_norm=choice:true,false", True, ""),
+    ],
+)
+def test_a_best_value_at_the_edge_of_its_range_is_told(text, value, end):
+    config = configs.base()
+    space, problems = read_space([text], config)
+    key, form = text.split("=")
+    expected = [f"{key}={value:.4g} is at the {end} end of {form}: better may lie beyond"] if end else []
+    told = [line.split(";")[0] for line in edges(space, {key: value}, config)]
+    assert told == expected and not problems
+
+
+def test_an_edge_that_no_config_may_cross_asks_for_no_wider_range():
+    config = configs.base()
+    space, _ = read_space(["model.dropout=float:0:0.5", "model.num_layers=int:0:8"], config)
+    lines = edges(space, {"model.dropout": 0.0, "model.num_layers": 8}, config)
+    assert lines[0] == "model.dropout=0 is at the lowest end of float:0:0.5, and no config may go further"
+    assert "search a wider --space" in lines[1]
 
 
 def test_a_space_can_be_a_file(tmp_path):
