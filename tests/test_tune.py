@@ -1,9 +1,11 @@
 """tune: the optimum is found, a search that was killed goes on as if it had not been, and nothing fails quietly."""
 
+import itertools
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from conftest import FLAGS, ROOT
 
 from jaxlm import config as configs
 from jaxlm import tune
+from jaxlm.check import check
 from jaxlm.errors import ConfigError, NumericsError, UserError
 from jaxlm.space import edges, read_space
 from jaxlm.study import Goal, direction_of, nothing_done
@@ -302,6 +305,27 @@ def test_a_best_value_at_the_edge_of_its_range_is_told(text, value, end):
     expected = [f"{key}={value:.4g} is at the {end} end of {form}: better may lie beyond"] if end else []
     told = [line.split(";")[0] for line in edges(space, {key: value}, config)]
     assert told == expected and not problems
+
+
+def readme_commands():
+    """The words of each tune command in README.md."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if line.startswith("python -m jaxlm.tune ")]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_every_combination_of_the_ends_of_readmes_spaces_is_a_valid_config(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (recipe,) = [word.removeprefix("--config=") for word in command if word.startswith("--config=")]
+    forms = [word.removeprefix("--space=") for word in command if word.startswith("--space=")]
+    space, problems = read_space(forms, configs.load(recipe))
+    assert space and not problems
+    ends = [getattr(d.values, "choices", None) or (d.values.low, d.values.high) for d in space.values()]
+    for values in itertools.product(*ends):
+        config = configs.load(recipe)
+        pairs = [(key, str(value)) for key, value in zip(space, values)]
+        assert not configs.override(config, pairs)
+        assert not check(config)
 
 
 def test_an_edge_that_no_config_may_cross_asks_for_no_wider_range():
