@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import statistics
 import sys
 import time
@@ -166,8 +167,12 @@ def proposal(config: ConfigDict, workdir: PurePath, bos_id: int | None, flags: s
     """The command that shows what a trained model does. bos_id: of its tokenizer."""
     task = config.task.name
     program = "evaluate" if task in SILENT else "generate"
-    prompt = " --prompt=TEXT" * (task in ANSWERING or (program == "generate" and bos_id is None))
-    return f"try python -m jaxlm.{program} --workdir={workdir}{flags}{prompt}"
+    prompt = ""
+    if task == "mlm":
+        prompt = ' --prompt="[MASK]"'
+    elif task in ANSWERING or (program == "generate" and bos_id is None):
+        prompt = " --prompt=TEXT"
+    return f"try python -m jaxlm.{program} --workdir={shlex.quote(str(workdir))}{flags}{prompt}"
 
 
 def keep_rows(path: PurePath, last_step: int) -> None:

@@ -180,3 +180,23 @@ def test_files_that_are_not_there(tmp_path):
     assert "b.en" in refused(f"{tmp_path}/a.de+{tmp_path}/b.en", "seq2seq")
     message = refused(tmp_path / "train.tsv", columns="txt=0 label=1")
     assert "no column 'txt'; did you mean text?" in message
+
+
+def test_a_path_that_exists_is_one_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.tsv", "c+d.tsv", "a.tsv"):
+        (tmp_path / name).write_text("x\ty\n")
+        assert paths_of(name) == [name]
+        assert absolute(name) == str(tmp_path / name)
+
+
+def test_the_second_file_of_a_pair_may_lie_beside_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("train.de", "train.en"):
+        (tmp_path / "data" / name).write_text("x\n")
+    assert paths_of("data/train.de+train.en") == ["data/train.de+data/train.en"]
+    assert paths_of("data/train.de+data/train.en") == ["data/train.de+data/train.en"]
+    assert absolute("data/*.de+*.en") == f"{tmp_path}/data/*.de+{tmp_path}/data/*.en"
+    (tmp_path / "train.en").write_text("y\n")  # where the command runs comes first, as it did
+    assert paths_of("data/train.de+train.en") == ["data/train.de+train.en"]

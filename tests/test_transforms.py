@@ -10,7 +10,7 @@ from conftest import WORDS, small_config
 
 from jaxlm.data import vocabulary
 from jaxlm.data.pipeline import train_batches, validation_batches
-from jaxlm.data.tokenizer import Words
+from jaxlm.data.tokenizer import Bytes, Words
 from jaxlm.data.transforms import (
     ALLOWED,
     EXAMPLES,
@@ -22,6 +22,7 @@ from jaxlm.data.transforms import (
     TOKENS,
     Vocabulary,
     answer_text,
+    chat,
     corrupt,
     spans,
     two_sided,
@@ -347,3 +348,17 @@ def test_a_row_is_masked_anew_in_each_epoch(text_dir):
         batch = batches[k]
         rows += [(tuple(t), tuple(w)) for t, w in zip(batch["targets"], batch["weights"])]
     assert len(set(rows)) == len(rows)
+
+
+def test_a_message_of_weight_0_is_not_learned():
+    vocab = Vocabulary(Bytes(), "sft")
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "bad", "weight": 0},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "good", "weight": 1},
+    ]
+    ids, learned = chat(talk, vocab.tokenizer.encode, vocab)
+    assert vocab.tokenizer.decode(ids[learned][:-1]) == "good"
+    with pytest.raises(ValueError, match="weight"):
+        chat([talk[0], talk[1] | {"weight": 0.5}], vocab.tokenizer.encode, vocab)

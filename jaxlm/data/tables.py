@@ -172,8 +172,9 @@ def is_number(text: str) -> bool:
 def paths_of(spec: str) -> list[str]:
     """The files of "a.tsv,b*.tsv" or "*.de+*.en". Raises DataError that names what is not there."""
     paths, missing = [], []
-    for item in filter(None, map(str.strip, spec.split(","))):
-        parts = [item] if "+" not in item or os.path.exists(item) else item.split("+")
+    items = [spec] if os.path.exists(spec) else filter(None, map(str.strip, spec.split(",")))
+    for item in items:
+        parts = parts_of(item)
         found = [[part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True)) for part in parts]
         missing += [part for part, files in zip(parts, found) if not files]
         if len({len(files) for files in found}) > 1 and all(found):
@@ -190,9 +191,22 @@ def paths_of(spec: str) -> list[str]:
 
 def absolute(spec: str) -> str:
     """The same files, whatever the working directory is."""
-    parts = lambda item: [item] if os.path.exists(item) else item.split("+")
-    items = filter(None, map(str.strip, spec.split(",")))
-    return ",".join("+".join(os.path.abspath(part) for part in parts(item)) for item in items)
+    items = [spec] if os.path.exists(spec) else filter(None, map(str.strip, spec.split(",")))
+    return ",".join("+".join(os.path.abspath(part) for part in parts_of(item)) for item in items)
+
+
+def parts_of(item: str) -> list[str]:
+    """The files of "a.de+b.en", in parallel. A path that exists is one file, and b.en may lie beside a.de."""
+    if "+" not in item or os.path.exists(item):
+        return [item]
+    first, *others = item.split("+")
+    parts = [first]
+    for other in others:
+        beside = os.path.join(os.path.dirname(first), other)
+        here = os.path.exists(other) or glob.glob(other, recursive=True)
+        there = os.path.exists(beside) or glob.glob(beside, recursive=True)
+        parts.append(beside if there and not here else other)
+    return parts
 
 
 def read_records(path: str, bad: list[str]) -> tuple[list, list[int]]:

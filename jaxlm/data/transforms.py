@@ -299,7 +299,10 @@ def seq2seq(example, encode, vocab, labels) -> dict:
 
 
 def chat(messages, encode, vocab) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, which of them the assistant writes): begin, then for each message its role, its text and `end`."""
+    """(ids, which of them are learned): begin, then for each message its role, its text and `end`.
+
+    Learned is what the assistant says, but for messages of weight 0.
+    """
     ids, written = [np.array([vocab.begin])], [np.zeros(1, bool)]
     for message in messages:
         if not (isinstance(message, dict) and {"role", "content"} <= set(message)):
@@ -309,9 +312,12 @@ def chat(messages, encode, vocab) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"the role {role!r} is not system, user or assistant")
         if not isinstance(content, str):
             raise ValueError(f"the content of a message is text, not {str(content)[:60]}")
+        weight = message.get("weight", 1)
+        if weight not in (0, 1):
+            raise ValueError(f"the weight of a message is 0 (not learned) or 1, not {str(weight)[:60]}")
         text = join(encode(content), vocab.end)
         ids += [np.array([getattr(vocab, role)]), text]
-        written += [np.zeros(1, bool), np.full(len(text), role == "assistant")]
+        written += [np.zeros(1, bool), np.full(len(text), role == "assistant" and weight == 1)]
     return join(*ids), np.concatenate(written)
 
 
