@@ -252,6 +252,22 @@ def test_the_summary_says_how_documents_begin_and_end(tmp_path, kind, line):
     assert line in prepare.summary(manifest, tmp_path / "a").splitlines()
 
 
+@pytest.mark.parametrize("kind", ["words", "tokenizer.json"])
+def test_unknown_tokens_are_counted_and_told(tmp_path, kind):
+    path = jsonl(tmp_path / "a.jsonl", ["a a b", "b a c"])
+    if kind == "words":
+        given = {"jaxlm": "words", "words": ["a"]}
+    else:
+        library = pytest.importorskip("tokenizers")
+        model = library.Tokenizer(library.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+        model.pre_tokenizer = library.pre_tokenizers.Whitespace()
+        given = json.loads(model.to_str())
+    (tmp_path / "t.json").write_text(json.dumps(given))
+    manifest = prepare.prepare([str(path)], tmp_path / "out", str(tmp_path / "t.json"), val_fraction=0, workers=1)
+    assert manifest["counts"]["unknown_tokens"] == 3
+    assert "note: 3 of 6 tokens (50.0%) are the tokenizer's unknown" in prepare.summary(manifest, tmp_path / "out")
+
+
 def test_data_prepared_before_keep_the_end_that_they_were_written_with(tmp_path):
     path = jsonl(tmp_path / "a.jsonl")
     prepare.prepare([str(path)], tmp_path / "a", "bytes", workers=1)

@@ -4,6 +4,7 @@ A part is counted first and written later. Each leaves a record, a small JSON fi
 record is not worked on again.
 """
 
+import collections
 import functools
 import hashlib
 import json
@@ -163,12 +164,15 @@ def write(job: Job) -> None:
     """Writes a part's shards, at most one of each split, and leaves the record of them: {split: entry}."""
     tokenizer, writers, characters = _load(job.tokenizer), {}, 0
     dtype, eos = token_dtype(tokenizer.vocab_size), tokenizer.eos_id
+    unknown = collections.Counter()
     pieces = read(job.spans, job.options.text_key, Notes())
     routed = _by_tail(pieces, job.cut) if job.options.val_split == "tail" else _by_document(pieces, job)
     for split, piece in routed:
         if split not in writers:
             writers[split] = ShardWriter(job.folder / f"{job.index:05d}.{split}", dtype)
         tokens = tokenizer.encode(piece.text)
+        if tokenizer.unknown_id is not None:
+            unknown[split] += int(np.sum(tokens == tokenizer.unknown_id))
         if piece.last and eos is not None:
             tokens = np.append(tokens, eos)
         writers[split].add(tokens, num_bytes(piece.text), piece.first)
@@ -176,7 +180,8 @@ def write(job: Job) -> None:
     if characters != job.characters:
         names = ", ".join(sorted({span.source.name for span in job.spans})[:5])
         raise DataError(f"the input changed, or became unreadable, while it was being read: look at {names}")
-    save(job.record("write"), {split: writer.close() for split, writer in writers.items()})
+    entries = {split: {**writer.close(), "unknown_tokens": unknown[split]} for split, writer in writers.items()}
+    save(job.record("write"), entries)
 
 
 def num_bytes(text: str) -> int:

@@ -43,6 +43,8 @@ COUNTS = {
     "byte_order_marks": "byte order marks stripped",
 }
 
+UNKNOWN = "unknown_tokens"  # of the counts, the one that the second pass makes
+
 
 def prepare(
     inputs: Iterable[str],
@@ -210,6 +212,9 @@ def _make_tokenizer(counted: list[dict], options: Options) -> Tokenizer:
 def _finish(output: Path, identity: dict, jobs: list[Job], counts: dict, tokenizer: Tokenizer) -> dict:
     """Numbers the shards, moves everything to where it belongs, and writes the manifest."""
     written = [json.loads(job.record("write").read_bytes()) for job in jobs]
+    # Parts that an earlier version wrote before an interruption have no such count.
+    unknown = sum(entry.pop("unknown_tokens", 0) for entries in written for entry in entries.values())
+    counts = {**counts, UNKNOWN: unknown}
     shards, splits = [], {}
     for split in ("train", "val"):
         mine = [(job, entries[split]) for job, entries in zip(jobs, written) if split in entries]
@@ -269,7 +274,12 @@ def summary(manifest: dict, output: str | Path) -> str:
         lines.append(f"note: the text has no pieces for the {wanted:,} tokens that were asked for")
     if manifest["options"]["val_fraction"] and not splits["val"]["tokens"]:
         lines.append("note: val is empty, since no two documents differ; --val_split=tail would cut one in two")
-    lines += [f"note: {count:,} {COUNTS[key]}" for key, count in manifest["counts"].items() if count]
+    # Data that an earlier version prepared have no count of unknown tokens.
+    if unknown := manifest["counts"].get(UNKNOWN, 0):
+        total = sum(split["tokens"] for split in splits.values())
+        share = f"{unknown:,} of {total:,} tokens ({unknown / total:.1%})"
+        lines.append(f"note: {share} are the tokenizer's unknown token: it can't write their text, which is lost")
+    lines += [f"note: {manifest['counts'][key]:,} {name}" for key, name in COUNTS.items() if manifest["counts"][key]]
     lines += [
         f"written to {output}",
         "next:",

@@ -20,7 +20,8 @@ class Tokenizer(ABC):
     """What every tokenizer offers. Ids are int32, from 0 to vocab_size - 1.
 
     Attributes: `name` (a key of TOKENIZERS), `filename` (what to call `to_bytes()` on disk), `vocab_size`, `bos_id`
-    and `eos_id` (None where there is no such token; one token may be both).
+    and `eos_id` (None where there is no such token; one token may be both), `unknown_id` (what text that has no token
+    becomes, None where there is no such token).
     """
 
     name: str
@@ -28,6 +29,7 @@ class Tokenizer(ABC):
     vocab_size: int
     bos_id: int | None = None
     eos_id: int | None = None
+    unknown_id: int | None = None
 
     def encode(self, text: str) -> np.ndarray:
         """The int32 ids of `text`, without special tokens. A lone surrogate is read as U+FFFD."""
@@ -111,6 +113,7 @@ class Words(Tokenizer):
 
     name, filename = "words", "tokenizer.json"
     UNKNOWN = "<unk>"
+    unknown_id = 0
 
     def __init__(self, data: bytes):
         self.words = [self.UNKNOWN, *json.loads(data)["words"]]
@@ -140,10 +143,10 @@ class SentencePiece(Tokenizer):
         self.vocab_size = self._model.get_piece_size()
         bos, eos = (i if i >= 0 else None for i in (self._model.bos_id(), self._model.eos_id()))
         self.bos_id, self.eos_id = eos if bos is None else bos, eos
-        self._unknown = self._model.unk_id()
+        self.unknown_id = self._model.unk_id()
         # sentencepiece writes a space as U+2581, so that U+2581 itself would come back as a space: it goes in as bytes.
         space = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
-        lossless = self._unknown not in space and self._model.normalize("a") == "a"
+        lossless = self.unknown_id not in space and self._model.normalize("a") == "a"
         self._space = space if lossless else None
 
     def to_bytes(self) -> bytes:
@@ -156,7 +159,7 @@ class SentencePiece(Tokenizer):
         return first + [i for part in rest for i in self._space + part]
 
     def _decode(self, ids: np.ndarray) -> str:
-        return self._model.decode(ids[ids != self._unknown].tolist())
+        return self._model.decode(ids[ids != self.unknown_id].tolist())
 
 
 class HuggingFace(Tokenizer):
@@ -210,6 +213,7 @@ class HuggingFace(Tokenizer):
             eos = _first_of(self.EOS, candidates)
         self.bos_id = ids.get(bos)
         self.eos_id = ids.get(eos)
+        self.unknown_id = _unknown_id(content["model"], ids)
 
     def to_bytes(self) -> bytes:
         return self._data
@@ -229,6 +233,13 @@ def _special_tokens(content: dict) -> set[str]:
     """The added tokens that a tokenizer.json marks as special."""
     added = content.get("added_tokens") or []
     return {token["content"] for token in added if token["special"]}
+
+
+def _unknown_id(model: dict, ids: dict[str, int]) -> int | None:
+    """What a tokenizer.json's model writes for text that it has no token for: by its word, or (Unigram) by its id."""
+    if model.get("unk_id") is not None:
+        return model["unk_id"]
+    return ids.get(model.get("unk_token"))
 
 
 def _around_the_text(processor: dict | None) -> tuple[str | None, str | None]:
