@@ -76,8 +76,8 @@ KILLED = """
 import os, signal, sys
 from jaxlm import monitor, train
 step = monitor.Monitor.step
-def die_at_25(self, number, metrics):
-    step(self, number, metrics)
+def die_at_25(self, number, metrics, finished):
+    step(self, number, metrics, finished)
     if number == 25:
         os.kill(os.getpid(), signal.SIGKILL)
 monitor.Monitor.step = die_at_25
