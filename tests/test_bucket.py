@@ -116,8 +116,8 @@ TAKEN = """
 import sys
 from jaxlm import cli, monitor, train, workdir
 step = monitor.Monitor.step
-def taken_at_3(self, number, metrics):
-    step(self, number, metrics)
+def taken_at_3(self, number, metrics, finished):
+    step(self, number, metrics, finished)
     if number == 3:
         workdir.Hold(workdir.run_directory("gs://mine/runs/taken"))
 monitor.Monitor.step = taken_at_3
