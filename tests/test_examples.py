@@ -13,7 +13,7 @@ from jaxlm.check import check
 from jaxlm.config import base
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data import vocabulary
-from jaxlm.data.examples import Examples, label_names, tokenizer_of
+from jaxlm.data.examples import Examples, label_names, stamps, tokenizer_of
 from jaxlm.data.pipeline import describe, fingerprint, train_batches, validation_batches
 from jaxlm.errors import ConfigError, DataError
 from jaxlm.metrics import auc, classification
@@ -247,3 +247,11 @@ def test_a_tokenizer_is_made_once_and_anew_when_the_file_changes(tmp_path):
     settings(tmp_path, [("three", "x"), ("four", "y")])
     os.utime(config.data.train, ns=(stamp, stamp))
     assert "three" in tokenizer_of(config.data, "classify").words
+
+
+def test_a_file_with_a_plus_in_its_name_is_read_again_when_it_has_changed(tmp_path):
+    file = tmp_path / "a+b.tsv"
+    file.write_text("good\t1\nbad\t0\n")
+    before = stamps(str(file))
+    file.write_text("good\t1\nbad\t0\nworse\t0\n")
+    assert before and stamps(str(file)) != before

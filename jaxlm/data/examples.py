@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data import vocabulary
 from jaxlm.data.rows import lay_out, piece_lengths
-from jaxlm.data.tables import paths_of, read_examples, refuse
+from jaxlm.data.tables import parts_of, paths_of, read_examples, refuse
 from jaxlm.data.tokenizer import replace_surrogates
 from jaxlm.data.transforms import ALLOWED, EXAMPLES, STOP, Vocabulary, label_of, messages_of, split_names, words_of
 from jaxlm.errors import DataError, UserError
@@ -45,7 +45,7 @@ def examples_of(spec: str, task: str, columns: str) -> tuple[list[dict], list[st
 
 
 def stamps(spec: str) -> tuple:
-    stats = [(part, os.stat(part)) for path in paths_of(spec) for part in path.split("+") if os.path.exists(part)]
+    stats = [(part, os.stat(part)) for path in paths_of(spec) for part in parts_of(path) if os.path.exists(part)]
     return tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
 
 
