@@ -151,8 +151,10 @@ def apply_gradients(state: State, grads: dict, sums: dict, *, config: ConfigDict
         decay = jnp.minimum(config.train.ema, (1 + state.step) / (10 + state.step))
         ema = still(jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params))
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
-    one = lambda new, old: jnp.where(finite, new.astype(old.dtype), old)
-    keep = lambda new, old: jax.tree.map(one, new, old)
+
+    def keep(new, old):
+        return jax.tree.map(lambda x, was: jnp.where(finite, x.astype(was.dtype), was), new, old)
+
     params, opt_state, ema = keep((params, opt_state, ema), (state.params, state.opt_state, state.ema))
     new = State(state.step + 1, params, opt_state, ema, state.skipped + ~finite, state.teacher)
     rate = schedule(config, config.optim.learning_rate)(state.step - state.skipped)  # dropped steps do not count

@@ -105,11 +105,17 @@ def find(inputs: Iterable[str]) -> list[Source]:
             + ", ".join(f"--input={text!r}" for text in nothing)
             + f" (seen from {os.getcwd()}; a directory is searched for {known})"
         )
+    sources, wrong = [], []
     try:
-        sources = [_source(name, path) for name, path in named.values()]
-        _refuse(sources)
+        for name, path in named.values():
+            source, reason = _look_at(name, path)
+            sources.append(source)
+            if reason:
+                wrong.append(f"{name}: {reason}")
     except OSError as error:
         raise DataError(f"the input {error.filename} can't be read: {error.strerror}") from None
+    if wrong:
+        raise DataError("\n  ".join(["the input has files that can't be read:", *wrong]))
     return sources
 
 
@@ -131,18 +137,6 @@ def beginning(source: Source) -> str:
 def character(data: bytes | bytearray, index: int) -> int:
     """Where the UTF-8 character that has byte `index` starts."""
     return next((i for i in range(index, index - 4, -1) if data[i] & 0xC0 != 0x80), index)
-
-
-def _refuse(sources: list[Source]) -> None:
-    """Raises: DataError that names every file that is of no format that is read."""
-    wrong = []
-    for source in sources:
-        head = formats.beginning(source.path, source.compression)
-        suffix = _suffix(source.path)
-        if reason := formats.refusal(source.path, suffix, source.compression, head):
-            wrong.append(f"{source.name}: {reason}")
-    if wrong:
-        raise DataError("\n  ".join(["the input has files that can't be read:", *wrong]))
 
 
 def _matches(text: str) -> list[tuple[str, str]]:
@@ -175,8 +169,11 @@ def _suffix(path: str) -> str:
     return Path(path).suffix
 
 
-def _source(name: str, path: str) -> Source:
-    """The hash is over all of a file of 1 MiB, and over 64 stretches of 16 KiB of a larger one."""
+def _look_at(name: str, path: str) -> tuple[Source, str]:
+    """(a file, why it is not read or "").
+
+    The hash is over all of a file of 1 MiB, and over 64 stretches of 16 KiB of a larger one.
+    """
     digest, stretches, length = hashlib.sha256(), 64, 16 << 10
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -185,8 +182,9 @@ def _source(name: str, path: str) -> Source:
         for start in range(0, size, step):
             file.seek(start)
             digest.update(file.read(length))
-    encoding = formats.encoding(formats.beginning(path, compression))
-    return Source(name, path, size, digest.hexdigest(), compression, encoding)
+    head = formats.beginning(path, compression)
+    source = Source(name, path, size, digest.hexdigest(), compression, formats.encoding(head))
+    return source, formats.refusal(path, _suffix(path), compression, head)
 
 
 def _read_text(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
