@@ -125,7 +125,7 @@ def give_back_in_words(kept: dict, tokenizer: Tokenizer) -> str | None:
 
 
 def shortened(text: str) -> str:
-    text = text.strip("\u2581 \n")
+    text = text.strip("\u2581 ") or text
     return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."
 
 

@@ -30,6 +30,7 @@ NAMES = {
         "[CLS]",
         "[BOS]",
         END_OF_TEXT,
+        "<EOT>",
     ),
     "eos": (
         "<|end_of_text|>",
@@ -42,6 +43,7 @@ NAMES = {
         "<|eot_id|>",
         "<|im_end|>",
         "<|end|>",
+        "<EOT>",
     ),
 }
 # What versions before eval.bleu_tokenize looked for in the whole vocabulary, and trained with.
@@ -166,7 +168,7 @@ def _put_first_that_fits(tokenizer, role: str, said: list[tuple]) -> None:
         if id_ is None or tokenizer.token(id_) is None:
             shown = f"token {value}" if by_id else f"{value!r}"
             tokenizer.notes.append(f"{name} says that {role} is {shown}, which this tokenizer doesn't have")
-        elif by_id and not tokenizer.is_special(id_):
+        elif by_id and tokenizer.special_ids and id_ not in tokenizer.special_ids:
             # Configs of models often keep defaults that fit another vocabulary.
             shown = f"token {value}, {tokenizer.token(id_)!r}"
             tokenizer.notes.append(f"{name} says that {role} is {shown}, which is no special token: not followed")
@@ -195,10 +197,7 @@ def _first_id(value):
 
 
 def _no_such_token(tokenizer, given: str) -> str:
-    ids = range(tokenizer.vocab_size)
-    special = [tokenizer.token(i) for i in ids if tokenizer.is_special(i) and tokenizer.token(i)]
-    if len(special) > len(ids) // 2:  # nothing is marked
-        special = []
+    special = [tokenizer.token(id_) for id_ in sorted(tokenizer.special_ids)]
     near = did_you_mean(given, special)
     if not special:
         return f"this tokenizer has no such token{near}; its ids are 0 to {tokenizer.vocab_size - 1:,}"

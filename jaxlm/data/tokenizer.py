@@ -72,9 +72,10 @@ class Tokenizer(ABC):
         """The id of a token as the vocabulary writes it; None where there is none."""
         return next((i for i in range(self.vocab_size) if self.token(i) == token), None)
 
-    def is_special(self, id_: int) -> bool:
-        """Whether a token stands for no text, as far as the tokenizer says so."""
-        return id_ in (self.bos_id, self.eos_id)
+    @property
+    def special_ids(self) -> set[int]:
+        """The tokens that the tokenizer marks as no text; empty where it marks none."""
+        return set()
 
     @abstractmethod
     def to_bytes(self) -> bytes:
@@ -173,7 +174,9 @@ class Words(Tokenizer):
         return self.words[id_] if 0 <= id_ < self.vocab_size else None
 
     def lost(self, text: str) -> list[str]:
-        return [word for word in text.split() if self.may_lose(self.encode(word))]
+        # Most words are known as they stand, which is quick to see.
+        strange = [word for word in text.split() if word not in self._ids]
+        return [word for word in strange if self.may_lose(self.encode(word))]
 
     def _encode(self, text: str):
         return [self._ids.get(word, 0) for word in text.split()]
@@ -204,10 +207,14 @@ class Prefixed(Tokenizer):
             return self._encode(text)
         if not self._strips:
             return self._encode_with(self._bare, text)
-        if after[-1].isspace() or text[:1].isspace():
+        if self._is_gap(after[-1]) or self._is_gap(text[:1]):
             return self._encode(text)  # its prefix is the space between the two
-        word = re.match(r"\S*", text).group()
-        return [*self._encode_with(self._bare, word), *self._encode(text[len(word) :])]
+        gap = next((i for i, character in enumerate(text) if self._is_gap(character)), len(text))
+        return [*self._encode_with(self._bare, text[:gap]), *self._encode(text[gap:])]
+
+    def _is_gap(self, character: str) -> bool:
+        """Whether the model takes a character for a space, and so drops it at an end. A newline is unknown to some."""
+        return character.isspace() and self._encode(f"a{character}") == self._encode("a")
 
 
 class SentencePiece(Prefixed):
@@ -249,8 +256,9 @@ class SentencePiece(Prefixed):
     def token(self, id_: int) -> str | None:
         return self._model.id_to_piece(id_) if 0 <= id_ < self.vocab_size else None
 
-    def is_special(self, id_: int) -> bool:
-        return self._model.is_control(id_)
+    @cached_property
+    def special_ids(self) -> set[int]:
+        return {i for i in range(self.vocab_size) if self._model.is_control(i)}
 
     def lost(self, text: str) -> list[str]:
         ids = self._model.encode(text, out_type=int)
@@ -285,6 +293,7 @@ class HuggingFace(Prefixed):
         self.vocab_size = max(ids.values()) + 1  # ids may have gaps
         content = json.loads(data)
         specials.of_tokenizer_json(content, ids, self)
+        self._added = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
         self._special = {ids[token] for token in tokenizer_json.special_tokens(content) if token in ids}
         self.unknown_id = tokenizer_json.unknown_id(content["model"], ids)
         self._drops = tokenizer_json.drops_text(content, ids)
@@ -317,14 +326,16 @@ class HuggingFace(Prefixed):
         return self._data
 
     def token(self, id_: int) -> str | None:
+        if id_ in self._added:
+            return self._added[id_]  # the library writes some with a space before them
         return self._model.id_to_token(id_) if 0 <= id_ < self.vocab_size else None
 
     def token_id(self, token: str) -> int | None:
         return self._model.token_to_id(token)
 
-    def is_special(self, id_: int) -> bool:
-        # A file that marks nothing as special says nothing about it.
-        return id_ in self._special or not self._special
+    @property
+    def special_ids(self) -> set[int]:
+        return self._special
 
     def may_lose(self, ids: np.ndarray) -> bool:
         return self._drops or super().may_lose(ids)
@@ -414,11 +425,11 @@ def _with_ids(tokenizer: Tokenizer, file: Path) -> Tokenizer:
 
 def _refuse_folder(path: Path) -> None:
     """Raises DataError where a folder is of a hub, but has no tokenizer that can be read."""
-    known = [name for name in ("vocab.json", "merges.txt", "vocab.txt") if (path / name).is_file()]
+    known = [name for name in ("vocab.json", "merges.txt", "vocab.txt", "tekken.json") if (path / name).is_file()]
     if known or any((path / name).is_file() for name in specials.FILES):
         there = f"it has {' and '.join(known)}, but " if known else ""
         raise DataError(
-            f"{path} has no tokenizer that can be read: {there}none of {', '.join(HUB_NAMES)}; download them, or make "
+            f"{path} has no tokenizer that can be read: {there}none of {', '.join(HUB_NAMES)}; download one, or make "
             f"tokenizer.json with: python -c 'import transformers as t; "
             f't.AutoTokenizer.from_pretrained("{path}").save_pretrained("{path}")\''
         )
