@@ -67,7 +67,7 @@ class Kept:
     def _compare(self, text: str) -> None:
         """Counts what is other in the text after encoding and decoding, but for a space before it."""
         back = self._tokenizer.decode(self._tokenizer.encode(text))
-        if back.removeprefix(" ") == text.removeprefix(" "):
+        if same(text, back):
             return
         self._changed += 1
         found = [name for name, pattern, _ in KINDS if _fewer(pattern, text, back)]
@@ -127,6 +127,11 @@ def give_back_in_words(kept: dict, tokenizer: Tokenizer) -> str | None:
 def shortened(text: str) -> str:
     text = text.strip("\u2581 ") or text
     return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."
+
+
+def same(text: str, back: str) -> bool:
+    """Whether two texts are the same but for one space at the beginning, which some tokenizers put or take."""
+    return back in (text, f" {text}") or text == f" {back}"
 
 
 def _fewer(pattern: str, text: str, back: str) -> bool:
