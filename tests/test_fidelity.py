@@ -261,4 +261,10 @@ def test_only_texts_with_unknown_tokens_are_looked_at_closer():
     for text in (ENGLISH, CHINESE, "the cat"):
         kept.look_at(text, model.encode(text))
     assert asked == [CHINESE]
-    assert json.loads(json.dumps(kept.record()))["sampled"] == 2
+    assert json.loads(json.dumps(kept.record()))["unknown_characters"] == 6
+
+
+def test_newlines_are_told_of_texts_with_unknown_text_too(tmp_path):
+    _, lines = prepared(tmp_path, piece_model(), [f"the cat\n{CHINESE}", CHINESE], allow_unknown=True)
+    (line,) = [line for line in lines if "give the text back" in line]
+    assert "newlines are lost" in line and "in 50% of the documents" in line

@@ -4,11 +4,14 @@ import json
 
 import pytest
 from conftest import small_config
+from test_fidelity import BYTE_PIECES, EXACT, piece_model
 from test_prepare import jsonl, run
 from test_tokenizer import template
 
 from jaxlm.checkpoint import describe_run, tokenizer_of
-from jaxlm.data import prepare, specials, store, tokenizer, vocabulary
+from jaxlm.data import prepare, specials, store, tokenizer, transforms, vocabulary
+from jaxlm.data.examples import encoder_of
+from jaxlm.data.pipeline import open_stores
 from jaxlm.errors import ConfigError, DataError
 
 WORDS = ["<s>", "</s>", "<go>", "<stop>", "one", "two"]
@@ -149,7 +152,8 @@ def test_a_flag_that_names_no_token_is_refused(tmp_path):
     arguments = ("--input", text, "--output", tmp_path / "out", "--tokenizer")
     result = run(*arguments, path, "--bos=<stpo>", "--eos=17")
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "--bos=<stpo>: this tokenizer has no such token; did you mean <stop>?" in result.stderr
+    assert "--bos=<stpo>: this tokenizer has no such token; its special" in result.stderr
+    assert "did you mean <stop>?" in result.stderr
     assert "--eos=17: this tokenizer has no such token; its special tokens are <s>, </s>, <go>" in result.stderr
     result = run(*arguments, "bytes", "--eos=none")
     assert result.returncode == 2 and "--tokenizer=bytes has its own" in result.stderr
@@ -197,3 +201,23 @@ def test_an_older_run_keeps_the_guess_that_it_was_trained_with(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(meta["config"]))
     for again in (tokenizer_of(meta), tokenizer.load(tmp_path)):
         assert begin_and_end(again) == ("<s>", "</s>")
+
+
+def test_a_mixture_of_data_with_different_ends_is_refused(tmp_path):
+    path = folder(tmp_path / "hub", {}, WORDS[:4])
+    text = jsonl(tmp_path / "a.jsonl", ["two two", "two"])
+    for eos in ("</s>", "<stop>"):
+        prepare.prepare([str(text)], tmp_path / eos.strip("</>"), str(path), val_fraction=0, workers=1, eos=eos)
+    config = small_config(data__path="", data__mixture=f"{tmp_path}/s=0.5,{tmp_path}/stop=0.5")
+    with pytest.raises(DataError, match=r"bos 0 and eos 1, bos 0 and eos 3.*--eos"):
+        open_stores(config, "train")
+
+
+def test_words_of_a_sentence_get_no_space_each():
+    """A sentencepiece model with a dummy prefix: words that are tagged are the tokens of their sentence."""
+    words = ["the", "cat", "sat", "on", "mat"]
+    model = piece_model(**BYTE_PIECES, **EXACT)
+    encode = encoder_of(model, lowercase=False)
+    made = transforms.tag({"words": words, "tags": ["a"] * 5}, encode, transforms.Vocabulary(model, "tag"), ("a",))
+    assert made["tokens"].tolist() == model.encode(" ".join(words)).tolist()
+    assert made["weights"].sum() == 5

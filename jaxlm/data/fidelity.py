@@ -14,10 +14,13 @@ SHOWN = 5  # examples
 SHOWN_CHARS = 20  # of an example
 KEPT_EXAMPLES = 1000  # while a part is read
 # What is often changed: in words, how to find it in a text, and a text that shows it.
-KINDS = (
+SPACES = (
     ("newlines are lost", r"\n", "a\nb"),
     ("tabs are lost", r"\t", "a\tb"),
     ("runs of spaces shrink", r"  ", "a  b"),
+)
+KINDS = (
+    *SPACES,
     ("capital letters are lost", r"[A-Z\u00c0-\u00de\u0391-\u03a9\u0410-\u042f]", "Ab"),
     ("accents are lost", r"[\u00e0-\u00fe\u0100-\u017f\u0300-\u036f]", "\u00e9"),
     ("compatibility characters are replaced", r"[\u00bc-\u00be\u2026\u2122\u3000\ufb00-\ufb06\uff01-\uff5e]", "\ufb01"),
@@ -36,9 +39,9 @@ class Kept:
     def look_at(self, text: str, ids: np.ndarray) -> None:
         """text, and the int32 ids that it was written as. Looks closer only where something may be missing."""
         complete = not self._tokenizer.may_lose(ids) or not self._count_lost(text, ids)
-        if complete and self._sampled < SAMPLED_PIECES:
+        if self._sampled < SAMPLED_PIECES:
             self._sampled += 1
-            self._compare(text[:SAMPLED_CHARS])
+            self._compare(text[:SAMPLED_CHARS], complete)
 
     def record(self) -> dict:
         """All counts, as JSON."""
@@ -64,15 +67,20 @@ class Kept:
         self._characters += characters
         return characters
 
-    def _compare(self, text: str) -> None:
-        """Counts what is other in the text after encoding and decoding, but for a space before it."""
+    def _compare(self, text: str, complete: bool) -> None:
+        """Counts what is other in the text after encoding and decoding, but for a space before it.
+
+        complete: whether it has no unknown text; else only what happens to white space tells something new.
+        """
         back = self._tokenizer.decode(self._tokenizer.encode(text))
         if same(text, back):
             return
-        self._changed += 1
-        found = [name for name, pattern, _ in KINDS if _fewer(pattern, text, back)]
+        kinds = KINDS if complete else SPACES
+        found = [name for name, pattern, _ in kinds if _fewer(pattern, text, back)]
         self._kinds.update(found)
-        if not found and self._example is None:
+        if found or complete:
+            self._changed += 1
+        if complete and not found and self._example is None:
             self._example = _first_difference(text, back)
 
 

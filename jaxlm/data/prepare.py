@@ -6,7 +6,8 @@ Two passes over parts of the input, each part on its own: the first counts, and 
 from; the second writes the shards. Finished parts are kept, so that an interrupted run goes on where it was, and the
 files are the same bytes whatever the number of workers. Broken input is refused, or skipped and counted, never
 swallowed. A tokenizer that is trained here sees a sample of all the text, validation included. All but words, for word
-vectors, give the text back whole.
+vectors, give the text back whole; what a tokenizer from elsewhere can't write, or changes, is told, and above 1% of
+unknown text is refused.
 """
 
 import dataclasses

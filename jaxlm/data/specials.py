@@ -200,10 +200,10 @@ def _no_such_token(tokenizer, given: str) -> str:
     special = [tokenizer.token(id_) for id_ in sorted(tokenizer.special_ids)]
     near = did_you_mean(given, special)
     if not special:
-        return f"this tokenizer has no such token{near}; its ids are 0 to {tokenizer.vocab_size - 1:,}"
+        return f"this tokenizer has no such token; its ids are 0 to {tokenizer.vocab_size - 1:,}"
     shown = ", ".join(special[:12])
     more = f" and {len(special) - 12:,} more" if len(special) > 12 else ""
-    return f"this tokenizer has no such token{near}; its special tokens are {shown}{more}; or none"
+    return f"this tokenizer has no such token; its special tokens are {shown}{more}; none is for no token{near}"
 
 
 def _read_json(path: Path) -> dict:

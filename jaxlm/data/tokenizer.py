@@ -424,15 +424,18 @@ def _with_ids(tokenizer: Tokenizer, file: Path) -> Tokenizer:
 
 
 def _refuse_folder(path: Path) -> None:
-    """Raises DataError where a folder is of a hub, but has no tokenizer that can be read."""
+    """Raises DataError: a folder has no tokenizer that can be read."""
     known = [name for name in ("vocab.json", "merges.txt", "vocab.txt", "tekken.json") if (path / name).is_file()]
-    if known or any((path / name).is_file() for name in specials.FILES):
+    if known or any((path / name).is_file() for name in specials.FILES):  # of a hub
         there = f"it has {' and '.join(known)}, but " if known else ""
         raise DataError(
             f"{path} has no tokenizer that can be read: {there}none of {', '.join(HUB_NAMES)}; download one, or make "
             f"tokenizer.json with: python -c 'import transformers as t; "
             f't.AutoTokenizer.from_pretrained("{path}").save_pretrained("{path}")\''
         )
+    raise DataError(
+        f"{path} has no tokenizer: none of {', '.join(HUB_NAMES)}, nor the {store.MANIFEST} of prepared data"
+    )
 
 
 def _read(path: Path, name: str | None = None) -> Tokenizer:
