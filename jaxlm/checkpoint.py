@@ -21,6 +21,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from jaxlm.cli import near_path
 from jaxlm.config import flatten, unflatten
+from jaxlm.data import specials
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import CheckpointError
 from jaxlm.keys import base
@@ -42,10 +43,16 @@ def describe_run(config: ConfigDict, tokenizer, data: dict) -> dict:
     """The `meta` of a run's checkpoints, as JSON. data: jaxlm.data.pipeline.fingerprint."""
     return {
         "config": flatten(config),
-        "tokenizer": {"name": tokenizer.name, "data": base64.b64encode(tokenizer.to_bytes()).decode()},
+        "tokenizer": describe_tokenizer(tokenizer),
         "data": data,
         "versions": versions(VERSIONS),
     }
+
+
+def describe_tokenizer(tokenizer) -> dict:
+    """A tokenizer, with the begin and the end of text that the run was trained with, as JSON."""
+    data = base64.b64encode(tokenizer.to_bytes()).decode()
+    return {"name": tokenizer.name, "data": data} | specials.ids_of(tokenizer)
 
 
 def versions(packages) -> dict[str, str]:
@@ -73,7 +80,14 @@ def known_config(flat: dict, where: str) -> ConfigDict:
 
 
 def tokenizer_of(meta: dict):
-    return tokenizers.from_bytes(meta["tokenizer"]["name"], base64.b64decode(meta["tokenizer"]["data"]))
+    """The tokenizer of a checkpoint, with the begin and the end of text that it was trained with."""
+    entry = meta["tokenizer"]
+    tokenizer = tokenizers.from_bytes(entry["name"], base64.b64decode(entry["data"]))
+    if "bos_id" in entry:
+        specials.put_ids(tokenizer, entry)
+    else:
+        specials.of_an_older_run(tokenizer, meta["config"])
+    return tokenizer
 
 
 def require_checkpoints(workdir: PurePath, config: ConfigDict) -> None:

@@ -184,8 +184,11 @@ class LM:
             parts[:-1] = [part.rstrip(" ") for part in parts[:-1]]
         if len(parts) < 2:
             raise ConfigError(f"a model of task mlm foretells hidden tokens: {text!r} has no [MASK] in it")
-        first, *rest = map(self.tokenizer.encode, parts)
-        ids = join(first, *(piece for part in rest for piece in (vocab.mask, part)))
+        first, *rest = parts
+        ids = [self.tokenizer.encode(first)]
+        for part in rest:
+            ids += [vocab.mask, self.tokenizer.encode(part, after="[MASK]")]
+        ids = join(*ids)
         logits = self.logits(ids[None])[0, ids == vocab.mask, : self.tokenizer.vocab_size]
         chances = np.asarray(jax.nn.softmax(logits))
         best = np.argsort(-chances)[:, :5]

@@ -11,8 +11,9 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxlm import cli
-from jaxlm.checkpoint import Checkpoints
+from jaxlm.checkpoint import Checkpoints, describe_tokenizer
 from jaxlm.config import flatten, resolve
+from jaxlm.data.specials import write_tokenizer
 from jaxlm.errors import ConfigError
 from jaxlm.keys import base
 from jaxlm.monitor import proposal
@@ -32,10 +33,11 @@ def merged_config(config: ConfigDict, section: ConfigDict) -> ConfigDict:
 def write_run(workdir: PurePath, step: int, params: dict, meta: dict, config: ConfigDict, tokenizer) -> None:
     """A run directory of these parameters alone: config.json, the tokenizer and checkpoints/STEP."""
     hold, checkpoints = Hold(workdir), Checkpoints(workdir, config)
-    checkpoints.save_params(step, params, meta | {"config": flatten(config)})
+    told = {"config": flatten(config), "tokenizer": describe_tokenizer(tokenizer)}
+    checkpoints.save_params(step, params, meta | told)
     checkpoints.close()
     if jax.process_index() == 0:
-        (workdir / tokenizer.filename).write_bytes(tokenizer.to_bytes())
+        write_tokenizer(workdir, tokenizer)
         write_whole(workdir / "config.json", json.dumps(flatten(config), indent=1) + "\n")
     hold.close()
 

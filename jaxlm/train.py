@@ -21,6 +21,7 @@ from jaxlm.check import check, require
 from jaxlm.checkpoint import Checkpoints, describe_run, require_checkpoints
 from jaxlm.config import flatten, load, override, resolve
 from jaxlm.data.pipeline import Prefetch, fingerprint, load_tokenizer, train_batches, validation_batches
+from jaxlm.data.specials import write_tokenizer
 from jaxlm.data.tables import absolute
 from jaxlm.errors import CheckpointError, NumericsError
 from jaxlm.evaluator import Evaluator
@@ -151,7 +152,7 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
             state = state.replace(teacher=read_teacher(config, mesh))
         if jax.process_index() == 0:
             write_config(workdir, config, last)
-            (workdir / tokenizer.filename).write_bytes(tokenizer.to_bytes())
+            write_tokenizer(workdir, tokenizer)
         start, best = int(state.step), Best(config.eval.metric, *last.get("best", ()))
         parameters = costs.num_parameters(state.params)
         flops, peak = costs.flops_per_token(config, state.params), peak_flops(jax.devices()[0].device_kind)

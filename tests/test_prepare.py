@@ -263,7 +263,11 @@ def test_unknown_tokens_are_counted_and_told(tmp_path, kind):
         model.pre_tokenizer = library.pre_tokenizers.Whitespace()
         given = json.loads(model.to_str())
     (tmp_path / "t.json").write_text(json.dumps(given))
-    manifest = prepare.prepare([str(path)], tmp_path / "out", str(tmp_path / "t.json"), val_fraction=0, workers=1)
+    arguments = [str(path)], tmp_path / "out", str(tmp_path / "t.json")
+    with pytest.raises(DataError, match=r"30.00% of the text .3 of 10 characters., such as 'b', 'c'.*--allow_unknown"):
+        prepare.prepare(*arguments, val_fraction=0, workers=1)
+    assert not (tmp_path / "out").exists()
+    manifest = prepare.prepare(*arguments, val_fraction=0, workers=1, allow_unknown=True)
     assert manifest["counts"]["unknown_tokens"] == 3
     assert "note: 3 of 6 tokens (50.0%) are the tokenizer's unknown" in prepare.summary(manifest, tmp_path / "out")
 

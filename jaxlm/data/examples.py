@@ -100,7 +100,12 @@ def _made(kind, vocab_size, min_count, lowercase, task, columns, train, stamps):
 
 def encoder_of(tokenizer, lowercase: bool):
     """text -> ids."""
-    return lambda text: tokenizer.encode(str(text).lower() if lowercase else str(text))
+
+    def encode(text, after: str = "") -> np.ndarray:
+        text = str(text).lower() if lowercase else str(text)
+        return tokenizer.encode(text, after)
+
+    return encode
 
 
 NAMES = {  # the labels of an example

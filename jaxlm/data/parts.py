@@ -24,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxlm.data.fidelity import Kept
 from jaxlm.data.readers import BAD_SHOWN, PIECE_BYTES, Notes, Piece, Source, Span, beginning, character, read
 from jaxlm.data.store import ShardWriter, token_dtype
 from jaxlm.data.tokenizer import load
@@ -53,6 +54,8 @@ class Options:
     val_split: str
     text_key: str
     on_bad_record: str
+    bos_id: int | None = None  # of a given tokenizer
+    eos_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -164,15 +167,16 @@ def write(job: Job) -> None:
     """Writes a part's shards, at most one of each split, and leaves the record of them: {split: entry}."""
     tokenizer, writers, characters = _load(job.tokenizer), {}, 0
     dtype, eos = token_dtype(tokenizer.vocab_size), tokenizer.eos_id
-    unknown = collections.Counter()
+    kept = collections.defaultdict(lambda: Kept(tokenizer))
+    before = _before(job.spans[0])
     pieces = read(job.spans, job.options.text_key, Notes())
     routed = _by_tail(pieces, job.cut) if job.options.val_split == "tail" else _by_document(pieces, job)
     for split, piece in routed:
         if split not in writers:
             writers[split] = ShardWriter(job.folder / f"{job.index:05d}.{split}", dtype)
-        tokens = tokenizer.encode(piece.text)
-        if tokenizer.unknown_id is not None:
-            unknown[split] += int(np.sum(tokens == tokenizer.unknown_id))
+        tokens = tokenizer.encode(piece.text, after="" if piece.first else before)
+        before = piece.text[-1:]
+        kept[split].look_at(piece.text, tokens)
         if piece.last and eos is not None:
             tokens = np.append(tokens, eos)
         writers[split].add(tokens, num_bytes(piece.text), piece.first)
@@ -180,8 +184,18 @@ def write(job: Job) -> None:
     if characters != job.characters:
         names = ", ".join(sorted({span.source.name for span in job.spans})[:5])
         raise DataError(f"the input changed, or became unreadable, while it was being read: look at {names}")
-    entries = {split: {**writer.close(), "unknown_tokens": unknown[split]} for split, writer in writers.items()}
+    entries = {split: {**writer.close(), "kept": kept[split].record()} for split, writer in writers.items()}
     save(job.record("write"), entries)
+
+
+def _before(span: Span) -> str:
+    """The character before a span; a newline where that is not known. A span may begin in the middle of a document."""
+    if span.start == 0 or span.source.streamed or span.source.kind != "text":
+        return "\n"
+    with open(span.source.path, "rb") as file:
+        file.seek(max(0, span.start - 4))
+        near = file.read(min(4, span.start))
+    return near.decode(errors="ignore")[-1:] or "\n"
 
 
 def num_bytes(text: str) -> int:

@@ -59,6 +59,13 @@ def open_stores(config: ConfigDict, split: str) -> list[Store]:
     tokenizers = {store.manifest["tokenizer"]["sha256"] for store in stores}
     if len(tokenizers) > 1:
         raise DataError(f"the directories of config.data.mixture={config.data.mixture} have different tokenizers")
+    ends = {(store.bos_id, store.eos_id) for store in stores}
+    if len(ends) > 1:
+        told = ", ".join(f"bos {bos} and eos {eos}" for bos, eos in sorted(ends, key=str))
+        raise DataError(
+            f"the directories of config.data.mixture={config.data.mixture} begin and end documents with different "
+            f"tokens ({told}); prepare them alike, with --bos and --eos"
+        )
     return stores
 
 

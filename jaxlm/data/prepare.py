@@ -6,7 +6,8 @@ Two passes over parts of the input, each part on its own: the first counts, and 
 from; the second writes the shards. Finished parts are kept, so that an interrupted run goes on where it was, and the
 files are the same bytes whatever the number of workers. Broken input is refused, or skipped and counted, never
 swallowed. A tokenizer that is trained here sees a sample of all the text, validation included. All but words, for word
-vectors, give the text back whole.
+vectors, give the text back whole; what a tokenizer from elsewhere can't write, or changes, is told, and above 1% of
+unknown text is refused.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from jaxlm import cli
-from jaxlm.data import parts, readers, store
+from jaxlm.data import fidelity, parts, readers, specials, store
 from jaxlm.data.parts import Job, Options
 from jaxlm.data.tokenizer import Bytes, Tokenizer, load
 from jaxlm.data.vocabulary import SAMPLE_CHARS, chars_from, train_sentencepiece, words_from
@@ -44,6 +45,7 @@ COUNTS = {
 }
 
 UNKNOWN = "unknown_tokens"  # of the counts, the one that the second pass makes
+GIVEN = ("huggingface", "sentencepiece")  # kinds of tokenizers that are given as files
 
 
 def prepare(
@@ -57,23 +59,28 @@ def prepare(
     text_key: str = "text",
     on_bad_record: str = "error",
     overwrite: bool = False,
+    bos: str | None = None,
+    eos: str | None = None,
+    allow_unknown: bool = False,
 ) -> dict:
     """Writes a prepared directory (see store.py) and returns its manifest. One that is finished is left as it is.
 
     `val_split="tail"` takes the last val_fraction of the characters of the corpus: the document on the border is cut in
     two, of which the first half gets no end of text and the second counts as a document. `"documents"` draws whole
     documents by a hash of their first 4,096 characters, so that copies stay together. `workers` defaults to all cores.
+    bos, eos: a given tokenizer's token, by its text or its id, or "none"; default: what it says by itself.
     Raises: ConfigError for options that are wrong or not those of an existing output, DataError for the input.
     """
     output, inputs = Path(output), [inputs] if isinstance(inputs, str) else list(inputs)
     if tokenizer not in TRAINED and not Path(tokenizer).exists():
         hint = cli.did_you_mean(str(tokenizer), TRAINED)
         raise ConfigError(f"--tokenizer={tokenizer} is not {', '.join(TRAINED)} or a file{hint}")
-    given = None if tokenizer in TRAINED else load(tokenizer)
+    given = _given(tokenizer, bos, eos)
     if tokenizer in SIZED and vocab_size is None:
         vocab_size = VOCAB_SIZE
     name = given.fingerprint if given else tokenizer
-    options = Options(name, vocab_size, val_fraction, val_split, text_key, on_bad_record)
+    ids = (given.bos_id, given.eos_id) if given else (None, None)
+    options = Options(name, vocab_size, val_fraction, val_split, text_key, on_bad_record, *ids)
     _check(options, workers)
     sources = readers.find(inputs)
     identity = {
@@ -83,17 +90,48 @@ def prepare(
         "sources": [{"path": s.name, "bytes": s.bytes, "sha256": s.sha256} for s in sources],
     }
     console = Console(stderr=True, highlight=False)
+    _print(console, [f"note: {note}" for note in given.notes] if given else [])
     if not _claim(output, identity, overwrite):
-        console.print(f"{output} is already prepared", markup=False, soft_wrap=True)
-        return store.load_manifest(output)
+        return _already_prepared(output, given, console)
     jobs = [Job(i, spans, options, output / PARTIAL) for i, spans in enumerate(parts.plan(sources))]
     run = functools.partial(parts.run, workers=workers or os.cpu_count() or 1, console=console)
     try:
-        return _passes(output, identity, jobs, given, run)
+        return _passes(output, identity, jobs, given, run, allow_unknown)
     except UserError as error:
         if not isinstance(error, parts.Interrupted):  # the next attempt will be with other options or another input
             _clear(output)
         raise
+
+
+def _given(tokenizer: str | Path, bos: str | None, eos: str | None) -> Tokenizer | None:
+    """The tokenizer of a path, with the begin and the end that a person has chosen; None where one is to be made.
+
+    Raises: ConfigError, DataError.
+    """
+    if tokenizer not in TRAINED:
+        given = load(tokenizer)
+        specials.of_flags(given, bos, eos)
+        return given
+    if (bos, eos) != (None, None):
+        raise ConfigError(f"--bos and --eos are for a tokenizer that is a path; --tokenizer={tokenizer} has its own")
+    return None
+
+
+def _print(console: Console, lines: list[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _already_prepared(output: Path, given: Tokenizer | None, console: Console) -> dict:
+    """The manifest of an output that is finished; says so, and what has changed since."""
+    manifest = store.load_manifest(output)
+    lines = [f"{output} is already prepared"]
+    there = manifest["tokenizer"]
+    if given and (given.bos_id, given.eos_id) != (there["bos_id"], there["eos_id"]):
+        now = _begin_and_end(_entry(given)).removeprefix("note: ")
+        lines.append(f"note: now it would be: {now}; --overwrite prepares it anew")
+    _print(console, lines)
+    return manifest
 
 
 def _check(options: Options, workers: int | None) -> None:
@@ -145,6 +183,8 @@ def _claim(output: Path, identity: dict, overwrite: bool) -> bool:
 def _compare(found: dict, identity: dict, output: Path) -> None:
     """Raises: ConfigError that lists every option and source that is not what it was."""
     there, now = found["options"], identity["options"]
+    if "bos_id" not in there:  # of an earlier version: its ids are in the manifest, and stay
+        there = {**there, "bos_id": now["bos_id"], "eos_id": now["eos_id"]}
     changes = [f"{key} was {there.get(key)!r}, is {now[key]!r}" for key in now if there.get(key) != now[key]]
     there, now = ({source["path"]: source for source in side["sources"]} for side in (found, identity))
     names = [name for name in {**there, **now} if there.get(name) != now.get(name)]
@@ -175,7 +215,9 @@ def _clear(output: Path) -> None:
         output.rmdir()
 
 
-def _passes(output: Path, identity: dict, jobs: list[Job], given: Tokenizer | None, run: Callable) -> dict:
+def _passes(
+    output: Path, identity: dict, jobs: list[Job], given: Tokenizer | None, run: Callable, allow_unknown: bool
+) -> dict:
     """Counts, makes the tokenizer, writes, and puts everything in its place. Returns the manifest."""
     total = max(1, sum(job.bytes for job in jobs))
     options, folder = jobs[0].options, jobs[0].folder
@@ -186,7 +228,7 @@ def _passes(output: Path, identity: dict, jobs: list[Job], given: Tokenizer | No
     counts = parts.judge(counted, skip=options.on_bad_record == "skip")
     tokenizer = given or _make_tokenizer(counted, options)
     file = folder / tokenizer.filename
-    file.write_bytes(tokenizer.to_bytes())
+    specials.write_tokenizer(folder, tokenizer)
     keys = [key for record in counted for key in record["keys"]]
     share = int(parts.NUM_KEYS * options.val_fraction)
     # Of two different documents or more, at least one is val and at least one is train.
@@ -197,7 +239,35 @@ def _passes(output: Path, identity: dict, jobs: list[Job], given: Tokenizer | No
         jobs[i] = dataclasses.replace(jobs[i], tokenizer=file, characters=size, cut=cut, threshold=threshold)
         cut = cut - size if cut >= size else -1
     run(parts.write, jobs)
-    return _finish(output, identity, jobs, {key: counts[key] for key in COUNTS}, tokenizer)
+    written = [json.loads(job.record("write").read_bytes()) for job in jobs]
+    kept = _what_is_kept(written, jobs)
+    # Words that are made here to a size leave out the rare ones on purpose.
+    if not allow_unknown and options.tokenizer != "words":
+        _refuse_unknown(kept)
+    return _finish(output, identity, jobs, {key: counts[key] for key in COUNTS}, tokenizer, written, kept)
+
+
+def _what_is_kept(written: list[dict], jobs: list[Job]) -> dict:
+    """Takes what each part tells of its unknown text out of the entries of the shards; returns the sums."""
+    records = []
+    for entries in written:
+        for entry in entries.values():
+            # A part that an earlier version wrote before an interruption has the count of tokens alone, if any.
+            older = {"unknown_tokens": entry.pop("unknown_tokens", 0)}
+            records.append(entry.pop("kept", older))
+    tokens = sum(entry["tokens"] for entries in written for entry in entries.values())
+    return {**fidelity.add(records), "tokens": tokens, "characters": sum(job.characters for job in jobs)}
+
+
+def _refuse_unknown(kept: dict) -> None:
+    """Raises DataError where more of the text is unknown than a model could do without."""
+    if kept["unknown_characters"] <= fidelity.MOST_UNKNOWN * kept["characters"]:
+        return
+    raise DataError(
+        f"{fidelity.unknown_in_words(kept)}; at most {fidelity.MOST_UNKNOWN:.0%} of the text may be, since losses and "
+        "answers are of the rest alone: give a --tokenizer that knows this text (sentencepiece, which is made from it, "
+        "or bytes), leave such documents out, or go on with --allow_unknown"
+    )
 
 
 def _make_tokenizer(counted: list[dict], options: Options) -> Tokenizer:
@@ -209,12 +279,11 @@ def _make_tokenizer(counted: list[dict], options: Options) -> Tokenizer:
     return train((chunk for record in counted for chunk in record["sample"]), options.vocab_size)
 
 
-def _finish(output: Path, identity: dict, jobs: list[Job], counts: dict, tokenizer: Tokenizer) -> dict:
+def _finish(
+    output: Path, identity: dict, jobs: list[Job], counts: dict, tokenizer: Tokenizer, written: list[dict], kept: dict
+) -> dict:
     """Numbers the shards, moves everything to where it belongs, and writes the manifest."""
-    written = [json.loads(job.record("write").read_bytes()) for job in jobs]
-    # Parts that an earlier version wrote before an interruption have no such count.
-    unknown = sum(entry.pop("unknown_tokens", 0) for entries in written for entry in entries.values())
-    counts = {**counts, UNKNOWN: unknown}
+    counts = {**counts, UNKNOWN: kept["unknown_tokens"], "unknown_characters": kept["unknown_characters"]}
     shards, splits = [], {}
     for split in ("train", "val"):
         mine = [(job, entries[split]) for job, entries in zip(jobs, written) if split in entries]
@@ -236,14 +305,8 @@ def _finish(output: Path, identity: dict, jobs: list[Job], counts: dict, tokeniz
         "splits": splits,
         "shards": shards,
         "counts": counts,
-        "tokenizer": {
-            "name": tokenizer.name,
-            "file": tokenizer.filename,
-            "vocab_size": tokenizer.vocab_size,
-            "sha256": tokenizer.fingerprint,
-            "bos_id": tokenizer.bos_id,
-            "eos_id": tokenizer.eos_id,
-        },
+        "tokenizer": _entry(tokenizer),
+        "kept": {**kept, "give_back": fidelity.give_back_in_words(kept, tokenizer)},
         "dtype": store.token_dtype(tokenizer.vocab_size).str,
     }
     parts.save(output / store.MANIFEST, manifest)
@@ -251,13 +314,40 @@ def _finish(output: Path, identity: dict, jobs: list[Job], counts: dict, tokeniz
     return manifest
 
 
+def _entry(tokenizer: Tokenizer) -> dict:
+    """The tokenizer in the manifest."""
+    entry = {
+        "name": tokenizer.name,
+        "file": tokenizer.filename,
+        "vocab_size": tokenizer.vocab_size,
+        "sha256": tokenizer.fingerprint,
+    }
+    for role in specials.ROLES:
+        id_ = getattr(tokenizer, f"{role}_id")
+        if id_ is not None:
+            entry[f"{role}_token"] = tokenizer.token(id_)
+    return entry | specials.ids_of(tokenizer)
+
+
 def _begin_and_end(tokenizer: dict) -> str:
     """One line on the tokens around a document. tokenizer: the manifest's entry."""
-    bos, eos = tokenizer["bos_id"], tokenizer["eos_id"]
-    begin = "no bos" if bos is None else f"bos is token {bos}"
-    if eos is None:
-        return f"note: {begin}, no eos: documents have no end, so that generation goes on to max_tokens"
-    return f"{begin}, eos is token {eos}"
+    bos, eos = (_one_end(tokenizer, role) for role in specials.ROLES)
+    if tokenizer["eos_id"] is None:
+        flag = "; --eos=TOKEN chooses one" if tokenizer["name"] in GIVEN else ""
+        return f"note: {bos}, {eos}: documents have no end, so that generation goes on to max_tokens{flag}"
+    if tokenizer["bos_id"] is None:
+        return f"note: {bos}, so that a prompt can't be empty, {eos}; --bos=TOKEN chooses one"
+    return f"{bos}, {eos}"
+
+
+def _one_end(tokenizer: dict, role: str) -> str:
+    """In words, the token that is the tokenizer's bos or eos, and where that is from."""
+    id_, origin = tokenizer[f"{role}_id"], tokenizer.get(f"{role}_from")
+    told = f" ({origin})" if origin else ""
+    if id_ is None:
+        return f"no {role}{told}"
+    token = f" {tokenizer[f'{role}_token']}" if told else ""
+    return f"{role}{token} is token {id_}{told}"
 
 
 def summary(manifest: dict, output: str | Path) -> str:
@@ -274,11 +364,7 @@ def summary(manifest: dict, output: str | Path) -> str:
         lines.append(f"note: the text has no pieces for the {wanted:,} tokens that were asked for")
     if manifest["options"]["val_fraction"] and not splits["val"]["tokens"]:
         lines.append("note: val is empty, since no two documents differ; --val_split=tail would cut one in two")
-    # Data that an earlier version prepared have no count of unknown tokens.
-    if unknown := manifest["counts"].get(UNKNOWN, 0):
-        total = sum(split["tokens"] for split in splits.values())
-        share = f"{unknown:,} of {total:,} tokens ({unknown / total:.1%})"
-        lines.append(f"note: {share} are the tokenizer's unknown token: it can't write their text, which is lost")
+    lines += _what_is_lost(manifest)
     lines += [f"note: {manifest['counts'][key]:,} {name}" for key, name in COUNTS.items() if manifest["counts"][key]]
     lines += [
         f"written to {output}",
@@ -286,6 +372,19 @@ def summary(manifest: dict, output: str | Path) -> str:
         f"  python -m jaxlm.train --config=... --config.data.path={shlex.quote(str(output))}",
     ]
     return "\n".join(lines)
+
+
+def _what_is_lost(manifest: dict) -> list[str]:
+    """Lines on the text that the tokens don't hold."""
+    if "kept" not in manifest:  # of an earlier version, which counted tokens, or nothing
+        unknown = manifest["counts"].get(UNKNOWN, 0)
+        return [f"note: {unknown:,} tokens are the tokenizer's unknown token: their text is lost"] if unknown else []
+    kept, lines = manifest["kept"], []
+    if kept["unknown_tokens"] or kept["unknown_characters"]:
+        lines.append(f"note: {fidelity.unknown_in_words(kept)}")
+    if kept["give_back"]:
+        lines.append(f"note: {kept['give_back']}")
+    return lines
 
 
 def main(argv: list[str]) -> None:
@@ -307,6 +406,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     parser.add_argument("--text_key", default="text", help="where .jsonl, .json and .parquet have the text (text)")
     parser.add_argument("--on_bad_record", choices=ON_BAD_RECORD, default="error", help="skip: count them and go on")
+    parser.add_argument("--bos", metavar="TOKEN", help="what begins a text: a given tokenizer's token, its id, or none")
+    parser.add_argument(
+        "--eos", metavar="TOKEN", help="what ends a document: a given tokenizer's token, its id, or none"
+    )
+    parser.add_argument(
+        "--allow_unknown",
+        action="store_true",
+        help=f"go on where over {100 * fidelity.MOST_UNKNOWN:.0f}%% of the text is unknown to the tokenizer, and lost",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output")
     args = parser.parse(argv)
     manifest = prepare(
@@ -320,6 +428,9 @@ def main(argv: list[str]) -> None:
         text_key=args.text_key,
         on_bad_record=args.on_bad_record,
         overwrite=args.overwrite,
+        bos=args.bos,
+        eos=args.eos,
+        allow_unknown=args.allow_unknown,
     )
     print(summary(manifest, args.output))
 

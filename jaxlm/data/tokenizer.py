@@ -4,16 +4,17 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
-from jaxlm.data import store
+from jaxlm.data import specials, store, tokenizer_json
+from jaxlm.data.specials import END_OF_TEXT
 from jaxlm.errors import ConfigError, DataError
 
-END_OF_TEXT = "<|endoftext|>"
+HUB_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # in a folder, in order
 
 
 class Tokenizer(ABC):
@@ -21,7 +22,8 @@ class Tokenizer(ABC):
 
     Attributes: `name` (a key of TOKENIZERS), `filename` (what to call `to_bytes()` on disk), `vocab_size`, `bos_id`
     and `eos_id` (None where there is no such token; one token may be both), `unknown_id` (what text that has no token
-    becomes, None where there is no such token).
+    becomes, None where there is no such token), `bos_from` and `eos_from` (who says so, where it had to be found out),
+    `notes` (what was odd about that).
     """
 
     name: str
@@ -30,10 +32,22 @@ class Tokenizer(ABC):
     bos_id: int | None = None
     eos_id: int | None = None
     unknown_id: int | None = None
+    bos_from: str | None = None
+    eos_from: str | None = None
 
-    def encode(self, text: str) -> np.ndarray:
-        """The int32 ids of `text`, without special tokens. A lone surrogate is read as U+FFFD."""
-        return np.asarray(self._encode(replace_surrogates(text)[0]), dtype=np.int32)
+    @cached_property
+    def notes(self) -> list[str]:
+        return []
+
+    def encode(self, text: str, after: str = "") -> np.ndarray:
+        """The int32 ids of `text`, without special tokens. A lone surrogate is read as U+FFFD.
+
+        after: what comes before it in its document, of which the last character is enough; "" where it begins. Some
+        tokenizers put a space before a text, which pieces of one document must not get.
+        """
+        text = replace_surrogates(text)[0]
+        ids = self._go_on(text, after) if after else self._encode(text)
+        return np.asarray(ids, dtype=np.int32)
 
     def decode(self, ids) -> str:
         """The text of `ids`, an array or list of any shape. Never raises: special tokens and ids that are out of range
@@ -41,6 +55,27 @@ class Tokenizer(ABC):
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
         special = [i for i in (self.bos_id, self.eos_id) if i is not None]
         return self._decode(ids[(ids >= 0) & (ids < self.vocab_size) & ~np.isin(ids, special)])
+
+    def lost(self, text: str) -> list[str]:
+        """The stretches of `text`, in order, that have no token: they are unknown, or dropped."""
+        return []
+
+    def may_lose(self, ids: np.ndarray) -> bool:
+        """Whether `lost` may have something to say of a text with these ids; quick, and rarely wrongly True."""
+        return self.unknown_id is not None and bool(np.any(ids == self.unknown_id))
+
+    @abstractmethod
+    def token(self, id_: int) -> str | None:
+        """How the vocabulary writes a token; None where there is none of this id."""
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary writes it; None where there is none."""
+        return next((i for i in range(self.vocab_size) if self.token(i) == token), None)
+
+    @property
+    def special_ids(self) -> set[int]:
+        """The tokens that the tokenizer marks as no text; empty where it marks none."""
+        return set()
 
     @abstractmethod
     def to_bytes(self) -> bytes:
@@ -54,6 +89,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def _encode(self, text: str):
         """Ids of text without lone surrogates, in any array or list."""
+
+    def _go_on(self, text: str, after: str):
+        """Ids of text that comes after other text of its document."""
+        return self._encode(text)
 
     @abstractmethod
     def _decode(self, ids: np.ndarray) -> str:
@@ -71,6 +110,11 @@ class Bytes(Tokenizer):
 
     def to_bytes(self) -> bytes:
         return json.dumps({"jaxlm": self.name}).encode()
+
+    def token(self, id_: int) -> str | None:
+        if id_ == self.eos_id:
+            return END_OF_TEXT
+        return f"<0x{id_:02X}>" if 0 <= id_ < 256 else None
 
     def _encode(self, text: str):
         return np.frombuffer(text.encode(), dtype=np.uint8)
@@ -91,6 +135,9 @@ class Chars(Tokenizer):
 
     def to_bytes(self) -> bytes:
         return json.dumps({"jaxlm": self.name, "characters": self.characters}).encode()
+
+    def token(self, id_: int) -> str | None:
+        return self.characters[id_] if 0 <= id_ < self.vocab_size else None
 
     def _encode(self, text: str):
         points = _code_points(text)
@@ -123,6 +170,14 @@ class Words(Tokenizer):
     def to_bytes(self) -> bytes:
         return json.dumps({"jaxlm": self.name, "words": self.words[1:]}).encode()
 
+    def token(self, id_: int) -> str | None:
+        return self.words[id_] if 0 <= id_ < self.vocab_size else None
+
+    def lost(self, text: str) -> list[str]:
+        # Most words are known as they stand, which is quick to see.
+        strange = [word for word in text.split() if word not in self._ids]
+        return [word for word in strange if self.may_lose(self.encode(word))]
+
     def _encode(self, text: str):
         return [self._ids.get(word, 0) for word in text.split()]
 
@@ -130,10 +185,45 @@ class Words(Tokenizer):
         return " ".join(self.words[i] for i in ids)
 
 
-class SentencePiece(Tokenizer):
+class Prefixed(Tokenizer):
+    """A tokenizer that may put a space before a text, which is right only where a document begins."""
+
+    @cached_property
+    @abstractmethod
+    def _bare(self):
+        """The model without that; None where it puts none."""
+
+    @cached_property
+    @abstractmethod
+    def _strips(self) -> bool:
+        """Whether spaces at the end of a text give no tokens, so that the next space must come from the prefix."""
+
+    @abstractmethod
+    def _encode_with(self, model, text: str) -> list[int]:
+        """`_encode` by another of its models."""
+
+    def _go_on(self, text: str, after: str):
+        if self._bare is None:
+            return self._encode(text)
+        if not self._strips:
+            return self._encode_with(self._bare, text)
+        if self._is_gap(after[-1]) or self._is_gap(text[:1]):
+            return self._encode(text)  # its prefix is the space between the two
+        gap = next((i for i, character in enumerate(text) if self._is_gap(character)), len(text))
+        return [*self._encode_with(self._bare, text[:gap]), *self._encode(text[gap:])]
+
+    def _is_gap(self, character: str) -> bool:
+        """Whether the model takes a character for a space, and so drops it at an end. A newline is unknown to some."""
+        return character.isspace() and self._encode(f"a{character}") == self._encode("a")
+
+
+class SentencePiece(Prefixed):
     """A sentencepiece model: one trained here, or anyone's .model file."""
 
     name, filename = "sentencepiece", "tokenizer.model"
+    # Appended to a model, which is a protobuf message: of two values of a field the last counts.
+    # ModelProto.normalizer_spec (3) { add_dummy_prefix (3): false }, as in sentencepiece_model.proto.
+    NO_PREFIX = b"\x1a\x02\x18\x00"
 
     def __init__(self, data: bytes):
         if not data:
@@ -144,131 +234,137 @@ class SentencePiece(Tokenizer):
         bos, eos = (i if i >= 0 else None for i in (self._model.bos_id(), self._model.eos_id()))
         self.bos_id, self.eos_id = eos if bos is None else bos, eos
         self.unknown_id = self._model.unk_id()
+        bare = self._bare or self._model
         # sentencepiece writes a space as U+2581, so that U+2581 itself would come back as a space: it goes in as bytes.
         space = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
-        lossless = self.unknown_id not in space and self._model.normalize("a") == "a"
+        lossless = self.unknown_id not in space and bare.normalize("a") == "a"
         self._space = space if lossless else None
+
+    @cached_property
+    def _bare(self):
+        if self._model.normalize("a") == "a":
+            return None
+        return sentencepiece.SentencePieceProcessor(model_proto=self._data + self.NO_PREFIX)
+
+    @cached_property
+    def _strips(self) -> bool:
+        return self._model.normalize("a ") == self._model.normalize("a")
 
     def to_bytes(self) -> bytes:
         return self._data
 
+    def token(self, id_: int) -> str | None:
+        return self._model.id_to_piece(id_) if 0 <= id_ < self.vocab_size else None
+
+    @cached_property
+    def special_ids(self) -> set[int]:
+        return {i for i in range(self.vocab_size) if self._model.is_control(i)}
+
+    def lost(self, text: str) -> list[str]:
+        ids = self._model.encode(text, out_type=int)
+        pieces = self._model.encode(text, out_type=str)  # of what is unknown, the text itself
+        return [piece for id_, piece in zip(ids, pieces, strict=True) if id_ == self.unknown_id]
+
     def _encode(self, text: str):
+        return self._encode_with(self._model, text)
+
+    def _encode_with(self, model, text: str):
         if self._space is None or "\u2581" not in text:
-            return self._model.encode(text)
-        first, *rest = (self._model.encode(part) for part in text.split("\u2581"))
-        return first + [i for part in rest for i in self._space + part]
+            return model.encode(text)
+        first, *rest = text.split("\u2581")
+        ids = model.encode(first)
+        for part in rest:
+            ids += self._space + (self._bare or self._model).encode(part)
+        return ids
 
     def _decode(self, ids: np.ndarray) -> str:
         return self._model.decode(ids[ids != self.unknown_id].tolist())
 
 
-class HuggingFace(Tokenizer):
+class HuggingFace(Prefixed):
     """Hugging Face's tokenizer.json. Special tokens that are spelled out in a text are read as plain text."""
 
     name, filename = "huggingface", "tokenizer.json"
-    # Where the post processor does not say which special token is which, these are looked for, in this order.
-    BOS = (
-        "<|begin_of_text|>",
-        "<|startoftext|>",
-        "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
-        "<s>",
-        "<bos>",
-        "[CLS]",
-        "[BOS]",
-        END_OF_TEXT,
-    )
-    EOS = (
-        "<|end_of_text|>",
-        END_OF_TEXT,
-        "<\uff5cend\u2581of\u2581sentence\uff5c>",
-        "</s>",
-        "<eos>",
-        "[SEP]",
-        "[EOS]",
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-    )
 
     def __init__(self, data: bytes):
+        self._data = data
+        self._model = self._read_model(data.decode())
+        ids = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values()) + 1  # ids may have gaps
+        content = json.loads(data)
+        specials.of_tokenizer_json(content, ids, self)
+        self._added = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
+        self._special = {ids[token] for token in tokenizer_json.special_tokens(content) if token in ids}
+        self.unknown_id = tokenizer_json.unknown_id(content["model"], ids)
+        self._drops = tokenizer_json.drops_text(content, ids)
+
+    def _read_model(self, content: str):
         try:
             import tokenizers
         except ImportError:
             raise ConfigError('reading a Hugging Face tokenizer.json needs: pip install -e ".[hf]"') from None
-        self._data = data
-        self._model = tokenizers.Tokenizer.from_str(data.decode())
-        self._model.encode_special_tokens = True
-        self._model.no_truncation()
-        self._model.no_padding()
-        ids = self._model.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(ids.values()) + 1  # ids may have gaps
-        content = json.loads(data)
-        bos, eos = _around_the_text(content.get("post_processor"))
-        marked = _special_tokens(content)
-        # A file that marks nothing as special leaves only the names to go by.
-        candidates = marked or ids
-        if bos not in ids:
-            bos = _first_of(self.BOS, candidates)
-        if eos not in ids:
-            eos = _first_of(self.EOS, candidates)
-        self.bos_id = ids.get(bos)
-        self.eos_id = ids.get(eos)
-        self.unknown_id = _unknown_id(content["model"], ids)
+        model = tokenizers.Tokenizer.from_str(content)
+        model.encode_special_tokens = True
+        model.no_truncation()
+        model.no_padding()
+        return model
+
+    @cached_property
+    def _bare(self):
+        content = json.loads(self._data)
+        normalizer = tokenizer_json.without_prefix(content.get("normalizer"))
+        splitter = tokenizer_json.without_prefix(content.get("pre_tokenizer"))
+        if (normalizer, splitter) == (content.get("normalizer"), content.get("pre_tokenizer")):
+            return None
+        return self._read_model(json.dumps({**content, "normalizer": normalizer, "pre_tokenizer": splitter}))
+
+    @cached_property
+    def _strips(self) -> bool:
+        return self._encode("a ") == self._encode("a")
 
     def to_bytes(self) -> bytes:
         return self._data
 
+    def token(self, id_: int) -> str | None:
+        if id_ in self._added:
+            return self._added[id_]  # the library writes some with a space before them
+        return self._model.id_to_token(id_) if 0 <= id_ < self.vocab_size else None
+
+    def token_id(self, token: str) -> int | None:
+        return self._model.token_to_id(token)
+
+    @property
+    def special_ids(self) -> set[int]:
+        return self._special
+
+    def may_lose(self, ids: np.ndarray) -> bool:
+        return self._drops or super().may_lose(ids)
+
+    def lost(self, text: str) -> list[str]:
+        encoding = self._model.encode(text, add_special_tokens=False)
+        if not self._drops:
+            offsets = dict.fromkeys(o for id_, o in zip(encoding.ids, encoding.offsets) if id_ == self.unknown_id)
+            return [text[start:stop] for start, stop in offsets]
+        known = np.zeros(len(text), bool)
+        for id_, (start, stop) in zip(encoding.ids, encoding.offsets):
+            known[start:stop] |= id_ != self.unknown_id
+        # White space is often dropped on purpose: whether it comes back is another question.
+        return [char for char, there in zip(text, known) if not there and not char.isspace()]
+
     def _encode(self, text: str):
-        return self._model.encode(text, add_special_tokens=False).ids
+        return self._encode_with(self._model, text)
+
+    def _encode_with(self, model, text: str):
+        try:
+            return model.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library has no narrower one
+            raise DataError(
+                f"this tokenizer can't write {text[:40]!r}: {error}; it has no token for what it doesn't know: give "
+                "another --tokenizer"
+            ) from None
 
     def _decode(self, ids: np.ndarray) -> str:
         return self._model.decode(ids.tolist(), skip_special_tokens=True)
-
-
-def _first_of(words: Iterable[str], candidates: Collection[str]) -> str | None:
-    return next((word for word in words if word in candidates), None)
-
-
-def _special_tokens(content: dict) -> set[str]:
-    """The added tokens that a tokenizer.json marks as special."""
-    added = content.get("added_tokens") or []
-    return {token["content"] for token in added if token["special"]}
-
-
-def _unknown_id(model: dict, ids: dict[str, int]) -> int | None:
-    """What a tokenizer.json's model writes for text that it has no token for: by its word, or (Unigram) by its id."""
-    if model.get("unk_id") is not None:
-        return model["unk_id"]
-    return ids.get(model.get("unk_token"))
-
-
-def _around_the_text(processor: dict | None) -> tuple[str | None, str | None]:
-    """The tokens that a tokenizer.json's post processor puts before and after one text, None where it puts none."""
-    kind = processor["type"] if processor else None
-    if kind == "TemplateProcessing":
-        return _around_the_template(processor)
-    if kind in ("BertProcessing", "RobertaProcessing"):
-        return processor["cls"][0], processor["sep"][0]
-    before, after = None, None
-    if kind == "Sequence":
-        for part in processor["processors"]:
-            first, last = _around_the_text(part)
-            before = before or first
-            after = after or last
-    return before, after
-
-
-def _around_the_template(processor: dict) -> tuple[str | None, str | None]:
-    """The first special token on each side of the text."""
-    before, after = [], []
-    side = before
-    for piece in processor["single"]:
-        if "Sequence" in piece:
-            side = after
-        else:
-            name = piece["SpecialToken"]["id"]
-            side += processor["special_tokens"][name]["tokens"]
-    return next(iter(before), None), next(iter(after), None)
 
 
 TOKENIZERS = {kind.name: kind for kind in (SentencePiece, Bytes, Chars, Words, HuggingFace)}
@@ -293,24 +389,53 @@ def from_bytes(name: str, data: bytes) -> Tokenizer:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """The tokenizer of a prepared or a run directory, or of a file: sentencepiece's .model, Hugging Face's, our .json.
+    """The tokenizer of a prepared directory, of a run, of a folder as downloaded from a hub, or of a file:
+    sentencepiece's .model, Hugging Face's, our .json.
 
     Raises: DataError that says which file is missing, changed or broken.
     """
     path = Path(path)
-    if path.is_dir():
-        for name in ("tokenizer.json", "tokenizer.model"):  # of a run
-            if not (path / store.MANIFEST).exists() and (path / name).is_file():
-                return _read(path / name)
-        entry = store.load_manifest(path)["tokenizer"]
-        tokenizer = _read(store.inside(path, entry["file"]), entry["name"])
-        if tokenizer.fingerprint != entry["sha256"]:
-            raise DataError(f"{path / entry['file']} is not the tokenizer that the data was prepared with (SHA-256)")
-        # Data that an earlier version prepared keep the begin and the end that they were written with.
-        tokenizer.bos_id = entry["bos_id"]
-        tokenizer.eos_id = entry["eos_id"]
-        return tokenizer
-    return _read(path)
+    if not path.is_dir():
+        return _with_ids(_read(path), path)
+    if not (path / store.MANIFEST).exists():
+        for name in HUB_NAMES:
+            if (path / name).is_file():
+                return _with_ids(_read(path / name), path / name)
+        _refuse_folder(path)
+    entry = store.load_manifest(path)["tokenizer"]
+    tokenizer = _read(store.inside(path, entry["file"]), entry["name"])
+    if tokenizer.fingerprint != entry["sha256"]:
+        raise DataError(f"{path / entry['file']} is not the tokenizer that the data was prepared with (SHA-256)")
+    # Data that an earlier version prepared keep the begin and the end that they were written with.
+    specials.put_ids(tokenizer, entry)
+    return tokenizer
+
+
+def _with_ids(tokenizer: Tokenizer, file: Path) -> Tokenizer:
+    """The tokenizer of a file, with the begin and the end that what lies beside it says."""
+    folder = file.parent
+    if ids := specials.read_ids(folder):
+        specials.put_ids(tokenizer, ids)
+    elif (config := specials.config_of_a_run(folder)) is not None:
+        specials.of_an_older_run(tokenizer, config)
+    elif isinstance(tokenizer, Prefixed):
+        specials.of_files(tokenizer, folder)
+    return tokenizer
+
+
+def _refuse_folder(path: Path) -> None:
+    """Raises DataError: a folder has no tokenizer that can be read."""
+    known = [name for name in ("vocab.json", "merges.txt", "vocab.txt", "tekken.json") if (path / name).is_file()]
+    if known or any((path / name).is_file() for name in specials.FILES):  # of a hub
+        there = f"it has {' and '.join(known)}, but " if known else ""
+        raise DataError(
+            f"{path} has no tokenizer that can be read: {there}none of {', '.join(HUB_NAMES)}; download one, or make "
+            f"tokenizer.json with: python -c 'import transformers as t; "
+            f't.AutoTokenizer.from_pretrained("{path}").save_pretrained("{path}")\''
+        )
+    raise DataError(
+        f"{path} has no tokenizer: none of {', '.join(HUB_NAMES)}, nor the {store.MANIFEST} of prepared data"
+    )
 
 
 def _read(path: Path, name: str | None = None) -> Tokenizer:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -223,7 +224,7 @@ def tag(example, encode, vocab, labels) -> dict:
     words, tags = words_of(example["words"]), words_of(example["tags"])
     if len(words) != len(tags) or not words:
         raise ValueError(f"{len(words)} words and {len(tags)} tags" if words else "it has no words")
-    pieces = [encode(" " * bool(i) + word) for i, word in enumerate(words)]
+    pieces = [encode(" " + word, after=before) if before else encode(word) for before, word in pairwise(["", *words])]
     pieces = [piece if len(piece) else np.array([vocab.mask]) for piece in pieces]
     lengths = [len(piece) for piece in pieces]
     first = np.zeros(sum(lengths), np.float32)
