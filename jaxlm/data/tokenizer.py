@@ -35,6 +35,17 @@ class Tokenizer(ABC):
         """The int32 ids of `text`, without special tokens. A lone surrogate is read as U+FFFD."""
         return np.asarray(self._encode(replace_surrogates(text)[0]), dtype=np.int32)
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """(`encode(text)`, int64 [tokens, 2]: the first character of `text` that a token stands for, and one past
+        the last).
+
+        Neither column decreases. Tokens that spell one character together all have that character. A token that stands
+        for no character, such as a space that the tokenizer adds, has an empty stretch.
+        """
+        ids, offsets = self._encode_with_offsets(replace_surrogates(text)[0])
+        offsets = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+        return np.asarray(ids, dtype=np.int32), np.maximum.accumulate(offsets, axis=0)
+
     def decode(self, ids) -> str:
         """The text of `ids`, an array or list of any shape. Never raises: special tokens and ids that are out of range
         (a model's vocabulary may be padded) give nothing, bytes that are not UTF-8 give U+FFFD."""
@@ -56,6 +67,10 @@ class Tokenizer(ABC):
         """Ids of text without lone surrogates, in any array or list."""
 
     @abstractmethod
+    def _encode_with_offsets(self, text: str):
+        """(ids, pairs of characters) of text without lone surrogates, in any arrays or lists."""
+
+    @abstractmethod
     def _decode(self, ids: np.ndarray) -> str:
         """Text of ids that are in range and not special."""
 
@@ -74,6 +89,12 @@ class Bytes(Tokenizer):
 
     def _encode(self, text: str):
         return np.frombuffer(text.encode(), dtype=np.uint8)
+
+    def _encode_with_offsets(self, text: str):
+        ids = self._encode(text)
+        continues = (ids & 0xC0) == 0x80  # in UTF-8 every byte of a character but its first
+        character = np.cumsum(~continues) - 1
+        return ids, np.stack([character, character + 1], axis=1)
 
     def _decode(self, ids: np.ndarray) -> str:
         return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
@@ -104,6 +125,10 @@ class Chars(Tokenizer):
             )
         return ids
 
+    def _encode_with_offsets(self, text: str):
+        character = np.arange(len(text))
+        return self._encode(text), np.stack([character, character + 1], axis=1)
+
     def _decode(self, ids: np.ndarray) -> str:
         return self._points[ids].tobytes().decode("utf-32-le")
 
@@ -125,6 +150,10 @@ class Words(Tokenizer):
 
     def _encode(self, text: str):
         return [self._ids.get(word, 0) for word in text.split()]
+
+    def _encode_with_offsets(self, text: str):
+        offsets = [word.span() for word in re.finditer(r"\S+", text)]
+        return self._encode(text), offsets
 
     def _decode(self, ids: np.ndarray) -> str:
         return " ".join(self.words[i] for i in ids)
@@ -157,6 +186,34 @@ class SentencePiece(Tokenizer):
             return self._model.encode(text)
         first, *rest = (self._model.encode(part) for part in text.split("\u2581"))
         return first + [i for part in rest for i in self._space + part]
+
+    def _encode_with_offsets(self, text: str):
+        parts = [text]
+        if self._space is not None:
+            parts = text.split("\u2581")
+        ids, offsets = [], []
+        begin = 0
+        for number, part in enumerate(parts):
+            if number:
+                ids += self._space
+                offsets += [(begin, begin + 1)] * len(self._space)
+                begin += 1
+            found, places = self._offsets_of_part(part)
+            ids += found
+            offsets += [(begin + first, begin + last) for first, last in places]
+            begin += len(part)
+        return ids, offsets
+
+    def _offsets_of_part(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        found = self._model.encode(text, return_type="offset_mapping")
+        offsets = list(found["offsets"])
+        # Of several pieces that spell one character, sentencepiece gives it to the last: the others get it from there.
+        for i in reversed(range(len(offsets) - 1)):
+            begin, end = offsets[i]
+            is_text = found["pieces"][i].strip("\u2581")
+            if begin == end and is_text and offsets[i + 1][0] == begin:
+                offsets[i] = offsets[i + 1]
+        return list(found["ids"]), offsets
 
     def _decode(self, ids: np.ndarray) -> str:
         return self._model.decode(ids[ids != self.unknown_id].tolist())
@@ -220,6 +277,10 @@ class HuggingFace(Tokenizer):
 
     def _encode(self, text: str):
         return self._model.encode(text, add_special_tokens=False).ids
+
+    def _encode_with_offsets(self, text: str):
+        encoding = self._model.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def _decode(self, ids: np.ndarray) -> str:
         return self._model.decode(ids.tolist(), skip_special_tokens=True)
