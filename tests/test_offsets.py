@@ -7,9 +7,10 @@ import unicodedata
 import numpy as np
 import pytest
 import sentencepiece
+from conftest import program, small_config
 
 from jaxlm.data import tokenizer, vocabulary
-from jaxlm.data.examples import Encoder
+from jaxlm.data.examples import Encoder, Examples
 from jaxlm.data.transforms import EXAMPLES, START, STOP, Vocabulary, answer_text
 from jaxlm.respond import longest_answer
 
@@ -195,6 +196,70 @@ def test_long_answers_of_small_tokens_can_be_said():
     assert longest_answer(1000, 1000) == 180, "characters"
     assert longest_answer(300, 100) == 540, "the bytes of Japanese"
     assert longest_answer(0, 0) == 30
+
+
+def made_questions(folder, count: int, seed: int) -> list[dict]:
+    """Half of them of text without spaces, half of a year between other characters."""
+    rng, examples = np.random.default_rng(seed), []
+    cities, lands = list("\u6771\u5317\u5357\u897f\u5927"), list("\u65e5\u97d3\u4e2d\u82f1\u72ec")
+    for i in range(count):
+        city, land = ("".join(rng.choice(kind, 2)) for kind in (cities, lands))
+        begin, end = rng.integers(1000, 1990), rng.integers(1990, 2020)
+        first = bool(rng.integers(2))
+        if i % 2:
+            context = f"{city}\u5e02\u306f{land}\u56fd\u306e\u9996\u90fd\u3067\u3059\u3002"
+            example = {"question": "\u5e02" if first else "\u56fd", "answer": city if first else land}
+        else:
+            context = f"He was king ({begin}-{end}), then not."
+            example = {"question": "from" if first else "to", "answer": str(begin if first else end)}
+        examples.append(example | {"context": context})
+    lines = [json.dumps(example) + "\n" for example in examples]
+    folder.joinpath(f"{seed}.jsonl").write_text("".join(lines))
+    return examples
+
+
+@pytest.mark.parametrize("kind", ["words", "sentencepiece"])
+def test_a_tokenizer_made_for_answers_has_their_ends(tmp_path, caplog, kind):
+    made_questions(tmp_path, 200, 0)
+    changes = {"task__name": "qa", "data__tokenizer": kind, "data__train": str(tmp_path / "0.jsonl")}
+    source = Examples(small_config(**changes), "train")
+    assert all(piece["exact"] for piece in source.pieces)
+    (told,) = caplog.messages
+    assert f"data.tokenizer={kind} is made finer" in told and "(0% are left)" in told
+
+
+def test_answers_that_end_inside_of_a_token_are_told(tmp_path, caplog):
+    made_questions(tmp_path, 20, 0)
+    (tmp_path / "tokenizer.json").write_bytes(MAKE["words between spaces"]().to_bytes())
+    changes = {"task__name": "qa", "data__tokenizer": str(tmp_path / "tokenizer.json")}
+    Examples(small_config(**changes, data__train=str(tmp_path / "0.jsonl")), "train")
+    (told,) = caplog.messages
+    assert "20 of 20 train answers begin or end inside of a token of the words tokenizer" in told
+
+
+@pytest.mark.parametrize("spaced", ["Anna is in Berlin .", "Anna, (is) in Berlin ."])
+def test_words_that_are_answers_as_they_stand_keep_their_tokenizer(tmp_path, spaced, caplog):
+    example = {"question": "where?", "context": spaced, "answer": "Berlin"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(example) + "\n")
+    changes = {"task__name": "qa", "data__tokenizer": "words", "data__train": str(tmp_path / "a.jsonl")}
+    source = Examples(small_config(**changes), "train")
+    assert source.tokenizer.split == "spaces" and not caplog.messages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bytes", "chars", "sentencepiece"])
+def test_answers_without_spaces_are_learned(tmp_path, kind):
+    made_questions(tmp_path, 2000, 0)
+    made_questions(tmp_path, 200, 1)
+    settings = {
+        "data.train": tmp_path / "0.jsonl", "data.val": tmp_path / "1.jsonl", "data.tokenizer": kind,
+        "data.seq_len": 128, "train.steps": 150, "eval.every": 150, "log.tensorboard": False,
+    }  # fmt: skip
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    program("jaxlm.train", "--config=configs/qa.py", f"--workdir={tmp_path / 'run'}", *flags)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    print(kind, rows[-1])
+    assert rows[-1]["eval/exact_match"] >= 95
 
 
 # ---------------------------------------------------------------- tags

@@ -8,7 +8,9 @@ import json
 import logging
 import os
 from collections import Counter
-from functools import lru_cache
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache, partial
 
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -35,6 +37,7 @@ from jaxlm.errors import DataError, UserError
 from jaxlm.keys import LABELLED
 
 LOGGER = logging.getLogger("jaxlm")
+INEXACT = 0.01  # more answers than this share: a tokenizer that is made for them is made finer
 OPEN = 64  # rows that are filled at one time
 TEXTS = "text text2 words question context answer source target prompt response chosen rejected".split()
 
@@ -103,13 +106,44 @@ def tokenizer_of(data: FrozenConfigDict, task: str):
 
 @lru_cache(maxsize=4)
 def _made(kind, vocab_size, min_count, lowercase, task, columns, train, stamps):
-    texts = texts_of(examples_of(train, task, columns)[0], lowercase)
+    examples = examples_of(train, task, columns)[0]
+    texts = texts_of(examples, lowercase)
     if task == "qa":
         texts.append(" ")  # which stands for all white space of a context, also where it has new lines alone
     try:
-        return vocabulary.make(kind, texts, vocab_size, min_count)
+        made = vocabulary.make(kind, texts, vocab_size, min_count)
+        if task != "qa" or kind not in ("words", "sentencepiece"):
+            return made
+        finer = partial(vocabulary.make, kind, texts, vocab_size, min_count, apart=True)
+        return _fit_for_answers(made, finer, examples, lowercase)
     except UserError as error:  # it names the flags of jaxlm.data.prepare
         raise type(error)(str(error).replace("--", "--config.data.")) from None
+
+
+def _fit_for_answers(made, make_finer: Callable, examples: list[dict], lowercase: bool):
+    """A tokenizer, or where answers begin or end inside of its tokens and a finer one mends that, the finer one."""
+    share = inexact_answers(made, examples, lowercase)
+    if share <= INEXACT:
+        return made
+    finer = make_finer()
+    left = inexact_answers(finer, examples, lowercase)
+    if left > share / 2:
+        return made
+    LOGGER.warning(
+        f"{share:.0%} of the answers of data.train begin or end inside of a token, so data.tokenizer={made.name} is "
+        f"made finer: punctuation marks, and characters of scripts without spaces, are apart ({left:.0%} are left)"
+    )
+    return finer
+
+
+def inexact_answers(tokenizer, examples: list[dict], lowercase: bool) -> float:
+    """The share of the first 1,000 examples whose answers begin or end inside of a token."""
+    encode, vocab = Encoder(tokenizer, lowercase), Vocabulary(tokenizer, "qa")
+    exact = []
+    for example in examples[:1000]:
+        with suppress(KeyError, ValueError, TypeError, AttributeError):  # told where all examples are read
+            exact.append(EXAMPLES["qa"](example, encode, vocab, ())["exact"])
+    return exact.count(False) / max(len(exact), 1)
 
 
 class Encoder:

@@ -11,6 +11,7 @@ import numpy as np
 import sentencepiece
 
 from jaxlm.data import store
+from jaxlm.data.words import SPLITS, text_of, word_spans, words_in
 from jaxlm.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -134,29 +135,38 @@ class Chars(Tokenizer):
 
 
 class Words(Tokenizer):
-    """Words between spaces; id 0 stands for those that it does not know."""
+    """Words; id 0 stands for those that it does not know. jaxlm/data/words.py says what is a word.
+
+    A file of an earlier version does not say how words are split: they are what stands between white space.
+    """
 
     name, filename = "words", "tokenizer.json"
     UNKNOWN = "<unk>"
     unknown_id = 0
 
     def __init__(self, data: bytes):
-        self.words = [self.UNKNOWN, *json.loads(data)["words"]]
+        content = json.loads(data)
+        self.split = content.get("split", "spaces")
+        if self.split not in SPLITS:
+            raise ValueError(f"it splits words at {self.split!r}; this version knows {', '.join(SPLITS)}")
+        self.words = [self.UNKNOWN, *content["words"]]
         self.vocab_size = len(self.words)
         self._ids = {word: i for i, word in enumerate(self.words)}
 
     def to_bytes(self) -> bytes:
-        return json.dumps({"jaxlm": self.name, "words": self.words[1:]}).encode()
+        content = {"jaxlm": self.name, "words": self.words[1:]}
+        if self.split != "spaces":  # so that the files of earlier versions keep their bytes
+            content["split"] = self.split
+        return json.dumps(content).encode()
 
     def _encode(self, text: str):
-        return [self._ids.get(word, 0) for word in text.split()]
+        return [self._ids.get(word, 0) for word in words_in(text, self.split)]
 
     def _encode_with_offsets(self, text: str):
-        offsets = [word.span() for word in re.finditer(r"\S+", text)]
-        return self._encode(text), offsets
+        return self._encode(text), word_spans(text, self.split)
 
     def _decode(self, ids: np.ndarray) -> str:
-        return " ".join(self.words[i] for i in ids)
+        return text_of([self.words[i] for i in ids], self.split)
 
 
 class SentencePiece(Tokenizer):

@@ -53,6 +53,8 @@ class Vocabulary:
     def spaces(self) -> np.ndarray:
         """bool [2, vocabulary]: whether a token begins a word, and ends one: a space goes with the word after it."""
         decode, size = self.tokenizer.decode, self.tokenizer.vocab_size
+        if self.tokenizer.name == "words":
+            return np.ones((2, size), bool)
         before = next((i for i in range(size) if decode([i]).strip()), 0)  # some decoders drop a space that comes first
         known = len(decode([before]))
         texts = [decode([before, i])[known:] for i in range(size)]
