@@ -13,7 +13,7 @@ from jaxlm.arguments import Arguments, examples_of
 from jaxlm.checkpoint import Checkpoints, config_of, tokenizer_of
 from jaxlm.cli import did_you_mean
 from jaxlm.config import mesh_sizes
-from jaxlm.data.examples import encoder_of
+from jaxlm.data.examples import Encoder
 from jaxlm.data.pipeline import eval_rows
 from jaxlm.data.tokenizer import Words
 from jaxlm.data.transforms import Vocabulary, join
@@ -154,7 +154,7 @@ class LM:
         examples = examples_of(task, columns, examples)
         with jax.set_mesh(self.mesh):
             if task in WRITTEN:
-                encode = encoder_of(self.tokenizer, d.lowercase)
+                encode = Encoder(self.tokenizer, d.lowercase)
                 return write(self.config, self.params, Vocabulary(self.tokenizer, task), encode, examples, **options)
             return label(self.config, self.params, self.tokenizer, examples)
 

@@ -1,5 +1,6 @@
 """What a model says to examples: the scores of their labels, or the texts that it writes."""
 
+import math
 from functools import partial
 
 import jax
@@ -65,8 +66,7 @@ def label(config: ConfigDict, params, tokenizer, examples: list[dict]) -> list:
         if task == "regress":
             said.append(float(score[0]))
         elif task == "qa":
-            allowed = piece["targets"][: len(score)] & ALLOWED != 0
-            said.append(answer_text(source.examples[number], source.encode, *best_span(score, allowed)))
+            said.append(span_said(source, number, score))
         elif task == "tag":
             said.append([names[c] for c in score.argmax(axis=-1)[piece["weights"][: len(score)] > 0]])
         else:
@@ -131,6 +131,23 @@ def sources(ids: list[np.ndarray], limit: int) -> dict[str, np.ndarray]:
         row[: len(source[:length])] = source[:length]
     segments = np.arange(length) < np.array([min(len(source), length) for source in ids])[:, None]
     return {"enc_tokens": tokens, "enc_segments": segments.astype(np.int32)}
+
+
+def span_said(source, number: int, scores_T2: np.ndarray) -> str:
+    """The part of a context that is the likeliest answer to an example of `source`, from log-probabilities [T, 2]."""
+    example = source.examples[number]
+    allowed = source.pieces[number]["targets"] & ALLOWED != 0
+    longest = longest_answer(int(allowed.sum()), len(example["context"]))
+    span = best_span(scores_T2, allowed[: len(scores_T2)], longest)
+    return answer_text(example, source.encode, *span)
+
+
+def longest_answer(tokens: int, characters: int) -> int:
+    """Tokens that an answer may have in a context of so many: 30 words of six characters, and 30 tokens at least.
+
+    Bytes and characters are many to a word, above all where text has no spaces.
+    """
+    return max(30, math.ceil(30 * 6 * tokens / max(characters, 1)))
 
 
 def best_span(scores_T2: np.ndarray, allowed: np.ndarray, longest: int = 30) -> tuple[int, int]:

@@ -8,9 +8,8 @@ from ml_collections import ConfigDict
 
 from jaxlm import metrics
 from jaxlm.data.examples import label_names
-from jaxlm.data.transforms import ALLOWED, answer_text
 from jaxlm.errors import DataError
-from jaxlm.respond import best_span, write
+from jaxlm.respond import span_said, write
 
 SCORED = ("classify", "multilabel", "regress", "tag", "qa")  # whose examples have scores
 LOWER = ("loss", "perplexity", "bits", "mse", "mae", "error", "brier", "divergence")
@@ -52,7 +51,7 @@ def of_tags(config, source, numbers, scores) -> dict:
 def of_spans(config, source, numbers, scores) -> dict:
     predicted, answers = [], []
     for i, score in zip(numbers, scores):
-        predicted.append(spans_said(source, i, score))
+        predicted.append(span_said(source, i, score))
         given = source.examples[i]["answer"]
         answers.append(list(given) if isinstance(given, (list, tuple)) else [given])
     return metrics.question_answering(predicted, answers)
@@ -70,15 +69,10 @@ def answers_of(config: ConfigDict, source, scores: dict | None, written=None) ->
         "classify": lambda i, x: {"answer": names[int(x.argmax())], "scores": [float(f"{p:.12g}") for p in x]},
         "multilabel": lambda i, x: {"answer": [n for n, p in zip(names, x) if p >= 0.5]},
         "regress": lambda i, x: {"answer": float(x[0])},
-        "qa": lambda i, x: {"answer": spans_said(source, i, x)},
+        "qa": lambda i, x: {"answer": span_said(source, i, x)},
     }
     speak = say.get(config.task.name, lambda i, x: {})
     return [{**source.examples[i], **speak(i, x)} for i, x in (scores or {}).items()]
-
-
-def spans_said(source, number: int, score: np.ndarray) -> str:
-    allowed = source.pieces[number]["targets"][: len(score)] & ALLOWED != 0
-    return answer_text(source.examples[number], source.encode, *best_span(score, allowed))
 
 
 def write_answers(config: ConfigDict, source, params, count: int = 0, **more) -> tuple[list[str], list[str]]:

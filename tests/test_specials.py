@@ -10,7 +10,7 @@ from test_tokenizer import template
 
 from jaxlm.checkpoint import describe_run, tokenizer_of
 from jaxlm.data import prepare, specials, store, tokenizer, transforms, vocabulary
-from jaxlm.data.examples import encoder_of
+from jaxlm.data.examples import Encoder
 from jaxlm.data.pipeline import open_stores
 from jaxlm.errors import ConfigError, DataError
 
@@ -217,7 +217,7 @@ def test_words_of_a_sentence_get_no_space_each():
     """A sentencepiece model with a dummy prefix: words that are tagged are the tokens of their sentence."""
     words = ["the", "cat", "sat", "on", "mat"]
     model = piece_model(**BYTE_PIECES, **EXACT)
-    encode = encoder_of(model, lowercase=False)
+    encode = Encoder(model, lowercase=False)
     made = transforms.tag({"words": words, "tags": ["a"] * 5}, encode, transforms.Vocabulary(model, "tag"), ("a",))
     assert made["tokens"].tolist() == model.encode(" ".join(words)).tolist()
     assert made["weights"].sum() == 5

@@ -9,6 +9,7 @@ import pytest
 from conftest import WORDS, small_config
 
 from jaxlm.data import vocabulary
+from jaxlm.data.examples import Encoder
 from jaxlm.data.pipeline import train_batches, validation_batches
 from jaxlm.data.tokenizer import Bytes, Words
 from jaxlm.data.transforms import (
@@ -194,7 +195,7 @@ def test_skipgrams_stay_in_their_window_and_document():
 
 
 def example(name, example, tokenizer=BYTES, labels=()):
-    return EXAMPLES[name](example, tokenizer.encode, Vocabulary(tokenizer, name), labels)
+    return EXAMPLES[name](example, Encoder(tokenizer, False), Vocabulary(tokenizer, name), labels)
 
 
 def test_only_what_the_assistant_says_and_its_end_is_learned():
@@ -255,10 +256,10 @@ def test_the_gold_span_gives_back_the_answer(tokenizer):
         bits = piece["targets"]
         (begin,), (end,) = np.flatnonzero(bits & START), np.flatnonzero(bits & STOP)
         assert bits[begin] & ALLOWED and bits[end] & ALLOWED and piece["weights"].sum() == 1
-        assert answer_text(given, tokenizer.encode, begin, end) == answer
+        assert answer_text(given, Encoder(tokenizer, False), begin, end) == answer
         del given["start"]  # where it is first found
         (begin,), (end,) = (np.flatnonzero(example("qa", given, tokenizer)["targets"] & bit) for bit in (START, STOP))
-        assert answer in answer_text(given, tokenizer.encode, begin, end)
+        assert answer in answer_text(given, Encoder(tokenizer, False), begin, end)
 
 
 def test_no_answer_is_the_first_token():
@@ -266,7 +267,7 @@ def test_no_answer_is_the_first_token():
         given = {"question": "q", "context": "some words", "answer": answer, "start": ""}
         piece = example("qa", given)
         assert piece["targets"][0] == ALLOWED | START | STOP and piece["weights"][0] == 1
-        assert answer_text(given, BYTES.encode, 0, 0) == ""
+        assert answer_text(given, Encoder(BYTES, False), 0, 0) == ""
 
 
 def test_an_answer_that_is_not_there_is_refused():

@@ -8,21 +8,36 @@ import json
 import logging
 import os
 from collections import Counter
-from functools import lru_cache
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache, partial
 
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data import vocabulary
+from jaxlm.data.base_tokenizer import replace_surrogates
 from jaxlm.data.rows import lay_out, piece_lengths
 from jaxlm.data.tables import parts_of, paths_of, read_examples, refuse
-from jaxlm.data.tokenizer import replace_surrogates
-from jaxlm.data.transforms import ALLOWED, EXAMPLES, STOP, Vocabulary, label_of, messages_of, split_names, words_of
+from jaxlm.data.transforms import (
+    ALLOWED,
+    EXAMPLES,
+    START,
+    STOP,
+    Vocabulary,
+    answer_text,
+    first_of,
+    label_of,
+    messages_of,
+    split_names,
+    words_of,
+)
 from jaxlm.errors import DataError, UserError
 from jaxlm.keys import LABELLED
 
 LOGGER = logging.getLogger("jaxlm")
+INEXACT = 0.01  # more answers than this share: a tokenizer that is made for them is made finer
 OPEN = 64  # rows that are filled at one time
 TEXTS = "text text2 words question context answer source target prompt response chosen rejected".split()
 
@@ -91,21 +106,71 @@ def tokenizer_of(data: FrozenConfigDict, task: str):
 
 @lru_cache(maxsize=4)
 def _made(kind, vocab_size, min_count, lowercase, task, columns, train, stamps):
-    texts = texts_of(examples_of(train, task, columns)[0], lowercase)
+    examples = examples_of(train, task, columns)[0]
+    texts = texts_of(examples, lowercase)
+    if task == "qa":
+        texts.append(" ")  # which stands for all white space of a context, also where it has new lines alone
     try:
-        return vocabulary.make(kind, texts, vocab_size, min_count)
+        made = vocabulary.make(kind, texts, vocab_size, min_count)
+        if task != "qa" or kind not in ("words", "sentencepiece"):
+            return made
+        finer = partial(vocabulary.make, kind, texts, vocab_size, min_count, apart=True)
+        return _fit_for_answers(made, finer, examples, lowercase)
     except UserError as error:  # it names the flags of jaxlm.data.prepare
         raise type(error)(str(error).replace("--", "--config.data.")) from None
 
 
-def encoder_of(tokenizer, lowercase: bool):
-    """text -> ids."""
+def _fit_for_answers(made, make_finer: Callable, examples: list[dict], lowercase: bool):
+    """A tokenizer, or where answers begin or end inside of its tokens and a finer one mends that, the finer one."""
+    share = inexact_answers(made, examples, lowercase)
+    if share <= INEXACT:
+        return made
+    finer = make_finer()
+    left = inexact_answers(finer, examples, lowercase)
+    if left > share / 2:
+        return made
+    LOGGER.warning(
+        f"{share:.0%} of the answers of data.train begin or end inside of a token, so data.tokenizer={made.name} is "
+        f"made finer: punctuation marks, and characters of scripts without spaces, are apart ({left:.0%} are left)"
+    )
+    return finer
 
-    def encode(text, after: str = "") -> np.ndarray:
-        text = str(text).lower() if lowercase else str(text)
-        return tokenizer.encode(text, after)
 
-    return encode
+def inexact_answers(tokenizer, examples: list[dict], lowercase: bool) -> float:
+    """The share of the first 1,000 examples whose answers begin or end inside of a token."""
+    encode, vocab = Encoder(tokenizer, lowercase), Vocabulary(tokenizer, "qa")
+    exact = []
+    for example in examples[:1000]:
+        with suppress(KeyError, ValueError, TypeError, AttributeError):  # told where all examples are read
+            exact.append(EXAMPLES["qa"](example, encode, vocab, ())["exact"])
+    return exact.count(False) / max(len(exact), 1)
+
+
+class Encoder:
+    """text -> int32 ids of the text of examples, which is made lower case where config.data.lowercase says so."""
+
+    def __init__(self, tokenizer, lowercase: bool):
+        self.tokenizer, self.lowercase = tokenizer, lowercase
+
+    def __call__(self, text, after: str = "") -> np.ndarray:
+        """after: what comes before it in its document; see Tokenizer.encode."""
+        return self.tokenizer.encode(self.spelling(str(text)), after)
+
+    def with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, the characters of `text` that each stands for): see Tokenizer.encode_with_offsets."""
+        spelled = self.spelling(text)
+        ids, offsets = self.tokenizer.encode_with_offsets(spelled)
+        if len(spelled) == len(text):
+            return ids, offsets
+        # A few letters become two in lower case: \u0130 is i and a dot.
+        lengths = [len(self.spelling(character)) for character in text]
+        origin = np.repeat(np.arange(len(text)), lengths)
+        first = np.append(origin, len(text))[offsets[:, 0]]
+        last = np.append(0, origin + 1)[offsets[:, 1]]
+        return ids, np.stack([first, np.maximum(first, last)], axis=1)
+
+    def spelling(self, text: str) -> str:
+        return text.lower() if self.lowercase else text
 
 
 NAMES = {  # the labels of an example
@@ -155,7 +220,7 @@ class Examples:
         else:
             self.examples, places = list(examples), [f"example {number}" for number in range(1, len(examples) + 1)]
         names = label_names(config)
-        self.encode = encoder_of(self.tokenizer, data.lowercase)
+        self.encode = Encoder(self.tokenizer, data.lowercase)
         self.pieces, bad = [], []
         for i, example in enumerate(self.examples):
             try:
@@ -167,6 +232,8 @@ class Examples:
             except (ValueError, TypeError, AttributeError) as error:
                 bad.append(f"{places[i]}: {error}")
         refuse(bad)
+        if task == "qa" and examples is None:
+            self.tell_inexact()
         self.weigh(names)
         self.rows = self.pack()
         digest = hashlib.sha256(json.dumps([self.examples, names, data.lowercase], default=str).encode())
@@ -179,6 +246,21 @@ class Examples:
     @property
     def num_tokens(self) -> int:
         return sum(sum(piece_lengths(piece)) for piece in self.pieces)
+
+    def tell_inexact(self) -> None:
+        """Says how many answers begin or end inside of a token, so that no model can give just them."""
+        inexact = [number for number, piece in enumerate(self.pieces) if not piece["exact"]]
+        if not inexact:
+            return
+        example, piece = self.examples[inexact[0]], self.pieces[inexact[0]]
+        first = int(np.flatnonzero(piece["targets"] & START)[0])
+        last = int(np.flatnonzero(piece["targets"] & STOP)[0])
+        given = answer_text(example, self.encode, first, last)
+        LOGGER.warning(
+            f"{len(inexact):,} of {len(self.pieces):,} {self.split} answers begin or end inside of a token of the "
+            f"{self.tokenizer.name} tokenizer and can't be given exactly, such as {first_of(example['answer'])[:40]!r} "
+            f"in {given[:60]!r}; data.tokenizer=bytes and chars have no such tokens"
+        )
 
     def weigh(self, names) -> None:
         """Gives training examples the weight of their class, so that every class weighs the same."""

@@ -275,8 +275,10 @@ def _make_tokenizer(counted: list[dict], options: Options) -> Tokenizer:
         return Bytes()
     if options.tokenizer == "chars":
         return chars_from(character for record in counted for character in record["alphabet"])
-    train = {"sentencepiece": train_sentencepiece, "words": words_from}[options.tokenizer]
-    return train((chunk for record in counted for chunk in record["sample"]), options.vocab_size)
+    sample = (chunk for record in counted for chunk in record["sample"])
+    if options.tokenizer == "words":
+        return words_from(sample, options.vocab_size, split="punctuation")
+    return train_sentencepiece(sample, options.vocab_size)
 
 
 def _finish(
@@ -398,7 +400,11 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument(
-        "--tokenizer", default="sentencepiece", metavar="|".join([*TRAINED, "PATH"]), help="default: sentencepiece"
+        "--tokenizer",
+        default="sentencepiece",
+        metavar="|".join([*TRAINED, "PATH"]),
+        help="default: sentencepiece. words: of letters and digits, and each punctuation mark by itself ('king,' is "
+        "king and a comma); don't, well-known and 3.14 stay whole, and text without spaces is not split into words",
     )
     parser.add_argument("--vocab_size", type=int, help=f"of {' or '.join(SIZED)} (default: {VOCAB_SIZE})")
     parser.add_argument("--val_fraction", type=float, default=0.1, help="of the text to keep for validation (0.1)")

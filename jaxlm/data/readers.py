@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from jaxlm.data import formats
-from jaxlm.data.tokenizer import replace_surrogates
+from jaxlm.data.base_tokenizer import replace_surrogates
 from jaxlm.errors import DataError
 
 # What a directory is searched for; a file that is named, or matches a glob, may be any.

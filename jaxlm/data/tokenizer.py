@@ -1,9 +1,6 @@
 """Text to token ids and back: sentencepiece, UTF-8 bytes, characters, or Hugging Face's tokenizer.json."""
 
-import hashlib
 import json
-import re
-from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 
@@ -11,92 +8,12 @@ import numpy as np
 import sentencepiece
 
 from jaxlm.data import specials, store, tokenizer_json
+from jaxlm.data.base_tokenizer import Prefixed, Tokenizer
 from jaxlm.data.specials import END_OF_TEXT
+from jaxlm.data.words import SPLITS, text_of, word_spans, words_in
 from jaxlm.errors import ConfigError, DataError
 
 HUB_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # in a folder, in order
-
-
-class Tokenizer(ABC):
-    """What every tokenizer offers. Ids are int32, from 0 to vocab_size - 1.
-
-    Attributes: `name` (a key of TOKENIZERS), `filename` (what to call `to_bytes()` on disk), `vocab_size`, `bos_id`
-    and `eos_id` (None where there is no such token; one token may be both), `unknown_id` (what text that has no token
-    becomes, None where there is no such token), `bos_from` and `eos_from` (who says so, where it had to be found out),
-    `notes` (what was odd about that).
-    """
-
-    name: str
-    filename: str
-    vocab_size: int
-    bos_id: int | None = None
-    eos_id: int | None = None
-    unknown_id: int | None = None
-    bos_from: str | None = None
-    eos_from: str | None = None
-
-    @cached_property
-    def notes(self) -> list[str]:
-        return []
-
-    def encode(self, text: str, after: str = "") -> np.ndarray:
-        """The int32 ids of `text`, without special tokens. A lone surrogate is read as U+FFFD.
-
-        after: what comes before it in its document, of which the last character is enough; "" where it begins. Some
-        tokenizers put a space before a text, which pieces of one document must not get.
-        """
-        text = replace_surrogates(text)[0]
-        ids = self._go_on(text, after) if after else self._encode(text)
-        return np.asarray(ids, dtype=np.int32)
-
-    def decode(self, ids) -> str:
-        """The text of `ids`, an array or list of any shape. Never raises: special tokens and ids that are out of range
-        (a model's vocabulary may be padded) give nothing, bytes that are not UTF-8 give U+FFFD."""
-        ids = np.asarray(ids, dtype=np.int64).reshape(-1)
-        special = [i for i in (self.bos_id, self.eos_id) if i is not None]
-        return self._decode(ids[(ids >= 0) & (ids < self.vocab_size) & ~np.isin(ids, special)])
-
-    def lost(self, text: str) -> list[str]:
-        """The stretches of `text`, in order, that have no token: they are unknown, or dropped."""
-        return []
-
-    def may_lose(self, ids: np.ndarray) -> bool:
-        """Whether `lost` may have something to say of a text with these ids; quick, and rarely wrongly True."""
-        return self.unknown_id is not None and bool(np.any(ids == self.unknown_id))
-
-    @abstractmethod
-    def token(self, id_: int) -> str | None:
-        """How the vocabulary writes a token; None where there is none of this id."""
-
-    def token_id(self, token: str) -> int | None:
-        """The id of a token as the vocabulary writes it; None where there is none."""
-        return next((i for i in range(self.vocab_size) if self.token(i) == token), None)
-
-    @property
-    def special_ids(self) -> set[int]:
-        """The tokens that the tokenizer marks as no text; empty where it marks none."""
-        return set()
-
-    @abstractmethod
-    def to_bytes(self) -> bytes:
-        """All that `from_bytes` needs to make this tokenizer again."""
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256, in hex, of the name and the bytes."""
-        return hashlib.sha256(self.name.encode() + self.to_bytes()).hexdigest()
-
-    @abstractmethod
-    def _encode(self, text: str):
-        """Ids of text without lone surrogates, in any array or list."""
-
-    def _go_on(self, text: str, after: str):
-        """Ids of text that comes after other text of its document."""
-        return self._encode(text)
-
-    @abstractmethod
-    def _decode(self, ids: np.ndarray) -> str:
-        """Text of ids that are in range and not special."""
 
 
 class Bytes(Tokenizer):
@@ -118,6 +35,12 @@ class Bytes(Tokenizer):
 
     def _encode(self, text: str):
         return np.frombuffer(text.encode(), dtype=np.uint8)
+
+    def _encode_with_offsets(self, text: str):
+        ids = self._encode(text)
+        continues = (ids & 0xC0) == 0x80  # in UTF-8 every byte of a character but its first
+        character = np.cumsum(~continues) - 1
+        return ids, np.stack([character, character + 1], axis=1)
 
     def _decode(self, ids: np.ndarray) -> str:
         return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
@@ -151,70 +74,53 @@ class Chars(Tokenizer):
             )
         return ids
 
+    def _encode_with_offsets(self, text: str):
+        character = np.arange(len(text))
+        return self._encode(text), np.stack([character, character + 1], axis=1)
+
     def _decode(self, ids: np.ndarray) -> str:
         return self._points[ids].tobytes().decode("utf-32-le")
 
 
 class Words(Tokenizer):
-    """Words between spaces; id 0 stands for those that it does not know."""
+    """Words; id 0 stands for those that it does not know. jaxlm/data/words.py says what is a word.
+
+    A file of an earlier version does not say how words are split: they are what stands between white space.
+    """
 
     name, filename = "words", "tokenizer.json"
     UNKNOWN = "<unk>"
     unknown_id = 0
 
     def __init__(self, data: bytes):
-        self.words = [self.UNKNOWN, *json.loads(data)["words"]]
+        content = json.loads(data)
+        self.split = content.get("split", "spaces")
+        if self.split not in SPLITS:
+            raise ValueError(f"it splits words at {self.split!r}; this version knows {', '.join(SPLITS)}")
+        self.words = [self.UNKNOWN, *content["words"]]
         self.vocab_size = len(self.words)
         self._ids = {word: i for i, word in enumerate(self.words)}
 
     def to_bytes(self) -> bytes:
-        return json.dumps({"jaxlm": self.name, "words": self.words[1:]}).encode()
+        content = {"jaxlm": self.name, "words": self.words[1:]}
+        if self.split != "spaces":  # so that the files of earlier versions keep their bytes
+            content["split"] = self.split
+        return json.dumps(content).encode()
 
     def token(self, id_: int) -> str | None:
         return self.words[id_] if 0 <= id_ < self.vocab_size else None
 
     def lost(self, text: str) -> list[str]:
-        # Most words are known as they stand, which is quick to see.
-        strange = [word for word in text.split() if word not in self._ids]
-        return [word for word in strange if self.may_lose(self.encode(word))]
+        return [word for word in words_in(text, self.split) if word not in self._ids]
 
     def _encode(self, text: str):
-        return [self._ids.get(word, 0) for word in text.split()]
+        return [self._ids.get(word, 0) for word in words_in(text, self.split)]
+
+    def _encode_with_offsets(self, text: str):
+        return self._encode(text), word_spans(text, self.split)
 
     def _decode(self, ids: np.ndarray) -> str:
-        return " ".join(self.words[i] for i in ids)
-
-
-class Prefixed(Tokenizer):
-    """A tokenizer that may put a space before a text, which is right only where a document begins."""
-
-    @cached_property
-    @abstractmethod
-    def _bare(self):
-        """The model without that; None where it puts none."""
-
-    @cached_property
-    @abstractmethod
-    def _strips(self) -> bool:
-        """Whether spaces at the end of a text give no tokens, so that the next space must come from the prefix."""
-
-    @abstractmethod
-    def _encode_with(self, model, text: str) -> list[int]:
-        """`_encode` by another of its models."""
-
-    def _go_on(self, text: str, after: str):
-        if self._bare is None:
-            return self._encode(text)
-        if not self._strips:
-            return self._encode_with(self._bare, text)
-        if self._is_gap(after[-1]) or self._is_gap(text[:1]):
-            return self._encode(text)  # its prefix is the space between the two
-        gap = next((i for i, character in enumerate(text) if self._is_gap(character)), len(text))
-        return [*self._encode_with(self._bare, text[:gap]), *self._encode(text[gap:])]
-
-    def _is_gap(self, character: str) -> bool:
-        """Whether the model takes a character for a space, and so drops it at an end. A newline is unknown to some."""
-        return character.isspace() and self._encode(f"a{character}") == self._encode("a")
+        return text_of([self.words[i] for i in ids], self.split)
 
 
 class SentencePiece(Prefixed):
@@ -276,6 +182,36 @@ class SentencePiece(Prefixed):
         for part in rest:
             ids += self._space + (self._bare or self._model).encode(part)
         return ids
+
+    def _encode_with_offsets(self, text: str):
+        parts = [text]
+        if self._space is not None:
+            parts = text.split("\u2581")
+        ids, offsets = [], []
+        begin = 0
+        model = self._model
+        for number, part in enumerate(parts):
+            if number:
+                model = self._bare or self._model
+                ids += self._space
+                offsets += [(begin, begin + 1)] * len(self._space)
+                begin += 1
+            found, places = self._offsets_of_part(model, part)
+            ids += found
+            offsets += [(begin + first, begin + last) for first, last in places]
+            begin += len(part)
+        return ids, offsets
+
+    def _offsets_of_part(self, model, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        found = model.encode(text, return_type="offset_mapping")
+        offsets = list(found["offsets"])
+        # Of several pieces that spell one character, sentencepiece gives it to the last: the others get it from there.
+        for i in reversed(range(len(offsets) - 1)):
+            begin, end = offsets[i]
+            is_text = found["pieces"][i].strip("\u2581")
+            if begin == end and is_text and offsets[i + 1][0] == begin:
+                offsets[i] = offsets[i + 1]
+        return list(found["ids"]), offsets
 
     def _decode(self, ids: np.ndarray) -> str:
         return self._model.decode(ids[ids != self.unknown_id].tolist())
@@ -362,6 +298,10 @@ class HuggingFace(Prefixed):
                 f"this tokenizer can't write {text[:40]!r}: {error}; it has no token for what it doesn't know: give "
                 "another --tokenizer"
             ) from None
+
+    def _encode_with_offsets(self, text: str):
+        encoding = self._model.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def _decode(self, ids: np.ndarray) -> str:
         return self._model.decode(ids.tolist(), skip_special_tokens=True)
@@ -451,11 +391,6 @@ def _read(path: Path, name: str | None = None) -> Tokenizer:
         raise
     except (ValueError, AttributeError) as error:
         raise DataError(f"{path} is not a tokenizer: {error}") from None
-
-
-def replace_surrogates(text: str) -> tuple[str, int]:
-    """The text with U+FFFD for each lone surrogate, which UTF-8 can't write, and how many there were."""
-    return (text, 0) if text.isascii() else re.subn("[\ud800-\udfff]", "\ufffd", text)
 
 
 def _code_points(text: str) -> np.ndarray:

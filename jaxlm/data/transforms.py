@@ -7,10 +7,10 @@ its name to jaxlm/config.py.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 
@@ -53,6 +53,8 @@ class Vocabulary:
     def spaces(self) -> np.ndarray:
         """bool [2, vocabulary]: whether a token begins a word, and ends one: a space goes with the word after it."""
         decode, size = self.tokenizer.decode, self.tokenizer.vocab_size
+        if self.tokenizer.name == "words":
+            return np.ones((2, size), bool)
         before = next((i for i in range(size) if decode([i]).strip()), 0)  # some decoders drop a space that comes first
         known = len(decode([before]))
         texts = [decode([before, i])[known:] for i in range(size)]
@@ -224,13 +226,34 @@ def tag(example, encode, vocab, labels) -> dict:
     words, tags = words_of(example["words"]), words_of(example["tags"])
     if len(words) != len(tags) or not words:
         raise ValueError(f"{len(words)} words and {len(tags)} tags" if words else "it has no words")
-    pieces = [encode(" " + word, after=before) if before else encode(word) for before, word in pairwise(["", *words])]
-    pieces = [piece if len(piece) else np.array([vocab.mask]) for piece in pieces]
-    lengths = [len(piece) for piece in pieces]
-    first = np.zeros(sum(lengths), np.float32)
-    first[np.cumsum([0, *lengths[:-1]])] = 1
-    targets = np.repeat(np.array([number_of(name, labels) for name in tags], np.int32), lengths)
-    return {"tokens": join(*pieces), "targets": targets, "weights": first}
+    ids, owners = encode_words(words, encode, vocab.mask)
+    numbers = np.array([number_of(name, labels) for name in tags], np.int32)
+    first = np.diff(owners, prepend=-1) > 0
+    return {"tokens": ids, "targets": numbers[owners], "weights": first.astype(np.float32)}
+
+
+def encode_words(words: list[str], encode, missing: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids of the words with a space between two, int: the number of the word that each token is of).
+
+    A space goes with the word after it. A word without a token of its own gets `missing`.
+    """
+    text = " ".join(words)
+    ids, offsets = encode.with_offsets(text)
+    lengths = [len(word) + 1 for word in words]
+    begins = np.cumsum([0, *lengths[:-1]])
+    owners = np.searchsorted(begins, without_spaces(text, offsets)[:, 0], side="right") - 1
+    absent = np.setdiff1d(np.arange(len(words)), owners)
+    places = np.searchsorted(owners, absent)
+    return join(np.insert(ids, places, missing)), np.insert(owners, places, absent)
+
+
+def without_spaces(text: str, offsets: np.ndarray) -> np.ndarray:
+    """Offsets without the space that a token begins or ends with. text: has single spaces, and no others."""
+    spaces = np.array([character == " " for character in text] + [False])
+    begin, end = offsets[:, 0], offsets[:, 1]
+    begin = begin + (spaces[begin] & (begin < end))
+    end = end - (spaces[end - 1] & (begin < end))
+    return np.stack([begin, end], axis=1)
 
 
 def words_of(value) -> list[str]:
@@ -241,58 +264,78 @@ START, STOP, ALLOWED = 1, 2, 4  # bits of qa's targets: the answer's first and l
 
 
 def qa(example, encode, vocab, labels) -> dict:
-    """The answer's first and last word in the context; without one (SQuAD 2), the first token of all.
+    """The first and the last token of the answer's characters; without an answer (SQuAD 2), the first token of all.
 
     answer: text, or a list of texts of which the first is learned; start: its character, else where it is first found.
+    `exact`: whether the answer is just what these tokens stand for.
     """
-    context, words = example["context"], word_spans(example["context"])
-    answer, start = first_of(example["answer"]), first_of(example.get("start", -1))
-    answer, start = answer if answer and answer.strip() else "", -1 if start in ("", None) else int(start)
-    if answer and start >= 0 and context[start : start + len(answer)] != answer:
-        there = context[start : start + len(answer)]
+    context = example["context"]
+    answer, start = place_of_answer(example)
+    ids, offsets = encode_context(context, encode)
+    question = join(vocab.begin, encode(example["question"]), vocab.end)
+    tokens = join(question, ids)
+    targets = np.zeros(len(tokens), np.int32)
+    targets[0] = ALLOWED
+    targets[len(question) :] = ALLOWED
+    first, last, exact = 0, 0, True
+    if answer:
+        inside = np.flatnonzero((offsets[:, 0] < start + len(answer)) & (offsets[:, 1] > start))
+        if not len(inside):
+            raise ValueError(f"the tokenizer has no token for its answer {answer[:60]!r}")
+        first, last = len(question) + inside[[0, -1]]
+        exact = context[offsets[inside[0], 0] : offsets[inside[-1], 1]] == answer
+    targets[first] |= START
+    targets[last] |= STOP
+    weights = (targets & START != 0).astype(np.float32)
+    return {"tokens": tokens, "targets": targets, "weights": weights, "exact": exact}
+
+
+def place_of_answer(example) -> tuple[str, int]:
+    """(the answer without white space around it, its first character in the context); ("", 0) where there is none."""
+    context, answer, start = example["context"], first_of(example["answer"]), first_of(example.get("start", -1))
+    if not answer or not answer.strip():
+        return "", 0
+    start = -1 if start in ("", None) else int(start)
+    there = context[start : start + len(answer)]
+    if start >= 0 and there != answer:
         raise ValueError(
             f"at character start={start} of its context is {there[:40]!r}, not the answer {answer[:40]!r}; without the "
             "column start the answer is looked for"
         )
-    start = context.find(answer) if start < 0 else start
-    if answer and start < 0:
+    if start < 0:
+        start = context.find(answer)
+    if start < 0:
         raise ValueError(f"its answer {answer[:60]!r} is not in its context")
-    pieces = [encode(" " * bool(i) + context[a:b]) for i, (a, b) in enumerate(words)]
-    inside = [bool(answer) and a < start + len(answer) and b > start for a, b in words]
-    there = np.flatnonzero(np.repeat(inside, [len(piece) for piece in pieces]))
-    question = join(vocab.begin, encode(example["question"]), vocab.end)
-    tokens = join(question, *pieces)
-    targets = np.where(np.arange(len(tokens)) < len(question), 0, ALLOWED).astype(np.int32)
-    targets[0] = ALLOWED
-    first, last = (len(question) + there[[0, -1]]) if len(there) else (0, 0)
-    targets[first] |= START
-    targets[last] |= STOP
-    return {"tokens": tokens, "targets": targets, "weights": (targets & START != 0).astype(np.float32)}
+    return answer.strip(), start + len(answer) - len(answer.lstrip())
 
 
 def first_of(value):
     return (value[0] if value else None) if isinstance(value, (list, tuple)) else value
 
 
-def word_spans(text: str) -> list[tuple[int, int]]:
-    """(start, stop) characters of the words."""
-    spans, stop = [], 0
-    for word in text.split():
-        start = text.index(word, stop)
-        stop = start + len(word)
-        spans.append((start, stop))
-    return spans
+def encode_context(context: str, encode) -> tuple[np.ndarray, np.ndarray]:
+    """(ids of the words of a context with one space between two, [ids, 2]: the characters of the context of each).
+
+    Spaces around a token's characters are left out.
+    """
+    spans = [word.span() for word in re.finditer(r"\S+", context)]
+    text = " ".join(context[begin:end] for begin, end in spans)
+    ids, offsets = encode.with_offsets(text)
+    offsets = without_spaces(text, offsets)
+    # The place of each character of `text` in the context; a space is at the end of the word before it.
+    places = np.concatenate([np.arange(begin, end + 1) for begin, end in spans] or [np.zeros(1, int)])
+    begin, end = offsets[:, 0], offsets[:, 1]
+    after = np.where(begin < end, places[end - 1] + 1, places[begin])
+    return ids, np.stack([places[begin], after], axis=1)
 
 
 def answer_text(example, encode, first: int, last: int) -> str:
-    """The context from the word of token `first` to that of token `last` of `qa`'s piece; "" for the first token."""
-    words = word_spans(example["context"])
-    lengths = [len(encode(" " * bool(i) + example["context"][a:b])) for i, (a, b) in enumerate(words)]
-    owner = np.repeat(np.arange(len(words)), lengths)
-    offset = 2 + len(encode(example["question"]))
-    if first < offset or last < first or last - offset >= len(owner):
+    """The characters of the context that tokens `first` to `last` of `qa`'s piece stand for; "" for the first token."""
+    ids, offsets = encode_context(example["context"], encode)
+    before = 2 + len(encode(example["question"]))
+    if first < before or last < first or last - before >= len(ids):
         return ""
-    return example["context"][words[owner[first - offset]][0] : words[owner[last - offset]][1]]
+    return example["context"][offsets[first - before, 0] : offsets[last - before, 1]].strip()
 
 
 def seq2seq(example, encode, vocab, labels) -> dict:

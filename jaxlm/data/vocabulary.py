@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import sentencepiece
 
 from jaxlm.data.tokenizer import END_OF_TEXT, Bytes, Chars, SentencePiece, Tokenizer, Words
+from jaxlm.data.words import characters_apart, words_in
 from jaxlm.errors import ConfigError, DataError
 
 SAMPLE_CHARS = 10_000_000  # enough for a vocabulary; more text changes few pieces and takes longer
@@ -24,18 +25,25 @@ def chars_from(characters: Iterable[str]) -> Tokenizer:
     return Chars(json.dumps({"characters": alphabet}).encode())
 
 
-def words_from(texts: Iterable[str], vocab_size: int, min_count: int = 1) -> Tokenizer:
-    """The tokenizer of the commonest words, at most `vocab_size` with the unknown one."""
-    counts = Counter(word for text in texts for word in text.split())
+def words_from(texts: Iterable[str], vocab_size: int, min_count: int = 1, split: str = "spaces") -> Tokenizer:
+    """The tokenizer of the commonest words, at most `vocab_size` with the unknown one. split: see words.word_spans."""
+    counts = Counter(word for text in texts for word in words_in(text, split))
     common = sorted((word for word in counts if counts[word] >= min_count), key=lambda word: (-counts[word], word))
-    return Words(json.dumps({"words": [w for w in common if w != Words.UNKNOWN][: vocab_size - 1]}).encode())
+    words = [word for word in common if word != Words.UNKNOWN]
+    content = {"words": words[: vocab_size - 1], "split": split}
+    return Words(json.dumps(content).encode())
 
 
-def make(kind: str, texts: list[str], vocab_size: int, min_count: int = 1) -> Tokenizer:
-    """The tokenizer of these texts: words | sentencepiece | bytes | chars."""
+def make(kind: str, texts: list[str], vocab_size: int, min_count: int = 1, apart: bool = False) -> Tokenizer:
+    """The tokenizer of these texts: words | sentencepiece | bytes | chars.
+
+    apart: no word or piece spans two characters of a script without spaces, and no word holds punctuation marks.
+    """
+    split = "characters" if apart else "spaces"
+    pieces = [part for text in texts for part in characters_apart(text)] if apart else texts
     makers = {
-        "words": lambda: words_from(texts, vocab_size, min_count),
-        "sentencepiece": lambda: train_sentencepiece(texts, vocab_size),
+        "words": lambda: words_from(texts, vocab_size, min_count, split),
+        "sentencepiece": lambda: train_sentencepiece(pieces, vocab_size),
         "bytes": Bytes,
         "chars": lambda: chars_from(character for text in texts for character in text),
     }
