@@ -272,6 +272,14 @@ def test_unknown_tokens_are_counted_and_told(tmp_path, kind):
     assert "note: 3 of 6 tokens (50.0%) are the tokenizer's unknown" in prepare.summary(manifest, tmp_path / "out")
 
 
+def test_another_tokenizer_in_the_same_place_and_process_is_read_anew(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl")
+    for kind in ("words", "bytes"):
+        prepare.prepare([str(path)], tmp_path / "out", kind, val_fraction=0, workers=1, overwrite=True)
+    data = store.Store(tmp_path / "out", "train")
+    assert data.num_tokens == data.num_bytes + data.num_documents
+
+
 def test_data_prepared_before_keep_the_end_that_they_were_written_with(tmp_path):
     path = jsonl(tmp_path / "a.jsonl")
     prepare.prepare([str(path)], tmp_path / "a", "bytes", workers=1)

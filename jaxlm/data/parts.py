@@ -27,7 +27,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from jaxlm.data.fidelity import Kept
 from jaxlm.data.readers import BAD_SHOWN, PIECE_BYTES, Notes, Piece, Source, Span, beginning, character, read
 from jaxlm.data.store import ShardWriter, token_dtype
-from jaxlm.data.tokenizer import load
+from jaxlm.data.tokenizer import Tokenizer, load
 from jaxlm.data.vocabulary import Sample
 from jaxlm.errors import DataError
 
@@ -37,7 +37,12 @@ KEY_CHARS = 1 << 12  # documents that agree this far are one document to val_spl
 NUM_KEYS = 1 << 64
 BAD_SHARE, BAD_COUNT = 0.01, 10  # on_bad_record=skip still refuses more than both of these
 
-_load = functools.cache(load)  # once per worker
+
+@functools.cache  # once per worker
+def _load(path: Path, written: int) -> Tokenizer:
+    """The tokenizer of a file. written: when, in ns, since the same path may have been another's before."""
+    del written
+    return load(path)
 
 
 class Interrupted(DataError):
@@ -165,7 +170,7 @@ def judge(counted: list[dict], skip: bool) -> Counter:
 
 def write(job: Job) -> None:
     """Writes a part's shards, at most one of each split, and leaves the record of them: {split: entry}."""
-    tokenizer, writers, characters = _load(job.tokenizer), {}, 0
+    tokenizer, writers, characters = _load(job.tokenizer, job.tokenizer.stat().st_mtime_ns), {}, 0
     dtype, eos = token_dtype(tokenizer.vocab_size), tokenizer.eos_id
     kept = collections.defaultdict(lambda: Kept(tokenizer))
     before = _before(job.spans[0])

@@ -335,11 +335,15 @@ def _begin_and_end(tokenizer: dict) -> str:
     """One line on the tokens around a document. tokenizer: the manifest's entry."""
     bos, eos = (_one_end(tokenizer, role) for role in specials.ROLES)
     if tokenizer["eos_id"] is None:
-        flag = "; --eos=TOKEN chooses one" if tokenizer["name"] in GIVEN else ""
+        flag = _hint(tokenizer, "eos") if tokenizer["name"] in GIVEN else ""
         return f"note: {bos}, {eos}: documents have no end, so that generation goes on to max_tokens{flag}"
     if tokenizer["bos_id"] is None:
-        return f"note: {bos}, so that a prompt can't be empty, {eos}; --bos=TOKEN chooses one"
+        return f"note: {bos}, so that a prompt can't be empty, {eos}{_hint(tokenizer, 'bos')}"
     return f"{bos}, {eos}"
+
+
+def _hint(tokenizer: dict, role: str) -> str:
+    return "" if tokenizer.get(f"{role}_from") == f"--{role}" else f"; --{role}=TOKEN chooses one"
 
 
 def _one_end(tokenizer: dict, role: str) -> str:
