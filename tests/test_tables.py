@@ -9,7 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jaxlm.data.tables import absolute, paths_of, read_examples, refuse
+from jaxlm.data.paths import absolute, paths_of
+from jaxlm.data.tables import read_examples, refuse
 from jaxlm.errors import DataError
 
 ROWS = [("a fine day", "good"), ('he said "no",\tthen', "bad"), ("zwölf\u2028 Boxer \x85", "good"), ("", "bad")]
