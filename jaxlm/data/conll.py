@@ -140,9 +140,9 @@ def splitter(blocks: list[list[tuple[int, str]]], suffix: str):
     tabs = sum("\t" in line for line in lines)
     if 2 * tabs > len(lines):
         return lambda line: line.split("\t")
-    if suffix == ".csv":
-        mark = ";" if sum(";" in line for line in lines) > sum("," in line for line in lines) else ","
-        return lambda line: next(csv.reader([line], delimiter=mark))
+    for mark in (",", ";"):
+        if suffix == ".csv" and 2 * sum(mark in line for line in lines) > len(lines):
+            return lambda line: next(csv.reader([line], delimiter=mark))
     return lambda line: SPACES.split(line.strip(" \t"))
 
 
@@ -253,8 +253,8 @@ def unclear(path: str, tokens: list[Token], names: list[str]) -> str:
     cells = names or tokens[0].cells
     shown = ", ".join(f"{place}: {cell[:24]!r}" for place, cell in enumerate(cells[:12]))
     return (
-        f"{path}: it has a word a line, but it is not clear in which column the words and the tags are; its columns are "
-        f"{shown}. {columns_hint(*likely_places(tokens))}"
+        f"{path}: it has a word a line, but it is not clear in which column the words and the tags are; its columns "
+        f"are {shown}. {columns_hint(*likely_places(tokens))}"
     )
 
 

@@ -113,9 +113,8 @@ def message_of(message) -> dict:
     role = ROLES.get(str(speaker).casefold())
     if role is None:
         known = ", ".join(ROLES)
-        raise ValueError(
-            f"a message of {speaker!r}: only {known} are read{did_you_mean(str(speaker), ROLES)}; leave such examples out"
-        )
+        hint = did_you_mean(str(speaker), ROLES)
+        raise ValueError(f"a message of {speaker!r}: only {known} are read{hint}; leave such examples out")
     weight = {"weight": message["weight"]} if message.get("weight") is not None else {}
     return {"role": role, "content": content, **weight}
 
@@ -277,7 +276,12 @@ FORMS = {
         ),
     ),
     "dpo": (
-        Form("answers to dialogues (conversations)", ("conversations", "chosen", "rejected"), ("system",), preference_after),
+        Form(
+            "answers to dialogues (conversations)",
+            ("conversations", "chosen", "rejected"),
+            ("system",),
+            preference_after,
+        ),
         Form("answers to dialogues (messages)", ("messages", "chosen", "rejected"), ("system",), preference_after),
         Form(
             "answers to instructions (the prompt is instruction, an empty line and input)",

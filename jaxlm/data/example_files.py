@@ -74,7 +74,7 @@ def opened(path: str) -> Opened:
 
 
 def suffix_of(path: str) -> str:
-    """".tsv" of "train.tsv.gz"."""
+    """ ".tsv" of "train.tsv.gz"."""
     file = Path(path)
     while file.suffix.lower() in PACKED:
         file = file.with_suffix("")

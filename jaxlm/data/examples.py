@@ -15,9 +15,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data import vocabulary
+from jaxlm.data.paths import parts_of, paths_of
 from jaxlm.data.rows import lay_out, piece_lengths
 from jaxlm.data.tables import read_examples, refuse
-from jaxlm.data.paths import parts_of, paths_of
 from jaxlm.data.tokenizer import replace_surrogates
 from jaxlm.data.transforms import ALLOWED, EXAMPLES, STOP, Vocabulary, label_of, messages_of, split_names, words_of
 from jaxlm.errors import DataError, UserError

@@ -343,17 +343,21 @@ def suggestion(names: list[str], task: str, by_place: bool) -> str:
     roles = needed_of(task) or roles_of(task)
     if task == "sft":
         roles = ["prompt", "response"] if len(names) > 1 else ["messages"]
-    if by_place:
+    taken = named_alike(names, roles)
+    if by_place and len(taken) < len(roles):
         return " ".join(f"{role}={place}" for place, role in enumerate(roles[: len(names)]))
-    taken = likely(names, roles)
+    for role in roles:
+        left = [name for name in names if name not in taken.values()]
+        if role not in taken and left:
+            taken[role] = left[0]
     order = [role for role in roles if role in taken]
     if all(taken[role].isidentifier() for role in order):
         return " ".join(f"{role}={taken[role]}" for role in order)
     return " ".join(f"{role}={names.index(taken[role])}" for role in order)
 
 
-def likely(names: list[str], roles: list[str]) -> dict[str, str]:
-    """The columns that are most likely those of a task: by their names, then by names like these, then in order."""
+def named_alike(names: list[str], roles: list[str]) -> dict[str, str]:
+    """The columns whose names are those of a task, or like them."""
     folded = {name.casefold(): name for name in reversed(names)}
     taken = {role: folded[role] for role in roles if role in folded}
     for role, name in dialogues.likely_columns(names, roles).items():
@@ -363,10 +367,6 @@ def likely(names: list[str], roles: list[str]) -> dict[str, str]:
         near = difflib.get_close_matches(role, left, n=1)
         if role not in taken and near:
             taken[role] = folded[near[0]]
-    for role in roles:
-        left = [name for name in names if name not in taken.values()]
-        if role not in taken and left:
-            taken[role] = left[0]
     return taken
 
 

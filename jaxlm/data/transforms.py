@@ -349,7 +349,7 @@ def sft(example, encode, vocab, labels) -> dict:
 
 
 def dpo(example, encode, vocab, labels) -> dict:
-    """Two dialogues with the same prompt, [2, tokens]: the chosen and the rejected. Compared are these answers alone."""
+    """Two dialogues with the same prompt, [2, tokens]: the chosen and the rejected; only these answers count."""
     before = [message | {"weight": 0} for message in messages_of({"prompt": example["prompt"]})]
     both = []
     for name in ROLES["dpo"][1:]:
