@@ -21,6 +21,7 @@ SPACES = re.compile(r"[ \t]+")
 OF_SPAN = re.compile(r"O|[BIESLUM]-\S+")
 WORD_NAMES = ("word", "words", "token", "tokens", "form", "text")
 TAG_NAMES = ("tag", "tags", "label", "labels", "ner", "ner_tag", "ner_tags", "pos", "pos_tag", "upos")
+SEVERAL_SHARE = 0.1  # of lines with spaces in a cell after the word: fewer are odd words, more are sentences
 ENOUGH = 20  # words, before their number of kinds says anything
 WHOLE_SENTENCES = "or write a sentence a line: its words joined by spaces, a tab, its tags joined by spaces"
 
@@ -161,10 +162,9 @@ def is_tokens(tokens: list[Token], text: str, suffix: str, given: dict[str, str]
     """Whether each line is one word. Not so where a cell has the tags of several, with spaces between."""
     if suffix in SUFFIXES:
         return True
-    several = sum(len(token.cells) > 1 and len(token.cells[1].split()) > 1 for token in tokens)
-    if several and len(tokens[0].cells) <= 3:
-        return False
-    if len(tokens[0].cells) < 2:
+    several = sum(any(len(cell.split()) > 1 for cell in token.cells[1:]) for token in tokens)
+    width = len(tokens[0].cells)
+    if width < 2 or (width <= 3 and several > SEVERAL_SHARE * len(tokens)):
         return False
     blank = re.search(r"\S[^\n]*\n\s*\n", text) is not None
     return blank or DOCUMENT in text or is_universal(tokens)

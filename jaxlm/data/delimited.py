@@ -15,6 +15,7 @@ from jaxlm.data.example_files import lines_of
 OWN = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}  # what is expected by name
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 LOOKED_AT = 50  # records
+LONGEST_LOOK = 1 << 20  # characters
 ENOUGH = 5  # records that have to agree where there is no header
 EXCEL_LINE = re.compile(r'\A"?sep=(.)"?\r?\n', re.IGNORECASE)  # by which Excel tells its delimiter
 
@@ -59,6 +60,8 @@ def style_of(text: str, suffix: str, is_header: Callable[[list[str]], bool]) -> 
 
 def sample(text: str, style: Style) -> list[list[str]]:
     """The first records of a text in a style, as far as they can be read."""
+    if len(text) > LONGEST_LOOK:
+        text = text[:LONGEST_LOOK].rpartition("\n")[0]
     if not style.quotes:
         lines = [line for line in islice(io.StringIO(text, newline="\n"), 4 * LOOKED_AT) if line.strip()]
         return [line.rstrip("\r\n").split(style.delimiter) for line in lines[:LOOKED_AT]]

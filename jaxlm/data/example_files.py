@@ -27,7 +27,6 @@ WORKBOOKS = {  # a file within the zip archive -> what the archive is
 OLD_OFFICE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"  # .xls, .doc
 BINARY = {  # first bytes -> what a file is that cannot be text
     b"ARROW1\0\0": ("an Arrow file", "feather.read_table"),
-    b"ORC": ("an ORC file", "orc.read_table"),
 }
 TO_PARQUET = 'python -c "from pyarrow import {module}, parquet; parquet.write_table({call}({old!r}), {new!r})"'
 CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))  # what is in no text

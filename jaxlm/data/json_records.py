@@ -9,6 +9,7 @@ from jaxlm.data.example_files import lines_of
 
 NAMES = (".json", ".jsonl", ".ndjson")
 LIST = re.compile(r"\[\s*[{\]]")
+SPACE = re.compile(r"\s*")
 DECODER = json.JSONDecoder()
 NO_OBJECT = 'not a JSON object, such as {"text": ..., "label": ...}'
 
@@ -57,18 +58,19 @@ def values_of(path: str, text: str, bad: list[str]) -> Iterator[tuple[object, in
 
 def many_lines(path: str, text: str, bad: list[str]) -> Iterator[tuple[object, int]]:
     """Objects of many lines, one after the other."""
-    at = 0
-    while at < len(text):
-        rest = len(text) - len(text[at:].lstrip())
-        if rest == len(text):
+    at, line = 0, 1
+    while True:
+        start = SPACE.match(text, at).end()
+        if start == len(text):
             return
-        line = text.count("\n", 0, rest) + 1
+        line += text.count("\n", at, start)
         try:
-            value, at = DECODER.raw_decode(text, rest)
+            value, at = DECODER.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
             bad.append(f"{path}:{line}: not JSON: {error}")
             return
         yield value, line
+        line += text.count("\n", start, at)
 
 
 def keys_of_lists(value) -> list[str]:
