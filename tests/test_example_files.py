@@ -90,6 +90,13 @@ def test_what_stands_between_columns_is_seen_by_the_header(tmp_path, name, mark,
     assert ("between its columns" in caplog.text) == (mark != own)
 
 
+def test_a_table_may_have_brackets_and_objects_in_its_cells(tmp_path):
+    rows = [("[laughs] hello", "good"), ('{"a": 1}', "bad"), ("[{x}] no", "good")]
+    for order in (rows, rows[1:], rows[2:]):
+        text = "".join(f"{text}\t{label}\n" for text, label in order)
+        assert [(e["text"], e["label"]) for e in read(tmp_path / "a.tsv", text)] == order
+
+
 def test_european_tables_without_a_known_header(tmp_path):
     path = tmp_path / "a.csv"
     rows = "ja, gern;good\nnein;bad\nvielleicht, ja;good\n" * 3

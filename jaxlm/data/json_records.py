@@ -20,8 +20,17 @@ def is_json(text: str, suffix: str) -> bool:
         return True
     start = text.lstrip()
     if LIST.match(start):
-        return True
-    return start.startswith("{") and object_at(start) is not None
+        return start.rstrip() == "[]" or object_at(start[1:].lstrip()) is not None
+    return start.startswith("{") and is_alone(start)
+
+
+def is_alone(text: str) -> bool:
+    """Whether a text begins with an object after which its line ends: a table may have one in a cell."""
+    try:
+        _, end = DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return text[end:].partition("\n")[0].strip() == ""
 
 
 def object_at(text: str) -> dict | None:

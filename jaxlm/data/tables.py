@@ -380,7 +380,7 @@ def suspect_header(path: str, records: list[list[str]], task: str, style: delimi
             doubtful |= not is_number(cells[1]) and len(others) > 0 and all(map(is_number, others[:100]))
         else:
             doubtful |= len(others) >= 10 and cells[1] not in others and len(set(others)) <= len(others) / 2
-    if doubtful:
+    if doubtful and len(cells) >= len(needed_of(task)):
         roles = roles_of(task)
         by_name = " ".join(f"{role}={cell.replace(' ', '_')}" for role, cell in zip(roles, cells))
         by_place = " ".join(f"{role}={i}" for i, role in enumerate(roles[: len(cells)]))
