@@ -1,6 +1,7 @@
 """What a config must satisfy, checked all at once before any device does work. No jax."""
 
 import math
+import os
 import re
 
 from ml_collections import ConfigDict
@@ -278,12 +279,24 @@ def training(c: ConfigDict) -> list[str]:
     return problems
 
 
+def sources_of(spec: str) -> list[str]:
+    """What stands between the commas of config.data.mixture. The path of a directory that exists may have commas."""
+    pieces, items = spec.split(","), []
+    while pieces:
+        count = len(pieces)
+        while count > 1 and not os.path.isdir(",".join(pieces[:count]).strip().rpartition("=")[0]):
+            count -= 1
+        items.append(",".join(pieces[:count]))
+        pieces = pieces[count:]
+    return items
+
+
 def mixture(c: ConfigDict) -> list[tuple[str, float]]:
     """[(directory, weight)] of config.data, weights summing to 1. Raises ConfigError that says what is wrong."""
     if not c.data.mixture:
         return [(c.data.path, 1.0)]
     sources = []
-    for item in c.data.mixture.split(","):
+    for item in sources_of(c.data.mixture):
         path, equals, text = item.strip().rpartition("=")
         try:
             weight = float(text) if equals else math.nan

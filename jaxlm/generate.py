@@ -10,8 +10,13 @@ import sys
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
 from jaxlm import cli
+from jaxlm.data import conll
+from jaxlm.data.example_files import NotUtf8, lines_of, opened, read_text, suffix_of
+from jaxlm.data.examples import label_names
+from jaxlm.data.tables import columns_given
 from jaxlm.errors import ConfigError, DataError
 from jaxlm.keys import ANSWERING, WRITTEN
 from jaxlm.parallel import hosts
@@ -54,7 +59,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"--prompt or --input: what is a model of task {lm.config.task.name} to answer?")
     prompts = args.prompt or ([] if args.input else [""])
     if args.input:
-        prompts += read_prompts(args.input)
+        prompts += read_sentences(args.input, lm.config) or read_prompts(args.input)
     if lm.config.task.name in ANSWERING:
         return answer(lm, prompts, args)
     texts = lm.generate(prompts, **{name: getattr(args, name) for name in SAMPLING})
@@ -94,15 +99,29 @@ def answer(lm, prompts: list[str], args) -> None:
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a file of UTF-8. Only a newline ends one, not every character that Unicode lets end a line."""
+    """The lines of a text. Only a newline ends one, not every character that Unicode lets end a line."""
+    return lines_of(text_of(path))
+
+
+def text_of(path: str) -> str:
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"--input={path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    lines = text.split("\n")
-    if not lines[-1]:  # what follows the last newline
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
+        return read_text(opened(path))
+    except NotUtf8 as error:
+        raise DataError(f"--input={path}: byte {error.byte} is not UTF-8; {error.remedy}") from None
+    except DataError as error:
+        raise DataError(f"--input={error}") from None
+
+
+def read_sentences(path: str, config: ConfigDict) -> list[dict]:
+    """The sentences of a file with a word a line, for a model that tags; [] of any other."""
+    if config.task.name != "tag":
+        return []
+    given = columns_given(config.data.columns, "tag")
+    sentences = conll.words_of(path, text_of(path), suffix_of(path), given, label_names(config))
+    if sentences:
+        words = sum(map(len, sentences))
+        print(f"--input={path}: {len(sentences):,} sentences, {words:,} words, read as a word a line", file=sys.stderr)
+    return [{"words": words} for words in sentences]
 
 
 def write_answers(path: str, prompts: list[str], answers: list) -> None:

@@ -196,7 +196,7 @@ def base() -> ConfigDict:
     c.data = d = ConfigDict()
     d.path = ""  # a directory made by jaxlm.data.prepare
     d.mixture = ""  # instead of path: "DIR=0.7,DIR=0.3", sampled with these weights
-    d.train = ""  # of a task with examples: their files, .tsv .csv .jsonl .parquet (.gz) or a.de+b.en in parallel
+    d.train = ""  # of a task with examples: their files, .tsv .csv .jsonl .parquet .conll or a.de+b.en in parallel
     d.val = ""  # the same to measure on
     d.columns = ""  # "text=sentence label=gold" or, by place, "text=0 label=3"; "": by name, or in the task's order
     d.tokenizer = "sentencepiece"  # words | sentencepiece | bytes | chars, made from data.train; or a file or directory

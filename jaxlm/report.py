@@ -138,7 +138,7 @@ def usual(config: ConfigDict, source) -> list[str]:
     task, words = config.task.name, ["loss"]
     words += ["labels"] * (task in SCORED) + ["calibration"] * (task == "classify") + ["texts"] * (task in WRITTEN)
     words += ["groups"] * (task in SCORED and any("group" in example for example in source.examples))
-    return words + ["sources"] * (task not in ROLES and "," in config.data.mixture)
+    return words + ["sources"] * (task not in ROLES and len(mixture(config)) > 1)
 
 
 def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) -> dict:

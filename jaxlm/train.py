@@ -20,9 +20,9 @@ from jaxlm import cli, costs
 from jaxlm.check import check, require
 from jaxlm.checkpoint import Checkpoints, describe_run, require_checkpoints
 from jaxlm.config import flatten, load, override, resolve
+from jaxlm.data.paths import absolute
 from jaxlm.data.pipeline import Prefetch, fingerprint, load_tokenizer, train_batches, validation_batches
 from jaxlm.data.specials import write_tokenizer
-from jaxlm.data.tables import absolute
 from jaxlm.errors import CheckpointError, NumericsError
 from jaxlm.evaluator import Evaluator
 from jaxlm.keys import MESH_AXES

@@ -18,8 +18,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data import vocabulary
 from jaxlm.data.base_tokenizer import replace_surrogates
+from jaxlm.data.paths import parts_of, paths_of
 from jaxlm.data.rows import lay_out, piece_lengths
-from jaxlm.data.tables import parts_of, paths_of, read_examples, refuse
+from jaxlm.data.tables import read_examples, refuse
 from jaxlm.data.transforms import (
     ALLOWED,
     EXAMPLES,
@@ -46,8 +47,8 @@ def texts_of(examples: list[dict], lowercase: bool) -> list[str]:
     """All text of the examples, to make a tokenizer from."""
     texts = []
     for example in examples:
-        found = [example[role] for role in TEXTS if role in example]
-        if "messages" in example:
+        found = [example[role] for role in TEXTS if role in example and not is_dialogue(example[role])]
+        if "messages" in example or is_dialogue(example.get("prompt")):
             messages = messages_of(example)
             found += [str(m.get("content", "")) for m in messages if isinstance(m, dict)]
         texts += [" ".join(map(str, x)) if isinstance(x, (list, tuple)) else str(x) for x in found]
@@ -86,10 +87,17 @@ def plain(example: dict) -> dict:
     for role in TEXTS:
         value = example.get(role, "")
         if not isinstance(value, str) and role not in ("words", "answer"):
+            if role == "prompt" and is_dialogue(value):
+                continue
             if isinstance(value, (list, tuple, dict)):
                 raise ValueError(f"its {role} is a {type(value).__name__}, not text")
             example[role] = label_of(value)
     return example
+
+
+def is_dialogue(value) -> bool:
+    """Whether a prompt is of several messages."""
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(item, dict) for item in value)
 
 
 def training_examples(data: ConfigDict | FrozenConfigDict, task: str) -> list[dict]:

@@ -1,77 +1,218 @@
-"""Files of examples to a list of dicts: .tsv .csv .jsonl .json .parquet, each also .gz, or text files in parallel.
+"""Files of examples to a list of dicts of a task's columns: .tsv .csv .jsonl .parquet .conll, or text in parallel.
 
-The first line of a .tsv or .csv is a header where it has the names of the task's columns, or those of data.columns.
-A .tsv has no quotes: a tab always ends a column, a line the example.
+A file is what its content says; its name decides only where that says nothing. The first line of a table is a header
+where it has the names of the task's columns, or those of data.columns.
 """
 
-import csv
-import glob
-import gzip
-import io
-import json
-import os
-import zlib
+import difflib
+import logging
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from jaxlm.cli import did_you_mean, near_path
+from jaxlm.cli import did_you_mean
+from jaxlm.data import conll, delimited, dialogues, example_files, json_records, parquet
+from jaxlm.data.paths import parts_of, paths_of
 from jaxlm.errors import DataError
 from jaxlm.keys import LABELLED, ROLES
 
+LOGGER = logging.getLogger("jaxlm")
 SHOWN = 10  # problems
-KINDS = ".tsv, .csv, .jsonl or .parquet, each also .gz, or a.de+b.en"
+OF_TEXT = "text text2 question context source target prompt response chosen rejected".split()
+CONVERTED = ("sft", "dpo")  # whose examples others write in their own ways
+
+
+class Chosen(NamedTuple):
+    """Which columns of a file are which."""
+
+    columns: dict  # of the task, or of the form -> a name, or an index into a record
+    form: dialogues.Form | None = None
+    start: int = 0  # number of the first record that is an example
+
+
+@dataclass
+class Found:
+    """What was read so far: the examples, where each is from, what is wrong, and what is to be told."""
+
+    task: str
+    given: dict[str, str]  # data.columns
+    examples: list[dict] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, example: dict, place: str) -> None:
+        self.examples.append(example)
+        self.places.append(place)
 
 
 def read_examples(spec: str, task: str, columns: str) -> tuple[list[dict], list[str]]:
-    """(the examples, each a dict of the task's columns; where each is from). Raises DataError of all that is wrong."""
-    given, examples, places, bad = columns_given(columns, task), [], [], []
+    """(the examples, each a dict of the task's columns; where each is from). Raises DataError of all that is wrong.
+
+    Warns, in one line each, of what a file was taken for where its name does not say so.
+    """
+    found = Found(task, columns_given(columns, task))
     for path in paths_of(spec):
-        records, lines = read_records(path, bad)
-        if not records:
-            if not any(problem.startswith(path) for problem in bad):
-                bad.append(f"{path}: there are no examples in this file")
-            continue
+        num_examples, num_bad = len(found.examples), len(found.bad)
         try:
-            chosen, start = choose(path, records, task, given)
+            read_file(path, found)
         except DataError as error:
-            bad.append(str(error))
-            continue
-        needed = [role for role in chosen if role in ROLES[task]]  # the others have a mark
-        width, kind = len(records[0]), Path(path.removesuffix(".gz")).suffix
-        hint = {".tsv": "a tab within a text", ".csv": "a comma within a text that has no quotes"}.get(kind)
-        for record, line in zip(records[start:], lines[start:]):
-            place = f"{path}:{line}"
-            if isinstance(record, list) and len(record) != width:
-                bad.append(f"{place}: {len(record)} columns, the first line has {width}{f' ({hint}?)' if hint else ''}")
-                continue
-            get = record.get if isinstance(record, dict) else record.__getitem__
-            example = {role: get(key) for role, key in chosen.items()}
-            example = {k: v for k, v in example.items() if not is_missing(v) and (v != "" or k in needed)}
-            if absent := [role for role in needed if role not in example]:
-                bad.append(f"{place}: no {' and no '.join(str(chosen[role]) for role in absent)}")
-            examples.append(example)
-            places.append(place)
-    refuse(bad)
-    return examples, places
-
-
-def is_missing(value) -> bool:
-    return value is None or (isinstance(value, float) and value != value)
+            found.bad.append(str(error))
+        if len(found.examples) == num_examples and len(found.bad) == num_bad:
+            found.bad.append(f"{path}: there are no examples in this file")
+    refuse(found.bad)
+    for line in shortened(found.notes):
+        LOGGER.warning(line)
+    return found.examples, found.places
 
 
 def refuse(bad: list[str]) -> None:
     """Raises DataError where there are problems, each "PLACE: WHAT"; what is the same in many places is said once."""
     if bad:
-        what_of = lambda problem: problem.partition(": ")[2] or problem
-        first, repeats = {}, Counter(map(what_of, bad))
-        for problem in bad:
-            first.setdefault(what_of(problem), problem)
-        again = lambda what: f" (and so in {repeats[what] - 1:,} more)" if repeats[what] > 1 else ""
-        lines = [problem + again(what) for what, problem in first.items()]
-        more = [f"and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
         count = "1 problem" if len(bad) == 1 else f"{len(bad):,} problems"
-        raise DataError(f"{count} in the examples:\n  " + "\n  ".join(lines[:SHOWN] + more))
+        raise DataError(f"{count} in the examples:\n  " + "\n  ".join(shortened(bad)))
+
+
+def shortened(said: list[str]) -> list[str]:
+    """The lines, each "PLACE: WHAT", those of the same WHAT once, and SHOWN at most."""
+    first, repeats = {}, Counter()
+    for line in said:
+        what = line.partition(": ")[2] or line
+        first.setdefault(what, line)
+        repeats[what] += 1
+    lines = []
+    for what, line in first.items():
+        again = repeats[what] - 1
+        lines.append(f"{line} (and so in {again:,} more)" if again else line)
+    if len(lines) > SHOWN:
+        return [*lines[:SHOWN], f"and {len(lines) - SHOWN:,} more"]
+    return lines
+
+
+# ---------------------------------------------------------------- a file
+
+
+def read_file(path: str, found: Found) -> None:
+    parts = parts_of(path)
+    if len(parts) > 1:
+        records = example_files.parallel(path, parts)
+        add_cells(path, records, range(1, len(records) + 1), None, found)
+        return
+    file = example_files.opened(path)
+    if file.is_parquet:
+        add_parquet(file, found)
+        return
+    text = example_files.read_text(file)
+    if json_records.is_json(text, file.suffix):
+        add_json(file, text, found)
+    elif found.task != "tag" or not add_sentences(file, text, found):
+        add_table(file, text, found)
+
+
+def add_parquet(file: example_files.Opened, found: Found) -> None:
+    table = parquet.open_parquet(file)
+    chosen = choose_named(file.path, table.schema_arrow.names, found.task, found.given)
+    names = list(dict.fromkeys(chosen.columns.values()))
+    values = parquet.read_columns(file.path, table, names)
+    records = [dict(zip(names, row)) for row in zip(*values.values())]
+    add_records(file.path, records, range(1, len(records) + 1), chosen, found)
+
+
+def add_json(file: example_files.Opened, text: str, found: Found) -> None:
+    pairs = list(json_records.read(file.path, text, found.bad))
+    if not pairs:
+        return
+    if file.suffix not in json_records.NAMES:
+        found.notes.append(f"{file.path}: read as JSON, by its content")
+    names = list(dict.fromkeys(name for record, _ in pairs for name in record))
+    try:
+        chosen = choose_named(file.path, names, found.task, found.given)
+    except DataError as error:
+        within = json_records.within(file.path, pairs[0][0]) if len(pairs) == 1 else ""
+        raise DataError(f"{file.path}: {within}" if within else str(error)) from None
+    add_records(file.path, [record for record, _ in pairs], [line for _, line in pairs], chosen, found)
+
+
+def add_sentences(file: example_files.Opened, text: str, found: Found) -> bool:
+    """Adds the sentences of a file with a word a line; False where it is another."""
+    sentences = conll.read(file.path, text, file.suffix, found.given, found.bad)
+    if sentences is None:
+        return False
+    for example, line in zip(sentences.examples, sentences.lines):
+        found.add(example, f"{file.path}:{line}")
+    found.notes.append(f"{file.path}: {sentences.told()}")
+    return True
+
+
+def add_table(file: example_files.Opened, text: str, found: Found) -> None:
+    style = delimited.style_of(text, file.suffix, lambda cells: is_header(cells, found.task, found.given))
+    if style is None:
+        raise DataError(f"{file.path}: not a file of examples; they are {example_files.KINDS}")
+    pairs = list(delimited.read(file.path, text, style, found.bad))
+    if not pairs:
+        return
+    if delimited.OWN.get(file.suffix) != style.delimiter:
+        found.notes.append(f"{file.path}: read with {style.name} between its columns")
+    add_cells(file.path, [cells for cells, _ in pairs], [line for _, line in pairs], style, found)
+
+
+def add_cells(path: str, records: list[list[str]], lines, style: delimited.Style | None, found: Found) -> None:
+    """Adds the rows of a table."""
+    if not records:
+        return
+    chosen = choose_cells(path, records, style, found)
+    width = len(records[0])
+    quotes = " that has no quotes" if style and style.quotes else ""
+    hint = f" ({style.name} within a text{quotes}?)" if style else ""
+    whole, places = [], []
+    for record, line in zip(records[chosen.start :], lines[chosen.start :]):
+        if len(record) == width:
+            whole.append(record)
+            places.append(line)
+        else:
+            found.bad.append(f"{path}:{line}: {len(record)} columns, the first line has {width}{hint}")
+    before = len(found.examples)
+    add_records(path, whole, places, chosen, found)
+    if found.task == "tag":
+        conll.refuse_words(path, found.examples[before:], places)
+
+
+def add_records(path: str, records: list, lines, chosen: Chosen, found: Found) -> None:
+    """Adds the examples of records, dicts or lists of cells, by the columns that were chosen."""
+    columns, form = chosen.columns, chosen.form
+    needed = [role for role in columns if role in (form.needed if form else ROLES[found.task])]
+    for record, line in zip(records, lines):
+        place = f"{path}:{line}"
+        get = record.get if isinstance(record, dict) else record.__getitem__
+        example = {}
+        for role, key in columns.items():
+            value = get(key)
+            if not is_missing(value) and (value != "" or role in needed):
+                example[role] = value
+        absent = [str(columns[role]) for role in needed if role not in example]
+        if absent:
+            found.bad.append(f"{place}: no {' and no '.join(absent)}")
+            continue
+        if form or found.task in CONVERTED:
+            try:
+                example = form.example(example) if form else dialogues.own_columns(example, found.task)
+            except ValueError as error:
+                found.bad.append(f"{place}: {error}")
+                continue
+        note_numbers(example, place, found)
+        found.add(example, place)
+    if form:
+        found.notes.append(f"{path}: taken for {form.name}")
+
+
+def note_numbers(example: dict, place: str, found: Found) -> None:
+    for role in OF_TEXT:
+        if isinstance(example.get(role), (bool, int, float)):
+            found.notes.append(f"{place}: its {role} is a number, which is taken as text")
+
+
+def is_missing(value) -> bool:
+    return value is None or (isinstance(value, float) and value != value)
 
 
 # ---------------------------------------------------------------- which column is which
@@ -79,7 +220,7 @@ def refuse(bad: list[str]) -> None:
 
 def columns_given(columns: str, task: str) -> dict[str, str]:
     """config.data.columns as {column of the task: name or number}. Raises DataError."""
-    roles, given = [role.rstrip("?") for role in ROLES[task]], {}
+    roles, given = roles_of(task), {}
     for item in columns.replace(",", " ").split():
         role, _, name = item.partition("=")
         if role not in roles:
@@ -91,65 +232,156 @@ def columns_given(columns: str, task: str) -> dict[str, str]:
     return given
 
 
-def choose(path: str, records: list, task: str, given: dict[str, str]) -> tuple[dict, int]:
-    """({column of the task: key or index into a record}, number of the first example). Raises DataError."""
-    roles = [role.rstrip("?") for role in ROLES[task]]
-    needed = [role for role in ROLES[task] if role in roles]
-    cells = None
-    if isinstance(records[0], list):
-        cells = [cell.strip() for cell in records[0]]
-        known = [cell.casefold() for cell in cells]
-        named = [name for name in given.values() if not name.isdecimal()]
-        header = bool(named) or (set(needed or roles[-1:]) <= set(known) and len(set(known)) == len(known))
-        names = cells if header else [str(i) for i in range(len(cells))]
-        if not header and not given:
-            suspect_header(path, records, task)
-            inorder = {1: ["messages"], 2: ["prompt", "response"]}.get(len(cells), []) if task == "sft" else roles
-            if not max(len(needed), 1) <= len(cells) <= (len(inorder) if task == "sft" else len(needed)):
-                raise DataError(unclear(path, cells, roles, needed))
-            given = dict(zip(inorder, names))
+def roles_of(task: str) -> list[str]:
+    """The columns of a task, also those that may be missing."""
+    return [role.rstrip("?") for role in ROLES[task]]
+
+
+def needed_of(task: str) -> list[str]:
+    return [role for role in ROLES[task] if not role.endswith("?")]
+
+
+def is_header(cells: list[str], task: str, given: dict[str, str]) -> bool:
+    """Whether these first cells of a table are names of columns."""
+    known = [cell.strip().casefold() for cell in cells]
+    named = [name.casefold() for name in given.values() if not name.isdecimal()]
+    if named:
+        return set(named) <= set(known)
+    if len(set(known)) != len(known):
+        return False
+    wanted = set(needed_of(task) or roles_of(task)[-1:])
+    form = not given and dialogues.form_of(known, task) is not None
+    return wanted <= set(known) or form or (task == "sft" and "messages" in known)
+
+
+def choose_cells(path: str, records: list[list[str]], style: delimited.Style | None, found: Found) -> Chosen:
+    """Which columns of a table are which. Raises DataError."""
+    task, given = found.task, found.given
+    cells = [cell.strip() for cell in records[0]]
+    named = any(not name.isdecimal() for name in given.values())
+    header = named or is_header(cells, task, given)
+    names = cells if header else [str(place) for place in range(len(cells))]
+    if not header and not given:
+        suspect_header(path, records, task, style)
+        given = in_order(path, cells, task, style)
+    chosen = choose_named(path, names, task, given)
+    places = {role: names.index(name) for role, name in chosen.columns.items()}
+    return Chosen(places, chosen.form, int(header))
+
+
+def in_order(path: str, cells: list[str], task: str, style: delimited.Style | None) -> dict[str, str]:
+    """The columns of a table without a header, by place. Raises DataError where there are more or fewer."""
+    needed = needed_of(task)
+    if task == "sft":
+        roles = {1: ["messages"], 2: ["prompt", "response"]}.get(len(cells), [])
+        fits = 0 < len(cells) <= len(roles)
     else:
-        header, names = False, list(dict.fromkeys(name for record in records for name in record))
+        roles = roles_of(task)
+        fits = len(cells) == max(len(needed), 1)
+    if not fits:
+        raise DataError(unclear(path, cells, task, by_place=True) + other_delimiter(cells, style))
+    return {role: str(place) for place, role in enumerate(roles[: len(cells)])}
+
+
+def other_delimiter(cells: list[str], style: delimited.Style | None) -> str:
+    """What may stand between the columns of a table that seems to have but one."""
+    others = [mark for mark in delimited.DELIMITERS if mark in cells[0]]
+    if len(cells) > 1 or style is None or not others:
+        return ""
+    return (
+        f"; with {style.name} between columns there is one. If {delimited.DELIMITERS[others[0]]} is meant, put the "
+        "names of the columns in the first line"
+    )
+
+
+def choose_named(path: str, names: list[str], task: str, given: dict[str, str]) -> Chosen:
+    """Which columns of these names are which. Raises DataError."""
     folded = {name.casefold(): name for name in reversed(names)}
-    wanted = dict.fromkeys(needed if given else roles)
+    if not given and task in CONVERTED and not dialogues.is_native(names, task):
+        form = dialogues.form_of(names, task)
+        if form:
+            roles = [role for role in (*form.needed, *form.optional) if role in folded]
+            return Chosen({role: folded[role] for role in roles}, form)
+    needed = needed_of(task)
+    wanted = dict.fromkeys(needed if given else roles_of(task))
     chosen = {role: folded[role] for role in wanted if role in folded} | given
     for role, name in given.items():  # by place, although there are names
         if name not in names and name.isdecimal() and int(name) < len(names):
             chosen[role] = names[int(name)]
     missing = [chosen.get(role, role) for role in [*needed, *given] if chosen.get(role) not in names]
-    if missing or not chosen:
-        raise DataError(unclear(path, cells if header else names, roles, needed, list(dict.fromkeys(missing))))
-    return {role: names.index(name) if cells else name for role, name in chosen.items()}, int(header)
+    half = task == "sft" and not given and is_half(chosen, names)
+    if missing or not chosen or half:
+        raise DataError(unclear(path, names, task, list(dict.fromkeys(missing))))
+    return Chosen(chosen)
 
 
-def unclear(path: str, cells: list[str], roles: list[str], needed: list[str], missing: list[str] = ()) -> str:
-    shown = ", ".join(repr(cell if len(cell) <= 24 else cell[:24] + "...") for cell in cells[:12])
-    if not missing and len(cells) < len(needed):
-        return f"{path}: its first line has {len(cells)} of the {len(needed)} columns {', '.join(needed)}"
+def is_half(chosen: dict[str, str], names: list[str]) -> bool:
+    """Whether of a dialogue only the prompt was found, or only the response, beside columns that may be the prompt."""
+    if "messages" in chosen or {"prompt", "response"} <= set(chosen):
+        return False
+    return "response" not in chosen or len(names) > 1
+
+
+def unclear(path: str, names: list[str], task: str, missing: list[str] = (), by_place: bool = False) -> str:
+    """Why it is not clear which column is which, and what to type. by_place: these are no names, but the first row."""
+    needed = needed_of(task)
+    shown = ", ".join(repr(name if len(name) <= 24 else name[:24] + "...") for name in names[:12])
+    if not missing and len(names) < len(needed):
+        return f"{path}: its first line has {len(names)} of the {len(needed)} columns {', '.join(needed)}"
     what = f"no column {' and no column '.join(missing)}" if missing else "it is not clear which column is which"
-    hint = did_you_mean(missing[0], cells) if missing else ""
-    if missing and len(cells) < len(needed):
+    hint = did_you_mean(missing[0], names) if missing else ""
+    if missing and len(names) < len(needed):
         return f"{path}: {what}{hint}; it has {shown}, and needed are {', '.join(needed)}"
-    named = missing and len(cells) >= len(needed or roles) and not any(" " in cell for cell in cells)
-    example = " ".join(f"{role}={cells[i] if named else i}" for i, role in enumerate(needed or roles))
     return (
         f"{path}: {what}{hint}; it has {shown}. Say so, by name or by place from 0: "
-        f'--config.data.columns="{example}" (in evaluate: --columns)'
+        f'--config.data.columns="{suggestion(names, task, by_place)}" (in evaluate: --columns)'
     )
 
 
-def suspect_header(path: str, records: list[list[str]], task: str) -> None:
+def suggestion(names: list[str], task: str, by_place: bool) -> str:
+    """data.columns for these columns, as likely as their names allow."""
+    roles = needed_of(task) or roles_of(task)
+    if task == "sft":
+        roles = ["prompt", "response"] if len(names) > 1 else ["messages"]
+    taken = named_alike(names, roles)
+    if by_place and len(taken) < len(roles):
+        return " ".join(f"{role}={place}" for place, role in enumerate(roles[: len(names)]))
+    for role in roles:
+        left = [name for name in names if name not in taken.values()]
+        if role not in taken and left:
+            taken[role] = left[0]
+    order = [role for role in roles if role in taken]
+    if all(taken[role].isidentifier() for role in order):
+        return " ".join(f"{role}={taken[role]}" for role in order)
+    return " ".join(f"{role}={names.index(taken[role])}" for role in order)
+
+
+def named_alike(names: list[str], roles: list[str]) -> dict[str, str]:
+    """The columns whose names are those of a task, or like them."""
+    folded = {name.casefold(): name for name in reversed(names)}
+    taken = {role: folded[role] for role in roles if role in folded}
+    for role, name in dialogues.likely_columns(names, roles).items():
+        taken.setdefault(role, name)
+    for role in roles:
+        left = [name for name in folded if folded[name] not in taken.values()]
+        near = difflib.get_close_matches(role, left, n=1)
+        if role not in taken and near:
+            taken[role] = folded[near[0]]
+    return taken
+
+
+def suspect_header(path: str, records: list[list[str]], task: str, style: delimited.Style | None) -> None:
     """Refuses a first line that would be learned as an example although it looks like a header of other names."""
     cells = [cell.strip() for cell in records[0]]
-    doubtful = path.removesuffix(".gz").endswith(".csv") and all(cell.isidentifier() for cell in cells)
+    doubtful = style is not None and style.quotes and all(cell.isidentifier() for cell in cells)
     if task in LABELLED and len(cells) > 1:
         others = [record[1].strip() for record in records[1:] if len(record) > 1]
         if task == "regress":
             doubtful |= not is_number(cells[1]) and len(others) > 0 and all(map(is_number, others[:100]))
         else:
             doubtful |= len(others) >= 10 and cells[1] not in others and len(set(others)) <= len(others) / 2
-    if doubtful:
-        roles = [role.rstrip("?") for role in ROLES[task]]
+    if doubtful and len(cells) >= len(needed_of(task)):
+        roles = roles_of(task)
         by_name = " ".join(f"{role}={cell.replace(' ', '_')}" for role, cell in zip(roles, cells))
         by_place = " ".join(f"{role}={i}" for i, role in enumerate(roles[: len(cells)]))
         raise DataError(
@@ -164,154 +396,3 @@ def is_number(text: str) -> bool:
         return True
     except ValueError:
         return False
-
-
-# ---------------------------------------------------------------- files
-
-
-def paths_of(spec: str) -> list[str]:
-    """The files of "a.tsv,b*.tsv" or "*.de+*.en". Raises DataError that names what is not there."""
-    paths, missing = [], []
-    items = [spec] if os.path.exists(spec) else filter(None, map(str.strip, spec.split(",")))
-    for item in items:
-        parts = parts_of(item)
-        found = [[part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True)) for part in parts]
-        missing += [part for part, files in zip(parts, found) if not files]
-        if len({len(files) for files in found}) > 1 and all(found):
-            counts = ", ".join(f"{part}: {len(files)}" for part, files in zip(parts, found))
-            raise DataError(f"{item}: as many files on each side are needed ({counts})")
-        paths += ["+".join(files) for files in zip(*found)]
-    if missing or not paths:
-        folder = Path(missing[0]).parent if missing else Path()
-        where = "" if folder.is_dir() else f"; there is no directory {folder}"
-        near = near_path(missing[0]) if missing else ""
-        raise DataError(f"there is no file {', '.join(missing) or repr(spec)}{where}{near}")
-    return paths
-
-
-def absolute(spec: str) -> str:
-    """The same files, whatever the working directory is."""
-    items = [spec] if os.path.exists(spec) else filter(None, map(str.strip, spec.split(",")))
-    return ",".join("+".join(os.path.abspath(part) for part in parts_of(item)) for item in items)
-
-
-def parts_of(item: str) -> list[str]:
-    """The files of "a.de+b.en", in parallel. A path that exists is one file, and b.en may lie beside a.de."""
-    if "+" not in item or os.path.exists(item):
-        return [item]
-    first, *others = item.split("+")
-    parts = [first]
-    for other in others:
-        beside = os.path.join(os.path.dirname(first), other)
-        here = os.path.exists(other) or glob.glob(other, recursive=True)
-        there = os.path.exists(beside) or glob.glob(beside, recursive=True)
-        parts.append(beside if there and not here else other)
-    return parts
-
-
-def read_records(path: str, bad: list[str]) -> tuple[list, list[int]]:
-    """(records, line of each) of a file: lists of cells, or dicts. Adds to `bad` what is wrong with it."""
-    kind = Path(path.removesuffix(".gz")).suffix
-    try:
-        if "+" in path and not os.path.exists(path):
-            records = parallel(path)
-            return records, list(range(1, len(records) + 1))
-        if kind not in READERS:
-            what = "a directory, " if os.path.isdir(path) else ""
-            raise DataError(f"{path}: {what}not a file of examples; they are {KINDS}")
-        pairs = list(READERS[kind](path, bad))
-    except DataError as error:
-        bad.append(str(error))
-        pairs = []
-    return [record for record, _ in pairs], [line for _, line in pairs]
-
-
-def parallel(path: str) -> list[list[str]]:
-    parts = path.split("+")
-    columns = [lines_of(read_text(part)) for part in parts]
-    if len({len(column) for column in columns}) > 1:
-        counts = ", ".join(f"{part} has {len(column):,}" for part, column in zip(parts, columns))
-        raise DataError(f"{path}: files in parallel must have as many lines each: {counts}")
-    return [list(cells) for cells in zip(*columns)]
-
-
-def lines_of(text: str) -> list[str]:
-    """Its lines: only a line feed ends one, with or without a carriage return."""
-    lines = text.split("\n")
-    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
-
-
-def read_bytes(path: str) -> bytes:
-    try:
-        data = Path(path).read_bytes()
-        return gzip.decompress(data) if path.endswith(".gz") else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def read_text(path: str) -> str:
-    data = read_bytes(path)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path}:{line}: not UTF-8 text ({error.reason}); convert it: "
-            f"iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 {path} > NEW, if that is what it is"
-        ) from None
-
-
-def read_parquet(path: str, bad: list[str]) -> Iterator[tuple[dict, int]]:
-    import pyarrow.parquet  # late: its threads make an arena of malloc's, see jaxlm/process.py
-
-    try:
-        records = pyarrow.parquet.read_table(pyarrow.BufferReader(read_bytes(path))).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a parquet file: {error}") from None
-    yield from zip(records, range(1, len(records) + 1))
-
-
-def read_json(path: str, bad: list[str]) -> Iterator[tuple[dict, int]]:
-    """An object on each line, or one list of objects."""
-    text = read_text(path)
-    if text.lstrip()[:1] == "[":
-        pairs = ((record, i) for i, record in enumerate(parse(path, text, bad) or [], 1))
-    else:
-        lines = enumerate(lines_of(text), 1)
-        pairs = ((parse(f"{path}:{i}", line, bad), i) for i, line in lines if line.strip())
-    for record, i in pairs:
-        if isinstance(record, dict):
-            yield record, i
-        elif record is not None:
-            bad.append(f'{path}:{i}: not a JSON object, such as {{"text": ..., "label": ...}}')
-
-
-def parse(place: str, text: str, bad: list[str]):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        bad.append(f"{place}: not JSON: {error}")
-        return None
-
-
-def read_csv(path: str, bad: list[str]) -> Iterator[tuple[list[str], int]]:
-    csv.field_size_limit(1 << 30)
-    reader, line = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), 1
-    try:
-        for record in reader:
-            if record:
-                yield record, line
-            line = reader.line_num + 1
-    except csv.Error as error:
-        bad.append(f"{path}:{line}: {error}; a quote inside of a quoted text is written twice")
-
-
-def read_tsv(path: str, bad: list[str]) -> Iterator[tuple[list[str], int]]:
-    for i, line in enumerate(lines_of(read_text(path)), 1):
-        if line.strip(" "):
-            yield line.split("\t"), i
-
-
-READERS = {".parquet": read_parquet, ".jsonl": read_json, ".json": read_json, ".csv": read_csv}
-READERS |= {".tsv": read_tsv, ".txt": read_tsv}

@@ -372,8 +372,14 @@ def messages_of(example) -> list[dict]:
         if not isinstance(given, (list, tuple)):
             raise ValueError(f"messages is a list of messages, not {str(given)[:60]}")
         return list(given)
-    roles = {"prompt": "user", "response": "assistant"}
-    return [{"role": role, "content": example[name]} for name, role in roles.items() if name in example]
+    messages = []
+    for name, role in (("prompt", "user"), ("response", "assistant")):
+        said = example.get(name)
+        if isinstance(said, (list, tuple)):  # what came before, of several turns
+            messages += said
+        elif name in example:
+            messages.append({"role": role, "content": said})
+    return messages
 
 
 def sft(example, encode, vocab, labels) -> dict:
@@ -387,9 +393,12 @@ def sft(example, encode, vocab, labels) -> dict:
 
 
 def dpo(example, encode, vocab, labels) -> dict:
-    """Two dialogues with the same prompt, [2, tokens]: the chosen and the rejected."""
-    answers = (example[name] for name in ROLES["dpo"][1:])
-    both = [sft({"prompt": example["prompt"], "response": answer}, encode, vocab, labels) for answer in answers]
+    """Two dialogues with the same prompt, [2, tokens]: the chosen and the rejected; only these answers count."""
+    before = [message | {"weight": 0} for message in messages_of({"prompt": example["prompt"]})]
+    both = []
+    for name in ROLES["dpo"][1:]:
+        answer = {"role": "assistant", "content": example[name]}
+        both.append(sft({"messages": [*before, answer]}, encode, vocab, labels))
     length = max(len(side["tokens"]) for side in both)
     pad = lambda x: np.pad(x, (0, length - len(x)))
     return {key: np.stack([pad(side[key]) for side in both]) for key in both[0]} | {"label": 0}

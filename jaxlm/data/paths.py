@@ -1,0 +1,101 @@
+"""The files that a spec of examples names: "a.tsv,b*.tsv", or "*.de+*.en" for files in parallel.
+
+A path that exists is one path, whatever is in its name: a comma, a plus, brackets, spaces.
+"""
+
+import glob
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxlm.cli import near_path
+from jaxlm.errors import DataError
+
+MOST_PIECES = 12  # into which commas, or plus signs, may cut one path
+
+
+def paths_of(spec: str) -> list[str]:
+    """The files of a spec, those in parallel as "a.de+a.en". Raises DataError that names what is not there."""
+    paths, missing = [], []
+    for item in items_of(spec):
+        parts = parts_of(item)
+        found = [matches(part) for part in parts]
+        missing += [part for part, files in zip(parts, found) if not files]
+        if len({len(files) for files in found}) > 1 and all(found):
+            counts = ", ".join(f"{part}: {len(files)}" for part, files in zip(parts, found))
+            raise DataError(f"{item}: as many files on each side are needed ({counts})")
+        paths += ["+".join(files) for files in zip(*found)]
+    if missing or not paths:
+        folder = Path(missing[0]).parent if missing else Path()
+        where = "" if folder.is_dir() else f"; there is no directory {folder}"
+        near = near_path(missing[0]) if missing else ""
+        raise DataError(f"there is no file {', '.join(missing) or repr(spec)}{where}{near}")
+    return paths
+
+
+def absolute(spec: str) -> str:
+    """The same files, whatever the working directory is."""
+    items = []
+    for item in items_of(spec):
+        items.append("+".join(os.path.abspath(part) for part in parts_of(item)))
+    return ",".join(items)
+
+
+def items_of(spec: str) -> list[str]:
+    """What stands between the commas of a spec."""
+    if os.path.exists(spec):
+        return [spec]
+    items = rejoined(spec.split(","), ",", lambda item: all(map(matches, parts_of(item))))
+    return [item for item in items if item]
+
+
+def parts_of(item: str) -> list[str]:
+    """The files of "a.de+b.en", in parallel; b.en may lie beside a.de."""
+    if "+" not in item or os.path.exists(item):
+        return [item]
+    pieces = item.split("+")
+    folders = [os.path.dirname(first) for first in heads(pieces) if matches(first)]
+    folder = folders[0] if folders else os.path.dirname(pieces[0])
+    parts = []
+    for part in rejoined(pieces, "+", lambda part: matches(part) or matches(os.path.join(folder, part))):
+        beside = os.path.join(folder, part)
+        here = matches(part)
+        parts.append(beside if matches(beside) and not here else part)
+    return parts
+
+
+def heads(pieces: list[str]) -> list[str]:
+    """What the first of the paths may be, the longest first."""
+    most = min(len(pieces), MOST_PIECES)
+    return ["+".join(pieces[:count]) for count in range(most, 0, -1)]
+
+
+def rejoined(pieces: list[str], mark: str, exists: Callable[[str], bool]) -> list[str]:
+    """The pieces, those put together again that are one path that exists: the longest such."""
+    items, start = [], 0
+    while start < len(pieces):
+        count = min(len(pieces) - start, MOST_PIECES)
+        while count > 1 and not exists(mark.join(pieces[start : start + count]).strip()):
+            count -= 1
+        items.append(mark.join(pieces[start : start + count]).strip())
+        start += count
+    return items
+
+
+def matches(pattern: str) -> list[str]:
+    """The file or directory of this name, else those that the pattern matches, sorted."""
+    if os.path.exists(pattern):
+        return [pattern]
+    if not glob.has_magic(pattern):
+        return []
+    return sorted(glob.glob(literal_folders(pattern), recursive=True))
+
+
+def literal_folders(pattern: str) -> str:
+    """The pattern with the folders that exist under that very name escaped, such as data[1]/*.tsv."""
+    *folders, last = pattern.split(os.sep)
+    seen, kept = "", []
+    for folder in folders:
+        seen += folder + os.sep
+        kept.append(glob.escape(folder) if os.path.isdir(seen) else folder)
+    return os.sep.join([*kept, last])
