@@ -250,7 +250,7 @@ def _end_with_parent() -> None:
 def _cuts(source: Source, size: int) -> list[int]:
     """The borders of the spans of a source, from 0 to its size."""
     cuts = [0]
-    if source.kind != "parquet" and not source.streamed:
+    if source.cuttable:
         with open(source.path, "rb") as file:
             for start in range(size, source.bytes, size):
                 if start > cuts[-1]:

@@ -75,7 +75,7 @@ def prepare(
     name = given.fingerprint if given else tokenizer
     options = Options(name, vocab_size, val_fraction, val_split, text_key, on_bad_record)
     _check(options, workers)
-    sources = readers.find(inputs)
+    sources = readers.find(inputs, text_key)
     identity = {
         "version": store.VERSION,
         "input": inputs,
@@ -86,6 +86,8 @@ def prepare(
     if not _claim(output, identity, overwrite):
         console.print(f"{output} is already prepared", markup=False, soft_wrap=True)
         return store.load_manifest(output)
+    for line in readers.formats_of(sources):
+        console.print(line, markup=False, soft_wrap=True)
     jobs = [Job(i, spans, options, output / PARTIAL) for i, spans in enumerate(parts.plan(sources))]
     run = functools.partial(parts.run, workers=workers or os.cpu_count() or 1, console=console)
     try:
@@ -305,7 +307,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--val_fraction", type=float, default=0.1, help="of the text to keep for validation (0.1)")
     parser.add_argument("--val_split", choices=VAL_SPLITS, default="tail", help="the end of the text, or drawn by hash")
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
-    parser.add_argument("--text_key", default="text", help="where .jsonl, .json and .parquet have the text (text)")
+    parser.add_argument("--text_key", default="text", help="the key or column of a record that has the text (text)")
     parser.add_argument("--on_bad_record", choices=ON_BAD_RECORD, default="error", help="skip: count them and go on")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output")
     args = parser.parse(argv)
