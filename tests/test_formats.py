@@ -155,6 +155,7 @@ def test_quotes_of_a_tsv_are_text_where_they_hold_nothing_together(tmp_path):
         ("a.json", '[{"text": "a"}, {"text": "b]', "a.json: broken JSON: .*after 1 records"),
         ("a.json", '[{"text": "a"}] tail', "a.json: something follows .*after 1 records"),
         ("a.txt", '{"text": "a"}\n' * 7 + "{broken\n", "a.txt:8: broken JSON"),
+        ("a.txt", '{"text": "a\n' + '{"text": "a"}\n' * 7, "a.txt:1: broken JSON"),
     ],
 )
 def test_what_is_broken_is_told_with_its_place(tmp_path, name, text, where):
@@ -194,6 +195,11 @@ def test_other_shapes_of_json_are_refused_with_what_makes_lines(tmp_path):
     )
     for text, words in cases:
         assert words in refused(write(tmp_path / "a b.json", text))
+
+
+def test_a_table_whose_column_is_not_clear_is_refused(tmp_path):
+    assert "several columns 'text'" in refused(write(tmp_path / "a.csv", "text,text\na,b\n"))
+    assert "nothing in it is text" in refused(write(tmp_path / "a.csv", "a,b\n1,2\n"))
 
 
 def test_a_table_without_a_header_is_refused_with_the_command_that_writes_one(tmp_path):
@@ -374,6 +380,16 @@ def test_a_path_that_exists_is_one_path(tmp_path, monkeypatch, name):
     write(tmp_path / name, "here")
     assert [source.name for source in readers.find([name])] == [name]
     assert [source.name for source in readers.find([f"{folder}/*.txt"])] == [f"{folder}/{name}"]
+
+
+def test_what_a_directory_has_besides_is_told(tmp_path):
+    for name in ("a.json.gz", "b.json", "c.csv", "d.csv.gz", "d.PNG", ".hidden.csv", "e.txt"):
+        write(tmp_path / name, "text")
+    (line,) = readers.left_out([str(tmp_path), str(tmp_path / "e.txt")])
+    assert line.startswith(f"left out of {tmp_path}: 2 .csv, 2 .json, 1 .png; a glob reads them: ")
+    (tmp_path / "e.txt").unlink()
+    with pytest.raises(DataError, match=r"no file matches(.|\n)*left out of .*: .* 1 .png"):
+        readers.find([str(tmp_path)])
 
 
 def test_values_of_json_come_from_any_blocks():

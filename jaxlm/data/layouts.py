@@ -123,8 +123,8 @@ def _objects_in(text: str, whole: bool, suffix: str) -> tuple[Layout | None, lis
         if called_json or num_objects >= JSON_SHARE * len(first):
             return LINES, records
         return TEXT, []
-    if len(records) >= JSON_SHARE * len(lines):  # the first line is broken
-        return (LINES, records) if called_json else (None, [])
+    if len(records) >= JSON_SHARE * len(lines):  # only the first line is broken, and a few more
+        return LINES, records
     records, clean = _leading(text)
     sure = called_json or len(records) > 1 or (whole and clean)
     if not records or not sure:
@@ -256,11 +256,10 @@ def missing_key(what: str, key: str, lengths: dict[str, int]) -> str:
     0 where it is none."""
     names = list(map(str, lengths))
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    there = ", ".join(names[:SHOWN]) + more
-    message = f"no {what} {key!r}; there are {there or 'none'}"
+    message = f"no {what} {key!r}; there are {', '.join(names[:SHOWN]) or 'none'}{more}"
     texts = [str(name) for name, length in lengths.items() if length]
     if not texts:
-        return f"{message}, and none of them is text"
+        return f"{message}; nothing in it is text"
     return f"{message}; say where the text is: --text_key={_likeliest(key, texts, lengths)}"
 
 
@@ -283,6 +282,9 @@ def _see_table(path: str, suffix: str, compression: str, key: str) -> Layout:
     for delimiter in DELIMITERS[suffix]:
         rows, _ = _rows(text, whole, delimiter, quoted=True, most=1)
         headers[delimiter] = [cell.strip() for cell in rows[0]] if rows else []
+        if headers[delimiter].count(key) > 1:
+            problem = f"a table with several columns {key!r}; give each another name in its first line"
+            return Layout("table", "a table", problem)
         if key in headers[delimiter]:
             quoted = delimiter != "\t" or _is_quoted(text, whole)
             return Layout("table", "a table", delimiter=delimiter, quoted=quoted)
@@ -333,12 +335,9 @@ def _is_quoted(text: str, whole: bool) -> bool:
 
 def _no_column(path: str, compression: str, rows: list[list[str]], delimiter: str, key: str) -> str:
     header = [cell.strip() for cell in rows[0]]
-    lengths = dict.fromkeys(header, 0)
-    for row in rows:
-        for name, cell in zip(header, row):
-            lengths[name] += 0 if _is_number(cell) else len(cell)
     if all(name and len(name) <= MOST_OF_NAME and not _is_number(name) for name in header):
-        return f"a table with {missing_key('column', key, lengths)}"
+        return f"a table with {missing_key('column', key, _lengths(header, rows[1:]))}"
+    lengths = _lengths(header, rows)
     names = [f"column{i}" for i in range(len(header))]
     names[header.index(max(lengths, key=lengths.get))] = key
     shown = ", ".join(repr(cell[:MOST_OF_NAME]) for cell in header[:SHOWN])
@@ -348,6 +347,15 @@ def _no_column(path: str, compression: str, rows: list[list[str]], delimiter: st
     return (
         f"a table whose first line is no header: it has {shown}; write the names of its columns first: {typed} > {new}"
     )
+
+
+def _lengths(header: list[str], rows: list[list[str]]) -> dict[str, int]:
+    """How much text is in each column of a table; numbers are none."""
+    lengths = dict.fromkeys(header, 0)
+    for row in rows:
+        for name, cell in zip(header, row):
+            lengths[name] += 0 if _is_number(cell) else len(cell)
+    return lengths
 
 
 def _is_number(cell: str) -> bool:

@@ -24,7 +24,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxlm.data.readers import BAD_SHOWN, PIECE_BYTES, Notes, Piece, Source, Span, beginning, character, read
+from jaxlm.data.pieces import PIECE_BYTES, Notes, Piece, character
+from jaxlm.data.readers import BAD_SHOWN, Source, Span, beginning, read
 from jaxlm.data.store import ShardWriter, token_dtype
 from jaxlm.data.tokenizer import load
 from jaxlm.data.vocabulary import Sample

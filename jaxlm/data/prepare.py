@@ -86,7 +86,7 @@ def prepare(
     if not _claim(output, identity, overwrite):
         console.print(f"{output} is already prepared", markup=False, soft_wrap=True)
         return store.load_manifest(output)
-    for line in readers.formats_of(sources):
+    for line in [*readers.formats_of(sources), *readers.left_out(inputs)]:
         console.print(line, markup=False, soft_wrap=True)
     jobs = [Job(i, spans, options, output / PARTIAL) for i, spans in enumerate(parts.plan(sources))]
     run = functools.partial(parts.run, workers=workers or os.cpu_count() or 1, console=console)

@@ -15,9 +15,8 @@ import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -25,16 +24,17 @@ import pyarrow.parquet
 from jaxlm.data import formats, layouts
 from jaxlm.data.formats import COMPRESSED
 from jaxlm.data.layouts import Layout
+from jaxlm.data.pieces import PIECE_BYTES, Notes, Piece, decode, lines, pieces, texts
 from jaxlm.data.tokenizer import replace_surrogates
 from jaxlm.errors import DataError
 
 # What a directory is searched for; a file that is named, or matches a glob, may be any.
 SUFFIXES = ".jsonl .ndjson .parquet .txt .md .rst .tex .html .py .c .h .cc .cpp .cu .js .ts .java .go .rs .sh".split()
 STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
-PIECE_BYTES = 64 << 10  # of text to encode at a time: sentencepiece is half as fast on 1 MiB
 BLOCK_BYTES = 256 << 10  # of a file read at a time
 BAD_SHOWN = 10
 WRONG_SHOWN = 50  # files that are refused
+KINDS_SHOWN = 5  # of files that a directory has and that are left out
 FORMATS_SHOWN = 8  # files each with a line; more are told together
 
 
@@ -79,24 +79,6 @@ class Span:
         return self.stop - self.start
 
 
-class Piece(NamedTuple):
-    """Some text of a document: never empty, about PIECE_BYTES at most."""
-
-    text: str
-    first: bool  # the document starts with it
-    last: bool  # the document ends with it
-
-
-@dataclass
-class Notes:
-    """What was odd about a part. `bad` and `broken` list the sources by name."""
-
-    counts: Counter = field(default_factory=Counter)  # the keys of prepare.COUNTS
-    bad: list[tuple[str, int, str]] = field(default_factory=list)  # (source, record, reason), BAD_SHOWN at most
-    broken: list[tuple[str, str, int]] = field(default_factory=list)  # (source, reason, records read)
-    records: dict[str, int] = field(default_factory=dict)  # lines or rows seen, by source
-
-
 def find(inputs: Iterable[str], key: str = "text") -> list[Source]:
     """The files that the inputs (paths, directories, globs, or "stdlib") name, each once, in order. The text of a
     record is under `key`.
@@ -112,12 +94,13 @@ def find(inputs: Iterable[str], key: str = "text") -> list[Source]:
             named.setdefault(os.path.realpath(path), (name, os.path.abspath(path)))
     if nothing:
         known = f"{' '.join(SUFFIXES)}, also {' '.join(COMPRESSED)}"
+        there = "".join(f"\n  {line}" for line in left_out(nothing))
         several = any("," in text for text in nothing)
         hint = "; several files are several --input" if several else ""
         raise DataError(
             "no file matches "
             + ", ".join(f"--input={text!r}" for text in nothing)
-            + f" (seen from {os.getcwd()}; a directory is searched for {known}){hint}"
+            + f" (seen from {os.getcwd()}; a directory is searched for {known}){hint}{there}"
         )
     sources, wrong = [], []
     try:
@@ -141,11 +124,30 @@ def formats_of(sources: list[Source]) -> list[str]:
     alike = {}
     for source in sources:
         alike.setdefault(source.format, []).append(source.name)
-    lines = []
+    told = []
     for text, names in alike.items():
         others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-        lines.append(f"{names[0]}{others}: {text}")
-    return lines
+        told.append(f"{names[0]}{others}: {text}")
+    return told
+
+
+def left_out(inputs: Iterable[str]) -> list[str]:
+    """A line for each directory among the inputs that has files which are not searched for, with their kinds."""
+    told = []
+    for text in inputs:
+        root = Path(text).expanduser()
+        if text == "stdlib" or not root.is_dir():
+            continue
+        kinds = Counter()
+        for path in root.rglob("*"):
+            if path.is_file() and not _is_hidden(path, root) and not _is_known(path, root):
+                kinds[_suffix(path.name) or "without a suffix"] += 1
+        if kinds:
+            most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+            shown = ", ".join(f"{count:,} {kind}" for kind, count in most[:KINDS_SHOWN])
+            more = ", and others" if len(kinds) > KINDS_SHOWN else ""
+            told.append(f"left out of {text}: {shown}{more}; a glob reads them: --input='{root}/**/*SUFFIX'")
+    return told
 
 
 def read(spans: Iterable[Span], key: str, notes: Notes) -> Iterator[Piece]:
@@ -161,11 +163,6 @@ def read(spans: Iterable[Span], key: str, notes: Notes) -> Iterator[Piece]:
 def beginning(source: Source) -> str:
     """The first piece of a text file."""
     return next(_read_text(Span(source, 0, source.bytes), "", Notes())).text
-
-
-def character(data: bytes | bytearray, index: int) -> int:
-    """Where the UTF-8 character that has byte `index` starts."""
-    return next((i for i in range(index, index - 4, -1) if data[i] & 0xC0 != 0x80), index)
 
 
 def _matches(text: str) -> list[tuple[str, str]]:
@@ -189,8 +186,11 @@ def _pattern(path: str) -> str:
 
 
 def _is_known(path: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)  # .git and the like
-    return _suffix(path.name) in SUFFIXES and not hidden and path.is_file()
+    return _suffix(path.name) in SUFFIXES and not _is_hidden(path, root) and path.is_file()
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)  # .git and the like
 
 
 def _stdlib() -> list[tuple[str, str]]:
@@ -248,7 +248,7 @@ def _with_format(source: Source, key: str) -> tuple[Source, str]:
 def _read_text(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
     del key
     whole = span.stop == span.source.bytes
-    for piece in _pieces(_blocks(span, notes), notes, starts=span.start == 0, ends=whole):
+    for piece in pieces(_blocks(span, notes), notes, starts=span.start == 0, ends=whole):
         if piece.first and piece.text.startswith("\ufeff"):
             notes.counts["byte_order_marks"] += 1
             piece = piece._replace(text=piece.text[1:])
@@ -257,7 +257,7 @@ def _read_text(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
 
 def _read_jsonl(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
     name = span.source.name
-    for number, line in enumerate(_lines(_blocks(span, notes), notes)):
+    for number, line in enumerate(lines(_blocks(span, notes), notes)):
         notes.records[name] = number + 1
         if number == 0 and span.start == 0 and line.startswith(b"\xef\xbb\xbf"):
             notes.counts["byte_order_marks"] += 1
@@ -265,7 +265,7 @@ def _read_jsonl(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
         if not line.strip():
             continue
         try:
-            text = _field(_decode(line, notes), key)
+            text = _field(decode(line, notes), key)
         except (ValueError, RecursionError) as error:
             _bad(notes, name, number + 1, str(error))
             continue
@@ -278,7 +278,7 @@ def _read_json(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
     """A JSON list, or objects that are not one a line."""
     name, number = span.source.name, 0
     try:
-        for value in layouts.values(_texts(_blocks(span, notes), notes)):
+        for value in layouts.values(texts(_blocks(span, notes), notes)):
             number += 1
             notes.records[name] = number
             try:
@@ -297,8 +297,8 @@ def _read_json(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
 def _read_table(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
     """Each row but the first, which has the names of the columns. Its number is that of its first line."""
     name, layout = span.source.name, span.source.layout
-    lines = (line + "\n" for line in _decoded_lines(span, notes))
-    rows = layouts.reader(lines, layout.delimiter, layout.quoted)
+    ended = (line + "\n" for line in _decoded_lines(span, notes))
+    rows = layouts.reader(ended, layout.delimiter, layout.quoted)
     header, start = [], 1
     while True:
         notes.records[name] = start - 1
@@ -310,7 +310,7 @@ def _read_table(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
             if "unexpected end of data" in str(error) or "field larger" in str(error):
                 _broken(notes, name, ValueError(f"the quote that opens in line {start} isn't closed"))
                 return
-            _bad(notes, name, start, f"{error}; a quote inside of a quoted text is written twice")
+            _bad(notes, name, start, _reason(error))
             row = []
         if row and not header:
             header = [cell.strip() for cell in row]
@@ -321,28 +321,19 @@ def _read_table(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
         start = rows.line_num + 1
 
 
+def _reason(error: csv.Error) -> str:
+    if "new-line" in str(error):
+        return "a carriage return inside of a cell without quotes; a line ends with a line feed"
+    return f"{error}; a quote inside of a quoted text is written twice"
+
+
 def _decoded_lines(span: Span, notes: Notes) -> Iterator[str]:
-    for number, line in enumerate(_lines(_blocks(span, notes), notes)):
-        text = _decode(line, notes)
+    for number, line in enumerate(lines(_blocks(span, notes), notes)):
+        text = decode(line, notes)
         if number == 0 and text.startswith("\ufeff"):
             notes.counts["byte_order_marks"] += 1
             text = text[1:]
         yield text
-
-
-def _texts(blocks: Iterable[bytes], notes: Notes) -> Iterator[str]:
-    """Text in blocks that are cut between characters, without a byte order mark."""
-    rest, first = b"", True
-    for block in blocks:
-        data = rest + block
-        cut = character(data, len(data) - 1) if data else 0
-        text, rest = _decode(data[:cut], notes), data[cut:]
-        if first and text.startswith("\ufeff"):
-            notes.counts["byte_order_marks"] += 1
-            text = text[1:]
-        first = first and not text
-        yield text
-    yield _decode(rest, notes)
 
 
 def _read_parquet(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
@@ -360,7 +351,7 @@ def _read_parquet(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
                 for value in column.to_pylist():
                     number += 1
                     if strings and value is not None:
-                        yield from _document(_decode(value, notes), notes)
+                        yield from _document(decode(value, notes), notes)
                     else:
                         _bad(notes, name, number, f"{key!r} is {'null' if value is None else kind}, not a string")
                     notes.records[name] = number
@@ -433,47 +424,8 @@ def _streamed(source: Source, notes: Notes) -> Iterator[bytes]:
         yield from blocks
 
 
-def _lines(blocks: Iterable[bytes], notes: Notes) -> Iterator[bytes]:
-    """Lines of any length, without their ends; not the last one of a file that breaks off."""
-    known, rest = len(notes.broken), []
-    for block in blocks:
-        *whole, tail = block.split(b"\n")
-        if whole:
-            yield b"".join(rest) + whole[0]
-            yield from whole[1:]
-            rest = []
-        rest.append(tail)
-    if len(notes.broken) == known and any(rest):
-        yield b"".join(rest)
-
-
 def _document(text: str, notes: Notes) -> Iterator[Piece]:
     if len(text) <= PIECE_BYTES // 4:  # then its UTF-8 is not longer than a piece
         yield Piece(text, True, True)
     else:
-        yield from _pieces([text.encode()], notes)
-
-
-def _pieces(blocks: Iterable[bytes], notes: Notes, starts: bool = True, ends: bool = True) -> Iterator[Piece]:
-    """Cuts one document (or, without `starts` or `ends`, a stretch of one) where a line ends in the second half of each
-    PIECE_BYTES, else between two characters. The cuts depend on the document, not on the blocks that it comes in."""
-    buffer = bytearray()
-    for block in blocks:
-        buffer += block
-        done = 0
-        while len(buffer) - done > PIECE_BYTES:  # so that something is left to end with
-            end = done + PIECE_BYTES
-            cut = buffer.rfind(b"\n", done + PIECE_BYTES // 2, end) + 1 or character(buffer, end)
-            yield Piece(_decode(buffer[done:cut], notes), starts, False)
-            starts, done = False, cut
-        del buffer[:done]
-    yield Piece(_decode(buffer, notes), starts, ends)
-
-
-def _decode(data: bytes | bytearray, notes: Notes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        text = data.decode(errors="replace")
-        notes.counts["replaced_bytes"] += text.count("\ufffd") - data.count("\ufffd".encode())
-        return text
+        yield from pieces([text.encode()], notes)
