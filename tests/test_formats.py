@@ -297,6 +297,8 @@ def test_a_few_stray_bytes_are_counted_and_not_refused(tmp_path):
         b"some text\n" * 1000 + b"\xff\xfe\xfd\x80\n",
         (CHINESE * 100).encode() + b"\xe9" * 20,
         b"a caf\xe9",
+        b"one\x01two\x01three\n" * 100,
+        b"record one\0record two\0" * 100,
         b"form\x0cfeed \x1b[31mred\x1b[0m \0\n",
     ):
         path = write(tmp_path / "a.txt", data)

@@ -11,6 +11,8 @@ CONTROL_SHARE = 0.05  # of the bytes; above, they are no text ...
 CONTROL_COUNT = 4  # ... where they are as many at least
 # (count, share) of bytes that are invalid in UTF-8: from any of them on, a file is in another encoding.
 INVALID = ((3, 0.02), (10, 0.003))
+SEPARATOR_SHARE = 0.3  # control characters in valid UTF-8: below, they stand between the fields of a text
+PRINTABLE_SHARE = 0.7  # of bytes that are ASCII; text of one byte a character has more, UTF-16 fewer
 LEGACY_CONTROLS = 0.01  # text in an encoding of one or two bytes has fewer control characters, binary data more
 WIDE_CONTROLS = 0.005  # UTF-16 has at least these: its spaces, line ends and digits have a zero byte
 WIDE_SHARE = 0.9  # of the characters of UTF-16 text that are in LETTERS
@@ -70,6 +72,8 @@ def doubt(head: bytes) -> Doubt | None:
     else:
         return None
     encoding = _wide(head) if controls > WIDE_CONTROLS * size else ""
+    if not encoding and not invalid and controls <= SEPARATOR_SHARE * size:
+        return None
     if not encoding and controls <= LEGACY_CONTROLS * size:
         encoding = _narrow(head)
     if encoding:
@@ -93,6 +97,8 @@ def _num_invalid(head: bytes) -> int:
 
 def _wide(head: bytes) -> str:
     """UTF-16 or UTF-32 with its byte order, where the bytes are text in it, else ""."""
+    if len(re.findall(rb"[ -~]", head)) > PRINTABLE_SHARE * len(head):
+        return ""
     best, best_score = "", 0.0
     for name in ("UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"):
         text = head[: len(head) // 4 * 4 or 2].decode(name, errors="replace")

@@ -139,6 +139,8 @@ def refusal(path: str, suffix: str, name: str, head: bytes) -> str:
         if pattern.match(head):
             what, command = _in_zip(head) or (what, command)
             return f"{what}, which is not read; take the text out first: {command.format(shlex.quote(path))}"
+    if name and compression(head):
+        return f"compressed twice; take the outer one off: {typed(path, name, '', before_suffix(path, '.inner'))}"
     if suffix == ".parquet" or encoding(head):
         return ""
     if head.startswith(PARQUET):

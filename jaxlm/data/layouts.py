@@ -225,8 +225,8 @@ def _not_json(path: str, compression: str, text: str, whole: bool) -> str:
         typed = formats.typed(path, compression, command, path + ".jsonl")
         return f"a JSON list of {what}, not of objects; write a record a line: {typed}"
     first = text.partition("\n")[0]
-    if whole and first.rstrip().endswith("}"):
-        return ""  # lines of which the first is broken: told with its number
+    if first == text or first.rstrip().endswith("}"):
+        return ""  # lines of which the first is broken, or very long: told with its number
     if whole:
         try:
             json.loads(text)
