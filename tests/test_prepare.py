@@ -221,7 +221,8 @@ def test_usage_errors_are_one_line_with_exit_code_2_and_data_errors_are_3(tmp_pa
         result = run(*args)
         assert result.returncode == code, (args, result)
         assert words in result.stderr and "Traceback" not in result.stderr
-        errors = [line for line in result.stderr.splitlines() if not line.startswith("count:")]
+        work = (f"{path}: JSON lines, one document a record", "count:")
+        errors = [line for line in result.stderr.splitlines() if not line.startswith(work)]
         assert len(errors) == 1 and errors[0].startswith("error: ")
 
 

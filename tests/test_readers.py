@@ -266,24 +266,6 @@ def test_json_with_a_record_a_line_is_a_document_a_record(tmp_path, name):
     assert [piece.text for piece in pieces] == DOCS
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "words"),
-    [
-        ("a.json", '[{"text": "a"},\n{"text": "b"}]', r"jq -c '\.\[\]'"),
-        ("a.json", '\n {\n "text": "a"}', "jq -c \\."),
-        ("a.csv", "text,label\na,1\n", "--text_key: cat .*a.csv .*'excel'"),
-        ("a b.tsv", "text\tlabel\na\t1\n", "--text_key: cat '.*a b.tsv' .*'excel-tab'"),
-    ],
-)
-def test_what_has_records_but_not_one_a_line_is_refused_with_what_to_type(tmp_path, name, text, words):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=rf"{name}: .*{words}.* > "):
-        readers.find([str(tmp_path / name)])
-    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-    with pytest.raises(DataError, match=rf"{name}.gz: .*gzip -dc "):
-        readers.find([str(tmp_path / f"{name}.gz")])
-
-
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
 def test_text_with_a_byte_order_mark_is_read(tmp_path, monkeypatch, encoding):
     monkeypatch.setattr(parts, "PART_BYTES", 100)  # which must not cut it

@@ -6,9 +6,12 @@ import lzma
 import re
 import shlex
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
+
+from jaxlm.data import encodings
 
 HEAD_BYTES = 64 << 10  # enough to see what a file is
 COMPRESSIONS = {
@@ -26,14 +29,52 @@ ARCHIVES = (
     (re.compile(rb"\x04\x22\x4d\x18"), "compressed with lz4", "lz4 -d {} TEXT"),
     (re.compile(rb"\x1f\x9d"), "compressed with compress", "gzip -dc {} > TEXT"),
     (re.compile(rb"%PDF-"), "a PDF", "pdftotext {} TEXT"),
+    (re.compile(rb"\{\\rtf1"), "an RTF document", "pandoc -f rtf -t plain {} -o TEXT"),
+    (re.compile(rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"), "an old Office document", "soffice --convert-to txt:Text {}"),
+    (
+        re.compile(rb"SQLite format 3\0"),
+        "an SQLite database",
+        "sqlite3 -csv -header {} 'select * from TABLE' > TABLE.csv",
+    ),
 )
+# What a zip archive holds by the names in its first bytes, where it is a document.
+ZIPPED = (
+    (re.compile(rb"word/"), "a Word document", "pandoc -f docx -t plain {} -o TEXT"),
+    (re.compile(rb"application/epub"), "an EPUB book", "pandoc -f epub -t plain {} -o TEXT"),
+    (re.compile(rb"application/vnd.oasis"), "an OpenDocument file", "pandoc -f odt -t plain {} -o TEXT"),
+    (re.compile(rb"xl/"), "an Excel table", "soffice --convert-to csv {}"),
+)
+# What has no text in it.
+BINARIES = (
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), "a PNG image"),
+    (re.compile(rb"\xff\xd8\xff"), "a JPEG image"),
+    (re.compile(rb"GIF8[79]a.{,9}\0", re.DOTALL), "a GIF image"),
+    (re.compile(rb"II\*\0|MM\0\*"), "a TIFF image"),
+    (re.compile(rb"BM.{4}\0{4}", re.DOTALL), "a BMP image"),
+    (re.compile(rb"RIFF.{4}(WAVE|AVI |WEBP)", re.DOTALL), "sound, video or an image (RIFF)"),
+    (re.compile(rb"ID3[\x02-\x04]|\xff[\xf2\xf3\xfa\xfb][\x10-\xef]"), "MP3 sound"),
+    (re.compile(rb"OggS\0"), "Ogg sound"),
+    (re.compile(rb"fLaC\0"), "FLAC sound"),
+    (re.compile(rb"\0\0\0.ftyp", re.DOTALL), "MP4 video or sound"),
+    (re.compile(rb"\x1a\x45\xdf\xa3"), "Matroska video"),
+    (re.compile(rb"\x7fELF"), "a program (ELF)"),
+    (re.compile(rb"MZ.{58}.{2}\0\0", re.DOTALL), "a program for Windows"),
+    (re.compile(rb"\xcf\xfa\xed\xfe|\xfe\xed\xfa\xcf"), "a program for macOS"),
+    (re.compile(rb"\xca\xfe\xba\xbe"), "a Java class or a program for macOS"),
+    (re.compile(rb"\0asm"), "WebAssembly"),
+    (re.compile(rb"\x93NUMPY"), "a NumPy array (.npy)"),
+    (re.compile(rb"\x80[\x02-\x05]."), "a Python pickle"),
+    (re.compile(rb"GGUF.\0\0\0", re.DOTALL), "model weights (GGUF)"),
+    (re.compile(rb".{4}\0{4}\{\"", re.DOTALL), "model weights (safetensors)"),
+    (re.compile(rb"\x89HDF\r\n\x1a\n"), "an HDF5 file"),
+    (re.compile(rb"ARROW1\0\0|FEA1\0"), "an Arrow file"),
+    (re.compile(rb"Obj\x01"), "an Avro file"),
+    (re.compile(rb"wOF[F2]\0|\0\x01\0\0\0|OTTO\0"), "a font"),
+)
+PARQUET = b"PAR1\x15"  # the first bytes of a parquet file
 DECOMPRESS = {"": "cat", "gzip": "gzip -dc", "zstd": "zstd -dc", "bz2": "bzip2 -dc", "xz": "xz -dc"}
-TABLES = {".csv": "excel", ".tsv": "excel-tab"}  # the dialects of the csv module
-TO_JSONL = (
-    "python -c \"import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(sys.stdin, dialect='{}')]\""
-)
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # endings of names
 MARKS = {"utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
-NUL_SHARE = 0.2  # of the bytes of what is no UTF-8; a stray NUL in a text is kept
 BROKEN = (OSError, EOFError, lzma.LZMAError, UnicodeError)  # what reading a compressed or encoded file may raise
 
 
@@ -70,57 +111,76 @@ def open_stream(path: str, name: str) -> BinaryIO:
     return pa.input_stream(path, compression=name or None)
 
 
-def beginning(path: str, name: str) -> bytes:
+def beginning(path: str, name: str, size: int = HEAD_BYTES) -> bytes:
     """The first bytes of what is in a file; none of one that breaks off there, which reading it will tell."""
     try:
         with open_stream(path, name) as stream:
-            return stream.read(HEAD_BYTES)
+            return stream.read(size)
     except BROKEN:
         return b""
+
+
+def encoding_label(head: bytes) -> str:
+    """The encoding of a file with these first bytes, for people: UTF-8, UTF-16LE, ..."""
+    name = encoding(head)
+    if not name:
+        return "UTF-8"
+    little, _ = MARKS[name]
+    return name.upper() + ("LE" if head.startswith(little) else "BE")
 
 
 def refusal(path: str, suffix: str, name: str, head: bytes) -> str:
     """Why a file is not read and what to type, else "".
 
-    Its name ends with `suffix` but for its compression, `name`; `head` is what `beginning` gives.
+    Its name ends with `suffix` but for its compression, `name`; `head` is what `beginning` gives. A .parquet is not
+    looked into.
     """
     for pattern, what, command in ARCHIVES:
         if pattern.match(head):
-            typed = command.format(shlex.quote(path))
-            return f"{what}, which is not read; take the text out first: {typed}"
-    name_of_encoding = encoding(head)
-    if name_of_encoding:
-        head = head.decode(name_of_encoding, errors="replace").encode()
-    elif suffix != ".parquet" and head.count(0) > NUL_SHARE * len(head):
-        return _nul_refusal(path, name, head)
-    if suffix in TABLES:
-        typed = _typed(path, name, TO_JSONL.format(TABLES[suffix]), ".jsonl")
-        return f"a table, which is not read; write a record a line, and name its column as --text_key: {typed}"
-    if suffix == ".json":
-        return _json_refusal(path, name, head)
-    return ""
+            what, command = _in_zip(head) or (what, command)
+            return f"{what}, which is not read; take the text out first: {command.format(shlex.quote(path))}"
+    if name and compression(head):
+        return f"compressed twice; take the outer one off: {typed(path, name, '', before_suffix(path, '.inner'))}"
+    if suffix == ".parquet" or encoding(head):
+        return ""
+    if head.startswith(PARQUET):
+        return f"parquet, which is read by itself only: {typed(path, name, '', path + '.parquet')}"
+    for pattern, what in BINARIES:
+        if pattern.match(head):
+            return f"{what}, which is no text; leave it out"
+    found = encodings.doubt(head)
+    if not found:
+        return ""
+    if not found.encoding:
+        return f"{found.reason}; leave it out, or give the text that is in it"
+    condition = f"if it is {found.encoding} (a guess), convert it"
+    if found.encoding.startswith("UTF"):
+        condition = f"if it is {found.encoding} without a byte order mark, convert it"
+    new = before_suffix(path, ".utf8")
+    return f"{found.reason}; {condition}: {typed(path, name, f'iconv -f {found.encoding} -t UTF-8', new)}"
 
 
-def _nul_refusal(path: str, name: str, head: bytes) -> str:
-    big = head[::2].count(0) > head[1::2].count(0)
-    guess = "UTF-16BE" if big else "UTF-16LE"
-    typed = _typed(path, name, f"iconv -f {guess} -t UTF-8", ".utf8")
-    share = head.count(0) / len(head)
-    return f"{share:.0%} NUL bytes, so not UTF-8; if it is {guess} without a byte order mark, convert it: {typed}"
+def typed(path: str, name: str, command: str, new: str) -> str:
+    """A line for the shell that puts the text of a file through a command, if any, into the new file."""
+    steps = [f"{DECOMPRESS[name]} {shlex.quote(path)}"]
+    if command:
+        steps.append(command)
+    return f"{' | '.join(steps)} > {shlex.quote(new)}"
 
 
-def _json_refusal(path: str, name: str, head: bytes) -> str:
-    text = head.removeprefix(b"\xef\xbb\xbf").strip()
-    if text.startswith(b"["):
-        typed = _typed(path, name, "jq -c '.[]'", ".jsonl")
-        return f"one JSON list, which is not read; write a record a line: {typed}"
-    first, ended, _ = text.partition(b"\n")
-    if ended and first.startswith(b"{") and not first.rstrip().endswith(b"}"):
-        typed = _typed(path, name, "jq -c .", ".jsonl")
-        return f"a JSON object on many lines, which is not read; write a record a line: {typed}"
-    return ""
+def before_suffix(path: str, word: str) -> str:
+    """The path with a word before its suffix, which says what is in it; without the one of a compression."""
+    plain = Path(path)
+    if plain.suffix.lower() in COMPRESSED:
+        plain = plain.with_suffix("")
+    return str(plain.with_name(plain.stem + word + plain.suffix))
 
 
-def _typed(path: str, name: str, command: str, ending: str) -> str:
-    """A line for the shell that puts the text of a file through a command, into a new file."""
-    return f"{DECOMPRESS[name]} {shlex.quote(path)} | {command} > {shlex.quote(path + ending)}"
+def _in_zip(head: bytes) -> tuple[str, str] | None:
+    """(what a zip archive is, the command that takes its text out), where it is a document."""
+    if not head.startswith(b"PK"):
+        return None
+    for pattern, what, command in ZIPPED:
+        if pattern.search(head):
+            return what, command
+    return None

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxlm.data.fidelity import Kept
-from jaxlm.data.readers import BAD_SHOWN, PIECE_BYTES, Notes, Piece, Source, Span, beginning, character, read
+from jaxlm.data.pieces import PIECE_BYTES, Notes, Piece, character
+from jaxlm.data.readers import BAD_SHOWN, Source, Span, beginning, read
 from jaxlm.data.store import ShardWriter, token_dtype
 from jaxlm.data.tokenizer import Tokenizer, load
 from jaxlm.data.vocabulary import Sample
@@ -269,7 +270,7 @@ def _end_with_parent() -> None:
 def _cuts(source: Source, size: int) -> list[int]:
     """The borders of the spans of a source, from 0 to its size."""
     cuts = [0]
-    if source.kind != "parquet" and not source.streamed:
+    if source.cuttable:
         with open(source.path, "rb") as file:
             for start in range(size, source.bytes, size):
                 if start > cuts[-1]:

@@ -82,7 +82,7 @@ def prepare(
     ids = (given.bos_id, given.eos_id) if given else (None, None)
     options = Options(name, vocab_size, val_fraction, val_split, text_key, on_bad_record, *ids)
     _check(options, workers)
-    sources = readers.find(inputs)
+    sources = readers.find(inputs, text_key)
     identity = {
         "version": store.VERSION,
         "input": inputs,
@@ -93,6 +93,7 @@ def prepare(
     _print(console, [f"note: {note}" for note in given.notes] if given else [])
     if not _claim(output, identity, overwrite):
         return _already_prepared(output, given, console)
+    _print(console, [*readers.formats_of(sources), *readers.left_out(inputs)])
     jobs = [Job(i, spans, options, output / PARTIAL) for i, spans in enumerate(parts.plan(sources))]
     run = functools.partial(parts.run, workers=workers or os.cpu_count() or 1, console=console)
     try:
@@ -414,7 +415,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--val_fraction", type=float, default=0.1, help="of the text to keep for validation (0.1)")
     parser.add_argument("--val_split", choices=VAL_SPLITS, default="tail", help="the end of the text, or drawn by hash")
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
-    parser.add_argument("--text_key", default="text", help="where .jsonl, .json and .parquet have the text (text)")
+    parser.add_argument("--text_key", default="text", help="the key or column of a record that has the text (text)")
     parser.add_argument("--on_bad_record", choices=ON_BAD_RECORD, default="error", help="skip: count them and go on")
     parser.add_argument("--bos", metavar="TOKEN", help="what begins a text: a given tokenizer's token, its id, or none")
     parser.add_argument(

@@ -1,11 +1,13 @@
 """Raw files to documents: find the files, then read them, or a stretch of one, piece by piece.
 
-A text file of any kind is one document; a line of .jsonl, .ndjson or .json, and a row of .parquet, is one document
-under a key. What gzip, zstd, bz2 or xz compressed is read through, by its first bytes. What is wrong with the input is
-noted, never raised: the caller has to see all of it before it decides. But a file of a format that is not read is
-refused at once.
+A text file of any kind is one document; a line of JSON lines, an element of a JSON list, a row of a table (.csv, .tsv)
+or of parquet is one document under a key: layouts.py says which a file is. What gzip, zstd, bz2 or xz compressed is
+read through, by its first bytes. What is wrong with the input is noted, never raised: the caller has to see all of it
+before it decides. But a file of a format that is not read is refused at once.
 """
 
+import csv
+import dataclasses
 import glob
 import hashlib
 import json
@@ -13,25 +15,27 @@ import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from jaxlm.data import formats
+from jaxlm.data import formats, layouts
 from jaxlm.data.base_tokenizer import replace_surrogates
+from jaxlm.data.formats import COMPRESSED
+from jaxlm.data.layouts import Layout
+from jaxlm.data.pieces import PIECE_BYTES, Notes, Piece, decode, lines, pieces, texts
 from jaxlm.errors import DataError
 
 # What a directory is searched for; a file that is named, or matches a glob, may be any.
 SUFFIXES = ".jsonl .ndjson .parquet .txt .md .rst .tex .html .py .c .h .cc .cpp .cu .js .ts .java .go .rs .sh".split()
-KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}  # the others are text
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
-PIECE_BYTES = 64 << 10  # of text to encode at a time: sentencepiece is half as fast on 1 MiB
 BLOCK_BYTES = 256 << 10  # of a file read at a time
 BAD_SHOWN = 10
+WRONG_SHOWN = 50  # files that are refused
+KINDS_SHOWN = 5  # of files that a directory has and that are left out
+FORMATS_SHOWN = 8  # files each with a line; more are told together
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,22 @@ class Source:
     sha256: str
     compression: str = ""  # see formats.compression
     encoding: str = ""  # see formats.encoding
+    layout: Layout = layouts.TEXT
+    format: str = ""  # all of this for people
 
     @property
     def kind(self) -> str:
-        return KINDS.get(_suffix(self.path), "text")
+        return self.layout.kind
 
     @property
     def streamed(self) -> bool:
         """Whether its bytes are not those of the text, so that it has to be read from its start."""
         return bool(self.compression or self.encoding)
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether it can be read from the middle: where a line or a character starts, a record or a text does."""
+        return self.kind in ("text", "jsonl") and not self.streamed
 
 
 @dataclass(frozen=True)
@@ -68,26 +79,9 @@ class Span:
         return self.stop - self.start
 
 
-class Piece(NamedTuple):
-    """Some text of a document: never empty, about PIECE_BYTES at most."""
-
-    text: str
-    first: bool  # the document starts with it
-    last: bool  # the document ends with it
-
-
-@dataclass
-class Notes:
-    """What was odd about a part. `bad` and `broken` list the sources by name."""
-
-    counts: Counter = field(default_factory=Counter)  # the keys of prepare.COUNTS
-    bad: list[tuple[str, int, str]] = field(default_factory=list)  # (source, record, reason), BAD_SHOWN at most
-    broken: list[tuple[str, str, int]] = field(default_factory=list)  # (source, reason, records read)
-    records: dict[str, int] = field(default_factory=dict)  # lines or rows seen, by source
-
-
-def find(inputs: Iterable[str]) -> list[Source]:
-    """The files that the inputs (paths, directories, globs, or "stdlib") name, each once, in order.
+def find(inputs: Iterable[str], key: str = "text") -> list[Source]:
+    """The files that the inputs (paths, directories, globs, or "stdlib") name, each once, in order. The text of a
+    record is under `key`.
 
     Raises: DataError that lists every input that names no file, or every file of a format that is not read.
     """
@@ -100,23 +94,60 @@ def find(inputs: Iterable[str]) -> list[Source]:
             named.setdefault(os.path.realpath(path), (name, os.path.abspath(path)))
     if nothing:
         known = f"{' '.join(SUFFIXES)}, also {' '.join(COMPRESSED)}"
+        there = "".join(f"\n  {line}" for line in left_out(nothing))
+        several = any("," in text for text in nothing)
+        hint = "; several files are several --input" if several else ""
         raise DataError(
             "no file matches "
             + ", ".join(f"--input={text!r}" for text in nothing)
-            + f" (seen from {os.getcwd()}; a directory is searched for {known})"
+            + f" (seen from {os.getcwd()}; a directory is searched for {known}){hint}{there}"
         )
     sources, wrong = [], []
     try:
         for name, path in named.values():
-            source, reason = _look_at(name, path)
+            source, reason = _look_at(name, path, key)
             sources.append(source)
             if reason:
                 wrong.append(f"{name}: {reason}")
     except OSError as error:
         raise DataError(f"the input {error.filename} can't be read: {error.strerror}") from None
     if wrong:
-        raise DataError("\n  ".join(["the input has files that can't be read:", *wrong]))
+        more = [f"and {len(wrong) - WRONG_SHOWN:,} more"] if len(wrong) > WRONG_SHOWN else []
+        raise DataError("\n  ".join(["the input has files that can't be read:", *wrong[:WRONG_SHOWN], *more]))
     return sources
+
+
+def formats_of(sources: list[Source]) -> list[str]:
+    """A line for each file that says how it is read; of many files, one for those that are read alike."""
+    if len(sources) <= FORMATS_SHOWN:
+        return [f"{source.name}: {source.format}" for source in sources]
+    alike = {}
+    for source in sources:
+        alike.setdefault(source.format, []).append(source.name)
+    told = []
+    for text, names in alike.items():
+        others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        told.append(f"{names[0]}{others}: {text}")
+    return told
+
+
+def left_out(inputs: Iterable[str]) -> list[str]:
+    """A line for each directory among the inputs that has files which are not searched for, with their kinds."""
+    told = []
+    for text in inputs:
+        root = Path(text).expanduser()
+        if text == "stdlib" or not root.is_dir():
+            continue
+        kinds = Counter()
+        for path in root.rglob("*"):
+            if path.is_file() and not _is_hidden(path, root) and not _is_known(path, root):
+                kinds[_suffix(path.name) or "without a suffix"] += 1
+        if kinds:
+            most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+            shown = ", ".join(f"{count:,} {kind}" for kind, count in most[:KINDS_SHOWN])
+            more = ", and others" if len(kinds) > KINDS_SHOWN else ""
+            told.append(f"left out of {text}: {shown}{more}; a glob reads them: --input='{root}/**/*SUFFIX'")
+    return told
 
 
 def read(spans: Iterable[Span], key: str, notes: Notes) -> Iterator[Piece]:
@@ -134,15 +165,10 @@ def beginning(source: Source) -> str:
     return next(_read_text(Span(source, 0, source.bytes), "", Notes())).text
 
 
-def character(data: bytes | bytearray, index: int) -> int:
-    """Where the UTF-8 character that has byte `index` starts."""
-    return next((i for i in range(index, index - 4, -1) if data[i] & 0xC0 != 0x80), index)
-
-
 def _matches(text: str) -> list[tuple[str, str]]:
     pattern = os.path.expanduser(text)
     files = []
-    for match in [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True)):
+    for match in [pattern] if os.path.exists(pattern) else sorted(glob.glob(_pattern(pattern), recursive=True)):
         if os.path.isdir(match):
             files += [(str(path), str(path)) for path in sorted(Path(match).rglob("*")) if _is_known(path, Path(match))]
         else:
@@ -150,9 +176,21 @@ def _matches(text: str) -> list[tuple[str, str]]:
     return files
 
 
+def _pattern(path: str) -> str:
+    """A glob in which the folders that are there, with whatever in their names, stand for themselves."""
+    start = Path(path)
+    while not start.exists():
+        start = start.parent
+    folder = str(start)
+    return glob.escape(folder) + path.removeprefix(folder) if path.startswith(folder) else path
+
+
 def _is_known(path: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)  # .git and the like
-    return _suffix(path.name) in SUFFIXES and not hidden and path.is_file()
+    return _suffix(path.name) in SUFFIXES and not _is_hidden(path, root) and path.is_file()
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)  # .git and the like
 
 
 def _stdlib() -> list[tuple[str, str]]:
@@ -169,11 +207,13 @@ def _suffix(path: str) -> str:
     return Path(path).suffix
 
 
-def _look_at(name: str, path: str) -> tuple[Source, str]:
+def _look_at(name: str, path: str, key: str) -> tuple[Source, str]:
     """(a file, why it is not read or "").
 
     The hash is over all of a file of 1 MiB, and over 64 stretches of 16 KiB of a larger one.
     """
+    if not os.path.isfile(path):
+        return Source(name, path, 0, ""), "a pipe or a device, which can't be read twice; write it into a file first"
     digest, stretches, length = hashlib.sha256(), 64, 16 << 10
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -182,15 +222,33 @@ def _look_at(name: str, path: str) -> tuple[Source, str]:
         for start in range(0, size, step):
             file.seek(start)
             digest.update(file.read(length))
+    source = Source(name, path, size, digest.hexdigest(), compression)
+    return _with_format(source, key)
+
+
+def _with_format(source: Source, key: str) -> tuple[Source, str]:
+    """(a file with what it is, why it is not read or "")."""
+    path, compression = source.path, source.compression
     head = formats.beginning(path, compression)
-    source = Source(name, path, size, digest.hexdigest(), compression, formats.encoding(head))
-    return source, formats.refusal(path, _suffix(path), compression, head)
+    suffix = _suffix(path)
+    if head.startswith(formats.PARQUET):
+        suffix = "" if compression else ".parquet"
+    reason = formats.refusal(path, suffix, compression, head)
+    if reason:
+        return source, reason
+    layout = layouts.see(path, suffix, compression, head, key)
+    words = [layout.words, compression, formats.encoding_label(head).replace("UTF-8", ""), layout.documents]
+    text = ", ".join(filter(None, words))
+    if layout.kind != "text":
+        text += f" ({layout.field} {json.dumps(key, ensure_ascii=False)})"
+    found = dataclasses.replace(source, encoding=formats.encoding(head), layout=layout, format=text)
+    return found, layout.problem
 
 
 def _read_text(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
     del key
     whole = span.stop == span.source.bytes
-    for piece in _pieces(_blocks(span, notes), notes, starts=span.start == 0, ends=whole):
+    for piece in pieces(_blocks(span, notes), notes, starts=span.start == 0, ends=whole):
         if piece.first and piece.text.startswith("\ufeff"):
             notes.counts["byte_order_marks"] += 1
             piece = piece._replace(text=piece.text[1:])
@@ -199,7 +257,7 @@ def _read_text(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
 
 def _read_jsonl(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
     name = span.source.name
-    for number, line in enumerate(_lines(_blocks(span, notes), notes)):
+    for number, line in enumerate(lines(_blocks(span, notes), notes)):
         notes.records[name] = number + 1
         if number == 0 and span.start == 0 and line.startswith(b"\xef\xbb\xbf"):
             notes.counts["byte_order_marks"] += 1
@@ -207,7 +265,7 @@ def _read_jsonl(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
         if not line.strip():
             continue
         try:
-            text = _field(_decode(line, notes), key)
+            text = _field(decode(line, notes), key)
         except (ValueError, RecursionError) as error:
             _bad(notes, name, number + 1, str(error))
             continue
@@ -216,25 +274,84 @@ def _read_jsonl(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
         yield from _document(text, notes)
 
 
+def _read_json(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
+    """A JSON list, or objects that are not one a line."""
+    name, number = span.source.name, 0
+    try:
+        for value in layouts.values(texts(_blocks(span, notes), notes)):
+            number += 1
+            notes.records[name] = number
+            try:
+                text = _text_under(value, key)
+            except ValueError as error:
+                _bad(notes, name, number, str(error))
+                continue
+            text, replaced = replace_surrogates(text)
+            notes.counts["replaced_surrogates"] += replaced
+            yield from _document(text, notes)
+    except (ValueError, RecursionError) as error:
+        if not any(broken[0] == name for broken in notes.broken):  # else the file breaks off, which is why
+            _broken(notes, name, error)
+
+
+def _read_table(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
+    """Each row but the first, which has the names of the columns. Its number is that of its first line."""
+    name, layout = span.source.name, span.source.layout
+    ended = (line + "\n" for line in _decoded_lines(span, notes))
+    rows = layouts.reader(ended, layout.delimiter, layout.quoted)
+    header, start = [], 1
+    while True:
+        notes.records[name] = start - 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end of data" in str(error) or "field larger" in str(error):
+                _broken(notes, name, ValueError(f"the quote that opens in line {start} isn't closed"))
+                return
+            _bad(notes, name, start, _reason(error))
+            row = []
+        if row and not header:
+            header = [cell.strip() for cell in row]
+        elif row and len(row) != len(header):
+            _bad(notes, name, start, f"{len(row)} columns, the first line has {len(header)}")
+        elif row:
+            yield from _document(row[header.index(key)], notes)
+        start = rows.line_num + 1
+
+
+def _reason(error: csv.Error) -> str:
+    if "new-line" in str(error):
+        return "a carriage return inside of a cell without quotes; a line ends with a line feed"
+    return f"{error}; a quote inside of a quoted text is written twice"
+
+
+def _decoded_lines(span: Span, notes: Notes) -> Iterator[str]:
+    for number, line in enumerate(lines(_blocks(span, notes), notes)):
+        text = decode(line, notes)
+        if number == 0 and text.startswith("\ufeff"):
+            notes.counts["byte_order_marks"] += 1
+            text = text[1:]
+        yield text
+
+
 def _read_parquet(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
     name, number = span.source.name, 0
     try:
         with pa.parquet.ParquetFile(span.source.path) as file:
-            if key not in file.schema_arrow.names:
-                for row in range(file.metadata.num_rows):
-                    _bad(notes, name, row + 1, f"no column {key!r}; there are {', '.join(file.schema_arrow.names)}")
-                return
             for batch in file.iter_batches(batch_size=256, columns=[key]):
                 column = batch.column(0)
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
                 kind = column.type
-                if strings := pa.types.is_string(kind) or pa.types.is_large_string(kind):
+                strings = layouts.is_text(kind)
+                if strings:
                     column = column.cast(pa.large_binary())  # so that invalid UTF-8 is ours to replace
                 for value in column.to_pylist():
                     number += 1
                     if strings and value is not None:
-                        yield from _document(_decode(value, notes), notes)
+                        yield from _document(decode(value, notes), notes)
                     else:
                         _bad(notes, name, number, f"{key!r} is {'null' if value is None else kind}, not a string")
                     notes.records[name] = number
@@ -242,7 +359,13 @@ def _read_parquet(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
         _broken(notes, name, error)
 
 
-READERS = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
+READERS = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "table": _read_table,
+    "parquet": _read_parquet,
+}
 
 
 def _field(line: str, key: str) -> str:
@@ -251,6 +374,10 @@ def _field(line: str, key: str) -> str:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"broken JSON: {error.msg} at character {error.pos}") from None
+    return _text_under(record, key)
+
+
+def _text_under(record: object, key: str) -> str:
     if not isinstance(record, dict):
         raise ValueError(f"not an object but {type(record).__name__}")
     if key not in record:
@@ -297,47 +424,8 @@ def _streamed(source: Source, notes: Notes) -> Iterator[bytes]:
         yield from blocks
 
 
-def _lines(blocks: Iterable[bytes], notes: Notes) -> Iterator[bytes]:
-    """Lines of any length, without their ends; not the last one of a file that breaks off."""
-    known, rest = len(notes.broken), []
-    for block in blocks:
-        *whole, tail = block.split(b"\n")
-        if whole:
-            yield b"".join(rest) + whole[0]
-            yield from whole[1:]
-            rest = []
-        rest.append(tail)
-    if len(notes.broken) == known and any(rest):
-        yield b"".join(rest)
-
-
 def _document(text: str, notes: Notes) -> Iterator[Piece]:
     if len(text) <= PIECE_BYTES // 4:  # then its UTF-8 is not longer than a piece
         yield Piece(text, True, True)
     else:
-        yield from _pieces([text.encode()], notes)
-
-
-def _pieces(blocks: Iterable[bytes], notes: Notes, starts: bool = True, ends: bool = True) -> Iterator[Piece]:
-    """Cuts one document (or, without `starts` or `ends`, a stretch of one) where a line ends in the second half of each
-    PIECE_BYTES, else between two characters. The cuts depend on the document, not on the blocks that it comes in."""
-    buffer = bytearray()
-    for block in blocks:
-        buffer += block
-        done = 0
-        while len(buffer) - done > PIECE_BYTES:  # so that something is left to end with
-            end = done + PIECE_BYTES
-            cut = buffer.rfind(b"\n", done + PIECE_BYTES // 2, end) + 1 or character(buffer, end)
-            yield Piece(_decode(buffer[done:cut], notes), starts, False)
-            starts, done = False, cut
-        del buffer[:done]
-    yield Piece(_decode(buffer, notes), starts, ends)
-
-
-def _decode(data: bytes | bytearray, notes: Notes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        text = data.decode(errors="replace")
-        notes.counts["replaced_bytes"] += text.count("\ufffd") - data.count("\ufffd".encode())
-        return text
+        yield from pieces([text.encode()], notes)
