@@ -106,7 +106,7 @@ class Monitor:
         self.told_moved = True
         self.say(
             f"step {row['step']} changed {row['moved_share']:.1%} of the bfloat16 parameters; the updates of the "
-            "others were 0 or rounded away (moved_share in metrics.jsonl); optim.rounding=stochastic keeps them in the mean"
+            "others were 0 or rounded away (moved_share in metrics.jsonl), which optim.rounding=stochastic mends"
         )
 
     def show(self, row: dict) -> None:
