@@ -256,6 +256,11 @@ def training(c: ConfigDict) -> list[str]:
             f"config.optim.warmup_steps={o.warmup_steps}: more than config.train.steps={t.steps}; "
             f"set --config.optim.warmup_steps={t.steps // 10}, say"
         )
+    if o.rounding == "stochastic" and c.model.param_dtype == "float32":
+        problems.append(
+            "config.optim.rounding=stochastic: rounds nothing, since config.model.param_dtype=float32; set "
+            "--config.optim.rounding=nearest, or --config.model.param_dtype=bfloat16"
+        )
     if t.stop_at > t.steps:
         problems.append(f"config.train.stop_at={t.stop_at}: beyond config.train.steps={t.steps}")
     if c.eval.patience and not c.eval.every:

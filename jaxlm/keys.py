@@ -106,6 +106,7 @@ CHOICES = {
     "mesh.across": ("data", "fsdp", "stage"),
     "optim.name": ("sgd", "adam", "adamw", "adafactor", "lion", "muon"),
     "eval.bleu_tokenize": BLEU_TOKENIZERS,
+    "optim.rounding": ("nearest", "stochastic"),
     "optim.schedule": ("constant", "linear", "cosine", "wsd", "inverse_sqrt"),
 }
 
@@ -245,6 +246,7 @@ def base() -> ConfigDict:
     o.clip = 1.0  # largest global norm of the gradients; 0: off
     o.adam_learning_rate = 0.0  # muon: peak for embeddings, norms and biases; 0: as learning_rate
     o.momentum = 0.95  # sgd (0: none), muon
+    o.rounding = "nearest"  # of bfloat16 parameters and moments: nearest | stochastic (small updates add up)
     o.nesterov = False  # sgd: step along gradient + momentum x the new sum, a look ahead
 
     c.mesh = ConfigDict()  # devices along each axis; 0: 1, or for the strategy's axis (then data) the devices left

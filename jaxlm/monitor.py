@@ -18,7 +18,7 @@ from jaxlm.keys import ANSWERING, SILENT
 from jaxlm.workdir import in_bucket, write_whole
 
 # Of a step, where there are: a mixture of experts' routing, and what a task's loss says besides.
-MORE = ("expert_load", "dropped_tokens", "accuracy", "margin", "divergence")
+MORE = ("expert_load", "dropped_tokens", "accuracy", "margin", "divergence", "moved_share")
 SHOWN = ("bits_per_byte", "accuracy", "f1", "auc", "margin", "bleu", "chrf", "rougeL", "exact_match", "mse")
 
 
@@ -38,6 +38,7 @@ class Monitor:
         self.data_seconds = self.save_seconds = 0.0
         self.paces = deque(maxlen=9)  # seconds a step between the last rows, for an ETA that one stall does not move
         self.mark = (start, time.perf_counter())
+        self.told_moved = config.optim.rounding == "stochastic"  # where few are changed by each step, as they should be
         if not self.active:
             return
         path = workdir / "metrics.jsonl"
@@ -95,6 +96,18 @@ class Monitor:
         if step % self.config.log.every == 0 or step == 1:
             self.write(row)
         self.show(row)
+        self.tell_moved(row)
+
+    def tell_moved(self, row: dict) -> None:
+        """Says once, after the warm-up, that a step has changed less than half of the bfloat16 parameters."""
+        past_warmup = row["step"] > self.config.optim.warmup_steps
+        if self.told_moved or not past_warmup or row.get("moved_share", 1.0) >= 0.5:
+            return
+        self.told_moved = True
+        self.say(
+            f"step {row['step']} changed {row['moved_share']:.1%} of the bfloat16 parameters; the updates of the "
+            "others were 0 or rounded away (moved_share in metrics.jsonl), which optim.rounding=stochastic mends"
+        )
 
     def show(self, row: dict) -> None:
         text = f"loss {row['loss']:.4f}"

@@ -242,12 +242,17 @@ def moment_axes(path, leaf_shape, shape, names) -> PartitionSpec:
     return PartitionSpec()
 
 
+def fans(path, x) -> tuple[int, int]:
+    """(inputs, outputs) of a parameter that Muon takes for a matrix."""
+    dims = first_match(MATRICES, path)
+    inputs = math.prod(x.shape[i] for i in np.atleast_1d(dims.reduction_axis))
+    outputs = math.prod(x.shape[i] for i in np.atleast_1d(dims.output_axis))
+    return inputs, outputs
+
+
 def widen(path, update):
     """Scales an orthogonal update by sqrt(max(1, outputs / inputs)), so that one learning rate fits every shape."""
-    dims = first_match(MATRICES, path)
-    inputs, outputs = (
-        math.prod(update.shape[i] for i in np.atleast_1d(axes)) for axes in (dims.reduction_axis, dims.output_axis)
-    )
+    inputs, outputs = fans(path, update)
     return update * math.sqrt(max(1.0, outputs / inputs))
 
 

@@ -1,6 +1,7 @@
 """A run that begins where another ended: its model, its tokenizer and its parameters; and the teacher of one."""
 
 import json
+import math
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxlm.checkpoint import Checkpoints, as_target, config_of, known_config, tokenizer_of
 from jaxlm.cli import near_path
-from jaxlm.config import flatten, num_labels
+from jaxlm.config import flatten, num_labels, set_key
 from jaxlm.data.examples import Examples
 from jaxlm.data.pipeline import describe, load_tokenizer, open_stores
 from jaxlm.data.vocabulary import MADE
@@ -21,7 +22,7 @@ from jaxlm.errors import CheckpointError, UserError
 from jaxlm.keys import HEADED, ROLES
 from jaxlm.models import ngram
 from jaxlm.models.bag import log_count_ratios
-from jaxlm.optim import name_of
+from jaxlm.optim import name_of, schedule
 from jaxlm.state import abstract_state, state_shardings
 from jaxlm.workdir import run_directory
 
@@ -29,6 +30,12 @@ from jaxlm.workdir import run_directory
 OWN = (
     "num_labels pooling lora_rank lora_alpha lora_targets dropout embed_dropout recurrent_dropout scan_unroll remat "
     "attention context_parallel pipeline_microbatches pipeline_rounds dtype param_dtype quantize vocab_size"
+).split()
+
+# Keys that the learning rate of a step follows from.
+SCHEDULE = (
+    "train.steps optim.learning_rate optim.schedule optim.warmup_steps optim.end_factor optim.cooldown_fraction "
+    "optim.adam_learning_rate"
 ).split()
 
 
@@ -163,6 +170,33 @@ def read_meta(spec: str) -> dict:
     meta = checkpoints.meta(checkpoints.choose(step))
     checkpoints.close()
     return meta
+
+
+def rate_jump(config: ConfigDict, meta: dict, step: int, skipped: int) -> str:
+    """In words, how a resumed run's learning rate jumps because the config has changed; empty where it doesn't.
+
+    meta: what the checkpoint says of itself, {} for a new run. step, skipped: as in its state.
+    """
+    saved = meta.get("config", {})
+    old = config.copy_and_resolve_references()
+    changed = []
+    for key in SCHEDULE:
+        now = flatten(config)[key]
+        if key in saved and saved[key] != now:
+            set_key(old, key, saved[key])
+            changed.append(f"{key} {saved[key]} -> {now}")
+    if not changed or step >= config.train.stop_at:
+        return ""
+    lines = []
+    for key, what in (("learning_rate", "learning rate"), ("adam_learning_rate", "learning rate of Adam's part")):
+        was = float(schedule(old, old.optim[key])(step - skipped))
+        now = float(schedule(config, config.optim[key])(step - skipped))
+        used = key == "learning_rate" or config.optim.name == "muon"
+        if used and not math.isclose(was, now, rel_tol=0.01):
+            lines.append(
+                f"the {what} at step {step + 1} was {was:.2e} under the checkpoint's config, and is {now:.2e} now"
+            )
+    return f"{'; '.join(lines)} ({', '.join(changed)})" if lines else ""
 
 
 def read_teacher(config: ConfigDict, mesh) -> dict:

@@ -16,6 +16,7 @@ from jaxlm.models import build, build_section
 from jaxlm.models.moe import balance
 from jaxlm.optim import merge, moment_axes, optimizer, require_trained, schedule, split
 from jaxlm.parallel.mesh import OPTIMIZER_RULES, partition_spec, platform, require_sharded, shardings
+from jaxlm.rounding import moved_share, rounded, widened
 from jaxlm.topology import COMPILER_OPTIONS
 
 
@@ -137,16 +138,19 @@ def train_step(state: State, batch: dict, *, config: ConfigDict) -> tuple[State,
 def apply_gradients(state: State, grads: dict, sums: dict, *, config: ConfigDict) -> tuple[State, dict]:
     """As train_step, of what `gradients` returned. Where it is not finite nothing changes but `skipped`.
 
-    The new state has the dtypes of the old one, in whatever dtype the arithmetic between them was done.
+    The new state has the dtypes of the old one, in whatever dtype the arithmetic between them was done; of bfloat16
+    parameters the metrics have `moved_share`.
     """
     norm = optax.tree.norm(grads)
     if config.optim.clip:
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.optim.clip / (norm + 1e-6)), grads)
-    updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
-    trained, frozen = split(state.params, config)
+    grads, old_opt_state, old_params = widened((grads, state.opt_state, state.params), config)
+    updates, opt_state = optimizer(config).update(grads, old_opt_state, old_params)
+    trained, frozen = split(old_params, config)
     still = lambda tree: merge(split(tree, config)[0], frozen)  # to the bit; routers' biases move by no gradient
     params, routing = balance(merge(optax.apply_updates(trained, updates), frozen), sums["routing"], config)
-    params = still(params)
+    old = state.params, state.opt_state
+    params, opt_state = rounded((still(params), opt_state), old, state.step, config)
     if (ema := state.ema) is not None:  # the decay rises from 0.1: the first parameters are soon forgotten
         decay = jnp.minimum(config.train.ema, (1 + state.step) / (10 + state.step))
         ema = still(jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params))
@@ -159,7 +163,8 @@ def apply_gradients(state: State, grads: dict, sums: dict, *, config: ConfigDict
     new = State(state.step + 1, params, opt_state, ema, state.skipped + ~finite, state.teacher)
     rate = schedule(config, config.optim.learning_rate)(state.step - state.skipped)  # dropped steps do not count
     metrics = {name: value for name, value in sums.items() if name != "routing"}
-    return new, metrics | {"grad_norm": norm, "learning_rate": rate, "skipped": new.skipped} | routing
+    metrics |= {"grad_norm": norm, "learning_rate": rate, "skipped": new.skipped}
+    return new, metrics | routing | moved_share(params, state.params, config)
 
 
 def jit_train_step(config: ConfigDict, mesh):

@@ -31,6 +31,7 @@ from jaxlm.optim import split
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import abstract_mesh, make_mesh
 from jaxlm.process import keep_compiled, manage_memory, quick_random_numbers
+from jaxlm.rounding import warnings
 from jaxlm.score import less_is_better
 from jaxlm.start import (
     agree,
@@ -39,6 +40,7 @@ from jaxlm.start import (
     look_at_data,
     not_told,
     overruled,
+    rate_jump,
     read_teacher,
     warm_start,
     weigh_ngrams,
@@ -152,6 +154,8 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
             state = state.replace(teacher=read_teacher(config, mesh))
         if jax.process_index() == 0:
             write_config(workdir, config, last)
+            if jump := rate_jump(config, last, int(state.step), int(state.skipped)):
+                print(jump)
             write_tokenizer(workdir, tokenizer)
         start, best = int(state.step), Best(config.eval.metric, *last.get("best", ()))
         parameters = costs.num_parameters(state.params)
@@ -170,6 +174,9 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
             monitor.say("adapters (model.lora_rank) beside random weights that stay so: train.init_from names no run")
         for name, text in costs.attention_lines(config, mesh) + costs.pipeline_lines(config, mesh):
             monitor.say(f"{name}: {text}")
+        if counted is None and start < config.train.stop_at:
+            for line in warnings(state.params, start, config, mesh):
+                monitor.say(line)
         try:
             run = Run(config, mesh, checkpoints, monitor, describe_run(config, tokenizer, data), best, hold)
             last_step = run.loop(state, start, stop) if counted is None else run.keep(state, counted)

@@ -78,6 +78,7 @@ def shrink(c: ConfigDict) -> ConfigDict:
     if m.num_experts or (c.task.name in LABELLED and m.pooling == "max"):  # something is chosen, by being the largest
         c.optim.eps = max(c.optim.eps, 1e-3)  # so that Adam makes no steps of mere rounding, which change the choice
     m.dropout, m.embed_dropout, m.dtype, m.param_dtype, m.pipeline_microbatches = 0.0, -1.0, "float32", "float32", 0
+    c.optim.rounding = "nearest"  # of float32 there is no other
     m.encoder_layers = 3 * len(m.layers) if m.encoder_layers not in (0, layers) else 0
     m.buckets = min(m.buckets, 1024)
     m.lora_rank, m.num_labels = min(m.lora_rank, 4), 0

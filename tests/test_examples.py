@@ -156,13 +156,78 @@ def test_long_examples_are_cut_and_counted(tmp_path, caplog):
         source = made(tmp_path, [("a " * 99, "x"), ("", "y"), ("", "y")])
     assert "1 of 3 train examples are longer than data.seq_len=32" in caplog.text and "101 tokens" in caplog.text
     assert source.read(np.arange(source.num_rows), [(0, 0)] * 3)["weights"].sum() == 3, "duplicates and empty text too"
-    caplog.clear()
-    with caplog.at_level(logging.WARNING, "jaxlm"):
-        made(tmp_path, [{"prompt": "a " * 99, "response": "b"}], task="sft")
-    assert "of 1 of them nothing is left to learn" in caplog.text
     asked = {"question": "q", "context": "a " * 25 + "b c", "answer": "b c"}
-    bits = made(tmp_path, [asked], task="qa", data__seq_len=29).pieces[0]
+    short = asked | {"context": "b c"}
+    bits = made(tmp_path, [asked, short], task="qa", data__seq_len=29).pieces[0]
     assert not bits["weights"].any() and set(bits["targets"].tolist()) == {0, 4}, "half an answer is none"
+
+
+# Of each task: an example of which nothing is left to learn within 32 tokens, one of which something is, and how many
+# tokens the first needs at least, and for all of it.
+CUT_OFF = {
+    "sft": ({"prompt": "a " * 99, "response": "b c"}, {"prompt": "a", "response": "b"}, 103, 105),
+    "sft, a dialogue": (
+        {"messages": [{"role": "system", "content": "a " * 40}, {"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 40}]},
+        44,
+        45,
+    ),
+    "sft, weight 0": (
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "weight": 0},
+                {"role": "user", "content": "a " * 40},
+                {"role": "assistant", "content": "b"},
+            ]
+        },
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        50,
+        51,
+    ),
+    "dpo": (
+        {"prompt": "a " * 40, "chosen": "b", "rejected": "c c"},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        44,
+        46,
+    ),
+    "qa": (
+        {"question": "q", "context": "a " * 50 + "b c", "answer": "b c"},
+        {"question": "q", "context": "b c", "answer": "b c"},
+        55,
+        55,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CUT_OFF)
+def test_where_cutting_leaves_nothing_to_learn_of_any_example_the_length_that_would_do_is_told(tmp_path, case):
+    lost, _, least, whole = CUT_OFF[case]
+    task = case.split(",")[0]
+    for split in ("train", "val"):
+        with pytest.raises(DataError) as error:
+            made(tmp_path, [lost, lost], task=task, split=split)
+        text = str(error.value)
+        assert f"any of the 2 {split} examples" in text and "data.seq_len=32" in text
+        assert f"--config.data.seq_len={whole}" in text and f"{least} would do" in text
+    assert made(tmp_path, [lost], task=task, data__seq_len=least).learnable.all()
+    with pytest.raises(DataError):
+        made(tmp_path, [lost], task=task, data__seq_len=least - 1)
+
+
+@pytest.mark.parametrize("case", CUT_OFF)
+def test_where_it_leaves_nothing_of_some_these_are_left_out_and_counted(tmp_path, caplog, case):
+    lost, kept, least, _ = CUT_OFF[case]
+    task = case.split(",")[0]
+    rows = [lost, kept, lost]
+    with caplog.at_level(logging.WARNING, "jaxlm"):
+        source = made(tmp_path, rows, task=task)
+    assert "2 of 3 train examples are left out" in caplog.text and f"seq_len={least} would reach" in caplog.text
+    assert [i for row in source.rows for i in row] == [1]
+    batch = source.read(np.arange(source.num_rows), [(0, 0)] * source.num_rows)
+    assert batch["weights"].any(axis=-1).all(), "every row, and either side of a pair, has something to learn"
+    measured = made(tmp_path, rows, task=task, split="val")
+    assert sorted(i for row in measured.rows for i in row) == [0, 1, 2], "what is measured on stays whole"
 
 
 def test_batches_are_the_same_on_any_hosts(tmp_path):

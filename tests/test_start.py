@@ -12,11 +12,13 @@ from test_lora import with_noise
 import jaxlm
 from jaxlm.check import check
 from jaxlm.checkpoint import describe_run, name_of
+from jaxlm.config import flatten
 from jaxlm.data.pipeline import describe, fingerprint, load_tokenizer
 from jaxlm.data.prepare import prepare
 from jaxlm.errors import UserError
 from jaxlm.lora import write_run
-from jaxlm.start import agree, inherit, overruled, warm_start
+from jaxlm.optim import schedule
+from jaxlm.start import agree, inherit, overruled, rate_jump, warm_start
 from jaxlm.state import init_state
 
 TEXTS = ["a fine day", "a rainy day", "some fine rain"]
@@ -253,3 +255,43 @@ def test_a_pupil_answers_without_its_teacher(folder, runs, tmp_path):
     assert lm.config.task.distill == 0 and set(lm.answer(["a fine day"])[0]) == {"bad", "good"}
     run = program("jaxlm.evaluate", f"--workdir={tmp_path / 'pupil'}", "--bootstrap=0")
     assert "accuracy" in run.stdout
+
+
+# ---------------------------------------------------------------- a schedule that is changed at a resume
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ({"train__steps": 500}, {"train__steps": 1000}, "train.steps 500 -> 1000"),
+        ({"optim__schedule": "constant"}, {"optim__schedule": "linear"}, "optim.schedule constant -> linear"),
+        ({"optim__warmup_steps": 0}, {"optim__warmup_steps": 800}, "optim.warmup_steps 0 -> 800"),
+        ({"optim__end_factor": 0.1}, {"optim__end_factor": 0.5}, "optim.end_factor 0.1 -> 0.5"),
+        ({}, {"optim__learning_rate": 1e-3}, "optim.learning_rate 0.01 -> 0.001"),
+        ({"optim__name": "muon"}, {"optim__name": "muon", "optim__adam_learning_rate": 1e-3}, "Adam's part"),
+        ({}, {}, None),
+        ({"train__steps": 600}, {"train__steps": 1000, "train__stop_at": 500}, None),  # no step is left
+        ({"optim__schedule": "constant", "train__steps": 500}, {"optim__schedule": "constant"}, None),
+        ({"optim__end_factor": 0.1}, {"optim__end_factor": 0.1001}, None),  # by a thousandth: no jump
+        ({}, {"optim__adam_learning_rate": 1e-3}, None),  # which adamw doesn't follow
+    ],
+    ids=str,
+)
+def test_a_learning_rate_that_jumps_at_a_resume_is_told(before, after, named):
+    usual = {"train__steps": 1000, "optim__warmup_steps": 25}
+    old, new = (small_config(**usual | settings) for settings in (before, after))
+    line = rate_jump(new, {"config": json.loads(json.dumps(flatten(old)))}, 500, 0)
+    if named is None:
+        assert line == ""
+        return
+    assert named in line and "\n" not in line
+    assert rate_jump(new, {}, 500, 0) == "", "a new run"
+    key = "adam_learning_rate" if "Adam" in named else "learning_rate"
+    was, now = (float(schedule(config, config.optim[key])(500)) for config in (old, new))
+    assert f"at step 501 was {was:.2e} under the checkpoint's config, and is {now:.2e} now" in line
+
+
+def test_steps_that_were_dropped_do_not_count_for_the_rate_that_is_told():
+    old, new = small_config(train__steps=500), small_config(train__steps=1000)
+    line = rate_jump(new, {"config": flatten(old)}, 500, 100)
+    assert f"was {float(schedule(old, old.optim.learning_rate)(400)):.2e}" in line

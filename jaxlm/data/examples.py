@@ -211,6 +211,19 @@ def label_names(config: ConfigDict) -> tuple[str, ...]:
     return tuple(names)
 
 
+def first_learned(piece: dict, task: str) -> int:
+    """Positions of a piece, from its beginning, that hold something to learn: a target that counts.
+
+    Of a pair (dpo) that is one of each side, of qa the whole answer; what has no weights is learned from the first on.
+    """
+    if task == "qa":  # half an answer is none
+        return int(np.argmax(piece["targets"] & STOP > 0)) + 1
+    if task in LABELLED or "weights" not in piece:
+        return 1
+    counts = piece["weights"] > 0
+    return int(counts.argmax(axis=-1).max()) + 1
+
+
 class Examples:
     """The rows of config.data.train, or of another file, as a source of batches.
 
@@ -243,8 +256,14 @@ class Examples:
         if task == "qa" and examples is None:
             self.tell_inexact()
         self.weigh(names)
+        self.learnable = np.ones(len(self.pieces), bool)  # of which a target is left where they are cut off
+        if examples is None:
+            self.leave_out()
         self.rows = self.pack()
-        digest = hashlib.sha256(json.dumps([self.examples, names, data.lowercase], default=str).encode())
+        known = [self.examples, names, data.lowercase]
+        if not self.learnable.all():  # the batches of older versions had them
+            known.append(int(self.learnable.sum()))
+        digest = hashlib.sha256(json.dumps(known, default=str).encode())
         self.fingerprint = hashlib.sha256((digest.hexdigest() + self.tokenizer.fingerprint).encode()).hexdigest()
 
     @property
@@ -285,8 +304,40 @@ class Examples:
             for piece in self.pieces:
                 piece["weights"] = piece["weights"] * (len(every) / len(names) / counts)[piece["targets"]]
 
+    def leave_out(self) -> None:
+        """Finds the training examples of which cutting leaves nothing to learn. Raises DataError where all are so."""
+        needs = np.array([first_learned(piece, self.config.task.name) for piece in self.pieces], int)
+        left = needs <= self.config.data.seq_len
+        if left.all():
+            return
+        if not left.any():
+            raise DataError(self.nothing_left(needs))
+        then = "do not count in the loss"
+        if self.split == "train":
+            self.learnable = left
+            then = "are left out"
+        LOGGER.warning(
+            f"{(~left).sum():,} of {len(left):,} {self.split} examples {then}: what is to be learned of them lies "
+            f"beyond data.seq_len={self.config.data.seq_len}; --config.data.seq_len={needs.max()} would reach it in all"
+        )
+
+    def nothing_left(self, needs: np.ndarray) -> str:
+        """What is wrong where no example has a target left, and the lengths that would do."""
+        d = self.config.data
+        files = d.train if self.split == "train" else d.val
+        longest = max(piece_lengths(piece)[0] for piece in self.pieces)
+        return (
+            f"{files}: nothing is left to learn of any of the {len(needs):,} {self.split} examples: what comes before "
+            f"it fills data.seq_len={d.seq_len}, and the rest is cut off. Give --config.data.seq_len={longest}, which "
+            f"holds all of them whole; {needs.max()} would do for something of each, {needs.min()} for something of one"
+        )
+
     def order(self) -> np.ndarray:
-        """Numbers of the examples, shuffled once; with balanced sampling the rare classes repeated."""
+        """Numbers of the examples to learn or to measure on, shuffled once; balanced sampling repeats rare classes."""
+        numbers = self.shuffled()
+        return numbers[self.learnable[numbers]]
+
+    def shuffled(self) -> np.ndarray:
         rng = np.random.default_rng(self.config.seed)
         if self.split != "train":
             return np.arange(len(self.pieces))
@@ -299,7 +350,7 @@ class Examples:
 
     def pack(self) -> list[list[int]]:
         """First fit into the rows that are still open; validation examples stay in order. Says how many are cut."""
-        d, rows, lost = self.config.data, [], 0
+        d, rows = self.config.data, []
         most = d.examples_per_row if d.pack else 1
         lengths = np.array([piece_lengths(piece) for piece in self.pieces]).reshape(-1, 2)
         taken, space = np.minimum(lengths, (d.seq_len, d.enc_len)), np.zeros((OPEN, 2), int)
@@ -321,15 +372,10 @@ class Examples:
             if not (targets[: d.seq_len] & STOP).any():
                 self.pieces[i] |= {"targets": targets & ALLOWED, "weights": np.zeros(len(targets), np.float32)}
         if len(cut):
-            if self.config.task.name not in LABELLED:
-                lost = sum(
-                    not self.pieces[i]["weights"][..., : d.seq_len].any() for i in cut if "weights" in self.pieces[i]
-                )
             source = f" (sources: data.enc_len={d.enc_len})" if lengths[:, 1].any() else ""
             LOGGER.warning(
                 f"{len(cut):,} of {len(self.pieces):,} {self.split} examples are longer than data.seq_len={d.seq_len}"
                 f"{source} and are cut off there, the longest has {lengths.max():,} tokens"
-                + (f"; of {lost:,} of them nothing is left to learn" if lost else "")
             )
         return rows
 
