@@ -17,7 +17,7 @@ from jaxlm.data.examples import encoder_of
 from jaxlm.data.pipeline import eval_rows
 from jaxlm.data.tokenizer import Words
 from jaxlm.data.transforms import Vocabulary, join
-from jaxlm.decode import generate_tokens, pad_prompts
+from jaxlm.decode import generate_tokens, pad_prompts, size_for
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.keys import HEADED, MESH_AXES, ROLES, SILENT, TWO_SIDED, WRITTEN
 from jaxlm.losses import mesh_order, token_losses
@@ -132,7 +132,7 @@ class LM:
                 self.model, self.params, padded, lengths, seeds.astype(np.uint32), eos_id=self.tokenizer.eos_id,
                 **numbers,
             )  # fmt: skip
-        return [self._text(prompt, row, stop) for prompt, row in zip(ids, fetch(out))]
+        return [self._text(prompt, row, stop) for prompt, row in zip(ids, out)]
 
     def answer(self, examples, **options) -> list:
         """What a fine-tuned model says to examples: dicts of the columns of its task, or strings of the first of them.
@@ -186,10 +186,20 @@ class LM:
             raise ConfigError(f"a model of task mlm foretells hidden tokens: {text!r} has no [MASK] in it")
         first, *rest = map(self.tokenizer.encode, parts)
         ids = join(first, *(piece for part in rest for piece in (vocab.mask, part)))
-        logits = self.logits(ids[None])[0, ids == vocab.mask, : self.tokenizer.vocab_size]
+        logits = self._logits_of(ids)[ids == vocab.mask, : self.tokenizer.vocab_size]
         chances = np.asarray(jax.nn.softmax(logits))
         best = np.argsort(-chances)[:, :5]
         return [[(self.tokenizer.decode([i]), round(float(p[i]), 6)) for i in five] for five, p in zip(best, chances)]
+
+    def _logits_of(self, ids: np.ndarray) -> np.ndarray:
+        """float32 [len(ids), V]: `logits` of one text, padded to a size so that few lengths are compiled."""
+        length = len(ids)
+        size = size_for(length, 16)
+        tokens, segments, positions = np.zeros((3, 1, size), np.int32)
+        tokens[0, :length] = ids
+        segments[0, :length] = 1
+        positions[0, :length] = np.arange(length)
+        return self.logits(tokens, segments, positions)[0, :length]
 
     def _require_text(self, what: str) -> None:
         task = self.config.task.name
