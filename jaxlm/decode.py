@@ -12,24 +12,89 @@ from flax import linen as nn
 
 from jaxlm.kernels.attention import NEVER
 from jaxlm.models import next_logits
+from jaxlm.parallel.hosts import fetch
+
+COLDEST = 1e-30  # a temperature below which no difference of float32 logits leaves a choice
+WARMEST = 1e30  # and one above which none of them matters
+BIG = 1024  # sizes from here on are its multiples
+MANY = 64  # rows of a batch, likewise
 
 
-def sample(logits_BV, keys_B, temperature, top_k: int, top_p: float) -> jax.Array:
-    """int32 [B]. temperature 0: the likeliest. top_k, top_p: keep the k likeliest, the likeliest of mass p; 0: off."""
-    if temperature == 0:
+def sample(logits_BV, keys_B, temperature, top_k, top_p) -> jax.Array:
+    """int32 [B]. temperature 0: the likeliest. top_k, top_p: keep the k likeliest, the likeliest of mass p; 0: off.
+
+    The last three are scalars, numbers or traced: one program serves all of their values. What a value does not ask
+    for is not computed: sorting a vocabulary costs more than a token of a small model.
+    """
+    temperature = jnp.asarray(temperature, jnp.float32)
+    top_k = jnp.asarray(top_k, jnp.int32)
+    top_p = jnp.asarray(top_p, jnp.float32)
+
+    def likeliest(logits_BV):
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / temperature
-    if top_k or top_p:
-        descending = -jnp.sort(-logits_BV, axis=-1)
-        lowest = jnp.full((logits_BV.shape[0], 1), -jnp.inf)
-        if top_k:
-            lowest = descending[:, min(top_k, logits_BV.shape[1]) - 1, None]
-        if top_p:  # nucleus sampling (Holtzman et al. 2020): the token that crosses p is kept
-            before = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1) - jax.nn.softmax(descending, axis=-1)
-            nucleus = jnp.where(before < top_p, descending, jnp.inf)
-            lowest = jnp.maximum(lowest, jnp.min(nucleus, axis=-1, keepdims=True))
-        logits_BV = jnp.where(logits_BV < lowest, -jnp.inf, logits_BV)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+    def cut(logits_BV):
+        return cut_tail(logits_BV, top_k, top_p)
+
+    def uncut(logits_BV):
+        return logits_BV
+
+    def draw(logits_BV):
+        logits_BV = logits_BV / temperature
+        logits_BV = jax.lax.cond((top_k > 0) | (top_p > 0), cut, uncut, logits_BV)
+        return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+    return jax.lax.cond(temperature == 0, likeliest, draw, logits_BV)
+
+
+def cut_tail(logits_BV, top_k, top_p) -> jax.Array:
+    """[B, V]: the logits, -inf where they are below the top_k largest or outside of the likeliest of mass top_p.
+
+    Nucleus sampling (Holtzman et al. 2020): the token that crosses top_p is kept. 0: off.
+    """
+    V = logits_BV.shape[1]
+    descending_BV = -jnp.sort(-logits_BV, axis=-1)
+    kth = jnp.clip(top_k, 1, V) - 1
+    kth_B1 = jax.lax.dynamic_slice_in_dim(descending_BV, kth, 1, axis=1)
+    chances_BV = jax.nn.softmax(descending_BV, axis=-1)
+    before_BV = jnp.cumsum(chances_BV, axis=-1) - chances_BV
+    nucleus_BV = jnp.where(before_BV < top_p, descending_BV, jnp.inf)
+    crossing_B1 = jnp.min(nucleus_BV, axis=-1, keepdims=True)
+    lowest_B1 = jnp.where(top_k > 0, kth_B1, -jnp.inf)
+    lowest_B1 = jnp.where(top_p > 0, jnp.maximum(lowest_B1, crossing_B1), lowest_B1)
+    return jnp.where(logits_BV < lowest_B1, -jnp.inf, logits_BV)
+
+
+def as_float32(temperature: float, top_p: float) -> tuple[np.float32, np.float32]:
+    """The two as a program takes them, where they are too small or too large for float32 too."""
+    if temperature < COLDEST:
+        temperature = 0.0
+    if top_p >= 1:  # all tokens: nothing is to be sorted
+        top_p = 0.0
+    elif top_p > 0:
+        top_p = max(top_p, float(np.finfo(np.float32).tiny))  # 0 would be off
+    return np.float32(min(temperature, WARMEST)), np.float32(top_p)
+
+
+def size_for(number: int, least: int, most: int = BIG) -> int:
+    """The size in which `number` of something has room: a power of two from `least` to `most`, then multiples of that.
+
+    A program is compiled for each size, not for each number.
+    """
+    if number > most:
+        return -(-number // most) * most
+    return max(least, 1 << (max(int(number), 1) - 1).bit_length())
+
+
+def fill_rows(*arrays):
+    """The arrays [B, ...] with their first row again, up to a size: few numbers of rows are compiled. None stays."""
+
+    def fill(x):
+        x = np.asarray(x)
+        missing = size_for(len(x), 1, MANY) - len(x)
+        return np.concatenate([x, np.repeat(x[:1], missing, axis=0)])
+
+    return jax.tree.map(fill, arrays)
 
 
 def start(model, params, prompts_BP, lengths_B, length: int, source: dict | None, whole: bool):
@@ -52,18 +117,32 @@ def start(model, params, prompts_BP, lengths_B, length: int, source: dict | None
     return logits_BV, forward, cache
 
 
-@partial(jax.jit, static_argnames=("model", "max_tokens", "temperature", "top_k", "top_p", "eos_id", "whole"))
 def generate_tokens(
     model: nn.Module, params, prompts_BP, lengths_B, seeds_B, source=None, *, max_tokens, temperature, top_k, top_p,
     eos_id, whole=False,
-):  # fmt: skip
+) -> np.ndarray:  # fmt: skip
     """int32 [B, max_tokens]: what follows each prompt; eos_id, or 0, after the end.
 
-    seeds: a row's text depends on its own seed alone. The others: see `start`.
+    seeds: a row's text depends on its own seed alone. The others: see `start`. One program serves a model, a shape of
+    prompts and a size of max_tokens (`size_for`), whatever the other numbers are.
     """
+    B = len(prompts_BP)
+    temperature, top_p = as_float32(temperature, top_p)
+    rows = fill_rows(prompts_BP, lengths_B, seeds_B, source)
+    numbers = np.int32(max_tokens), temperature, np.int32(top_k), top_p
+    out = sampled(model, params, *rows, *numbers, room=size_for(max_tokens, 64), eos_id=eos_id, whole=whole)
+    return fetch(out)[:B, :max_tokens]
+
+
+@partial(jax.jit, static_argnames=("model", "room", "eos_id", "whole"))
+def sampled(
+    model: nn.Module, params, prompts_BP, lengths_B, seeds_B, source, max_tokens, temperature, top_k, top_p, *, room,
+    eos_id, whole,
+):  # fmt: skip
+    """int32 [B, room]: generate_tokens, of which the first max_tokens count."""
     B, end = len(prompts_BP), 0 if eos_id is None else eos_id
     keys_B = jax.vmap(jax.random.key)(seeds_B)
-    logits_BV, forward, cache = start(model, params, prompts_BP, lengths_B, max_tokens, source, whole)
+    logits_BV, forward, cache = start(model, params, prompts_BP, lengths_B, room, source, whole)
 
     def more(carry):
         i, _, _, done_B, _ = carry
@@ -78,21 +157,34 @@ def generate_tokens(
         logits_BV, cache = forward(token_B[:, None], jnp.ones((B, 1), jnp.int32), (lengths_B + i)[:, None], cache)
         return i + 1, logits_BV, cache, done_B, out_BM
 
-    zero, out_BM = jnp.zeros((), jnp.int32), jnp.full((B, max_tokens), end, jnp.int32)
+    zero, out_BM = jnp.zeros((), jnp.int32), jnp.full((B, room), end, jnp.int32)
     return jax.lax.while_loop(more, step, (zero, logits_BV, cache, jnp.zeros(B, bool), out_BM))[-1]
 
 
-@partial(jax.jit, static_argnames=("model", "max_tokens", "beams", "eos_id", "whole"))
 def beam_search(
     model: nn.Module, params, prompts_BP, lengths_B, source=None, *, max_tokens, beams, length_penalty, eos_id,
     whole=False,
-):  # fmt: skip
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """(int32 [B, K, max_tokens], scores [B, K]): the K best continuations, the best first; eos_id after the end.
 
     A score is the sum of log-probabilities over ((5 + length) / 6) ** length_penalty (Wu et al. 2016). The 2 K best
-    extensions of K hypotheses always hold K that have not ended. The others: see `start`.
+    extensions of K hypotheses always hold K that have not ended. The others: see `start`; what is compiled anew: see
+    `generate_tokens`, and for each number of beams.
     """
-    B, K, M = len(prompts_BP), beams, max_tokens
+    B = len(prompts_BP)
+    rows = fill_rows(prompts_BP, lengths_B, source)
+    numbers = np.int32(max_tokens), np.float32(length_penalty)
+    sizes = {"beams": beams, "room": size_for(max_tokens, 64)}
+    texts, scores = searched(model, params, *rows, *numbers, **sizes, eos_id=eos_id, whole=whole)
+    return fetch(texts)[:B, :, :max_tokens], fetch(scores)[:B]
+
+
+@partial(jax.jit, static_argnames=("model", "beams", "room", "eos_id", "whole"))
+def searched(
+    model: nn.Module, params, prompts_BP, lengths_B, source, max_tokens, length_penalty, *, beams, room, eos_id, whole
+):
+    """(int32 [B, K, room], scores [B, K]): beam_search, of which the first max_tokens count."""
+    B, K, M = len(prompts_BP), beams, room
     logits_BV, forward, cache = start(model, params, prompts_BP, lengths_B, M, source, whole)
     V = logits_BV.shape[1]
     flat = lambda x: x.reshape(B * K, *x.shape[2:])
@@ -108,8 +200,8 @@ def beam_search(
 
     def more(carry):
         i, _, _, alive_BK, _, done_BK, _ = carry
-        hope_B = alive_BK.max(axis=1) / penalty(M)  # log-probabilities only fall: no hypothesis can end better
-        return (i < M) & jnp.any(hope_B > done_BK.min(axis=1))
+        hope_B = alive_BK.max(axis=1) / penalty(max_tokens)  # log-probabilities only fall: none can end better
+        return (i < max_tokens) & jnp.any(hope_B > done_BK.min(axis=1))
 
     def step(carry):
         i, logits_BKV, cache, alive_BK, alive_BKM, done_BK, done_BKM = carry
@@ -118,7 +210,7 @@ def beam_search(
         beam_BJ, token_BJ = index_BJ // V, (index_BJ % V).astype(jnp.int32)
         text_BJM = jax.lax.dynamic_update_slice_in_dim(pick(alive_BKM, beam_BJ), token_BJ[..., None], i, axis=2)
         ended_BJ = (token_BJ == eos_id) if eos_id is not None else jnp.zeros_like(token_BJ, bool)
-        ended_BJ |= i + 1 == M  # what is cut off counts too
+        ended_BJ |= i + 1 == max_tokens  # what is cut off counts too
         counts_BJ = ended_BJ & (jnp.arange(2 * K) < K)  # of the K best: so that one beam is greedy
         done_BK, done_BKM = best(
             jnp.concatenate([done_BK, jnp.where(counts_BJ, score_BJ / penalty(i + 1), NEVER)], axis=1),
@@ -138,10 +230,10 @@ def beam_search(
     return done_BKM, done_BK
 
 
-def pad_prompts(prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """(int32 [B, P], lengths [B]): each prompt at the right end, P a power of two so that few shapes are compiled."""
+def pad_prompts(prompts: list[np.ndarray], least: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 [B, P], lengths [B]): each prompt at the right end of its row, P a size of at least `least`."""
     lengths = np.array([len(p) for p in prompts], np.int32)
-    P = 1 << max(int(lengths.max()) - 1, 15).bit_length() if lengths.max() > 1 else 1
+    P = size_for(lengths.max(), least)
     padded = np.zeros((len(prompts), P), np.int32)
     for row, prompt in zip(padded, prompts):
         row[P - len(prompt) :] = prompt

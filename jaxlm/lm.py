@@ -1,6 +1,7 @@
 """A trained model in Python: `lm = jaxlm.load(PATH)`, then lm.logits, lm.loss and lm.generate, on any mesh."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import PurePath
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxlm.arguments import Arguments, examples_of
+from jaxlm.arguments import Arguments, columns_of, examples_of, options_of, sampling_of
 from jaxlm.checkpoint import Checkpoints, config_of, tokenizer_of
 from jaxlm.cli import did_you_mean
 from jaxlm.config import mesh_sizes
@@ -17,9 +18,9 @@ from jaxlm.data.examples import Encoder
 from jaxlm.data.pipeline import eval_rows
 from jaxlm.data.tokenizer import Words
 from jaxlm.data.transforms import Vocabulary, join
-from jaxlm.decode import generate_tokens, pad_prompts
+from jaxlm.decode import generate_tokens, pad_prompts, size_for
 from jaxlm.errors import ConfigError, UserError
-from jaxlm.keys import HEADED, MESH_AXES, ROLES, SILENT, TWO_SIDED, WRITTEN
+from jaxlm.keys import ANSWERING, HEADED, MESH_AXES, ROLES, SILENT, TWO_SIDED, WRITTEN
 from jaxlm.losses import mesh_order, token_losses
 from jaxlm.meshes import fits
 from jaxlm.models import build, next_logits
@@ -29,6 +30,15 @@ from jaxlm.respond import label, write
 from jaxlm.state import abstract_state, state_shardings
 
 SPELLED = ("bytes", "chars")  # tokenizers whose tokens are not words, nor parts of words, with the space before them
+
+
+HEADS = {  # what the models of keys.HEADED are
+    "classify": "a classifier: it has scores of classes",
+    "multilabel": "a classifier: it has scores of labels",
+    "regress": "a regressor: it has one number a text",
+    "tag": "a tagger: it has scores of tags",
+    "qa": "a reader: it has scores of where an answer begins and ends",
+}
 
 
 class TextLoss(NamedTuple):
@@ -52,16 +62,9 @@ class LM:
 
         segments: tokens see only their own number; None: each row is one document. positions: None: 0, 1, ...
         """
-        tokens = np.asarray(tokens, np.int32)
-        if tokens.ndim != 2:
-            raise ConfigError(f"lm.logits: tokens must be [batch, length], not of shape {tokens.shape}")
+        self._require_next()
+        tokens, segments, positions = arrays_of(tokens, segments, positions)
         self._require_range(tokens)
-        for name, value in (("segments", segments), ("positions", positions)):
-            if value is not None and np.shape(value) != tokens.shape:
-                raise UserError(
-                    f"lm.logits: {name} must have the shape of tokens {tokens.shape}, not {np.shape(value)}"
-                )
-        segments, positions = (None if x is None else np.asarray(x, np.int32) for x in (segments, positions))
         self._require_length(tokens.shape[1] if positions is None else int(np.max(positions)) + 1)
         with jax.set_mesh(self.mesh):
             return fetch(forward_logits(self.model, self.params, tokens, segments, positions))
@@ -71,10 +74,12 @@ class LM:
 
         Where the tokenizer has no beginning-of-text token (chars), the first token of a text cannot be predicted and
         does not count. A text without a counted token has nan, and so has the size in bits of one by a tokenizer of
-        words, which does not know them all.
+        words, which does not know them all. Raises ConfigError of what is no text.
         """
         self._require_text("loss")
-        texts = [texts] if isinstance(texts, str) else texts
+        read = Arguments("lm.loss")
+        texts = read.texts("texts", texts)
+        read.refuse()
         T = self.config.data.seq_len
         rows, owners = [], []
         for owner, text in enumerate(texts):
@@ -132,7 +137,7 @@ class LM:
                 self.model, self.params, padded, lengths, seeds.astype(np.uint32), eos_id=self.tokenizer.eos_id,
                 **numbers,
             )  # fmt: skip
-        return [self._text(prompt, row, stop) for prompt, row in zip(ids, fetch(out))]
+        return [self._text(prompt, row, stop) for prompt, row in zip(ids, out)]
 
     def answer(self, examples, **options) -> list:
         """What a fine-tuned model says to examples: dicts of the columns of its task, or strings of the first of them.
@@ -141,30 +146,43 @@ class LM:
         of columns that the task does not have, and of those that it lacks.
 
         classify, multilabel: {label: probability} each; regress: a number; tag: the tag of each word; qa: text of the
-        context; seq2seq, sft, dpo: the text that it writes. options: see jaxlm.respond.write; beams=4, say.
+        context; seq2seq, sft, dpo: the text that it writes. options, of these three alone: beams, length_penalty,
+        max_tokens (eval.max_tokens), temperature (0: greedy), top_k, top_p, seed, stop: as those of `generate`.
         mlm, of strings: for each [MASK], a hidden token, the five likeliest as (token, probability).
         """
-        task, d = self.config.task.name, self.config.data
-        if task == "mlm":
-            return [self._fill(text) for text in ([examples] if isinstance(examples, str) else examples)]
-        if task not in ROLES:
+        task = self.config.task.name
+        if task not in ANSWERING:
             use = "; use lm.generate, lm.loss or lm.logits" * (task not in SILENT)
             raise UserError(f"lm.answer: task {task} has no examples to answer{use}")
-        columns = tuple(role.removesuffix("?") for role in ROLES[task])
-        examples = examples_of(task, columns, examples)
+        stop, options = options_of(task, options)
+        if task == "mlm":
+            read = Arguments("lm.answer")
+            texts = read.texts("examples", examples)
+            read.refuse()
+            return [self._fill(text) for text in texts]
+        examples = examples_of(task, columns_of(task), examples)
         with jax.set_mesh(self.mesh):
-            if task in WRITTEN:
-                encode = Encoder(self.tokenizer, d.lowercase)
-                return write(self.config, self.params, Vocabulary(self.tokenizer, task), encode, examples, **options)
-            return label(self.config, self.params, self.tokenizer, examples)
+            if task not in WRITTEN:
+                return label(self.config, self.params, self.tokenizer, examples)
+            encode = Encoder(self.tokenizer, self.config.data.lowercase)
+            vocab = Vocabulary(self.tokenizer, task)
+            texts = write(self.config, self.params, vocab, encode, examples, **options)
+        return [cut_before(text, stop) for text in texts]
 
     def neighbors(self, word: str, count: int = 10) -> list[tuple[str, float]]:
         """The tokens whose embeddings have the largest cosine similarity with the mean of the word's, and that.
 
-        Where a word after a space is fewer tokens, as most are to sentencepiece, these are meant.
+        Where a word after a space is fewer tokens, as most are to sentencepiece, these are meant. Raises ConfigError
+        of a word that is no text and of a count below 1.
         """
         if "embed" not in self.params or "tokens" not in self.params["embed"] or self.config.model.name == "bag":
             raise UserError(f"lm.neighbors: model.name={self.config.model.name} has no embeddings of tokens")
+        read = Arguments("lm.neighbors")
+        word = read.text("word", word)
+        count = read.whole("count", count, 1, "at least 1")
+        if word is not None and not word.strip():
+            read.must("word", word, "a text that is not empty")
+        read.refuse()
         texts = (word,) if self.tokenizer.name in SPELLED else (word, f" {word}")
         ids = min(map(self.tokenizer.encode, texts), key=len)
         said = self.tokenizer.decode(ids)
@@ -183,20 +201,35 @@ class LM:
         if self.tokenizer.name not in SPELLED:  # the space before a hidden token is of that token
             parts[:-1] = [part.rstrip(" ") for part in parts[:-1]]
         if len(parts) < 2:
-            raise ConfigError(f"a model of task mlm foretells hidden tokens: {text!r} has no [MASK] in it")
+            raise ConfigError(f"lm.answer: a model of task mlm foretells hidden tokens: {text!r} has no [MASK] in it")
         first, *rest = parts
         ids = [self.tokenizer.encode(first)]
         for part in rest:
             ids += [vocab.mask, self.tokenizer.encode(part, after="[MASK]")]
         ids = join(*ids)
-        logits = self.logits(ids[None])[0, ids == vocab.mask, : self.tokenizer.vocab_size]
+        logits = self._logits_of(ids)[ids == vocab.mask, : self.tokenizer.vocab_size]
         chances = np.asarray(jax.nn.softmax(logits))
         best = np.argsort(-chances)[:, :5]
         return [[(self.tokenizer.decode([i]), round(float(p[i]), 6)) for i in five] for five, p in zip(best, chances)]
 
+    def _logits_of(self, ids: np.ndarray) -> np.ndarray:
+        """float32 [len(ids), V]: `logits` of one text, padded to a size so that few lengths are compiled."""
+        length = len(ids)
+        size = size_for(length, 16)
+        tokens, segments, positions = np.zeros((3, 1, size), np.int32)
+        tokens[0, :length] = ids
+        segments[0, :length] = 1
+        positions[0, :length] = np.arange(length)
+        return self.logits(tokens, segments, positions)[0, :length]
+
     def _require_text(self, what: str) -> None:
         task = self.config.task.name
-        if task in HEADED or task == "mlm":
+        if task == "mlm":
+            raise UserError(
+                f"lm.{what}: a model of task mlm foretells hidden tokens, none that follow; use lm.answer with [MASK] "
+                'in the text, as in lm.answer("to [MASK] or not to be")'
+            )
+        if task in HEADED:
             raise UserError(f"lm.{what}: a model of task {task} foretells no tokens that follow; use lm.answer")
         if task in TWO_SIDED:
             use = "; use lm.answer" * (task in ROLES)
@@ -220,7 +253,18 @@ class LM:
         ids = ids[: ends[0]] if len(ends) else ids
         # Decoded together: some tokenizers drop a space at the beginning of a text.
         text = self.tokenizer.decode(np.concatenate([prompt, ids]))[len(self.tokenizer.decode(prompt)) :]
-        return text[: min((text.find(s) for s in stop if s and s in text), default=len(text))]
+        return cut_before(text, stop)
+
+    def _require_next(self) -> None:
+        """Raises UserError where there are no logits of tokens, or none without a source."""
+        task = self.config.task.name
+        if task in HEADED:
+            raise UserError(f"lm.logits: a model of task {task} is {HEADS[task]}, not of tokens; use lm.answer")
+        if task == "skipgram":
+            raise UserError("lm.logits: a model of task skipgram has embeddings, no logits; use lm.neighbors")
+        if self.config.model.name in ("encoder_decoder", "lstm_seq2seq"):
+            use = "; use lm.answer" * (task in ROLES)
+            raise UserError(f"lm.logits: a model of task {task} reads a source first{use}")
 
     def _predicted_bytes(self, text: str) -> float:
         if isinstance(self.tokenizer, Words):
@@ -245,7 +289,7 @@ class LM:
     def _require_range(self, tokens: np.ndarray) -> None:
         vocab = self.config.model.vocab_size
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab:
-            raise ConfigError(f"token ids must be in [0, {vocab}), not {tokens.min()} ... {tokens.max()}")
+            raise ConfigError(f"lm.logits: tokens must be in [0, {vocab}), not {tokens.min()} ... {tokens.max()}")
 
     def _require_length(self, length: int) -> None:
         limit = self.config.model.context_length
@@ -253,21 +297,30 @@ class LM:
             raise ConfigError(f"learned positions end at {limit}: {length} tokens (prompt and max_tokens) are too many")
 
 
-def sampling_of(prompts, stop, given: dict) -> tuple[list[str], list[str], dict]:
-    """(prompts, stop strings, the numbers by name) of what was given to lm.generate. Raises ConfigError."""
-    read = Arguments("lm.generate")
-    prompts = read.texts("prompts", prompts)
-    stop = [] if stop is None else read.texts("stop", stop)
-    numbers = {
-        "max_tokens": read.whole("max_tokens", given["max_tokens"], 1, "from 1 to 1,000,000", 1_000_000),
-        "temperature": read.real("temperature", given["temperature"], 0, math.inf, "0 (greedy) or positive"),
-        "top_k": read.whole("top_k", given["top_k"], 0, "0 (off) or positive", 2**31 - 1),
-        "top_p": read.real("top_p", given["top_p"], 0, 1, "0 (off) or a probability"),
-        "num_samples": read.whole("num_samples", given["num_samples"], 1, "at least 1"),
-        "seed": read.whole("seed", given["seed"], None, "of any size"),
-    }
+def arrays_of(tokens, segments, positions) -> tuple:
+    """The three as int32 [batch, length], the last two also None, of what was given to lm.logits."""
+    read = Arguments("lm.logits")
+    rule = "ids, whole numbers of shape [batch, length], rows of equal lengths"
+    tokens = read.integers("tokens", tokens, rule)
+    if segments is not None:
+        segments = read.integers("segments", segments, "whole numbers in the shape of tokens")
+    if positions is not None:
+        positions = read.integers("positions", positions, "whole numbers in the shape of tokens")
     read.refuse()
-    return prompts, stop, numbers
+    if tokens.ndim != 2 or not tokens.size:
+        raise ConfigError(f"lm.logits: tokens must be [batch, length], not of shape {tokens.shape}")
+    for name, value in (("segments", segments), ("positions", positions)):
+        if value is not None and value.shape != tokens.shape:
+            raise ConfigError(f"lm.logits: {name} must have the shape of tokens {tokens.shape}, not {value.shape}")
+    if positions is not None and positions.min() < 0:
+        raise ConfigError(f"lm.logits: positions must be 0 or more, not {positions.min()}")
+    return tokens, segments, positions
+
+
+def cut_before(text: str, stop: list[str]) -> str:
+    """The text up to the first of these strings."""
+    places = [text.find(string) for string in stop if string and string in text]
+    return text[: min(places, default=len(text))]
 
 
 @partial(jax.jit, static_argnames="model")
@@ -283,12 +336,32 @@ def row_losses(model, params, batch, config):
     return (token_losses(model, params, batch, places, config)[0] * batch["weights"]).sum(axis=1)
 
 
+def require_loadable(path, step, mesh) -> int | str:
+    """The step, where these can be arguments of `load`. Raises ConfigError."""
+    read = Arguments("jaxlm.load")
+    if not isinstance(path, (str, PurePath)) or not str(path).strip():
+        read.must("path", path, "the run directory of jaxlm.train (its --workdir)")
+    if not isinstance(step, str):
+        step = read.whole("step", step, 0, "or latest or best")
+    if mesh is not None and not isinstance(mesh, Mapping):
+        read.must("mesh", mesh, 'sizes of axes, such as {"tensor": 4}, or None')
+    elif mesh is not None and not all(map(is_axis_size, mesh.values())):
+        read.must("mesh", mesh, "of sizes that are whole numbers from 1 on, or -1 for the devices that are left")
+    read.refuse()
+    return step
+
+
+def is_axis_size(size) -> bool:
+    return type(size) is int and (size > 0 or size == -1)
+
+
 def load(path: str | PurePath, *, step: str | int = "latest", mesh: dict[str, int] | None = None) -> LM:
     """The model of a run directory. step: latest, best or a number. mesh: sizes of axes, such as {"tensor": 4}.
 
     Without `mesh`: the run's own where it fits the devices, else the parameters sharded over all of them. Raises
-    CheckpointError where there is none.
+    CheckpointError where there is none, ConfigError of arguments of another kind.
     """
+    step = require_loadable(path, step, mesh)
     checkpoints = Checkpoints(path)
     step = checkpoints.choose(step)
     meta = checkpoints.meta(step)
@@ -301,8 +374,6 @@ def load(path: str | PurePath, *, step: str | int = "latest", mesh: dict[str, in
     for axis in set(sizes) - set(MESH_AXES):
         hint = did_you_mean(axis, MESH_AXES)
         raise ConfigError(f"mesh: there is no axis {axis}{hint} (they are {', '.join(MESH_AXES)})")
-    if not all(isinstance(size, int) and (size > 0 or size == -1) for size in sizes.values()):
-        raise ConfigError(f"mesh={mesh}: sizes are whole numbers from 1 on, or -1 for the devices that are left")
     if mesh is None and (sizes["stage"] != 1 or not fits(sizes, jax.device_count())):
         sizes = dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1}  # a pipeline has nothing to gain from single tokens
         config.mesh.across = "fsdp"

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     source.close()
     config = merged_config(lm.config, section)
     write_run(output, lm.step, params, meta, config, lm.tokenizer)
-    print(f"step {lm.step} without adapters is in {output}; {proposal(config, output, lm.tokenizer.bos_id)}")
+    print(f"step {lm.step} without adapters is in {output}; {proposal(config, output, lm.tokenizer)}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxlm.errors import DataError
 from jaxlm.keys import ANSWERING, SILENT
 from jaxlm.workdir import in_bucket, write_whole
 
@@ -176,16 +177,32 @@ class Upload:
         """Writes nothing: it may belong to another run by now."""
 
 
-def proposal(config: ConfigDict, workdir: PurePath, bos_id: int | None, flags: str = "") -> str:
-    """The command that shows what a trained model does. bos_id: of its tokenizer."""
+EXAMPLE = '{"question": "Who wrote it?", "context": "Ann wrote it."}'  # of task qa
+
+
+def proposal(config: ConfigDict, workdir: PurePath, tokenizer, flags: str = "") -> str:
+    """The command that shows what a trained model does."""
     task = config.task.name
     program = "evaluate" if task in SILENT else "generate"
     prompt = ""
     if task == "mlm":
-        prompt = ' --prompt="[MASK]"'
-    elif task in ANSWERING or (program == "generate" and bos_id is None):
-        prompt = " --prompt=TEXT"
-    return f"try python -m jaxlm.{program} --workdir={shlex.quote(str(workdir))}{flags}{prompt}"
+        prompt = "[MASK]"
+    elif task == "qa":
+        prompt = EXAMPLE
+    elif task in ANSWERING or (program == "generate" and tokenizer.bos_id is None):
+        prompt = known_text(tokenizer, config.data.lowercase)
+    asked = f" --prompt={shlex.quote(prompt)}" if prompt else ""
+    return f"try python -m jaxlm.{program} --workdir={shlex.quote(str(workdir))}{flags}{asked}"
+
+
+def known_text(tokenizer, lowercase: bool) -> str:
+    """TEXT, for the reader to replace; where a tokenizer of characters lacks these, one that it has."""
+    try:
+        tokenizer.encode("text" if lowercase else "TEXT")
+    except DataError:
+        shown = [character for character in tokenizer.characters if character.isalnum()]
+        return (shown or tokenizer.characters)[0]
+    return "TEXT"
 
 
 def keep_rows(path: PurePath, last_step: int) -> None:

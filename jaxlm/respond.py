@@ -5,12 +5,12 @@ from functools import partial
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.data.examples import Examples, label_names
 from jaxlm.data.rows import piece_lengths
 from jaxlm.data.transforms import ALLOWED, Vocabulary, answer_text, chat, messages_of, words_of
-from jaxlm.decode import beam_search, generate_tokens, pad_prompts
+from jaxlm.decode import beam_search, generate_tokens, pad_prompts, size_for
 from jaxlm.models import build
 from jaxlm.parallel.hosts import fetch
 from jaxlm.state import eval_step
@@ -39,13 +39,21 @@ def one_less_others(chances: np.ndarray) -> np.ndarray:
     return chances
 
 
+@partial(jax.jit, static_argnames="config")
+def scores_of(params, batch, config: FrozenConfigDict):
+    """The scores of a batch: see eval_step. Compiled once for a config, not once a call."""
+    return eval_step(params, batch, config=config)[1]
+
+
 def read_scores(config: ConfigDict, params, source) -> dict[int, np.ndarray]:
     """The scores of all examples of a source, by number."""
-    step, B, rows = jax.jit(partial(eval_step, config=config)), min(BATCH, max(source.num_rows, 1)), []
+    B = min(BATCH, size_for(source.num_rows, 1))
+    config = FrozenConfigDict(config)
+    rows = []
     for start in range(0, source.num_rows, B):
         numbers = np.arange(start, start + B)
-        _, scores = step(params, source.read(numbers, [(0, int(i)) for i in numbers]))
-        rows += list(fetch(scores))
+        batch = source.read(numbers, [(0, int(i)) for i in numbers])
+        rows += list(fetch(scores_of(params, batch, config)))
     return of_examples(source, rows)
 
 
@@ -102,8 +110,9 @@ def write(
         chosen = order[start : start + BATCH]
         B = BATCH if len(order) > BATCH else len(order)
         filled = chosen + [chosen[0]] * (B - len(chosen))
-        prompts, lengths = pad_prompts([asked[i][0][-config.data.seq_len :] for i in filled])
         source = sources([asked[i][1] for i in filled], config.data.enc_len) if asked[0][1] is not None else None
+        least = 1 if source else 16  # what is written after a source begins with one token
+        prompts, lengths = pad_prompts([asked[i][0][-config.data.seq_len :] for i in filled], least)
         options = {"max_tokens": max_tokens, "eos_id": vocab.end_id}
         if beams > 1:
             out, _ = beam_search(
@@ -116,7 +125,7 @@ def write(
                 model, params, prompts, lengths, seeds, source, temperature=float(temperature), top_k=top_k,
                 top_p=float(top_p), **options,
             )  # fmt: skip
-        for i, ids in zip(chosen, fetch(out)):
+        for i, ids in zip(chosen, out):
             ends = np.flatnonzero(ids == vocab.end_id)
             texts[i] = vocab.tokenizer.decode(ids[: ends[0]] if len(ends) else ids)
         tell(start + len(chosen), len(order))
@@ -124,8 +133,9 @@ def write(
 
 
 def sources(ids: list[np.ndarray], limit: int) -> dict[str, np.ndarray]:
-    """enc_tokens and enc_segments [B, S], S the longest to a multiple of 16 so that few shapes are compiled."""
-    length = min(-(-max(map(len, ids)) // 16) * 16, max(limit, 1))
+    """enc_tokens and enc_segments [B, S], S a size that the longest has room in, at most the limit."""
+    longest = max(map(len, ids))
+    length = min(size_for(longest, 16), max(limit, 1))
     tokens = np.zeros((len(ids), length), np.int32)
     for row, source in zip(tokens, ids):
         row[: len(source[:length])] = source[:length]

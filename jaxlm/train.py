@@ -189,7 +189,7 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
     if jax.process_index() == 0:
         why = f"stopped by {signal.Signals(stop.number).name}" if stopped else "done"
         best = " --step=best" if run.best.since and config.checkpoint.keep_best else ""
-        then = "the same command goes on" if stopped else proposal(config, workdir, tokenizer.bos_id, best)
+        then = "the same command goes on" if stopped else proposal(config, workdir, tokenizer, best)
         print(f"{why} at step {last_step}, saved in {checkpoints.path}; {then}")
     return cli.PREEMPTED if stopped else 0
 
