@@ -36,15 +36,15 @@ AT_LEAST_ZERO = (
     "model.balance_loss model.router_z_loss model.balance_rate model.pipeline_microbatches train.stop_at "
     "train.loss_chunk train.z_loss optim.weight_decay optim.l1 optim.clip optim.adam_learning_rate eval.every "
     "eval.batches eval.patience eval.generate eval.max_tokens eval.length_penalty task.focal model.encoder_layers "
-    "model.hidden_dim model.num_labels model.lora_rank data.examples_per_row data.enc_len"
+    "model.hidden_dim model.num_labels model.lora_rank data.examples_per_row data.enc_len task.negatives"
 ).split()
 POSITIVE = (
     "model.norm_eps model.rope_theta model.embed_std model.lora_alpha optim.learning_rate optim.eps task.temperature "
-    "task.beta"
+    "task.beta task.x_max"
 ).split()
 BELOW_ONE = (
     "model.dropout model.recurrent_dropout train.ema optim.b1 optim.b2 optim.momentum task.label_smoothing "
-    "data.word_dropout"
+    "data.word_dropout task.subsample"
 ).split()
 
 
@@ -151,8 +151,8 @@ def task(c: ConfigDict) -> list[str]:
     k, m, d, problems = c.task, c.model, c.data, []
     causal, both_ways, two_sided = ("decoder", "lstm"), ("encoder", "bilstm"), ("encoder_decoder", "lstm_seq2seq")
     kinds = {
-        "lm": (*causal, "ngram"), "mlm": both_ways, "prefix_lm": ("decoder",), "fim": causal, "skipgram": ("decoder",),
-        "sft": causal, "dpo": causal,
+        "lm": (*causal, "ngram"), "mlm": both_ways, "prefix_lm": ("decoder",), "fim": causal,
+        "skipgram": ("vectors", "decoder"), "glove": ("vectors",), "sft": causal, "dpo": causal,
     }.get(k.name, two_sided if k.name in TWO_SIDED else (*both_ways, *causal))  # fmt: skip
     if k.name in LABELLED:
         kinds += ("bag",)
@@ -195,7 +195,7 @@ def task(c: ConfigDict) -> list[str]:
         )
     elif metric in OF_TEXTS and not c.eval.generate:
         problems.append(f"config.eval.metric={metric}: needs texts; set config.eval.generate=100, say")
-    return problems + objective(c) + in_vain(c)
+    return problems + objective(c) + word_vectors(c) + in_vain(c)
 
 
 def objective(c: ConfigDict) -> list[str]:
@@ -216,6 +216,30 @@ def objective(c: ConfigDict) -> list[str]:
         problems.append("config.train.init_from: dpo starts from a model, which is its reference; give a run directory")
     if k.label_smoothing and m.logit_softcap:
         problems.append("config.task.label_smoothing: not with config.model.logit_softcap; set one of them to 0")
+    return problems
+
+
+def word_vectors(c: ConfigDict) -> list[str]:
+    """What the losses of pairs of words cannot do."""
+    glove = c.task.name == "glove"
+    if not glove and not c.task.negatives:
+        return []
+    problems = []
+    this = "task glove" if glove else f"config.task.negatives={c.task.negatives}"
+    if not glove and c.task.name == "skipgram" and c.model.name != "vectors":
+        problems.append(
+            f"config.model.name={c.model.name}: {this} needs two vectors a word and no layers; set vectors, or "
+            "config.task.negatives=0"
+        )
+    if glove and c.data.mixture:
+        problems.append(
+            "config.data.mixture: task glove counts the words of one directory; prepare the texts together, and give "
+            "config.data.path"
+        )
+    flat = flatten(c)
+    for key in ("task.label_smoothing", "task.distill", "train.z_loss", "model.logit_softcap"):
+        if flat[key] and not (glove and key in FOLLOWED):  # which `in_vain` tells
+            problems.append(f"config.{key}={flat[key]}: is of a softmax, which {this} has not; set 0")
     return problems
 
 

@@ -161,10 +161,13 @@ def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     m.context_length = m.context_length or max(c.data.seq_len, c.data.enc_len)
     if c.task.name in ROLES and not c.data.examples_per_row:  # an example of 8 tokens is a short one
         c.data.examples_per_row = max(c.data.seq_len // 8, 1) if c.data.pack else 1
+    m.bias = m.bias or c.task.name == "glove"
     if m.name == "ngram":  # counted, not trained
         m.ngrams = m.ngrams or (m.vocab_size,) * m.order  # until it is
         c.optim.decay = c.optim.rates = ((r".*", 0.0),)
         c.train.steps = c.train.stop_at = 1
+    elif m.name == "vectors" and not m.bias and c.optim.decay == base().optim.decay:
+        c.optim.decay = ((r".*", 1.0),)  # there is no norm and no bias, which a pattern would be for
     elif m.ngram_weights != "none" and c.optim.rates[0] != COUNTED:
         c.optim.rates = (COUNTED, *c.optim.rates)
     elif m.lora_rank and c.optim.rates == ((r".*", 1.0),):  # adapters, and a head that is new

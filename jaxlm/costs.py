@@ -51,6 +51,8 @@ def flops_per_token(config: ConfigDict, params) -> int:
     m, seen = config.model, reach(config)
     if m.name == "ngram":
         return 0
+    if m.name == "vectors" and (config.task.negatives or config.task.name == "glove"):
+        return 6 * m.embed_dim * (1 + config.task.negatives)  # a product with each context
     attended = sum(seen[m.layers[i % len(m.layers)]] for i in range(m.num_layers))
     multiplying = active_parameters(config, params) - embedding_parameters(params)
     attention = 12 * m.num_heads * m.head_dim * attended if m.name in ATTENDING else 0

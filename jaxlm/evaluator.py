@@ -71,7 +71,11 @@ class Evaluator:
         result = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
         if self.config.task.name in (*SCORED, "dpo"):
             return result | ({"pairs": int(sums["weight"])} if self.config.task.name == "dpo" else {})
-        result |= {"perplexity": math.exp(min(result["loss"], 700.0)), "tokens": int(sums["weight"])}
+        if self.config.task.name == "glove":
+            return result | {"pairs": int(sums["weight"])}
+        if not self.config.task.negatives:  # whose nats are of no distribution over the vocabulary
+            result["perplexity"] = math.exp(min(result["loss"], 700.0))
+        result["tokens"] = int(sums["weight"])
         if complete and self.num_bytes:
             result |= {"bits_per_byte": sums["loss"] / math.log(2) / self.num_bytes, "bytes": self.num_bytes}
         return result

@@ -13,7 +13,9 @@ STRATEGIES = {  # mesh.strategy -> the axis that takes the devices left over
 }
 # What is learned from a stream of tokens, and from files of examples: task.name -> the columns of an example, in order
 # (a mark: it may be missing). See jaxlm/data/transforms.py.
-TOKEN_TASKS = ("lm", "mlm", "prefix_lm", "fim", "span_corruption", "ul2", "skipgram")
+FORETELLING = ("lm", "mlm", "prefix_lm", "fim", "span_corruption", "ul2", "skipgram")  # a token, out of all
+TOKEN_TASKS = (*FORETELLING, "glove")
+VECTORS = ("skipgram", "glove")  # what is wanted of them is the vectors of words
 ROLES = {
     "classify": ("text", "label", "text2?"),
     "multilabel": ("text", "label", "text2?"),
@@ -30,11 +32,12 @@ LABELLED = ("classify", "multilabel", "regress")  # one label an example, not on
 HEADED = (*LABELLED, "tag", "qa")  # answered by a head of model.num_labels outputs, not from the vocabulary
 WRITTEN = ("seq2seq", "sft", "dpo")  # answered with a text that the model writes
 ANSWERING = (*ROLES, "mlm")  # models that answer an example
-SILENT = ("span_corruption", "ul2", "skipgram")  # to start others from, or for their embeddings: they answer nothing
+SILENT = ("span_corruption", "ul2", *VECTORS)  # to start others from, or for their embeddings: they answer nothing
 # What an evaluation in training may tell, where the data and the libraries that are here allow it: for eval.metric.
-METRICS = dict.fromkeys((*TOKEN_TASKS, "seq2seq", "sft"), ("loss", "perplexity", "tokens", "divergence"))
+METRICS = dict.fromkeys((*FORETELLING, "seq2seq", "sft"), ("loss", "perplexity", "tokens", "divergence"))
 METRICS["lm"] += ("bits_per_byte", "bytes")
 METRICS |= {
+    "glove": ("loss", "pairs"),
     "classify": (
         "loss", "accuracy", "precision", "recall", "f1", "f1_micro", "f1_positive", "auc", "log_loss", "divergence"
     ),
@@ -54,13 +57,16 @@ FOLLOWED = {
     "task.whole_words": ("mlm",),
     "task.span_length": ("span_corruption", "ul2"),
     "task.fim_rate": ("fim",),
-    "task.window": ("skipgram",),
-    "task.label_smoothing": (*TOKEN_TASKS, "classify", "tag", *WRITTEN),
+    "task.window": VECTORS,
+    "task.negatives": ("skipgram",),
+    "task.subsample": ("skipgram",),
+    "task.x_max": ("glove",),
+    "task.label_smoothing": (*FORETELLING, "classify", "tag", *WRITTEN),
     "task.class_weights": ("classify", "tag"),
     "task.balanced_sampling": ("classify",),
     "task.focal": ("classify", "multilabel", "tag"),
-    "task.distill": (*TOKEN_TASKS, "classify", "tag", "seq2seq", "sft"),
-    "task.temperature": (*TOKEN_TASKS, "classify", "tag", "seq2seq", "sft"),
+    "task.distill": (*FORETELLING, "classify", "tag", "seq2seq", "sft"),
+    "task.temperature": (*FORETELLING, "classify", "tag", "seq2seq", "sft"),
     "task.beta": ("dpo",),
     "model.pooling": LABELLED,
     "data.columns": tuple(ROLES),
@@ -86,7 +92,7 @@ BLEU_TOKENIZERS = (
 CHOICES = {
     "task.name": (*TOKEN_TASKS, *ROLES),
     "task.class_weights": ("none", "balanced"),
-    "model.name": ("decoder", "encoder", "encoder_decoder", "lstm", "bilstm", "lstm_seq2seq", "ngram", "bag"),
+    "model.name": tuple("decoder encoder encoder_decoder lstm bilstm lstm_seq2seq ngram bag vectors".split()),
     "model.ngram_weights": ("none", "log_count_ratio"),
     "model.cross_attention": ("dot", "additive", "bilinear"),
     "model.norm": ("rms", "layer"),
@@ -121,7 +127,12 @@ def base() -> ConfigDict:
     k.whole_words = False  # mlm: hide all pieces of a word, or none
     k.span_length = 3.0  # span_corruption: mean tokens of a hidden span
     k.fim_rate = 0.5  # fim: part of the documents whose middle is moved to their end
-    k.window = 5  # skipgram: words to either side that are foretold
+    k.window = 5  # skipgram, glove: words to either side that belong to a word's context
+    # skipgram: words drawn by their counts^0.75, from which the true one is told (Mikolov et al. 2013: 5 to 20 for
+    # small data, 2 to 5 for large); 0: it is foretold out of the whole vocabulary.
+    k.negatives = 0
+    k.subsample = 0.0  # skipgram: a word of share f of the text is passed over by 1 - sqrt(subsample / f); 0: none is
+    k.x_max = 100.0  # glove: the count from which on a pair weighs 1 (Pennington et al. 2014)
     k.label_smoothing = 0.0  # part of the target's probability that is spread over all (Szegedy et al. 2016)
     k.class_weights = "none"  # none | balanced (each class counts alike, however rare)
     k.balanced_sampling = False  # rare classes are shown as often as the commonest
@@ -133,7 +144,7 @@ def base() -> ConfigDict:
     k.beta = 0.1  # dpo: how far to stay with the reference (Rafailov et al. 2023)
 
     c.model = m = ConfigDict()
-    m.name = "decoder"  # decoder | encoder | encoder_decoder | lstm | bilstm | lstm_seq2seq | ngram | bag
+    m.name = "decoder"  # decoder | encoder | encoder_decoder | lstm | bilstm | lstm_seq2seq | ngram | bag | vectors
     m.num_layers = 6  # blocks of attention and MLP
     m.embed_dim = 384  # width of the residual stream
     m.num_heads = 6  # query heads
@@ -160,7 +171,7 @@ def base() -> ConfigDict:
     m.layers = "L"  # pattern repeated over the layers: L looks at the whole context, S at `window` tokens
     m.window = 256  # tokens that an S layer sees, itself included
     m.qk_norm = False  # RMS norm of queries and keys, steadies large learning rates
-    m.bias = False  # biases in linear layers (GPT-2 has them, most later models do not)
+    m.bias = False  # biases in linear layers (GPT-2 has them, most later models do not); glove: of words, filled in
     m.tie_embeddings = True  # one table for input and output
     m.logit_softcap = 0.0  # c * tanh(logits / c); 0: off
     m.attention_softcap = 0.0  # the same on attention logits; 0: off

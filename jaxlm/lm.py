@@ -20,17 +20,16 @@ from jaxlm.data.tokenizer import Words
 from jaxlm.data.transforms import Vocabulary, join
 from jaxlm.decode import generate_tokens, pad_prompts, size_for
 from jaxlm.errors import ConfigError, UserError
-from jaxlm.keys import ANSWERING, HEADED, MESH_AXES, ROLES, SILENT, TWO_SIDED, WRITTEN
+from jaxlm.keys import ANSWERING, HEADED, MESH_AXES, ROLES, SILENT, TWO_SIDED, VECTORS, WRITTEN
 from jaxlm.losses import mesh_order, token_losses
 from jaxlm.meshes import fits
 from jaxlm.models import build, next_logits
+from jaxlm.models.vectors import word_vectors
+from jaxlm.neighbors import SPELLED, Neighbors
 from jaxlm.parallel.hosts import fetch, to_global
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.respond import label, write
 from jaxlm.state import abstract_state, state_shardings
-
-SPELLED = ("bytes", "chars")  # tokenizers whose tokens are not words, nor parts of words, with the space before them
-
 
 HEADS = {  # what the models of keys.HEADED are
     "classify": "a classifier: it has scores of classes",
@@ -153,6 +152,7 @@ class LM:
         task = self.config.task.name
         if task not in ANSWERING:
             use = "; use lm.generate, lm.loss or lm.logits" * (task not in SILENT)
+            use = use or "; use lm.neighbors or lm.analogy" * (task in VECTORS)
             raise UserError(f"lm.answer: task {task} has no examples to answer{use}")
         stop, options = options_of(task, options)
         if task == "mlm":
@@ -170,31 +170,31 @@ class LM:
         return [cut_before(text, stop) for text in texts]
 
     def neighbors(self, word: str, count: int = 10) -> list[tuple[str, float]]:
-        """The tokens whose embeddings have the largest cosine similarity with the mean of the word's, and that.
+        """The tokens whose vectors have the largest cosine similarity with the word's, and that.
 
-        Where a word after a space is fewer tokens, as most are to sentencepiece, these are meant. Raises ConfigError
-        of a word that is no text and of a count below 1.
+        Of a text of several tokens the mean direction is meant. Raises UserError of a word that is not known.
         """
-        if "embed" not in self.params or "tokens" not in self.params["embed"] or self.config.model.name == "bag":
-            raise UserError(f"lm.neighbors: model.name={self.config.model.name} has no embeddings of tokens")
-        read = Arguments("lm.neighbors")
-        word = read.text("word", word)
-        count = read.whole("count", count, 1, "at least 1")
-        if word is not None and not word.strip():
-            read.must("word", word, "a text that is not empty")
-        read.refuse()
-        texts = (word,) if self.tokenizer.name in SPELLED else (word, f" {word}")
-        ids = min(map(self.tokenizer.encode, texts), key=len)
-        said = self.tokenizer.decode(ids)
-        if not said.strip() or (Words.UNKNOWN in said and Words.UNKNOWN not in word):
-            raise UserError(f"lm.neighbors: {word!r} is not in the vocabulary")
-        table_VD = fetch(self.params["embed"]["tokens"])[: self.tokenizer.vocab_size].astype(np.float32)
-        table_VD /= np.maximum(np.linalg.norm(table_VD, axis=1, keepdims=True), 1e-9)
-        mean_D = table_VD[ids].mean(axis=0)
-        similar = table_VD @ (mean_D / max(np.linalg.norm(mean_D), 1e-9))
-        similar[ids] = -np.inf
-        best = np.argsort(-similar)[:count]
-        return [(self.tokenizer.decode([i]), float(similar[i])) for i in best if np.isfinite(similar[i])]
+        (word,), count = words_of("lm.neighbors", {"word": word}, count)
+        near = self._vectors("lm.neighbors")
+        ids = near.ids_of(word)
+        return near.nearest(near.vector(ids), ids, count)
+
+    def analogy(self, a: str, b: str, c: str, count: int = 10) -> list[tuple[str, float]]:
+        """What is to c as b is to a: the tokens most similar to b - a + c, and how much, without these three.
+
+        All vectors have length 1 (3CosAdd: Levy and Goldberg 2014). Raises UserError of a word that is not known.
+        """
+        words, count = words_of("lm.analogy", {"a": a, "b": b, "c": c}, count)
+        near = self._vectors("lm.analogy")
+        ids = [near.ids_of(word) for word in words]
+        from_a, to_b, from_c = map(near.vector, ids)
+        return near.nearest(to_b - from_a + from_c, np.concatenate(ids), count)
+
+    def _vectors(self, where: str) -> Neighbors:
+        name = self.config.model.name
+        if "embed" not in self.params or "tokens" not in self.params["embed"] or name == "bag":
+            raise UserError(f"{where}: model.name={name} has no embeddings of tokens")
+        return Neighbors(fetch(word_vectors(self.params)), self.tokenizer, where)
 
     def _fill(self, text: str) -> list[list[tuple[str, float]]]:
         vocab, parts = Vocabulary(self.tokenizer, "mlm"), text.split("[MASK]")
@@ -234,8 +234,8 @@ class LM:
         if task in TWO_SIDED:
             use = "; use lm.answer" * (task in ROLES)
             raise UserError(f"lm.{what}: a model of task {task} reads a source first{use}")
-        if task == "skipgram":
-            raise UserError(f"lm.{what}: a model of task skipgram foretells words nearby; use lm.neighbors")
+        if task in VECTORS:
+            raise UserError(f"lm.{what}: a model of task {task} has vectors of words; use lm.neighbors or lm.analogy")
 
     def _prompt(self, prompt: str) -> np.ndarray:
         ids, bos = self.tokenizer.encode(prompt), self.tokenizer.bos_id
@@ -295,6 +295,18 @@ class LM:
         limit = self.config.model.context_length
         if self.config.model.positions == "learned" and length > limit:
             raise ConfigError(f"learned positions end at {limit}: {length} tokens (prompt and max_tokens) are too many")
+
+
+def words_of(where: str, words: dict, count) -> tuple[list[str], int]:
+    """(the words, count) of what was given to lm.neighbors and lm.analogy. Raises ConfigError of all faults."""
+    read = Arguments(where)
+    for name, word in words.items():
+        text = read.text(name, word)
+        if text is not None and not text.strip():
+            read.must(name, text, "a text that is not empty")
+    count = read.whole("count", count, 1, "at least 1")
+    read.refuse()
+    return list(words.values()), count
 
 
 def arrays_of(tokens, segments, positions) -> tuple:

@@ -17,6 +17,7 @@ from jaxlm.kernels.cross_entropy import Mix, divergence
 from jaxlm.keys import LABELLED
 from jaxlm.models import build_section, nats_of, weighted_nats_of
 from jaxlm.models.transformer import unembedding
+from jaxlm.models.vectors import pair_scores
 from jaxlm.parallel.mesh import even_mesh
 from jaxlm.parallel.ring import zigzag
 
@@ -291,6 +292,45 @@ def preference_loss(model: nn.Module, params, batch, config: ConfigDict, dropout
     }
 
 
+# ---------------------------------------------------------------- pairs of words
+
+GLOVE_POWER = 0.75  # of the weight of a count below task.x_max (Pennington et al. 2014)
+
+
+def negatives_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=None, teacher=None) -> dict:
+    """As token_loss: a context is told from task.negatives words that were drawn (Mikolov et al. 2013, equation 4).
+
+    In nats, summed over the context and the words drawn, of which those that are the context itself do not count.
+    """
+    x_BTD, _ = forward(model, params, batch, None, config, dropout_key)
+    true_BT1 = batch["targets"][..., None]
+    drawn_BTN = jnp.swapaxes(batch["negatives"], 1, 2)
+    contexts_BTN = jnp.concatenate([true_BT1, drawn_BTN], axis=-1)
+    scores_BTN = pair_scores(params, x_BTD, batch["tokens"], contexts_BTN)
+    true_BT = -jax.nn.log_sigmoid(scores_BTN[..., 0])
+    false_BTN = -jax.nn.log_sigmoid(-scores_BTN[..., 1:])
+    nats_BT = true_BT + jnp.sum(jnp.where(drawn_BTN == true_BT1, 0, false_BTN), axis=-1)
+    return plain_sums(nats_BT, batch["weights"])
+
+
+def glove_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=None, teacher=None) -> dict:
+    """As token_loss: f(X) (w_i w~_j + b_i + b~_j - log X)^2 of a pair, f = min(1, (X / x_max)^0.75).
+
+    Equation 8 of Pennington et al. 2014. batch: of jaxlm.data.pairs.
+    """
+    x_BTD, _ = forward(model, params, batch, None, config, dropout_key)
+    counts_BT = batch["counts"]
+    scores_BT = pair_scores(params, x_BTD, batch["tokens"], batch["targets"][..., None])[..., 0]
+    error_BT = scores_BT - jnp.log(jnp.where(counts_BT > 0, counts_BT, 1))  # 0: padding
+    weight_BT = jnp.minimum(1, (counts_BT / config.task.x_max) ** GLOVE_POWER)
+    return plain_sums(weight_BT * jnp.square(error_BT), batch["weights"])
+
+
+def plain_sums(loss_BT, weights_BT) -> dict:
+    loss = jnp.sum(weights_BT * loss_BT)
+    return {"objective": loss, "loss": loss, "weight": jnp.sum(weights_BT), "routing": {}}
+
+
 LOSSES = {
     "classify": label_loss,
     "multilabel": label_loss,
@@ -298,10 +338,13 @@ LOSSES = {
     "tag": label_loss,
     "qa": span_loss,
     "dpo": preference_loss,
+    "glove": glove_loss,
 }  # and token_loss for all others
 
 
 def loss_of(config: ConfigDict):
+    if config.task.name == "skipgram" and config.task.negatives:
+        return negatives_loss
     return LOSSES.get(config.task.name, token_loss)
 
 

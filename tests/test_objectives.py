@@ -31,8 +31,14 @@ CASES = {name: {"task__name": name} for name in (*TOKEN_TASKS, *ROLES)} | {
     "classify distilled": {"task__name": "classify", "task__distill": 0.5, "model__pooling": "max"},
     "classify by a decoder": {"task__name": "classify", "model__name": "decoder", "model__pooling": "last"},
     "classify by a bag": {"task__name": "classify", "model__name": "bag", "model__buckets": 512},
+    "skipgram with negatives": {
+        "task__name": "skipgram",
+        "model__name": "vectors",
+        "task__negatives": 3,
+        "task__subsample": 0.01,
+    },
 }
-LOSSES = ("seq2seq distilled", "classify", "qa", "dpo")  # each with another
+LOSSES = ("seq2seq distilled", "classify", "qa", "dpo", "glove")  # each with another
 LIKE_OTHERS = ("fim", "ul2", "skipgram", "multilabel")  # by another transform or label alone
 MESHES = {
     "data=8": {"data": 8},
@@ -42,7 +48,14 @@ MESHES = {
 }
 FAST = {  # each task with a mesh; all of them with --all
     "data=8": ("regress", "seq2seq distilled"),
-    "fsdp=4 tensor=2": ("lm distilled", "classify", "classify by a bag", "span_corruption"),
+    "fsdp=4 tensor=2": (
+        "lm distilled",
+        "classify",
+        "classify by a bag",
+        "span_corruption",
+        "glove",
+        "skipgram with negatives",
+    ),
     "sequence=4 tensor=2": ("prefix_lm", "mlm", "tag", "qa", "dpo", "classify distilled"),
     "stage=2 fsdp=4": ("classify by a decoder",),
 }
@@ -64,8 +77,8 @@ def config_of(case, folder=None, **more):
         "train__batch_size": ROWS, "model__vocab_size": 376, **CASES[case], **more,
     }  # fmt: skip
     task = settings["task__name"]
-    kind = "encoder_decoder" if task in TWO_SIDED else "encoder" if task in ENCODERS else "decoder"
-    settings.setdefault("model__name", kind)
+    kinds = dict.fromkeys(TWO_SIDED, "encoder_decoder") | dict.fromkeys(ENCODERS, "encoder") | {"glove": "vectors"}
+    settings.setdefault("model__name", kinds.get(task, "decoder"))
     if task in ("classify", "multilabel", "tag"):
         settings["data__labels"] = verify.LABELS
     if folder:
@@ -128,8 +141,9 @@ def test_packed_is_alone_and_padding_is_nothing(case, folder):
     """By the sums of the loss and their gradients."""
     this = made(case, folder)
     several = this.batch["segments"].reshape(ROWS, -1).max(axis=1)
+    packed = case != "glove"  # whose pairs are of no document
     rows = np.argsort(-several, kind="stable")[:2]
-    assert several[rows[0]] > 1
+    assert several[rows[0]] > 1 or not packed
     alone = unpacked({key: x[rows] for key, x in this.batch.items()})
     assert len(alone["tokens"]) == several[rows].sum() <= ROWS
     same(this.sums(parts_of(this.batch, rows)), this.sums(parts_of(alone, slice(None))))
@@ -159,8 +173,9 @@ def check_gradients(this, grads, means):
 
 def on_meshes():
     for mesh, case in itertools.product(MESHES, CASES):
-        two_sided, bag = CASES[case]["task__name"] in TWO_SIDED, "bag" in case
-        if not (two_sided and "stage" in mesh) and not (bag and ("stage" in mesh or "sequence" in mesh)):
+        two_sided = CASES[case]["task__name"] in TWO_SIDED
+        no_layers = case in ("classify by a bag", "glove", "skipgram with negatives")
+        if not (two_sided and "stage" in mesh) and not (no_layers and ("stage" in mesh or "sequence" in mesh)):
             yield pytest.param(case, mesh, marks=[pytest.mark.slow] * (case not in FAST[mesh]), id=f"{case}-{mesh}")
 
 
@@ -181,6 +196,7 @@ def test_any_mesh_is_one_device(case, name, folder):
 
 SET = {
     "task.mask_rate": 0.4, "task.whole_words": True, "task.span_length": 9.0, "task.fim_rate": 1.0, "task.window": 1,
+    "task.negatives": 2, "task.subsample": 1e-3, "task.x_max": 7.0,
     "task.label_smoothing": 0.1, "task.class_weights": "balanced", "task.balanced_sampling": True, "task.focal": 2.0,
     "task.distill": 0.5, "task.temperature": 2.0, "task.beta": 0.5, "model.pooling": "max", "data.pack": False,
     "data.examples_per_row": 1, "data.word_dropout": 0.5, "data.enc_len": 24,

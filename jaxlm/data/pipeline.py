@@ -11,7 +11,8 @@ A *batch* is a dict of numpy arrays [B, T], B rows of the global batch (all, or 
 Where the task needs them also (jaxlm/data/rows.py): `enc_tokens enc_positions enc_segments`, the sources of the
 segments, [B, data.enc_len]; `reach`, the last place that a token sees; `labels` of the row's examples, [B, M] or
 [B, M, C], M = data.examples_per_row, instead of targets, and weights [B, M]; and for preferences an axis of 2, the
-chosen and the rejected, before T.
+chosen and the rejected, before T. Of pairs of words, `negatives`, the words drawn, int32 [B, N, T], N = task.negatives;
+`counts`, how often the pair stands together, float32 [B, T].
 
 A split is one stream of tokens, each document ended by eos where the tokenizer has one. Row w holds the targets
 [w T, (w + 1) T) of that stream: every token is a target exactly once, the first of a document too. (With a tokenizer
@@ -34,6 +35,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from jaxlm.check import mixture
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.examples import Examples, label_names, stamps, tokenizer_of
+from jaxlm.data.pairs import Pairs
 from jaxlm.data.rows import from_tokens, row_shapes
 from jaxlm.data.store import Store
 from jaxlm.data.transforms import Vocabulary
@@ -41,6 +43,8 @@ from jaxlm.errors import DataError
 from jaxlm.keys import ROLES, TWO_SIDED
 
 ALL = slice(None)
+READ = 1 << 24  # tokens that are counted at once
+COUNTED: dict[str, np.ndarray] = {}  # fingerprint of a split -> its `count_tokens`: a run asks several times
 BLOCK = 16_384  # tokens read at once, where batches are smaller: a call of numpy costs as much as a thousand of them
 
 
@@ -84,8 +88,11 @@ def read_clipped(store: Store, starts: np.ndarray, length: int) -> np.ndarray:
     return np.take_along_axis(window, places - begins[:, None], axis=1)
 
 
-def read_rows(store: Store, rows: np.ndarray, seq_len: int) -> dict[str, np.ndarray]:
-    """The batch of these row numbers, int64 [B]. Rows past the end of the stream are padding."""
+def read_rows(store: Store, rows: np.ndarray, seq_len: int, foretold: bool = True) -> dict[str, np.ndarray]:
+    """The batch of these row numbers, int64 [B]. Rows past the end of the stream are padding.
+
+    foretold: each token is, by those before it; else a document's first one counts, whatever is before it.
+    """
     starts, shape = rows.astype(np.int64) * seq_len, (len(rows), seq_len)
     window = read_clipped(store, starts - 1, seq_len + 1)
     tokens, targets, weights = window[:, :-1].copy(), window[:, 1:].copy(), np.ones(shape, np.float32)
@@ -100,9 +107,9 @@ def read_rows(store: Store, rows: np.ndarray, seq_len: int) -> dict[str, np.ndar
     segment = np.arange(1, len(edges) + 1, dtype=np.int32) - first[edges // seq_len]
     positions = np.arange(weights.size, dtype=np.int32) - np.repeat(edges, lengths)
     segments = np.repeat(segment, lengths).reshape(shape)
-    if store.bos_id is None:  # nothing comes before a document, so its first token cannot be predicted
+    if store.bos_id is None and foretold:  # nothing comes before a document, so its first token cannot be predicted
         weights.ravel()[begins] = segments.ravel()[begins] = 0
-    else:
+    elif store.bos_id is not None:
         tokens.ravel()[begins] = store.bos_id
     if starts.max(initial=0) + seq_len > store.num_tokens:
         past = starts[:, None] + np.arange(seq_len) >= store.num_tokens
@@ -119,15 +126,16 @@ def read_rows(store: Store, rows: np.ndarray, seq_len: int) -> dict[str, np.ndar
 class Documents:
     """The rows of a store as a source of batches, in the shape that config.task asks for."""
 
-    def __init__(self, config: ConfigDict, store: Store, tokenizer):
+    def __init__(self, config: ConfigDict, store: Store, tokenizer, shares: np.ndarray | None):
+        """shares: see `Vocabulary`."""
         self.config, self.store, self.num_tokens = config, store, store.num_tokens
         self.length = config.data.enc_len if config.task.name in TWO_SIDED else config.data.seq_len
         self.num_rows, self.fingerprint = num_rows(store, self.length), store.fingerprint
-        self.vocab = None if config.task.name == "lm" else Vocabulary(tokenizer, config.task.name)
+        self.vocab = None if config.task.name == "lm" else Vocabulary(tokenizer, config.task.name, shares)
 
     def read(self, rows: np.ndarray, keys: list[tuple]) -> dict[str, np.ndarray]:
         """The batch of these row numbers; one past the end is padding. keys: of what is random in each row."""
-        batch = read_rows(self.store, rows, self.length)
+        batch = read_rows(self.store, rows, self.length, self.config.task.name != "skipgram")
         return from_tokens(batch, keys, self.config, self.vocab) if self.vocab else batch
 
 
@@ -142,8 +150,29 @@ def open_sources(config: ConfigDict, split: str, tokenizer=None) -> list:
         files = stamps(config.data.train) + stamps(config.data.val if split == "val" else config.data.train)
         return [_examples(FrozenConfigDict(config), split, files)]
     stores = open_stores(config, split)
+    if config.task.name == "glove":
+        return [Pairs(config, store) for store in stores]
     tokenizer = tokenizer or (None if config.task.name == "lm" else tokenizers.load(mixture(config)[0][0]))
-    return [Documents(config, store, tokenizer) for store in stores]
+    shares = token_shares(config) if config.task.negatives or config.task.subsample else None
+    return [Documents(config, store, tokenizer, shares) for store in stores]
+
+
+def token_shares(config: ConfigDict) -> np.ndarray:
+    """float64 [vocabulary]: how much of the training text each token is, of a mixture by its weights."""
+    weights = [weight for _, weight in mixture(config)]
+    counts = [count_tokens(store) for store in open_stores(config, "train")]
+    return sum(weight * each / max(each.sum(), 1) for weight, each in zip(weights, counts, strict=True))
+
+
+def count_tokens(store: Store) -> np.ndarray:
+    """int64 [vocabulary]: how often each token is there."""
+    if store.fingerprint not in COUNTED:
+        counts = np.zeros(store.vocab_size, np.int64)
+        for start in range(0, store.num_tokens, READ):
+            ids = store.read(start, min(READ, store.num_tokens - start))
+            counts += np.bincount(ids, minlength=store.vocab_size)
+        COUNTED[store.fingerprint] = counts
+    return COUNTED[store.fingerprint]
 
 
 @lru_cache(maxsize=2)
@@ -161,7 +190,8 @@ def describe(config: ConfigDict) -> tuple[int, tuple[str, ...], int]:
         return Vocabulary(tokenizer, config.task.name).size, labels, 0
     stores = open_stores(config, "train")
     extra = 0 if config.task.name == "lm" else Vocabulary(load_tokenizer(config), config.task.name).size
-    return extra or stores[0].vocab_size, config.data.labels, sum(store.num_tokens for store in stores)
+    tokens = 0 if config.task.name == "glove" else sum(store.num_tokens for store in stores)  # it learns from pairs
+    return extra or stores[0].vocab_size, config.data.labels, tokens
 
 
 def load_tokenizer(config: ConfigDict):
@@ -276,6 +306,8 @@ def fingerprint(config: ConfigDict) -> dict:
         keys = "mask_rate whole_words span_length fim_rate window class_weights balanced_sampling"
         known |= {key: config.task[key] for key in keys.split()}
         known |= {key: config.data[key] for key in ("enc_len", "pack", "examples_per_row", "word_dropout")}
+        set_now = {key: config.task[key] for key in ("negatives", "subsample") if config.task[key]}
+        known |= set_now  # others are left out, so that older runs without these keys go on
     return known
 
 

@@ -211,7 +211,8 @@ def _clear(output: Path) -> None:
     for pattern in (store.MANIFEST, "*-[0-9]*.tokens", "*-[0-9]*.offsets", "tokenizer.model", "tokenizer.json"):
         for file in output.glob(pattern):
             file.unlink()
-    shutil.rmtree(output / PARTIAL, ignore_errors=True)
+    for folder in (output / PARTIAL, *output.glob(f"{store.PAIRS}-*")):
+        shutil.rmtree(folder, ignore_errors=True)
     if not any(output.iterdir()):
         output.rmdir()
 

@@ -34,6 +34,8 @@ def lay_out(pieces: list[dict], config: ConfigDict) -> dict[str, np.ndarray]:
             row["weights"][..., here] = 1
         if "reach" in row:
             row["reach"][here] = at + np.minimum(piece["reach"][:n], n - 1)
+        if "negatives" in row:
+            row["negatives"][:, here] = piece["negatives"][:, :n]
         if "enc_tokens" in row:
             there = slice(enc_at, enc_at + enc_n)
             row["enc_tokens"][there] = piece["enc_tokens"][:enc_n]
@@ -55,6 +57,10 @@ def row_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], type]]:
     if task in LABELLED:
         kinds = {"classify": (M, np.int32), "regress": (M, np.float32)}
         shapes["labels"] = kinds.get(task, ((*M, config.model.num_labels), np.float32))
+    if task == "skipgram" and config.task.negatives:
+        shapes["negatives"] = ((config.task.negatives, d.seq_len), np.int32)
+    if task == "glove":
+        shapes["counts"] = (T, np.float32)
     if task in TWO_SIDED:
         shapes |= dict.fromkeys(("enc_tokens", "enc_positions", "enc_segments"), ((d.enc_len,), np.int32))
     return shapes

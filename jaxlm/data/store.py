@@ -24,6 +24,7 @@ from jaxlm.errors import ConfigError, DataError
 
 VERSION = 1
 MANIFEST = "manifest.json"
+PAIRS = "pairs"  # how the folders begin that jaxlm.data.pairs keeps beside the shards
 KEYS = {"version", "input", "options", "sources", "splits", "shards", "counts", "tokenizer", "dtype"}
 OFFSET = np.dtype("<i8")
 
@@ -81,19 +82,19 @@ def broken_files(directory: Path, shards: list[dict]) -> list[str]:
 class Store:
     """One split of a prepared directory, as a flat stream of tokens. Opens a shard when it is first read.
 
-    Attributes: `manifest`, `num_tokens`, `num_documents`, `num_bytes` (UTF-8 bytes of the text, without end of text),
-    `vocab_size`, `bos_id`, `eos_id` (None where there is none), `fingerprint` (SHA-256, in hex, over the tokenizer and
-    the shards of the split). Raises: ConfigError for an unknown split, DataError that lists every file that is missing
-    or has the wrong size.
+    Attributes: `path`, `split`, `manifest`, `num_tokens`, `num_documents`, `num_bytes` (UTF-8 bytes of the text,
+    without end of text), `vocab_size`, `bos_id`, `eos_id` (None where there is none), `fingerprint` (SHA-256, in hex,
+    over the tokenizer and the shards of the split). Raises: ConfigError for an unknown split, DataError that lists
+    every file that is missing or has the wrong size.
     """
 
     def __init__(self, path: str | Path, split: str):
-        self._path, self._split = Path(path), split
+        self.path, self.split = Path(path), split
         self.manifest = manifest = load_manifest(path)
         if split not in manifest["splits"]:
             raise ConfigError(f"{path} has no split {split!r}; it has {', '.join(manifest['splits'])}")
         self._shards = [shard for shard in manifest["shards"] if shard["split"] == split]
-        self._refuse(broken_files(self._path, self._shards))
+        self._refuse(broken_files(self.path, self._shards))
         totals, tokenizer = manifest["splits"][split], manifest["tokenizer"]
         self.num_tokens, self.num_documents, self.num_bytes = (totals[k] for k in ("tokens", "documents", "bytes"))
         self.vocab_size, self.bos_id, self.eos_id = (tokenizer[k] for k in ("vocab_size", "bos_id", "eos_id"))
@@ -106,14 +107,14 @@ class Store:
         self._offsets: list[np.ndarray | None] = [None] * len(self._shards)
 
     def __reduce__(self):  # a memory map would be pickled as a copy of all its tokens
-        return Store, (self._path, self._split)
+        return Store, (self.path, self.split)
 
     def verify(self) -> None:
         """Reads everything. Raises: DataError that lists each file whose SHA-256 is not the manifest's."""
         bad = []
         for shard in self._shards:
             for kind in ("tokens", "offsets"):
-                with open(self._path / f"{shard['file']}.{kind}", "rb") as file:
+                with open(self.path / f"{shard['file']}.{kind}", "rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != shard[f"{kind}_sha256"]:
                         bad.append(f"{file.name} has changed since it was written (SHA-256)")
         self._refuse(bad)
@@ -126,7 +127,7 @@ class Store:
         """`length` tokens from each of `starts` [b]: int32 [b, length]. Raises: IndexError outside of the stream."""
         if len(starts) and not 0 <= starts.min() <= starts.max() <= self.num_tokens - length:
             raise IndexError(
-                f"{length} tokens from each of {starts.min()} ... {starts.max()}: {self._path} has {self.num_tokens}"
+                f"{length} tokens from each of {starts.min()} ... {starts.max()}: {self.path} has {self.num_tokens}"
             )
         rows = np.empty((len(starts), length), np.int32)
         for row, start in zip(rows, starts.tolist()):
@@ -178,7 +179,7 @@ class Store:
 
     def _map(self, name: str, dtype: np.dtype) -> np.ndarray:
         # mmap and not np.memmap, whose slices cost 4 us each
-        with open(self._path / name, "rb") as file:
+        with open(self.path / name, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""  # mmap refuses empty files
         return np.frombuffer(data, dtype)
@@ -188,8 +189,8 @@ class Store:
             shown = "\n  ".join(problems[:10] + [f"and {len(problems) - 10} more"] * (len(problems) > 10))
             inputs = " ".join(f"--input={shlex.quote(pattern)}" for pattern in self.manifest["input"])
             raise DataError(
-                f"the data in {self._path} is damaged:\n  {shown}\ncopy it again, or make it again with "
-                f"`python -m jaxlm.data.prepare {inputs} --output={shlex.quote(str(self._path))} --overwrite` and "
+                f"the data in {self.path} is damaged:\n  {shown}\ncopy it again, or make it again with "
+                f"`python -m jaxlm.data.prepare {inputs} --output={shlex.quote(str(self.path))} --overwrite` and "
                 "the same other options"
             )
 

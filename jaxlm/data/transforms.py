@@ -9,26 +9,31 @@ its name to jaxlm/config.py.
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from jaxlm.cli import did_you_mean
-from jaxlm.keys import ROLES
+from jaxlm.keys import ROLES, VECTORS
 
 SPECIALS = "begin end mask user assistant system prefix suffix middle".split()  # ids after the tokenizer's, in order
 MODES = "span_mode long_mode tail_mode".split()  # UL2's denoisers
 SENTINELS = 100  # T5: as many
-PLAIN = ("lm", "prefix_lm", "skipgram")  # tasks without special tokens
+NOISE_POWER = 0.75  # of the counts by which negatives are drawn (Mikolov et al. 2013)
+PLAIN = ("lm", "prefix_lm", *VECTORS)  # tasks without special tokens
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer and the special ids of a task: attributes begin, end, mask, ..., `sentinel(i)`."""
+    """A tokenizer and the special ids of a task: attributes begin, end, mask, ..., `sentinel(i)`.
+
+    shares: of each token in the training data, float64 [vocabulary], where the task asks for them.
+    """
 
     tokenizer: object
     task: str
+    shares: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def size(self) -> int:
@@ -63,6 +68,12 @@ class Vocabulary:
         if self.tokenizer.eos_id is not None:
             spaces[:, self.tokenizer.eos_id] = True
         return spaces
+
+    @cached_property
+    def noise(self) -> np.ndarray:
+        """float64 [vocabulary]: summed up to each token, the chances by which negatives are drawn."""
+        summed = np.cumsum(self.shares**NOISE_POWER)
+        return summed / summed[-1]
 
     def words(self, ids: np.ndarray) -> np.ndarray:
         """int [len(ids)]: the number of the word that each token is of."""
@@ -158,13 +169,31 @@ def ul2(ids, inputs, rng, task, vocab) -> dict:
 
 
 def skipgram(ids, inputs, rng, task, vocab) -> dict:
-    """Each token foretells one at a random distance of at most task.window (Mikolov et al. 2013; full softmax)."""
-    place = np.arange(len(ids))
+    """Each token foretells one at a random distance of at most task.window (Mikolov et al. 2013).
+
+    task.subsample passes over common ones before distances are counted; those that are left then have several turns,
+    so that the piece stays as long. negatives: int [task.negatives, tokens].
+    """
+    length, turns = len(ids), 1
+    if task.subsample:
+        ids = thinned(ids, task.subsample, rng, vocab)
+        turns = -(-length // len(ids))
+    place = np.tile(np.arange(len(ids)), turns)[:length]
     furthest = np.minimum(np.maximum(place, len(ids) - 1 - place), task.window)
-    distance = rng.integers(1, np.maximum(furthest, 1) + 1) * rng.choice([-1, 1], len(ids))
+    distance = rng.integers(1, np.maximum(furthest, 1) + 1) * rng.choice([-1, 1], length)
     there = np.where((place + distance >= 0) & (place + distance < len(ids)), place + distance, place - distance)
     inside = (there >= 0) & (there < len(ids))
-    return {"tokens": ids, "targets": ids[np.where(inside, there, 0)], "weights": inside}
+    piece = {"tokens": ids[place], "targets": ids[np.where(inside, there, 0)], "weights": inside}
+    if task.negatives:
+        piece["negatives"] = np.searchsorted(vocab.noise, rng.random((task.negatives, length)), side="right")
+    return piece
+
+
+def thinned(ids, subsample: float, rng, vocab) -> np.ndarray:
+    """The ids without some of the common ones; where none would be left, the first."""
+    chances = np.sqrt(subsample / np.maximum(vocab.shares[ids], subsample))
+    kept = ids[rng.random(len(ids)) < chances]
+    return kept if len(kept) else ids[:1]
 
 
 TOKENS: dict[str, Callable] = {f.__name__: f for f in (mlm, prefix_lm, fim, span_corruption, ul2, skipgram)}

@@ -17,6 +17,7 @@ from jaxlm.models.bag import Bag
 from jaxlm.models.encoder_decoder import EncoderDecoder
 from jaxlm.models.lstm import LSTM, BiLSTM, LSTMSeq2Seq
 from jaxlm.models.transformer import Transformer, unembedding
+from jaxlm.models.vectors import Vectors
 
 MODELS = {
     "decoder": Transformer,
@@ -27,6 +28,7 @@ MODELS = {
     "lstm_seq2seq": LSTMSeq2Seq,
     "ngram": ngram.NGram,
     "bag": Bag,
+    "vectors": Vectors,
 }
 
 

@@ -1,0 +1,70 @@
+"""Two vectors for each word, one of itself and one of it as a context, and no layers: word2vec and GloVe.
+
+The score of a pair is the product of the first's own vector and the second's as a context (Mikolov et al. 2013), with
+model.bias plus a number of each (Pennington et al. 2014). The losses compute it from what `Vectors` returns.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import FrozenConfigDict
+
+from jaxlm.models.layers import embedding_dropout, parameter
+from jaxlm.models.transformer import unembedding
+from jaxlm.parallel.linear import lookup
+from jaxlm.parallel.mesh import constrain
+
+AXES = ("vocab", "embed")
+
+
+class Words(nn.Module):
+    """Tokens -> their own vectors [B, T, D]."""
+
+    config: FrozenConfigDict
+
+    @nn.compact
+    def __call__(self, tokens_BT):
+        c = self.config
+        init, shape = nn.initializers.normal(c.embed_std), (c.vocab_size, c.embed_dim)
+        table_VD = parameter(self, "tokens", init, AXES, shape, c)
+        if c.bias:
+            parameter(self, "bias", nn.initializers.zeros, AXES[:1], shape[:1], c)
+        return constrain(lookup(table_VD, tokens_BT, AXES), "batch", "residual", None)
+
+
+class Vectors(nn.Module):
+    """As jaxlm.models.transformer.Transformer, without a cache. config: the resolved `model` section."""
+
+    config: FrozenConfigDict
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT, segments_BT=None, positions_BT=None, *, cache=None, places_T=None, reach_BT=None, train=False
+    ):
+        """(x [B, T, D], None)."""
+        c = self.config
+        x_BTD = Words(c, name="embed")(tokens_BT)
+        init, shape = nn.initializers.normal(c.embed_std), (c.vocab_size, c.embed_dim)
+        parameter(self, "unembed", init, AXES, shape, c)
+        if c.bias:
+            parameter(self, "unembed_bias", nn.initializers.zeros, AXES[:1], shape[:1], c)
+        return embedding_dropout(c, train)(x_BTD), None
+
+
+def pair_scores(params, x_BTD, tokens_BT, contexts_BTN) -> jax.Array:
+    """float32 [B, T, N]: the score of each token, whose vector is x, with each of its N contexts."""
+    B, T, N = contexts_BTN.shape
+    flat = contexts_BTN.reshape(B, T * N)
+    y_BTND = lookup(unembedding(params), flat, AXES).reshape(B, T, N, -1)
+    scores_BTN = jnp.einsum("BTD,BTND->BTN", x_BTD.astype(jnp.float32), y_BTND.astype(jnp.float32))
+    if "unembed_bias" not in params:
+        return scores_BTN
+    number_of = lambda table_V, ids: lookup(table_V[:, None].astype(jnp.float32), ids, (AXES[0], None))
+    own_BT1 = number_of(params["embed"]["bias"], tokens_BT)
+    return scores_BTN + own_BT1 + number_of(params["unembed_bias"], flat).reshape(B, T, N)
+
+
+def word_vectors(params) -> jax.Array:
+    """[V, D]: of each word, its vector; of a model with biases (GloVe) the sum of both, as published."""
+    own_VD = params["embed"]["tokens"]
+    return own_VD + params["unembed"] if "unembed_bias" in params else own_VD
