@@ -183,6 +183,13 @@ def test_the_place_counts_not_the_word():
     assert np.flatnonzero(piece["targets"] & START) == 3 + 5 and np.flatnonzero(piece["targets"] & STOP) == 3 + 8
 
 
+@pytest.mark.parametrize("start", ["x", 1.5, {}, "nan"])
+def test_a_start_that_is_no_number_is_told(start):
+    example = {"question": "q", "context": "ab", "answer": "b", "start": start}
+    with pytest.raises(ValueError, match=r"its start .* is not a whole number"):
+        learned(example, tokenizer.Bytes())
+
+
 def test_an_answer_without_a_token_is_told():
     made = hugging_face("word-piece")
     with pytest.raises(ValueError, match="no token for its answer"):
@@ -251,7 +258,7 @@ def test_answers_without_spaces_are_learned(tmp_path, kind):
     made_questions(tmp_path, 200, 1)
     settings = {
         "data.train": tmp_path / "0.jsonl", "data.val": tmp_path / "1.jsonl", "data.tokenizer": kind,
-        "data.seq_len": 128, "train.steps": 150, "eval.every": 150, "log.tensorboard": False,
+        "data.seq_len": 128, "train.steps": 100, "eval.every": 100, "log.tensorboard": False,
     }  # fmt: skip
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     program("jaxlm.train", "--config=configs/qa.py", f"--workdir={tmp_path / 'run'}", *flags)

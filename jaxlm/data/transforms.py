@@ -324,7 +324,7 @@ def place_of_answer(example) -> tuple[str, int]:
     context, answer, start = example["context"], first_of(example["answer"]), first_of(example.get("start", -1))
     if not answer or not answer.strip():
         return "", 0
-    start = -1 if start in ("", None) else int(start)
+    start = whole_number(-1 if start in ("", None) else start, "start")
     there = context[start : start + len(answer)]
     if start >= 0 and there != answer:
         raise ValueError(
@@ -336,6 +336,16 @@ def place_of_answer(example) -> tuple[str, int]:
     if start < 0:
         raise ValueError(f"its answer {answer[:60]!r} is not in its context")
     return answer.strip(), start + len(answer) - len(answer.lstrip())
+
+
+def whole_number(value, name: str) -> int:
+    try:
+        number = float(value)
+    except (ValueError, TypeError):
+        number = float("nan")
+    if not number.is_integer():
+        raise ValueError(f"its {name} {str(value)[:60]!r} is not a whole number")
+    return int(number)
 
 
 def first_of(value):
