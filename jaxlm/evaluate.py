@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxlm import cli
+from jaxlm.bits import why_none_of
 from jaxlm.costs import num_parameters
 from jaxlm.data.pipeline import open_stores
 from jaxlm.data.store import Store
@@ -112,8 +113,8 @@ def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
             lm.teacher = read_teacher(config, lm.mesh)
         data = config.data.val if config.task.name in ROLES else config.data.mixture or config.data.path
         result = {"data": data, "step": lm.step, **report(lm, config, asked, workdir, args)}
-    if args.gzip and not jax.process_index():
-        result["gzip_bits_per_byte"] = gzip_bits_per_byte(open_stores(config, "val"), lm.tokenizer)
+    if args.gzip and not jax.process_index() and not why_none_of(stores := open_stores(config, "val"), lm.tokenizer):
+        result["gzip_bits_per_byte"] = gzip_bits_per_byte(stores, lm.tokenizer)
     return {"model": config.model.name, "task": config.task.name, "parameters": num_parameters(lm.params)} | result
 
 

@@ -9,10 +9,10 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from jaxlm.bits import predicted_bytes, why_none_of
 from jaxlm.check import mixture
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.pipeline import Prefetch, eval_rows, open_sources, open_stores, validation_batches
-from jaxlm.data.store import Store
 from jaxlm.errors import DataError
 from jaxlm.keys import WRITTEN
 from jaxlm.metrics import bleu_scorer
@@ -33,10 +33,16 @@ class Evaluator:
         self.sources = open_sources(config, "val", tokenizer)
         self.batches = validation_batches(config, hosts.local_rows(mesh, eval_rows(config)), self.sources)
         self.step = jax.jit(partial(eval_step, config=config), out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self.num_bytes = None
-        stores = open_stores(config, "val") if config.task.name == "lm" else []
-        if stores and stores[0].manifest["tokenizer"]["name"] != "words":  # which does not know all that is there
-            self.num_bytes = sum(map(predicted_bytes, stores, (path for path, _ in mixture(config))))
+        self.num_bytes = self.bytes_of_text() if config.task.name == "lm" else None
+
+    def bytes_of_text(self) -> int | None:
+        """Of all that is foretold; None, and that is told, where the tokenizer doesn't know all of it."""
+        paths = [path for path, _ in mixture(self.config)]
+        stores = open_stores(self.config, "val")
+        if why := why_none_of(stores, tokenizers.load(paths[0])):
+            warn_once(why)
+            return None
+        return sum(map(predicted_bytes, stores, paths))
 
     def leaves_out(self) -> str:
         """In words, what an evaluation leaves out of the split; empty where nothing."""
@@ -102,11 +108,3 @@ def installed() -> bool:
     if not here:
         logging.getLogger("jaxlm").warning('F1, AUC and other figures in training need: pip install -e ".[eval]"')
     return here
-
-
-def predicted_bytes(store: Store, path: str) -> int:
-    """UTF-8 bytes of a split's text, without the first tokens of documents where nothing precedes them."""
-    if store.bos_id is not None:
-        return store.num_bytes
-    first = store.rows(store.document_starts(0, store.num_tokens), 1)
-    return store.num_bytes - len(tokenizers.load(path).decode(first).encode())
