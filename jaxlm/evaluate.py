@@ -7,6 +7,7 @@ predicted (all of it, but for the first character of each document with --tokeni
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -80,7 +81,18 @@ def main(argv: list[str]) -> None:
     result = results if several else results[args.workdir[0]]
     print("\n".join(comparison(results) if several else table(result)))
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value):
+    """The same, with a text for each number that JSON has none for (nan, inf), as metrics.jsonl has it."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 def evaluate(workdir: str, asked: list[str] | None, args) -> dict:

@@ -18,7 +18,7 @@ from jaxlm.keys import WRITTEN
 from jaxlm.metrics import bleu_scorer
 from jaxlm.parallel import hosts
 from jaxlm.respond import of_examples
-from jaxlm.score import SCORED, bleu_options, score, score_texts, warn_once
+from jaxlm.score import FAULTS, SCORED, attempt, bleu_options, in_a_line, left_out, score, score_texts, warn_once
 from jaxlm.state import eval_step
 
 
@@ -54,22 +54,42 @@ class Evaluator:
         return ", and ".join(said)
 
     def __call__(self, params, teacher=None) -> dict:
-        """The figures of a task: always loss (nats), and what jaxlm/score.py makes of its examples' scores or texts."""
-        sums, scores, complete = self.run(params, teacher)
-        result, config = self.figures(sums, complete), self.config
+        """The figures of a task: loss (nats), and what jaxlm/score.py makes of its examples' scores or texts.
+
+        What can't be made is left out, and that is told: a run goes on without. Nothing is given where there is no
+        loss either. Raises score.FAULTS.
+        """
+        passed = self.run_or_none(params, teacher)
+        if passed is None:
+            return {}
+        config, (sums, scores, complete) = self.config, passed
+        result = self.figures(sums, complete)
         if scores is not None and installed():
             result |= self.scored(scores)
         if config.task.name in WRITTEN and config.eval.generate:
-            result |= score_texts(config, self.sources[0], params, config.eval.generate)
+            texts = partial(score_texts, config, self.sources[0], params, config.eval.generate)
+            result |= attempt("this evaluation gives no figures of texts", texts)
         return result
 
-    def scored(self, scores: dict) -> dict:
-        """The task's figures; none, and that is told, where the scores have none, such as those that are NaN."""
+    def run_or_none(self, params, teacher=None) -> tuple[dict, dict | None, bool] | None:
+        """`run`; None, and that is told, where the split can't be read or nothing in it counts."""
+        # Of several processes the others would wait for one that fails alone: only what all of them see is held.
+        held = Exception if jax.process_count() == 1 else DataError
         try:
-            figures = score(self.config, self.sources[0], scores)
-        except DataError as error:  # the run goes on: train.max_skipped ends those that stay NaN
-            warn_once(f"this evaluation gives only the loss: {error}")
-            return {}
+            return self.run(params, teacher)
+        except FAULTS:
+            raise
+        except held as error:
+            warn_once(f"this evaluation gives no figures: {in_a_line(error)}")
+            return None
+
+    def scored(self, scores: dict) -> dict:
+        """The task's figures, with a line for each that has no meaning; none of scores that have none, such as NaN."""
+        source = self.sources[0]
+        only = "this evaluation gives only the loss"  # train.max_skipped ends runs whose scores stay NaN
+        figures = attempt(only, partial(score, self.config, source, scores))
+        for line in left_out(self.config, source, scores, figures) if figures else ():
+            warn_once(line)
         return {name: x for name, x in figures.items() if isinstance(x, float)}
 
     def figures(self, sums: dict, complete: bool) -> dict:

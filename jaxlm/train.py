@@ -25,12 +25,12 @@ from jaxlm.data.tables import absolute
 from jaxlm.errors import CheckpointError, NumericsError
 from jaxlm.evaluator import Evaluator
 from jaxlm.keys import MESH_AXES
+from jaxlm.metrics import less_is_better
 from jaxlm.monitor import Monitor, proposal
 from jaxlm.optim import split
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import abstract_mesh, make_mesh
 from jaxlm.process import keep_compiled, manage_memory, quick_random_numbers
-from jaxlm.score import less_is_better
 from jaxlm.start import (
     agree,
     count_ngrams,
@@ -97,11 +97,11 @@ class Best:
         why = "has no such figure on these data"
         if self.metric in result:
             why = f"gave {result[self.metric]}"
-        given = ", ".join(name for name in result if name != self.metric)
-        return (
-            f"eval.metric={self.metric}: this evaluation {why}, so the choice of the best and eval.patience wait; "
-            f"others it gave: {given}"
-        )
+        if not result:
+            why = "gave no figures"
+        wait = f"eval.metric={self.metric}: this evaluation {why}, so the choice of the best and eval.patience wait"
+        others = ", ".join(name for name in result if name != self.metric)
+        return f"{wait}; others it gave: {others}" if others else wait
 
     def update(self, result: dict) -> bool:
         """True where it is the best. An evaluation without the metric changes nothing: there is nothing to compare."""
@@ -262,7 +262,8 @@ class Run:
         badness, better = None, False
         if evaluates:
             result = self.evaluate(state.params if state.ema is None else state.ema, state.teacher)
-            self.monitor.evaluation(step, result)
+            if result:
+                self.monitor.evaluation(step, result)
             badness = self.best.badness(result)
             if waiting := self.best.waits(result):
                 self.monitor.say(waiting)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -133,14 +134,55 @@ def label_names(config: ConfigDict) -> tuple[str, ...]:
     return tuple(names)
 
 
+def with_known_labels(examples: list[dict], places: list[str], config: ConfigDict) -> tuple[list[dict], list[str]]:
+    """Those whose labels the model knows, and where they are from; how many others there are is told.
+
+    All of them where it knows the labels of none: then these are probably no labels, which is refused later.
+    """
+    names_of, known = NAMES.get(config.task.name), set(label_names(config))
+    kept, others = [], Counter()
+    for example, place in zip(examples, places):
+        unknown = labels_beside(example, names_of, known)
+        others.update(unknown)
+        if not unknown:
+            kept.append((example, place))
+    if not others or not kept:
+        return examples, places
+    most = ", ".join(f"{name[:40]!r} {count:,}" for name, count in others.most_common(5))
+    most += ", ..." if len(others) > 5 else ""
+    LOGGER.warning(
+        f"{len(examples) - len(kept):,} of {len(examples):,} examples have labels that the model was not trained with "
+        f"({most}): it can't be right there, and they are left out of all figures"
+    )
+    return [example for example, _ in kept], [place for _, place in kept]
+
+
+def labels_beside(example: dict, names_of: Callable | None, known: set[str]) -> set[str]:
+    """The labels of an example that are not among these; none where it has no labels, or odd ones."""
+    if names_of is None:
+        return set()
+    try:
+        return {name for name in names_of(example) if name and name not in known}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return set()
+
+
 class Examples:
     """The rows of config.data.train, or of another file, as a source of batches.
 
     tokenizer: a model's, or None for the config's own. examples: instead of those in files. Attributes: `examples`,
     dicts of the task's columns, `pieces` of them, and `rows`, of each row the numbers of its examples.
+    only_known_labels: examples of other labels than the training's are left out, which is told, instead of refused.
     """
 
-    def __init__(self, config: ConfigDict, split: str, tokenizer=None, examples: list[dict] | None = None):
+    def __init__(
+        self,
+        config: ConfigDict,
+        split: str,
+        tokenizer=None,
+        examples: list[dict] | None = None,
+        only_known_labels: bool = False,
+    ):
         data, task = FrozenConfigDict(config.data), config.task.name
         self.config, self.split = config, split
         self.tokenizer = tokenizer or tokenizer_of(data, task)
@@ -149,6 +191,8 @@ class Examples:
             self.examples, places = examples_of({"train": data.train, "val": data.val}[split], task, data.columns)
         else:
             self.examples, places = list(examples), [f"example {number}" for number in range(1, len(examples) + 1)]
+        if only_known_labels:
+            self.examples, places = with_known_labels(self.examples, places, config)
         names = label_names(config)
         self.encode = encoder_of(self.tokenizer, data.lowercase)
         self.pieces, bad = [], []
