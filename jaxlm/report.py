@@ -16,7 +16,7 @@ from jaxlm.check import mixture
 from jaxlm.data.examples import label_names
 from jaxlm.errors import ConfigError
 from jaxlm.evaluator import Evaluator
-from jaxlm.keys import ROLES, WRITTEN
+from jaxlm.keys import GROUP, ROLES, WRITTEN
 from jaxlm.respond import BATCH
 from jaxlm.score import (
     SCORED,
@@ -139,7 +139,7 @@ class Reporter:
         """The figures of each value of the examples' column `group`."""
         groups = {}
         for number in self.scores:
-            groups.setdefault(str(self.source.examples[number].get("group", "")), []).append(number)
+            groups.setdefault(str(self.source.examples[number].get(GROUP, "")), []).append(number)
         parts = {}
         for name, numbers in sorted(groups.items(), key=lambda item: -len(item[1])):
             chosen = {i: self.scores[i] for i in numbers}
@@ -180,7 +180,7 @@ def usual(config: ConfigDict, source) -> list[str]:
     """The reports that a task's model is for."""
     task, words = config.task.name, ["loss"]
     words += ["labels"] * (task in SCORED) + ["calibration"] * (task == "classify") + ["texts"] * (task in WRITTEN)
-    words += ["groups"] * (task in SCORED and any("group" in example for example in source.examples))
+    words += ["groups"] * (task in SCORED and any(GROUP in example for example in source.examples))
     return words + ["sources"] * (task not in ROLES and "," in config.data.mixture)
 
 
@@ -219,15 +219,22 @@ def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) 
     return result
 
 
+def in_digits(value: int | float | str) -> str:
+    """To be read: four decimals, of numbers that would be a line of digits four digits."""
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 1e9 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
 def table(result: dict) -> list[str]:
     """The lines that are printed: figures, then tables of classes, sources and groups, then texts."""
     plain = {key: value for key, value in result.items() if isinstance(value, (int, float, str))}
     width, lines = max(map(len, plain)), []
     for key, value in plain.items():
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else value
+        shown = in_digits(value)
         if f"{key}_interval" in result:
             low, high = result[f"{key}_interval"]
-            shown += f"  ({low:.4f} to {high:.4f}: 95% interval)"
+            shown += f"  ({in_digits(low)} to {in_digits(high)}: 95% interval)"
         lines.append(f"{key:{width}}  {shown}")
     for name in ("classes", "tags", "entities", "sources", "groups"):
         if rows := result.get(name):
@@ -245,7 +252,7 @@ def comparison(results: dict[str, dict]) -> list[str]:
     rows = []
     for key in keys:
         shown = short_path if key == "data" else lambda x: x
-        between = lambda r, key=f"{key}_interval": " to ".join(f"{x:.4f}" for x in r.get(key, ()))
+        between = lambda r, key=f"{key}_interval": " to ".join(map(in_digits, r.get(key, ())))
         rows.append(row(key, lambda r, key=key, shown=shown: shown(r.get(key, ""))))
         rows += [row("  95% interval", between)] * any(f"{key}_interval" in r for r in results.values())
     classes = dict.fromkeys(each["name"] for r in results.values() for each in r.get("classes", ()))
@@ -263,8 +270,7 @@ def short_path(files: str) -> str:
 def columns(rows: list[dict]) -> list[str]:
     """Lines of a table, a row under the names of all that any row has."""
     keys = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, (int, float, str)))
-    shown = lambda x: f"{x:.4f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
-    cells = [list(keys)] + [[shown(r.get(k, "")) for k in keys] for r in rows]
+    cells = [list(keys)] + [[in_digits(r.get(k, "")) for k in keys] for r in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(keys))]
     return [
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))

@@ -144,7 +144,7 @@ def of_texts(config: ConfigDict, said: list[str], references: list[str]) -> dict
         warn_once("BLEU, chrF and ROUGE are left out: every reference is empty")
         return {}
     if not any(text.strip() for text in said):
-        warn_once(f"the model wrote nothing to any of {total:,} examples: what BLEU, chrF and ROUGE say is of that")
+        warn_once(f"the model wrote nothing for any of {total:,} examples: BLEU, chrF and ROUGE are of empty texts")
     options = bleu_options(config)
     result = attempt("BLEU and chrF are left out", lambda: metrics.translation(said, references, **options))
     if result and "bleu" not in result:

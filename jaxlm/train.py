@@ -100,7 +100,8 @@ class Best:
         if not result:
             why = "gave no figures"
         wait = f"eval.metric={self.metric}: this evaluation {why}, so the choice of the best and eval.patience wait"
-        others = ", ".join(name for name in result if name != self.metric)
+        numbers = [name for name, value in result.items() if isinstance(value, (int, float))]
+        others = ", ".join(name for name in numbers if name != self.metric)
         return f"{wait}; others it gave: {others}" if others else wait
 
     def update(self, result: dict) -> bool:

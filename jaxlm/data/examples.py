@@ -21,7 +21,7 @@ from jaxlm.data.tables import parts_of, paths_of, read_examples, refuse
 from jaxlm.data.tokenizer import replace_surrogates
 from jaxlm.data.transforms import ALLOWED, EXAMPLES, STOP, Vocabulary, label_of, messages_of, split_names, words_of
 from jaxlm.errors import DataError, UserError
-from jaxlm.keys import LABELLED
+from jaxlm.keys import GROUP, LABELLED
 
 LOGGER = logging.getLogger("jaxlm")
 OPEN = 64  # rows that are filled at one time
@@ -151,8 +151,8 @@ def with_known_labels(examples: list[dict], places: list[str], config: ConfigDic
     most = ", ".join(f"{name[:40]!r} {count:,}" for name, count in others.most_common(5))
     most += ", ..." if len(others) > 5 else ""
     LOGGER.warning(
-        f"{len(examples) - len(kept):,} of {len(examples):,} examples have labels that the model was not trained with "
-        f"({most}): it can't be right there, and they are left out of all figures"
+        f"left out of all figures: {len(examples) - len(kept):,} of {len(examples):,} examples, whose labels the model "
+        f"was not trained with, so that it can't be right there: {most}"
     )
     return [example for example, _ in kept], [place for _, place in kept]
 
@@ -208,7 +208,8 @@ class Examples:
         refuse(bad)
         self.weigh(names)
         self.rows = self.pack()
-        digest = hashlib.sha256(json.dumps([self.examples, names, data.lowercase], default=str).encode())
+        learned = [{role: x for role, x in example.items() if role != GROUP} for example in self.examples]
+        digest = hashlib.sha256(json.dumps([learned, names, data.lowercase], default=str).encode())
         self.fingerprint = hashlib.sha256((digest.hexdigest() + self.tokenizer.fingerprint).encode()).hexdigest()
 
     @property

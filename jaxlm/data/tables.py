@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jaxlm.cli import did_you_mean, near_path
 from jaxlm.errors import DataError
-from jaxlm.keys import LABELLED, ROLES
+from jaxlm.keys import GROUP, LABELLED, ROLES
 
 SHOWN = 10  # problems
 KINDS = ".tsv, .csv, .jsonl or .parquet, each also .gz, or a.de+b.en"
@@ -113,6 +113,8 @@ def choose(path: str, records: list, task: str, given: dict[str, str]) -> tuple[
     folded = {name.casefold(): name for name in reversed(names)}
     wanted = dict.fromkeys(needed if given else roles)
     chosen = {role: folded[role] for role in wanted if role in folded} | given
+    if chosen and GROUP in folded:
+        chosen = {GROUP: folded[GROUP]} | chosen
     for role, name in given.items():  # by place, although there are names
         if name not in names and name.isdecimal() and int(name) < len(names):
             chosen[role] = names[int(name)]
