@@ -143,7 +143,9 @@ class Reporter:
         parts = {}
         for name, numbers in sorted(groups.items(), key=lambda item: -len(item[1])):
             chosen = {i: self.scores[i] for i in numbers}
-            figures = attempt(f"group {name}: left out", partial(score, self.config, self.source, chosen))
+            figures = attempt(
+                f"the figures of group {name} are left out", partial(score, self.config, self.source, chosen)
+            )
             parts[name] = {"count": len(numbers)} | {k: v for k, v in figures.items() if isinstance(v, float)}
         for line in of_groups(parts):
             warn_once(line)
@@ -204,7 +206,7 @@ def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) 
         if not fits.get(word, True):
             print(f"--tasks: {word} is not for task {config.task.name}")
             continue
-        result |= attempt(f"{word}: left out", getattr(reporter, word), passes=(ConfigError, OSError))
+        result |= attempt(f"the report {word} is left out", getattr(reporter, word), passes=(ConfigError, OSError))
     if not result:
         result = reporter.loss()
     if args.pictures and jax.process_index() == 0 and (Path(workdir) / "metrics.jsonl").is_file():
