@@ -18,7 +18,7 @@ from jaxlm.keys import WRITTEN
 from jaxlm.metrics import bleu_scorer
 from jaxlm.parallel import hosts
 from jaxlm.respond import of_examples
-from jaxlm.score import FAULTS, SCORED, attempt, bleu_options, in_a_line, left_out, score, score_texts, warn_once
+from jaxlm.score import SCORED, attempt, bleu_options, left_out, score, score_texts, warn_once
 from jaxlm.state import eval_step
 
 
@@ -56,13 +56,10 @@ class Evaluator:
     def __call__(self, params, teacher=None) -> dict:
         """The figures of a task: loss (nats), and what jaxlm/score.py makes of its examples' scores or texts.
 
-        What can't be made is left out, and that is told: a run goes on without. Nothing is given where there is no
-        loss either. Raises score.FAULTS.
+        What can't be made of these is left out, and that is told. Raises what `run` does, and score.FAULTS.
         """
-        passed = self.run_or_none(params, teacher)
-        if passed is None:
-            return {}
-        config, (sums, scores, complete) = self.config, passed
+        config = self.config
+        sums, scores, complete = self.run(params, teacher)
         result = self.figures(sums, complete)
         if scores is not None and installed():
             result |= self.scored(scores)
@@ -70,18 +67,6 @@ class Evaluator:
             texts = partial(score_texts, config, self.sources[0], params, config.eval.generate)
             result |= attempt("this evaluation gives no figures of texts", texts)
         return result
-
-    def run_or_none(self, params, teacher=None) -> tuple[dict, dict | None, bool] | None:
-        """`run`; None, and that is told, where the split can't be read or nothing in it counts."""
-        # Of several processes the others would wait for one that fails alone: only what all of them see is held.
-        held = Exception if jax.process_count() == 1 else DataError
-        try:
-            return self.run(params, teacher)
-        except FAULTS:
-            raise
-        except held as error:
-            warn_once(f"this evaluation gives no figures: {in_a_line(error)}")
-            return None
 
     def scored(self, scores: dict) -> dict:
         """The task's figures, with a line for each that has no meaning; none of scores that have none, such as NaN."""

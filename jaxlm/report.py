@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePath
 
@@ -86,8 +87,7 @@ class Reporter:
         """The 95% intervals of the figures that INTERVALS names."""
         names = [name for name in INTERVALS.get(self.config.task.name, ()) if name in figures]
         numbers = list(self.scores)
-        if names and len(numbers) < 2:
-            warn_once("95% intervals are left out: there is one example, and resampling needs two")
+        if names and not enough(numbers):
             return {}
         result = {}
         for name in names:
@@ -113,7 +113,7 @@ class Reporter:
         """BLEU, chrF and ROUGE of what the model writes."""
         said, wanted = self.written()
         result = of_texts(self.config, said, wanted)
-        if self.args.bootstrap and "bleu" in result and len(said) > 1:
+        if self.args.bootstrap and "bleu" in result and enough(said):
             counts = metrics.bleu_counts(said, wanted, **bleu_options(self.config))
             result |= self.interval("bleu_interval", metrics.bleu_of, counts)
         return result
@@ -166,6 +166,13 @@ class Reporter:
     def picture(self, name: str) -> Path:
         self.files.append(f"{name}.png")
         return Path(self.args.pictures) / self.files[-1]
+
+
+def enough(examples: Sequence) -> bool:
+    """Whether there are examples to resample; where not, that is told."""
+    if len(examples) < 2:
+        warn_once("95% intervals are left out: there is one example, and resampling needs two")
+    return len(examples) > 1
 
 
 def progress(done: int, total: int) -> None:

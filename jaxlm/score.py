@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from jaxlm import absent, metrics
 from jaxlm.data.examples import label_names
 from jaxlm.data.transforms import ALLOWED, answer_text
-from jaxlm.errors import CheckpointError, NumericsError, UserError
+from jaxlm.errors import CheckpointError, DataError, NumericsError, UserError
 from jaxlm.respond import best_span, write
 
 SCORED = ("classify", "multilabel", "regress", "tag", "qa")  # whose examples have scores
@@ -73,7 +73,15 @@ def of_numbers(config, source, numbers, scores) -> dict:
     return metrics.regression(np.array(scores)[:, 0], np.array([source.pieces[i]["label"] for i in numbers]))
 
 
+def refuse_nan(scores: list[np.ndarray]) -> None:
+    """Raises DataError: the largest of NaN would be the first tag, or the first word."""
+    bad = [place for place, each in enumerate(scores) if np.isnan(each).any()]
+    if bad:
+        raise DataError(f"the scores of {len(bad):,} of {len(scores):,} examples are NaN; the first is {bad[0] + 1:,}")
+
+
 def of_tags(config, source, numbers, scores) -> dict:
+    refuse_nan(scores)
     names, predicted, gold = label_names(config), [], []
     for i, score in zip(numbers, scores):
         piece = source.pieces[i]
@@ -84,6 +92,7 @@ def of_tags(config, source, numbers, scores) -> dict:
 
 
 def of_spans(config, source, numbers, scores) -> dict:
+    refuse_nan(scores)
     predicted, answers = [], []
     for i, score in zip(numbers, scores):
         predicted.append(spans_said(source, i, score))

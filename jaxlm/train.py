@@ -22,7 +22,7 @@ from jaxlm.checkpoint import Checkpoints, describe_run, require_checkpoints
 from jaxlm.config import flatten, load, override, resolve
 from jaxlm.data.pipeline import Prefetch, fingerprint, load_tokenizer, train_batches, validation_batches
 from jaxlm.data.tables import absolute
-from jaxlm.errors import CheckpointError, NumericsError
+from jaxlm.errors import CheckpointError, DataError, NumericsError
 from jaxlm.evaluator import Evaluator
 from jaxlm.keys import MESH_AXES
 from jaxlm.metrics import less_is_better
@@ -31,6 +31,7 @@ from jaxlm.optim import split
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import abstract_mesh, make_mesh
 from jaxlm.process import keep_compiled, manage_memory, quick_random_numbers
+from jaxlm.score import FAULTS, in_a_line
 from jaxlm.start import (
     agree,
     count_ngrams,
@@ -262,7 +263,7 @@ class Run:
         """Evaluation and checkpoint after a step. True where the run is to end."""
         badness, better = None, False
         if evaluates:
-            result = self.evaluate(state.params if state.ema is None else state.ema, state.teacher)
+            result = self.measure(state, step)
             if result:
                 self.monitor.evaluation(step, result)
             badness = self.best.badness(result)
@@ -279,6 +280,18 @@ class Run:
             self.checkpoints.save(state, meta, badness)
             self.monitor.saved(time.perf_counter() - began)
         return ended or exhausted
+
+    def measure(self, state: State, step: int) -> dict:
+        """The figures of an evaluation; none, and that is told, where it fails: the run goes on. Raises FAULTS."""
+        # Several processes would wait for one that fails alone: of them, only what all see alike is held up.
+        held = Exception if jax.process_count() == 1 else DataError
+        try:
+            return self.evaluate(state.params if state.ema is None else state.ema, state.teacher)
+        except FAULTS:
+            raise
+        except held as error:
+            self.monitor.say(f"step {step:>6}  this evaluation gives no figures: {in_a_line(error)}")
+            return {}
 
     def exhausted(self) -> bool:
         """True, and said, where eval.patience is spent."""

@@ -89,6 +89,8 @@ CASES = {
     "same labels": ("multilabel", [[1, 0]] * 2, [[0.9, 0.2]] * 2, "auc", {"f1"}, "true of every example or of none"),
     "NaN of sets": ("multilabel", [[1, 0]] * 2, [[NAN, 0.2]] * 2, "f1", set(), "2 of 4 scores are NaN"),
     "no entity": ("tag", [[0, 0]], [[[1, 0, 0]] * 2], "entity_f1", {"accuracy", "f1"}, "there is no entity"),
+    "NaN of tags": ("tag", [[0]], [[[NAN, 0, 0]]], "accuracy", set(), "the scores of 1 of 1 examples are NaN"),
+    "NaN of spans": ("qa", [0], [[[NAN, 0]]], "exact_match", set(), "the scores of 1 of 1 examples are NaN"),
     "no tokens": ("tag", [[]], [np.zeros((0, 3))], "accuracy", set(), "labels is left out"),
 }
 
@@ -202,15 +204,6 @@ def evaluator(task, run=None, **figures):
     return made
 
 
-@pytest.mark.parametrize(
-    "error", [DataError("nothing counts"), IndexError("odd"), OSError("gone"), ConfigError("scipy")]
-)
-def test_an_evaluation_that_fails_gives_nothing_and_says_so(error, caplog):
-    assert evaluator("classify", Mock(side_effect=error))(None) == {}
-    (line,) = caplog.messages
-    assert line.startswith("this evaluation gives no figures: ") and str(error) in line
-
-
 @pytest.mark.parametrize("error", [AttributeError("odd"), ConfigError("install it"), RecursionError("deep")])
 def test_figures_that_fail_leave_the_loss(error, monkeypatch, caplog):
     monkeypatch.setattr("jaxlm.evaluator.score", Mock(side_effect=error))
@@ -239,7 +232,7 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 def test_faults_of_the_machine_and_signals_pass_on(fault, monkeypatch):
     with pytest.raises(type(fault)):
-        evaluator("classify", Mock(side_effect=fault))(None)
+        run_of(Mock(side_effect=fault)).visit(Mock(ema=None), 250, False, True)
     monkeypatch.setattr("jaxlm.evaluator.score", Mock(side_effect=fault))
     with pytest.raises(type(fault)):
         evaluator("classify")(None)
@@ -247,25 +240,36 @@ def test_faults_of_the_machine_and_signals_pass_on(fault, monkeypatch):
         attempt("figures", Mock(side_effect=fault))
 
 
-def test_one_of_several_processes_does_not_go_on_alone(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(OSError, match="gone"):
-        evaluator("classify", Mock(side_effect=OSError("gone")))(None)
-    assert evaluator("classify", Mock(side_effect=DataError("nothing counts")))(None) == {}  # on all of them
-
-
-def test_a_run_saves_and_goes_on_where_an_evaluation_gave_nothing():
-    config = base()
-    config.eval.patience, config.checkpoint.every = 1, 5
-    run = object.__new__(Run)  # without a model
+def run_of(evaluate):
+    run, config = object.__new__(Run), base()  # without a model
+    config.eval.metric, config.eval.patience, config.checkpoint.every = "accuracy", 1, 5
     run.config, run.meta, run.best, run.hold = config, {}, Best("accuracy"), Mock()
-    run.monitor, run.checkpoints, run.evaluate = Mock(), Mock(), Mock(return_value={})
-    state = Mock(ema=None)
+    run.monitor, run.checkpoints, run.evaluate = Mock(), Mock(), evaluate
+    return run
+
+
+ERRORS = [DataError("nothing counts"), IndexError("odd\ntext"), OSError("gone"), ConfigError("scipy"), KeyError("x")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_a_run_saves_and_goes_on_where_an_evaluation_fails(error):
+    run, state = run_of(Mock(side_effect=error)), Mock(ema=None)
     assert [run.visit(state, step, False, True) for step in (250, 500)] == [False, False]
     assert [save.args for save in run.checkpoints.save.call_args_list] == [(state, {"best": [None, 0]}, None)] * 2
     run.monitor.evaluation.assert_not_called()
-    wait = "so the choice of the best and eval.patience wait"
-    run.monitor.say.assert_called_with(f"eval.metric=accuracy: this evaluation gave no figures, {wait}")
+    said = [call.args[0] for call in run.monitor.say.call_args_list]
+    assert said[0].startswith("step    250  this evaluation gives no figures: ") and "\n" not in said[0]
+    assert said[1] == (
+        "eval.metric=accuracy: this evaluation gave no figures, so the choice of the best and eval.patience wait"
+    )
+
+
+def test_one_of_several_processes_does_not_go_on_alone(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(OSError, match="gone"):
+        run_of(Mock(side_effect=OSError("gone"))).visit(Mock(ema=None), 250, False, True)
+    run = run_of(Mock(side_effect=DataError("nothing counts")))  # which all of them see
+    assert not run.visit(Mock(ema=None), 250, False, True)
 
 
 def examples_of(task, rows, names):
