@@ -7,12 +7,14 @@ predicted (all of it, but for the first character of each document with --tokeni
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
 from jaxlm import cli
+from jaxlm.bits import why_none_of
 from jaxlm.costs import num_parameters
 from jaxlm.data.pipeline import open_stores
 from jaxlm.data.store import Store
@@ -79,7 +81,18 @@ def main(argv: list[str]) -> None:
     result = results if several else results[args.workdir[0]]
     print("\n".join(comparison(results) if several else table(result)))
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value):
+    """The same, with a text for each number that JSON has none for (nan, inf), as metrics.jsonl has it."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
@@ -112,8 +125,8 @@ def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
             lm.teacher = read_teacher(config, lm.mesh)
         data = config.data.val if config.task.name in ROLES else config.data.mixture or config.data.path
         result = {"data": data, "step": lm.step, **report(lm, config, asked, workdir, args)}
-    if args.gzip and not jax.process_index():
-        result["gzip_bits_per_byte"] = gzip_bits_per_byte(open_stores(config, "val"), lm.tokenizer)
+    if args.gzip and not jax.process_index() and not why_none_of(stores := open_stores(config, "val"), lm.tokenizer):
+        result["gzip_bits_per_byte"] = gzip_bits_per_byte(stores, lm.tokenizer)
     return {"model": config.model.name, "task": config.task.name, "parameters": num_parameters(lm.params)} | result
 
 

@@ -9,16 +9,16 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from jaxlm.bits import predicted_bytes, why_none_of
 from jaxlm.check import mixture
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.pipeline import Prefetch, eval_rows, open_sources, open_stores, validation_batches
-from jaxlm.data.store import Store
 from jaxlm.errors import DataError
 from jaxlm.keys import WRITTEN
 from jaxlm.metrics import bleu_scorer
 from jaxlm.parallel import hosts
 from jaxlm.respond import of_examples
-from jaxlm.score import SCORED, bleu_options, score, score_texts, warn_once
+from jaxlm.score import SCORED, attempt, bleu_options, left_out, score, score_texts, warn_once
 from jaxlm.state import eval_step
 
 
@@ -33,10 +33,16 @@ class Evaluator:
         self.sources = open_sources(config, "val", tokenizer)
         self.batches = validation_batches(config, hosts.local_rows(mesh, eval_rows(config)), self.sources)
         self.step = jax.jit(partial(eval_step, config=config), out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self.num_bytes = None
-        stores = open_stores(config, "val") if config.task.name == "lm" else []
-        if stores and stores[0].manifest["tokenizer"]["name"] != "words":  # which does not know all that is there
-            self.num_bytes = sum(map(predicted_bytes, stores, (path for path, _ in mixture(config))))
+        self.num_bytes = self.bytes_of_text() if config.task.name == "lm" else None
+
+    def bytes_of_text(self) -> int | None:
+        """Of all that is foretold; None, and that is told, where the tokenizer doesn't know all of it."""
+        paths = [path for path, _ in mixture(self.config)]
+        stores = open_stores(self.config, "val")
+        if why := why_none_of(stores, tokenizers.load(paths[0])):
+            warn_once(why)
+            return None
+        return sum(map(predicted_bytes, stores, paths))
 
     def leaves_out(self) -> str:
         """In words, what an evaluation leaves out of the split; empty where nothing."""
@@ -48,22 +54,27 @@ class Evaluator:
         return ", and ".join(said)
 
     def __call__(self, params, teacher=None) -> dict:
-        """The figures of a task: always loss (nats), and what jaxlm/score.py makes of its examples' scores or texts."""
+        """The figures of a task: loss (nats), and what jaxlm/score.py makes of its examples' scores or texts.
+
+        What can't be made of these is left out, and that is told. Raises what `run` does, and score.FAULTS.
+        """
+        config = self.config
         sums, scores, complete = self.run(params, teacher)
-        result, config = self.figures(sums, complete), self.config
+        result = self.figures(sums, complete)
         if scores is not None and installed():
             result |= self.scored(scores)
         if config.task.name in WRITTEN and config.eval.generate:
-            result |= score_texts(config, self.sources[0], params, config.eval.generate)
+            texts = partial(score_texts, config, self.sources[0], params, config.eval.generate)
+            result |= attempt("this evaluation gives no figures of texts", texts)
         return result
 
     def scored(self, scores: dict) -> dict:
-        """The task's figures; none, and that is told, where the scores have none, such as those that are NaN."""
-        try:
-            figures = score(self.config, self.sources[0], scores)
-        except DataError as error:  # the run goes on: train.max_skipped ends those that stay NaN
-            warn_once(f"this evaluation gives only the loss: {error}")
-            return {}
+        """The task's figures, with a line for each that has no meaning; none of scores that have none, such as NaN."""
+        source = self.sources[0]
+        only = "this evaluation gives only the loss"  # train.max_skipped ends runs whose scores stay NaN
+        figures = attempt(only, partial(score, self.config, source, scores))
+        for line in left_out(self.config, source, scores, figures) if figures else ():
+            warn_once(line)
         return {name: x for name, x in figures.items() if isinstance(x, float)}
 
     def figures(self, sums: dict, complete: bool) -> dict:
@@ -106,11 +117,3 @@ def installed() -> bool:
     if not here:
         logging.getLogger("jaxlm").warning('F1, AUC and other figures in training need: pip install -e ".[eval]"')
     return here
-
-
-def predicted_bytes(store: Store, path: str) -> int:
-    """UTF-8 bytes of a split's text, without the first tokens of documents where nothing precedes them."""
-    if store.bos_id is not None:
-        return store.num_bytes
-    first = store.rows(store.document_starts(0, store.num_tokens), 1)
-    return store.num_bytes - len(tokenizers.load(path).decode(first).encode())

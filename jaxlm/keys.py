@@ -26,6 +26,7 @@ ROLES = {
     "sft": ("messages?", "prompt?", "response?"),
     "dpo": ("prompt", "chosen", "rejected"),
 }
+GROUP = "group"  # a column beside them, by whose values evaluate tells figures apart
 TWO_SIDED = ("span_corruption", "ul2", "seq2seq")  # a source is read, a target written
 ATTENDING = ("decoder", "encoder", "encoder_decoder")  # models with heads
 LABELLED = ("classify", "multilabel", "regress")  # one label an example, not one a token

@@ -1,5 +1,6 @@
 """A trained model in Python: `lm = jaxlm.load(PATH)`, then lm.logits, lm.loss and lm.generate, on any mesh."""
 
+import logging
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -11,12 +12,13 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.arguments import Arguments, columns_of, examples_of, options_of, sampling_of
+from jaxlm.bits import why_none
 from jaxlm.checkpoint import Checkpoints, config_of, tokenizer_of
 from jaxlm.cli import did_you_mean
 from jaxlm.config import mesh_sizes
+from jaxlm.data.base_tokenizer import replace_surrogates
 from jaxlm.data.examples import Encoder
 from jaxlm.data.pipeline import eval_rows
-from jaxlm.data.tokenizer import Words
 from jaxlm.data.transforms import Vocabulary, join
 from jaxlm.decode import generate_tokens, pad_prompts, size_for
 from jaxlm.errors import ConfigError, UserError
@@ -72,8 +74,8 @@ class LM:
         """How surprising each text is, read in windows of data.seq_len as evaluation does.
 
         Where the tokenizer has no beginning-of-text token (chars), the first token of a text cannot be predicted and
-        does not count. A text without a counted token has nan, and so has the size in bits of one by a tokenizer of
-        words, which does not know them all. Raises ConfigError of what is no text.
+        does not count. A text without a counted token has nan. So have the bits per byte of a text with unknown
+        tokens, and that is told. Raises ConfigError of what is no text.
         """
         self._require_text("loss")
         read = Arguments("lm.loss")
@@ -81,6 +83,7 @@ class LM:
         read.refuse()
         T = self.config.data.seq_len
         rows, owners = [], []
+        num_bytes = self._predicted_bytes(texts)
         for owner, text in enumerate(texts):
             ids = self.tokenizer.encode(text)
             for start in range(0, len(ids), T):
@@ -102,10 +105,10 @@ class LM:
         return [
             TextLoss(
                 float(nats / n) if n else nan,
-                float(nats / math.log(2) / self._predicted_bytes(text)) if n else nan,
+                float(nats / math.log(2) / size) if n else nan,
                 int(n),
             )
-            for text, (nats, n) in zip(texts, sums)
+            for size, (nats, n) in zip(num_bytes, sums)
         ]
 
     def generate(
@@ -260,17 +263,27 @@ class LM:
         task = self.config.task.name
         if task in HEADED:
             raise UserError(f"lm.logits: a model of task {task} is {HEADS[task]}, not of tokens; use lm.answer")
-        if task == "skipgram":
-            raise UserError("lm.logits: a model of task skipgram has embeddings, no logits; use lm.neighbors")
+        if task in VECTORS:
+            raise UserError(f"lm.logits: a model of task {task} has embeddings, no logits; use lm.neighbors")
         if self.config.model.name in ("encoder_decoder", "lstm_seq2seq"):
             use = "; use lm.answer" * (task in ROLES)
             raise UserError(f"lm.logits: a model of task {task} reads a source first{use}")
 
-    def _predicted_bytes(self, text: str) -> float:
-        if isinstance(self.tokenizer, Words):
-            return math.nan
-        first = 0 if self.tokenizer.bos_id is not None else len(text[0].encode())
-        return len(text.encode()) - first
+    def _predicted_bytes(self, texts: list[str]) -> list[float]:
+        """UTF-8 bytes of what is foretold of each text; nan, and that is told, where it has unknown tokens."""
+        sizes, flawed, unknown, total = [], 0, 0, 0
+        for text in texts:
+            ids = self.tokenizer.encode(text)
+            size = len(replace_surrogates(text)[0].encode())
+            if self.tokenizer.bos_id is None:
+                size -= len(self.tokenizer.decode(ids[:1]).encode())
+            if here := int(np.sum(ids == self.tokenizer.unknown_id)):
+                flawed, unknown, total = flawed + 1, unknown + here, total + len(ids)
+                size = math.nan
+            sizes.append(size)
+        if why := why_none(unknown, total, f"{flawed:,} of the {len(texts):,} texts"):
+            logging.getLogger("jaxlm").warning(why)
+        return sizes
 
     def _row(self, ids: np.ndarray, start: int, T: int) -> dict[str, np.ndarray]:
         """The batch row whose targets are ids[start : start + T]."""

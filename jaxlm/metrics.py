@@ -8,8 +8,10 @@ examples, lengths differ or numbers are not finite; ConfigError where a library 
 import importlib
 import re
 import string
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import zip_longest
 
 import numpy as np
@@ -18,7 +20,14 @@ from jaxlm.errors import ConfigError, DataError
 
 BIO = re.compile(r"O|[BIES](-.*)?", re.DOTALL)  # and BIOES, whose E and S end an entity too
 ARTICLES, NO_PUNCTUATION = re.compile(r"\b(a|an|the)\b"), str.maketrans("", "", string.punctuation)
+KNOWN_TO_ROUGE = re.compile("[a-zA-Z0-9]")
 ROUGE = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+
+LOWER = ("loss", "perplexity", "bits", "mse", "mae", "error", "brier", "divergence")
+
+
+def less_is_better(metric: str) -> bool:
+    return any(word in metric for word in LOWER)
 
 
 def library(name: str):
@@ -103,7 +112,9 @@ def classification(scores_NC, labels_N, names: Sequence[str] | None = None) -> d
     result |= {key: mean(table[k][key] for k in occur) for key in ("precision", "recall", "f1")}
     result["f1_micro"] = result["accuracy"]  # as all micro averages, with one label for each example
     if len(every) == 2:
-        result["f1_positive"], areas = table[1]["f1"], areas[1:]
+        areas = areas[1:]
+    if len(every) == 2 and 1 in occur:
+        result["f1_positive"] = table[1]["f1"]
     if areas:
         result["auc"] = mean(areas)
     chosen = scores[range(total), labels] / scores.sum(1)
@@ -113,7 +124,8 @@ def classification(scores_NC, labels_N, names: Sequence[str] | None = None) -> d
 
 def multilabel(scores_NC, labels_NC, threshold: float = 0.5) -> dict:
     """Any number of C labels may be true of an example: f1_micro, f1 (macro over all C, 0 for what neither occurs nor
-    is predicted, as scikit-learn's), exact_match (all C right), auc (macro, over the labels that have both values).
+    is predicted, as scikit-learn's; neither F1 where nothing does), exact_match (all C right), auc (macro, over the
+    labels that have both values).
     """
     scores, labels = numbers("scores", scores_NC, 2), numbers("labels", labels_NC, 2)
     require(np.isin(labels, (0, 1)), "labels", labels, "are neither 0 nor 1")
@@ -121,19 +133,35 @@ def multilabel(scores_NC, labels_NC, threshold: float = 0.5) -> dict:
         raise DataError(f"scores and labels must have one shape; theirs are {scores.shape} and {labels.shape}")
     predicted = scores >= threshold
     right, sums = (predicted * labels).sum(0), predicted.sum(0) + labels.sum(0)
-    result = {"f1_micro": float(2 * right.sum() / max(sums.sum(), 1)), "f1": mean(2 * right / np.maximum(sums, 1))}
+    result = {}
+    if sums.any():
+        result["f1_micro"] = float(2 * right.sum() / sums.sum())
+        result["f1"] = mean(2 * right / np.maximum(sums, 1))
     areas = [auc(y, s) for y, s in zip(labels.T, scores.T) if y.min() < y.max()]
     return result | {"exact_match": mean((predicted == labels).all(1))} | ({"auc": mean(areas)} if areas else {})
 
 
 def regression(predictions_N, targets_N) -> dict:
-    """mse, mae, and the correlations pearson and spearman, of which a constant column has none."""
-    stats, x, y = library("scipy.stats"), numbers("predictions", predictions_N, 1), numbers("targets", targets_N, 1)
+    """mse, mae, and the correlations pearson and spearman. Columns that are constant, or nearly, have no correlation;
+    what a float64 can't hold is left out."""
+    x, y = numbers("predictions", predictions_N, 1), numbers("targets", targets_N, 1)
     count(predictions=x, targets=y)
-    result = {"mse": mean((x - y) ** 2), "mae": mean(abs(x - y))}
-    if np.ptp(x) > 0 and np.ptp(y) > 0:
-        result |= {"pearson": float(stats.pearsonr(x, y)[0]), "spearman": float(stats.spearmanr(x, y)[0])}
+    with np.errstate(over="ignore"):
+        result = {"mse": mean((x - y) ** 2), "mae": mean(abs(x - y))}
+        if x.min() < x.max() and y.min() < y.max():
+            result |= correlations(x, y)
     return {key: value for key, value in result.items() if np.isfinite(value)}
+
+
+def correlations(x_N: np.ndarray, y_N: np.ndarray) -> dict:
+    """pearson and spearman of values that are not all the same; no pearson where they differ by rounding alone."""
+    stats = library("scipy.stats")
+    result = {"spearman": float(stats.spearmanr(x_N, y_N)[0])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", stats.NearConstantInputWarning)
+        with suppress(stats.NearConstantInputWarning):
+            result = {"pearson": float(stats.pearsonr(x_N, y_N)[0])} | result
+    return result
 
 
 def tagging(predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]) -> dict:
@@ -226,13 +254,18 @@ def bleu_of(counts: np.ndarray) -> float:
 
 def rouge(hypotheses, references) -> dict:
     """F-measures to 100, without stemming, the mean over examples of that of the best reference: rouge1, rouge2, rougeL
-    and rougeLsum, which reads each line as a sentence. rouge_score reads the letters a to z and digits only.
+    and rougeLsum, which reads each line as a sentence. rouge_score reads the letters a to z and digits only: DataError
+    where most of the references' letters are others, also where each reference has some, such as the digits of a year.
     """
-    lists, scorer = texts(hypotheses, references), library("rouge_score.rouge_scorer").RougeScorer(ROUGE)
-    foreign = sum(not re.search("[a-zA-Z0-9]", t) and any(map(str.isalnum, t)) for each in lists for t in each)
-    if 2 * foreign > sum(map(len, lists)):
+    lists = texts(hypotheses, references)
+    scorer = library("rouge_score.rouge_scorer").RougeScorer(ROUGE)
+    everything = "".join(text for each in lists for text in each)
+    letters = sum(map(str.isalnum, everything))
+    known = len(KNOWN_TO_ROUGE.findall(everything))
+    if 2 * known < letters:
         raise DataError(
-            f"rouge_score reads a to z and digits only; {foreign} references have none: use translation's chrf"
+            f"rouge_score reads a to z and digits only, {known / letters:.0%} of the references' letters: use "
+            "translation's chrf"
         )
     scores = [scorer.score_multi(each, text) for text, each in zip(hypotheses, lists)]
     return {key: 100 * mean(score[key].fmeasure for score in scores) for key in ROUGE}

@@ -5,11 +5,13 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxlm import metrics
 from jaxlm.errors import DataError
+from jaxlm.metrics import less_is_better
 
 # Okabe and Ito's colours, which the colour-blind tell apart, without the yellow, too pale for lines
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -102,36 +104,157 @@ def calibration(path, result: Mapping) -> None:
         below.set(xlabel="confidence (probability of the prediction)", ylabel=f"% of {bins['count'].sum():,}")
 
 
+class Curve(NamedTuple):
+    """One line of a picture of losses. steps, values: [N]; raw: [N], what was smoothed, or None."""
+
+    key: str
+    name: str
+    colour: str | Sequence[float]
+    steps: np.ndarray
+    values: np.ndarray
+    raw: np.ndarray | None
+
+
+class Mark(NamedTuple):
+    """What is circled: the point (step, height), what to call it in the legend, and what it shows."""
+
+    step: float
+    height: float
+    label: str
+    text: str
+
+
 def losses(path, runs: str | PurePath | Sequence[tuple[str, str | PurePath]]) -> None:
-    """Of a run's metrics.jsonl, or of [(name, path), ...]: training loss, smoothed over 2%, dashed validation loss."""
-    runs, lowest, tops = [("", runs)] if isinstance(runs, str | PurePath) else runs, {}, []
-    shades = metrics.library("matplotlib").colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
-    total = lambda x: np.convolve(x, np.ones(len(x) // 50 | 1), "same")
+    """Of a run's metrics.jsonl, or of [(name, path), ...]: training loss, smoothed over 2%, dashed validation loss.
+
+    Circled is the step that eval.metric chooses (config.json beside the file), else the lowest loss. What is above the
+    picture, such as the first steps of a long run, is told in its title.
+    """
+    runs = [("", runs)] if isinstance(runs, str | PurePath) else list(runs)
+    curves = curves_of(runs)
+    if not curves:
+        raise DataError(f"{', '.join(str(file) for _, file in runs)}: no row has a finite loss; wait for the first")
+    mark, notes = mark_of(runs, curves)
+    low, high = limits(curves, mark)
+    notes += beyond(curves, high)
     with drawing(path, 8, 5) as (figure, title):
         axes = figure.add_subplot(xlabel="step", ylabel="loss (nats)")
-        for (run, file), shade in zip(runs, COLOURS if len(runs) < 8 else shades):
-            for key, style, colour in (("loss", "-", shade), ("eval/loss", "--o", shade if run else COLOURS[1])):
-                steps, values = read(file, key)
-                if not len(steps):
-                    continue
-                if key == "loss":
-                    axes.plot(steps, values, color=colour, alpha=0 if run else 0.25, linewidth=0.8)
-                    values = total(values) / total(np.ones(len(values)))
-                name = {"loss": "training loss", "eval/loss": "validation loss"}[key] + (run and f" of {short(run)}")
-                axes.plot(steps, values, style if len(steps) > 1 else "o", color=colour, markersize=3.5, label=name)
-                lowest[key] = min(lowest.get(key, (np.inf,)), (values.min(), name, steps[values.argmin()]))
-                tops.append(np.quantile(values, 0.97 if len(values) > 50 else 1))
-        if not lowest:
-            raise DataError(f"{', '.join(str(file) for _, file in runs)}: no row has a finite loss; wait for the first")
-        value, name, step = lowest.get("eval/loss") or lowest["loss"]
-        axes.plot(step, value, "o", color="black", fillstyle="none", markersize=10, label="lowest")
-        title(f"lowest {name}: {value:.4f}, at step {step:,.0f}")
-        low, top = axes.get_ylim()[0], max(tops)
-        axes.set(xlim=(0, None), ylim=(low, top + 0.1 * max(top - low, 0.1)))  # the first steps are beyond it
+        for curve in curves:
+            draw(axes, curve)
+        axes.plot(mark.step, mark.height, "o", color="black", fillstyle="none", markersize=10, label=mark.label)
+        title("\n".join([mark.text, *notes]))
+        axes.set(xlim=(0, None), ylim=(low, high))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper") if len(runs) > 3 else axes.legend(loc="best")
+
+
+def curves_of(runs: Sequence[tuple[str, str | PurePath]]) -> list[Curve]:
+    """Those that have values: of each run its training loss, then its validation loss."""
+    shades = metrics.library("matplotlib").colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
+    curves = []
+    for (run, file), shade in zip(runs, COLOURS if len(runs) < 8 else shades):
+        of = f" of {short(run)}" if run else ""
+        steps, values = read(file, "loss")
+        if len(steps):
+            raw = None if run else values  # of several runs it would be a thicket
+            curves.append(Curve("loss", f"training loss{of}", shade, steps, smooth(values), raw))
+        steps, values = read(file, "eval/loss")
+        if len(steps):
+            colour = shade if run else COLOURS[1]
+            curves.append(Curve("eval/loss", f"validation loss{of}", colour, steps, values, None))
+    return curves
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Means over a window of 2% of the values, shorter at the ends."""
+    window = np.ones(len(values) // 50 | 1)
+    total = np.convolve(values, window, "same")
+    return total / np.convolve(np.ones(len(values)), window, "same")
+
+
+def draw(axes, curve: Curve) -> None:
+    if curve.raw is not None:
+        axes.plot(curve.steps, curve.raw, color=curve.colour, alpha=0.25, linewidth=0.8)
+    style = "-" if curve.key == "loss" else "--o"
+    if len(curve.steps) == 1:
+        style = "o"
+    axes.plot(curve.steps, curve.values, style, color=curve.colour, markersize=3.5, label=curve.name)
+
+
+def mark_of(runs: Sequence[tuple[str, str | PurePath]], curves: list[Curve]) -> tuple[Mark, list[str]]:
+    """The best step by the eval.metric that led the runs, and notes; the lowest loss where that is not known."""
+    led = {metric_of(file) for _, file in runs}
+    metric = led.pop() if len(led) == 1 else "loss"
+    if metric == "loss":
+        return lowest(curves), []
+    found = []
+    for run, file in runs:
+        steps, values = read(file, f"eval/{metric}")
+        if len(steps):
+            best = values.argmin() if less_is_better(metric) else values.argmax()
+            found.append((values[best], steps[best], run))
+    if not found:
+        return lowest(curves), [f"no evaluation gave eval.metric={metric}"]
+    choose = min if less_is_better(metric) else max
+    value, step, run = choose(found, key=lambda each: each[0])
+    of = f" of {short(run)}" if run else ""
+    text = f"best {metric} {value:.4g} at step {step:,.0f}"
+    return Mark(step, height_at(curves, step, of), text, text + of), []
+
+
+def metric_of(file: str | PurePath) -> str:
+    """The eval.metric of the run whose metrics.jsonl this is; loss where its config is not there."""
+    config = (Path(file) if isinstance(file, str) else file).parent / "config.json"
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads(config.read_text()).get("eval.metric", "loss")
+    return "loss"
+
+
+def lowest(curves: list[Curve]) -> Mark:
+    """Of the validation losses; of the training losses where there is no other."""
+    of_validation = [curve for curve in curves if curve.key == "eval/loss"]
+    curve = min(of_validation or curves, key=lambda curve: curve.values.min())
+    place = curve.values.argmin()
+    value, step = curve.values[place], curve.steps[place]
+    return Mark(step, value, "lowest", f"lowest {curve.name}: {value:.4f}, at step {step:,.0f}")
+
+
+def height_at(curves: list[Curve], step: float, of: str) -> float:
+    """The loss of a run at a step: in validation where it is there, else in training."""
+    names = (f"validation loss{of}", f"training loss{of}")
+    mine = [curve for name in names for curve in curves if curve.name == name]
+    exact = [curve for curve in mine if step in curve.steps]
+    curve = (exact or mine or curves)[0]
+    return float(np.interp(step, curve.steps, curve.values))
+
+
+def limits(curves: list[Curve], mark: Mark) -> tuple[float, float]:
+    """Of the losses shown. In a long run the first 3% may be above, which else would flatten the rest."""
+    tops = [np.quantile(curve.values, 0.97 if len(curve.values) > 50 else 1) for curve in curves]
+    top = max(*tops, mark.height)
+    least = min(drawn(curve).min() for curve in curves)
+    margin = max(top - least, 0.1)
+    return least - 0.05 * margin, top + 0.1 * margin
+
+
+def drawn(curve: Curve) -> np.ndarray:
+    """All values of a curve that are seen."""
+    return curve.values if curve.raw is None else np.append(curve.values, curve.raw)
+
+
+def beyond(curves: list[Curve], high: float) -> list[str]:
+    """A note on the losses that are off the picture, if any are."""
+    above, most = 0, (high, 0.0)
+    for curve in curves:
+        values = curve.values if curve.raw is None else curve.raw
+        above += int(np.sum(values > high))
+        most = max(most, (values.max(), curve.steps[values.argmax()]))
+    if not above:
+        return []
+    values = "1 value" if above == 1 else f"{above:,} values"
+    return [f"off the picture: {values} above {high:.4g}, up to {most[0]:.4g} at step {most[1]:,.0f}"]
 
 
 def read(file: str | PurePath, key: str) -> np.ndarray:

@@ -3,6 +3,8 @@
 import json
 import re
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path, PurePath
 
 import jax
@@ -10,13 +12,24 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxlm import metrics, pictures
+from jaxlm.absent import of_groups
 from jaxlm.check import mixture
 from jaxlm.data.examples import label_names
 from jaxlm.errors import ConfigError
 from jaxlm.evaluator import Evaluator
-from jaxlm.keys import ROLES, WRITTEN
+from jaxlm.keys import GROUP, ROLES, WRITTEN
 from jaxlm.respond import BATCH
-from jaxlm.score import SCORED, answers_of, bleu_options, of_texts, score, write_answers
+from jaxlm.score import (
+    SCORED,
+    answers_of,
+    attempt,
+    bleu_options,
+    left_out,
+    of_texts,
+    score,
+    warn_once,
+    write_answers,
+)
 
 INTERVALS = {  # task -> the figures that get an interval
     "classify": ("accuracy", "f1", "auc"),
@@ -42,24 +55,50 @@ class Reporter:
 
     def labels(self) -> dict:
         """The figures of the task, each with its interval; an ROC curve and a confusion matrix."""
-        result, config = {"examples": len(self.scores), **score(self.config, self.source, self.scores)}, self.config
-        if config.task.name == "classify":  # what says nothing but the commonest class is right so often
-            counts, names = np.bincount(self.gold()), label_names(config)
-            result |= {"commonest_class": names[counts.argmax()], "commonest_share": counts.max() / counts.sum()}
-            result |= {"positive_class": names[1]} if "f1_positive" in result else {}
-        numbers = list(self.scores)
-        if self.args.bootstrap and config.task.name in INTERVALS:
-            part = lambda chosen: score(
-                config, self.source, None, [(numbers[i], self.scores[numbers[i]]) for i in chosen]
-            )
-            for name in INTERVALS[config.task.name]:
-                if name in result:
-                    one = lambda chosen, name=name: part(chosen).get(name, np.nan)
-                    result[f"{name}_interval"] = self.interval(one, np.arange(len(numbers)))
+        config, source = self.config, self.source
+        result = {"examples": len(self.scores), **score(config, source, self.scores)}
+        for line in left_out(config, source, self.scores, result):
+            warn_once(line)
+        if config.task.name == "classify":
+            result |= self.of_classes(result)
+        if self.args.bootstrap:
+            result |= self.intervals(result)
         if config.task.name == "classify" and self.args.pictures:
             scores, labels, names = np.stack(list(self.scores.values())), self.gold(), list(label_names(config))
             pictures.roc(self.picture("roc"), scores, labels, names)
             pictures.confusion(self.picture("confusion"), result["confusion"], names)
+        return result
+
+    def of_classes(self, figures: dict) -> dict:
+        """What says nothing but the commonest class is right so often; and which classes the means leave out."""
+        counts, names = np.bincount(self.gold()), label_names(self.config)
+        result = {"commonest_class": names[counts.argmax()], "commonest_share": counts.max() / counts.sum()}
+        if "f1_positive" in figures:
+            result["positive_class"] = names[1]
+        predicted = np.sum(figures["confusion"], axis=0)
+        absent = [row["name"] for row, found in zip(figures["classes"], predicted) if not row["count"] and not found]
+        if absent:
+            warn_once(
+                f"precision, recall and f1 are means without what neither occurs nor is said: {', '.join(absent)}"
+            )
+        return result
+
+    def intervals(self, figures: dict) -> dict:
+        """The 95% intervals of the figures that INTERVALS names."""
+        names = [name for name in INTERVALS.get(self.config.task.name, ()) if name in figures]
+        numbers = list(self.scores)
+        if names and not enough(numbers):
+            return {}
+        result = {}
+        for name in names:
+
+            def again(chosen, name=name) -> float:
+                pairs = [(numbers[i], self.scores[numbers[i]]) for i in chosen]
+                return score(self.config, self.source, None, pairs).get(name, np.nan)
+
+            place = np.arange(len(numbers))
+            interval = partial(self.interval, f"{name}_interval", again, place)
+            result |= attempt(f"the interval of {name} is left out", interval)
         return result
 
     def calibration(self) -> dict:
@@ -74,9 +113,9 @@ class Reporter:
         """BLEU, chrF and ROUGE of what the model writes."""
         said, wanted = self.written()
         result = of_texts(self.config, said, wanted)
-        if self.args.bootstrap and "bleu" in result:
+        if self.args.bootstrap and "bleu" in result and enough(said):
             counts = metrics.bleu_counts(said, wanted, **bleu_options(self.config))
-            result["bleu_interval"] = self.interval(metrics.bleu_of, counts)
+            result |= self.interval("bleu_interval", metrics.bleu_of, counts)
         return result
 
     def samples(self) -> dict:
@@ -100,11 +139,16 @@ class Reporter:
         """The figures of each value of the examples' column `group`."""
         groups = {}
         for number in self.scores:
-            groups.setdefault(str(self.source.examples[number].get("group", "")), []).append(number)
+            groups.setdefault(str(self.source.examples[number].get(GROUP, "")), []).append(number)
         parts = {}
         for name, numbers in sorted(groups.items(), key=lambda item: -len(item[1])):
-            figures = score(self.config, self.source, {i: self.scores[i] for i in numbers})
+            chosen = {i: self.scores[i] for i in numbers}
+            figures = attempt(
+                f"the figures of group {name} are left out", partial(score, self.config, self.source, chosen)
+            )
             parts[name] = {"count": len(numbers)} | {k: v for k, v in figures.items() if isinstance(v, float)}
+        for line in of_groups(parts):
+            warn_once(line)
         return {"groups": parts}
 
     def written(self) -> tuple[list[str], list[str]]:
@@ -115,12 +159,20 @@ class Reporter:
     def gold(self) -> np.ndarray:
         return np.array([self.source.pieces[i]["label"] for i in self.scores])
 
-    def interval(self, metric, *arrays) -> list[float]:
-        return [round(x, 6) for x in metrics.bootstrap(metric, *arrays, samples=self.args.bootstrap)]
+    def interval(self, name: str, metric, *arrays) -> dict:
+        low, high = metrics.bootstrap(metric, *arrays, samples=self.args.bootstrap)
+        return {name: [round(low, 6), round(high, 6)]}
 
     def picture(self, name: str) -> Path:
         self.files.append(f"{name}.png")
         return Path(self.args.pictures) / self.files[-1]
+
+
+def enough(examples: Sequence) -> bool:
+    """Whether there are examples to resample; where not, that is told."""
+    if len(examples) < 2:
+        warn_once("95% intervals are left out: there is one example, and resampling needs two")
+    return len(examples) > 1
 
 
 def progress(done: int, total: int) -> None:
@@ -137,7 +189,7 @@ def usual(config: ConfigDict, source) -> list[str]:
     """The reports that a task's model is for."""
     task, words = config.task.name, ["loss"]
     words += ["labels"] * (task in SCORED) + ["calibration"] * (task == "classify") + ["texts"] * (task in WRITTEN)
-    words += ["groups"] * (task in SCORED and any("group" in example for example in source.examples))
+    words += ["groups"] * (task in SCORED and any(GROUP in example for example in source.examples))
     return words + ["sources"] * (task not in ROLES and len(mixture(config)) > 1)
 
 
@@ -161,7 +213,9 @@ def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) 
         if not fits.get(word, True):
             print(f"--tasks: {word} is not for task {config.task.name}")
             continue
-        result |= getattr(reporter, word)()
+        result |= attempt(f"the report {word} is left out", getattr(reporter, word), passes=(ConfigError, OSError))
+    if not result:
+        result = reporter.loss()
     if args.pictures and jax.process_index() == 0 and (Path(workdir) / "metrics.jsonl").is_file():
         pictures.losses(reporter.picture("losses"), Path(workdir) / "metrics.jsonl")
     if args.answers and jax.process_index() == 0:
@@ -174,15 +228,22 @@ def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) 
     return result
 
 
+def in_digits(value: int | float | str) -> str:
+    """To be read: four decimals, of numbers that would be a line of digits four digits."""
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 1e9 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
 def table(result: dict) -> list[str]:
     """The lines that are printed: figures, then tables of classes, sources and groups, then texts."""
     plain = {key: value for key, value in result.items() if isinstance(value, (int, float, str))}
     width, lines = max(map(len, plain)), []
     for key, value in plain.items():
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else value
+        shown = in_digits(value)
         if f"{key}_interval" in result:
             low, high = result[f"{key}_interval"]
-            shown += f"  ({low:.4f} to {high:.4f}: 95% interval)"
+            shown += f"  ({in_digits(low)} to {in_digits(high)}: 95% interval)"
         lines.append(f"{key:{width}}  {shown}")
     for name in ("classes", "tags", "entities", "sources", "groups"):
         if rows := result.get(name):
@@ -200,7 +261,7 @@ def comparison(results: dict[str, dict]) -> list[str]:
     rows = []
     for key in keys:
         shown = short_path if key == "data" else lambda x: x
-        between = lambda r, key=f"{key}_interval": " to ".join(f"{x:.4f}" for x in r.get(key, ()))
+        between = lambda r, key=f"{key}_interval": " to ".join(map(in_digits, r.get(key, ())))
         rows.append(row(key, lambda r, key=key, shown=shown: shown(r.get(key, ""))))
         rows += [row("  95% interval", between)] * any(f"{key}_interval" in r for r in results.values())
     classes = dict.fromkeys(each["name"] for r in results.values() for each in r.get("classes", ()))
@@ -216,9 +277,9 @@ def short_path(files: str) -> str:
 
 
 def columns(rows: list[dict]) -> list[str]:
-    keys = [key for key in rows[0] if isinstance(rows[0][key], (int, float, str))]
-    shown = lambda x: f"{x:.4f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
-    cells = [keys] + [[shown(r.get(k, "")) for k in keys] for r in rows]
+    """Lines of a table, a row under the names of all that any row has."""
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, (int, float, str)))
+    cells = [list(keys)] + [[in_digits(r.get(k, "")) for k in keys] for r in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(keys))]
     return [
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))

@@ -1,28 +1,62 @@
 """The figures of a task from a model's answers to its examples; jaxlm/metrics.py has the arithmetic."""
 
 import logging
+from collections.abc import Callable
 from functools import cache
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm import metrics
+from jaxlm import absent, metrics
 from jaxlm.data.examples import label_names
-from jaxlm.errors import DataError
+from jaxlm.errors import CheckpointError, DataError, NumericsError, UserError
 from jaxlm.respond import span_said, write
 
 SCORED = ("classify", "multilabel", "regress", "tag", "qa")  # whose examples have scores
-LOWER = ("loss", "perplexity", "bits", "mse", "mae", "error", "brier", "divergence")
+# Faults that no evaluation may hide: no memory, a device or another host that is lost, a run that diverged.
+FAULTS = (MemoryError, jax.errors.JaxRuntimeError, FloatingPointError, CheckpointError, NumericsError)
 
 
-def less_is_better(metric: str) -> bool:
-    return any(word in metric for word in LOWER)
+def attempt(what: str, figures: Callable[[], dict], passes: tuple = ()) -> dict:
+    """figures(); where they can't be made none, and one line that says why. what: in words, is left out then.
+
+    passes: kinds of exceptions that are raised all the same, as FAULTS are.
+    """
+    try:
+        return figures()
+    except (*FAULTS, *passes):
+        raise
+    except Exception as error:  # sacrebleu, scipy and odd texts have many kinds
+        warn_once(f"{what}: {in_a_line(error)}")
+        return {}
+
+
+def in_a_line(error: Exception) -> str:
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())
 
 
 def score(config: ConfigDict, source, scores: dict[int, np.ndarray] | None, pairs: list | None = None) -> dict:
     """Metrics of the examples {number: scores} of a source, or of pairs (number, scores), in which one may repeat."""
     numbers, values = zip(*(pairs or scores.items()))
     return MEASURES[config.task.name](config, source, list(numbers), list(values))
+
+
+def left_out(config: ConfigDict, source, scores: dict[int, np.ndarray], figures: dict) -> list[str]:
+    """A line for each figure of the task that `figures`, of these scores, don't have because it has no meaning."""
+    task = config.task.name
+    if task == "classify":
+        return absent.of_classes(figures)
+    if task == "multilabel":
+        return absent.of_sets(figures)
+    if task == "regress":
+        labels = [source.pieces[i]["label"] for i in scores]
+        predictions = [values[0] for values in scores.values()]
+        return absent.of_numbers(figures, predictions, labels)
+    if task == "tag":
+        return absent.of_tags(figures, label_names(config))
+    return []
 
 
 def of_classes(config, source, numbers, scores) -> dict:
@@ -38,7 +72,15 @@ def of_numbers(config, source, numbers, scores) -> dict:
     return metrics.regression(np.array(scores)[:, 0], np.array([source.pieces[i]["label"] for i in numbers]))
 
 
+def refuse_nan(scores: list[np.ndarray]) -> None:
+    """Raises DataError: the largest of NaN would be the first tag, or the first word."""
+    bad = [place for place, each in enumerate(scores) if np.isnan(each).any()]
+    if bad:
+        raise DataError(f"the scores of {len(bad):,} of {len(scores):,} examples are NaN; the first is {bad[0] + 1:,}")
+
+
 def of_tags(config, source, numbers, scores) -> dict:
+    refuse_nan(scores)
     names, predicted, gold = label_names(config), [], []
     for i, score in zip(numbers, scores):
         piece = source.pieces[i]
@@ -49,6 +91,7 @@ def of_tags(config, source, numbers, scores) -> dict:
 
 
 def of_spans(config, source, numbers, scores) -> dict:
+    refuse_nan(scores)
     predicted, answers = [], []
     for i, score in zip(numbers, scores):
         predicted.append(span_said(source, i, score))
@@ -98,13 +141,21 @@ def score_texts(config: ConfigDict, source, params, count: int = 0) -> dict:
 
 
 def of_texts(config: ConfigDict, said: list[str], references: list[str]) -> dict:
-    """BLEU, chrF and ROUGE of texts. ROUGE is left out, and that is told, where the references are not in a to z."""
-    result = metrics.translation(said, references, **bleu_options(config))
-    try:
-        return result | metrics.rouge(said, references)
-    except DataError as error:  # of ROUGE alone: translation has taken the same texts
-        warn_once(f"ROUGE is left out: {error}")
-        return result
+    """BLEU, chrF and ROUGE of texts. Those without meaning are left out, and that is told."""
+    total = metrics.count(hypotheses=said, references=references)
+    if not any(text.strip() for text in references):
+        warn_once("BLEU, chrF and ROUGE are left out: every reference is empty")
+        return {}
+    if not any(text.strip() for text in said):
+        warn_once(f"the model wrote nothing for any of {total:,} examples: BLEU, chrF and ROUGE are of empty texts")
+    options = bleu_options(config)
+    result = attempt("BLEU and chrF are left out", lambda: metrics.translation(said, references, **options))
+    if result and "bleu" not in result:
+        warn_once(
+            f"BLEU is left out: no reference has the four words that it counts runs of (tokenizer {options['tokenize']}"
+            "; for text without spaces choose bleu_tokenize=char or zh)"
+        )
+    return result | attempt("ROUGE is left out", lambda: metrics.rouge(said, references))
 
 
 def bleu_options(config: ConfigDict) -> dict:

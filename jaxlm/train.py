@@ -23,16 +23,17 @@ from jaxlm.config import flatten, load, override, resolve
 from jaxlm.data.paths import absolute
 from jaxlm.data.pipeline import Prefetch, fingerprint, load_tokenizer, train_batches, validation_batches
 from jaxlm.data.specials import write_tokenizer
-from jaxlm.errors import CheckpointError, NumericsError
+from jaxlm.errors import CheckpointError, DataError, NumericsError
 from jaxlm.evaluator import Evaluator
 from jaxlm.keys import MESH_AXES
+from jaxlm.metrics import less_is_better
 from jaxlm.monitor import Monitor, proposal
 from jaxlm.optim import split
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import abstract_mesh, make_mesh
 from jaxlm.process import keep_compiled, manage_memory, quick_random_numbers
 from jaxlm.rounding import warnings
-from jaxlm.score import less_is_better
+from jaxlm.score import FAULTS, in_a_line
 from jaxlm.start import (
     agree,
     count_ngrams,
@@ -100,11 +101,12 @@ class Best:
         why = "has no such figure on these data"
         if self.metric in result:
             why = f"gave {result[self.metric]}"
-        given = ", ".join(name for name in result if name != self.metric)
-        return (
-            f"eval.metric={self.metric}: this evaluation {why}, so the choice of the best and eval.patience wait; "
-            f"others it gave: {given}"
-        )
+        if not result:
+            why = "gave no figures"
+        wait = f"eval.metric={self.metric}: this evaluation {why}, so the choice of the best and eval.patience wait"
+        numbers = [name for name, value in result.items() if isinstance(value, (int, float))]
+        others = ", ".join(name for name in numbers if name != self.metric)
+        return f"{wait}; others it gave: {others}" if others else wait
 
     def update(self, result: dict) -> bool:
         """True where it is the best. An evaluation without the metric changes nothing: there is nothing to compare."""
@@ -269,8 +271,9 @@ class Run:
         """Evaluation and checkpoint after a step. True where the run is to end."""
         badness, better = None, False
         if evaluates:
-            result = self.evaluate(state.params if state.ema is None else state.ema, state.teacher)
-            self.monitor.evaluation(step, result)
+            result = self.measure(state, step)
+            if result:
+                self.monitor.evaluation(step, result)
             badness = self.best.badness(result)
             if waiting := self.best.waits(result):
                 self.monitor.say(waiting)
@@ -285,6 +288,18 @@ class Run:
             self.checkpoints.save(state, meta, badness)
             self.monitor.saved(time.perf_counter() - began)
         return ended or exhausted
+
+    def measure(self, state: State, step: int) -> dict:
+        """The figures of an evaluation; none, and that is told, where it fails: the run goes on. Raises FAULTS."""
+        # Several processes would wait for one that fails alone: of them, only what all see alike is held up.
+        held = Exception if jax.process_count() == 1 else DataError
+        try:
+            return self.evaluate(state.params if state.ema is None else state.ema, state.teacher)
+        except FAULTS:
+            raise
+        except held as error:
+            self.monitor.say(f"step {step:>6}  this evaluation gives no figures: {in_a_line(error)}")
+            return {}
 
     def exhausted(self) -> bool:
         """True, and said, where eval.patience is spent."""

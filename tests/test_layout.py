@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 # Each may import those before it, and its own folder.
 ORDER = (
-    "errors cli keys arguments config meshes check data parallel kernels models losses optim rounding topology state "
-    "decode costs count predict measure page search workdir checkpoint process start monitor respond metrics pictures "
-    "score evaluator report neighbors lm laws space trial study dissect programs"
+    "errors cli keys arguments config meshes check data bits parallel kernels models losses optim rounding topology "
+    "state decode costs count predict measure page search workdir checkpoint process start monitor respond metrics "
+    "absent pictures score evaluator report neighbors lm laws space trial study dissect programs"
 ).split()
 PROGRAMS = {"train", "evaluate", "generate", "verify", "plan", "bench", "tune", "lora"}
 

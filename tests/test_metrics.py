@@ -169,8 +169,9 @@ def test_texts_that_rouge_cannot_read_keep_bleu_and_chrf(text, caplog):
     got = of_texts(config, [text, text], [text, text])
     of_texts(config, [text, text], [text, text])
     assert got["chrf"] == 100 and got == metrics.translation([text, text], [text, text])
-    (line,) = caplog.messages
+    *others, line = caplog.messages
     assert line.startswith("ROUGE is left out: rouge_score reads a to z") and "\n" not in line
+    assert [other[:30] for other in others] == ["BLEU is left out: no reference"] * ("bleu" not in got)
 
 
 def test_texts_in_a_to_z_have_rouge_too(caplog):

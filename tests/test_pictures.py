@@ -49,3 +49,67 @@ def test_pictures_of_runs(tmp_path, rows):
         with pytest.raises(DataError, match=said):
             pictures.losses(tmp_path / "never.png", missing)
     assert not (tmp_path / "never.png").exists()
+
+
+def log_of(folder, metric, curves):
+    """metrics.jsonl of a run that was led by this metric; curves: {key: {step: value}}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"step": step, key: value} for key, values in curves.items() for step, value in values.items()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.json").write_text(json.dumps({"eval.metric": metric}))
+    return folder / "metrics.jsonl"
+
+
+LOSS = {100: 3.0, 200: 2.0, 300: 2.5, 400: 2.8}
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "step", "text"),
+    [
+        ("accuracy", {100: 0.5, 200: 0.7, 300: 0.7, 400: 0.81}, 400, "best accuracy 0.81 at step 400"),
+        ("bleu", {100: 9.0, 200: 12.345, 400: 12.3}, 200, "best bleu 12.35 at step 200"),
+        ("mse", {100: 0.5, 300: 0.25, 400: "nan"}, 300, "best mse 0.25 at step 300"),
+        ("loss", {}, 200, "lowest validation loss: 2.0000, at step 200"),
+        ("auc", {}, 200, "lowest validation loss: 2.0000, at step 200\nno evaluation gave eval.metric=auc"),
+    ],
+)
+def test_the_step_that_led_the_run_is_circled(tmp_path, metric, values, step, text):
+    log = log_of(tmp_path, metric, {f"eval/{metric}": values, "loss": LOSS, "eval/loss": LOSS})
+    runs = [("", log)]
+    mark, notes = pictures.mark_of(runs, pictures.curves_of(runs))
+    assert (mark.step, mark.height) == (step, LOSS[step])
+    assert "\n".join([mark.text, *notes]) == text
+    pictures.losses(tmp_path / "out.png", log)
+    assert size(tmp_path / "out.png") == (750, 1200)
+
+
+def test_of_several_runs_the_best_by_their_metric_is_circled(tmp_path):
+    accuracies = {"a": {100: 0.5, 200: 0.6}, "b": {100: 0.7, 200: 0.4}}
+    runs = []
+    for name, values in accuracies.items():
+        runs.append((name, log_of(tmp_path / name, "accuracy", {"eval/loss": LOSS, "eval/accuracy": values})))
+    mark, _ = pictures.mark_of(runs, pictures.curves_of(runs))
+    assert mark.text == "best accuracy 0.7 at step 100 of b"
+    log_of(tmp_path / "b", "bleu", {"eval/loss": LOSS, "eval/bleu": {100: 5}})  # nothing to compare them by
+    assert pictures.mark_of(runs, pictures.curves_of(runs))[0].label == "lowest"
+
+
+@pytest.mark.parametrize(
+    ("spikes", "note"),
+    [
+        ({}, []),
+        ({1: 9.0}, ["off the picture: 1 value above 2.1, up to 9 at step 1"]),
+        ({1: 5.0, 2: 1e6, 700: 50.0}, ["off the picture: 3 values above 2.1, up to 1e+06 at step 2"]),
+    ],
+)
+def test_values_that_are_off_the_picture_are_counted(tmp_path, spikes, note):
+    log = log_of(tmp_path, "loss", {"loss": dict.fromkeys(range(1, 1001), 2.0) | spikes})
+    runs = [("", log)]
+    curves = pictures.curves_of(runs)
+    curves = [curve._replace(values=np.full(1000, 2.0)) for curve in curves]  # without what the mean spreads
+    mark, _ = pictures.mark_of(runs, curves)
+    low, high = pictures.limits(curves, mark)
+    assert pictures.beyond(curves, high) == [line.replace("2.1", f"{high:.4g}") for line in note]
+    assert 1.9 < low < 2 < high < 2.2
+    pictures.losses(tmp_path / "out.png", log)
+    assert size(tmp_path / "out.png") == (750, 1200)

@@ -35,7 +35,7 @@ from jaxlm.data.transforms import (
     words_of,
 )
 from jaxlm.errors import DataError, UserError
-from jaxlm.keys import LABELLED
+from jaxlm.keys import GROUP, LABELLED
 
 LOGGER = logging.getLogger("jaxlm")
 INEXACT = 0.01  # more answers than this share: a tokenizer that is made for them is made finer
@@ -224,14 +224,55 @@ def first_learned(piece: dict, task: str) -> int:
     return int(counts.argmax(axis=-1).max()) + 1
 
 
+def with_known_labels(examples: list[dict], places: list[str], config: ConfigDict) -> tuple[list[dict], list[str]]:
+    """Those whose labels the model knows, and where they are from; how many others there are is told.
+
+    All of them where it knows the labels of none: then these are probably no labels, which is refused later.
+    """
+    names_of, known = NAMES.get(config.task.name), set(label_names(config))
+    kept, others = [], Counter()
+    for example, place in zip(examples, places):
+        unknown = labels_beside(example, names_of, known)
+        others.update(unknown)
+        if not unknown:
+            kept.append((example, place))
+    if not others or not kept:
+        return examples, places
+    most = ", ".join(f"{name[:40]!r} {count:,}" for name, count in others.most_common(5))
+    most += ", ..." if len(others) > 5 else ""
+    LOGGER.warning(
+        f"left out of all figures: {len(examples) - len(kept):,} of {len(examples):,} examples, whose labels the model "
+        f"was not trained with, so that it can't be right there: {most}"
+    )
+    return [example for example, _ in kept], [place for _, place in kept]
+
+
+def labels_beside(example: dict, names_of: Callable | None, known: set[str]) -> set[str]:
+    """The labels of an example that are not among these; none where it has no labels, or odd ones."""
+    if names_of is None:
+        return set()
+    try:
+        return {name for name in names_of(example) if name and name not in known}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return set()
+
+
 class Examples:
     """The rows of config.data.train, or of another file, as a source of batches.
 
     tokenizer: a model's, or None for the config's own. examples: instead of those in files. Attributes: `examples`,
     dicts of the task's columns, `pieces` of them, and `rows`, of each row the numbers of its examples.
+    only_known_labels: examples of other labels than the training's are left out, which is told, instead of refused.
     """
 
-    def __init__(self, config: ConfigDict, split: str, tokenizer=None, examples: list[dict] | None = None):
+    def __init__(
+        self,
+        config: ConfigDict,
+        split: str,
+        tokenizer=None,
+        examples: list[dict] | None = None,
+        only_known_labels: bool = False,
+    ):
         data, task = FrozenConfigDict(config.data), config.task.name
         self.config, self.split = config, split
         self.tokenizer = tokenizer or tokenizer_of(data, task)
@@ -240,6 +281,8 @@ class Examples:
             self.examples, places = examples_of({"train": data.train, "val": data.val}[split], task, data.columns)
         else:
             self.examples, places = list(examples), [f"example {number}" for number in range(1, len(examples) + 1)]
+        if only_known_labels:
+            self.examples, places = with_known_labels(self.examples, places, config)
         names = label_names(config)
         self.encode = Encoder(self.tokenizer, data.lowercase)
         self.pieces, bad = [], []
@@ -260,7 +303,8 @@ class Examples:
         if examples is None:
             self.leave_out()
         self.rows = self.pack()
-        known = [self.examples, names, data.lowercase]
+        learned = [{role: x for role, x in example.items() if role != GROUP} for example in self.examples]
+        known = [learned, names, data.lowercase]
         if not self.learnable.all():  # the batches of older versions had them
             known.append(int(self.learnable.sum()))
         digest = hashlib.sha256(json.dumps(known, default=str).encode())

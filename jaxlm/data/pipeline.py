@@ -142,11 +142,12 @@ class Documents:
 def open_sources(config: ConfigDict, split: str, tokenizer=None) -> list:
     """What config.data names: objects with num_rows, num_tokens, fingerprint and read(rows, keys).
 
-    tokenizer: a model's, where it is not the data's own. Raises DataError that names every problem.
+    tokenizer: a model's, where it is not the data's own; then examples of labels that it doesn't know are left out.
+    Raises DataError that names every problem.
     """
     if config.task.name in ROLES:
         if tokenizer:
-            return [Examples(config, split, tokenizer)]
+            return [Examples(config, split, tokenizer, only_known_labels=True)]
         files = stamps(config.data.train) + stamps(config.data.val if split == "val" else config.data.train)
         return [_examples(FrozenConfigDict(config), split, files)]
     stores = open_stores(config, split)

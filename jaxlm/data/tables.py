@@ -14,7 +14,7 @@ from jaxlm.cli import did_you_mean
 from jaxlm.data import conll, delimited, dialogues, example_files, json_records, parquet
 from jaxlm.data.paths import parts_of, paths_of
 from jaxlm.errors import DataError
-from jaxlm.keys import LABELLED, ROLES
+from jaxlm.keys import GROUP, LABELLED, ROLES
 
 LOGGER = logging.getLogger("jaxlm")
 SHOWN = 10  # problems
@@ -305,6 +305,8 @@ def choose_named(path: str, names: list[str], task: str, given: dict[str, str]) 
     needed = needed_of(task)
     wanted = dict.fromkeys(needed if given else roles_of(task))
     chosen = {role: folded[role] for role in wanted if role in folded} | given
+    if chosen and GROUP in folded:
+        chosen = {GROUP: folded[GROUP]} | chosen
     for role, name in given.items():  # by place, although there are names
         if name not in names and name.isdecimal() and int(name) < len(names):
             chosen[role] = names[int(name)]

@@ -7,6 +7,7 @@ its name to jaxlm/config.py.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -241,12 +242,17 @@ def split_names(value) -> list[str]:
 
 
 def regress(example, encode, vocab, labels) -> dict:
+    given = str(example["label"])[:60]
     try:
-        label = np.float32(example["label"])
+        label = float(example["label"])
     except (ValueError, TypeError):
-        label = np.float32(np.nan)
-    if not np.isfinite(label):
-        raise ValueError(f"its label {str(example['label'])[:60]!r} is not a number")
+        label = math.nan
+    if not math.isfinite(label):
+        raise ValueError(f"its label {given!r} is not a number")
+    largest = float(np.finfo(np.float32).max)
+    if abs(label) > largest:
+        raise ValueError(f"its label {given!r} is too large: a float32 holds up to {largest:.2g}; scale them all down")
+    label = np.float32(example["label"])
     return {"tokens": texts_of(example, encode, vocab), "label": label}
 
 
