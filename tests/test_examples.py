@@ -112,7 +112,7 @@ def test_squads_answers_are_read(tmp_path):
     rows = [{"question": "q", "context": "two two words", "answers": answers}]
     source = made(tmp_path, rows, task="qa", data__columns="answer=answers", data__tokenizer="bytes")
     assert source.examples[0]["answer"] == ["two words", "words"] and source.examples[0]["start"] == [4, 8]
-    assert source.pieces[0]["weights"].argmax() == 1 + 1 + 1 + 4, "the second two"
+    assert source.pieces[0]["weights"].argmax() == 1 + 1 + 1 + 3, "the second two"
 
 
 # ---------------------------------------------------------------- rows

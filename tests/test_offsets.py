@@ -183,6 +183,24 @@ def test_the_place_counts_not_the_word():
     assert np.flatnonzero(piece["targets"] & START) == 3 + 5 and np.flatnonzero(piece["targets"] & STOP) == 3 + 8
 
 
+@pytest.mark.parametrize("name", ["bytes", "chars", "sentencepiece", "words between spaces", "byte-level"])
+def test_spaced_text_is_learned_as_ever(name):
+    """Words encoded apart, the space with the word after it: what runs of earlier versions go on from."""
+    made = MAKE[name]()
+    words, vocab = ["the", "king", "the", "(1990-1992),"], Vocabulary(made, "qa")
+    pieces = [made.encode(" " * bool(i) + word) for i, word in enumerate(words)]
+    question = [vocab.begin, *made.encode("king"), vocab.end]
+    ends = len(question) + np.cumsum([len(piece) for piece in pieces])
+    for i, word in enumerate(words):
+        context = " \n".join(words)
+        start = sum(map(len, words[:i])) + 2 * i
+        example = {"question": "king", "context": context, "answer": word, "start": start}
+        piece = EXAMPLES["qa"](example, Encoder(made, False), vocab, ())
+        np.testing.assert_array_equal(piece["tokens"], np.concatenate([question, *pieces]))
+        assert np.flatnonzero(piece["targets"] & START) == ends[i] - len(pieces[i])
+        assert np.flatnonzero(piece["targets"] & STOP) == ends[i] - 1
+
+
 @pytest.mark.parametrize("start", ["x", 1.5, {}, "nan"])
 def test_a_start_that_is_no_number_is_told(start):
     example = {"question": "q", "context": "ab", "answer": "b", "start": start}

@@ -314,15 +314,24 @@ def qa(example, encode, vocab, labels) -> dict:
     targets[len(question) :] = ALLOWED
     first, last, exact = 0, 0, True
     if answer:
-        inside = np.flatnonzero((offsets[:, 0] < start + len(answer)) & (offsets[:, 1] > start))
-        if not len(inside):
-            raise ValueError(f"the tokenizer has no token for its answer {answer[:60]!r}")
-        first, last = len(question) + inside[[0, -1]]
-        exact = context[offsets[inside[0], 0] : offsets[inside[-1], 1]] == answer
+        first, last = tokens_of(start, start + len(answer), offsets)
+        exact = context[offsets[first, 0] : offsets[last, 1]] == answer
+        first, last = len(question) + first, len(question) + last
     targets[first] |= START
     targets[last] |= STOP
     weights = (targets & START != 0).astype(np.float32)
     return {"tokens": tokens, "targets": targets, "weights": weights, "exact": exact}
+
+
+def tokens_of(start: int, stop: int, offsets: np.ndarray) -> tuple[int, int]:
+    """The first and the last token of characters `start` to `stop`; a space in front goes with the word after it."""
+    inside = np.flatnonzero((offsets[:, 0] < stop) & (offsets[:, 1] > start))
+    if not len(inside):
+        raise ValueError("the tokenizer has no token for its answer")
+    first, last = int(inside[0]), int(inside[-1])
+    while first > 0 and (offsets[first - 1] == offsets[first, 0]).all():
+        first -= 1
+    return first, last
 
 
 def place_of_answer(example) -> tuple[str, int]:
