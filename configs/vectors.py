@@ -9,10 +9,10 @@
 The first line makes the text lower case, and leaves out all but words. On tiny Shakespeare (204,062 words), with 2 CPU
 cores:
 
-skipgram (the default): 5 words drawn, common ones passed over, 45 epochs, a minute: validation loss 2.704; near king
-    are richard, claim, vi, plantagenet, george; father: son, grandfather, heir; night: light, morning, morn.
-glove: pairs at most 10 apart, counted in a second, then half a minute: loss 0.033; near king are richard, edward,
-    henry, ii, iii; father: son, brother, prince; night: good, last, morrow, morning.
+skipgram (the default): 5 words drawn, common ones passed over, 45 epochs in a minute: validation loss 2.704; near king
+    are richard, plantagenet, vi, claim; father: son, wales, grandfather, heir; night: light, wedding, bed.
+glove: 928,849 pairs of words at most 10 apart, counted in 2 seconds, 18 epochs in 40: training loss 0.033; near king
+    are richard, edward, henry, ii; father: son, brother, prince; night: good, last, morrow, morning.
 """
 
 from jaxlm.config import base, variant
