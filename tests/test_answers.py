@@ -151,7 +151,7 @@ def of_task(task, **params):
     return LM(c, params, tokenizers.Bytes(), None, 0)
 
 
-NO_TEXTS = [None, 3, 1.5, True, b"bytes", {"a": 1}, ["a", None], [["a"]], "\ud800", ["a", "b\udfff"], object()]
+NO_TEXTS = [None, 3, 1.5, True, b"bytes", {"a": 1}, ["a", None], [["a"]], "\ud800", ["a", "b\udfff"], NotImplemented]
 
 
 @pytest.mark.parametrize("texts", NO_TEXTS, ids=repr)
