@@ -2,7 +2,8 @@
 
 From what the runs have written, so it takes seconds. They must have learned the same task from the same data. The run
 of the lowest validation loss fits best. One that is worse underfits where its training loss is higher too: it is too
-small, or was trained too little. Else it overfits: it learns by heart what it is trained on.
+small, or was trained too little. Else it overfits: it learns by heart what it is trained on. The training loss is the
+mean since the evaluation before, with dropout, where there is any.
 """
 
 import json

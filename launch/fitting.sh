@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Under- and overfitting: three sizes of a model learn the first 40,000 characters of a text until its last fifth, held
 # out, gets no better (early stopping). A table says what each shows, and DIR/fitting.png has their training and
-# validation losses. Usage: bash launch/fitting.sh TEXT [DIR [--config.KEY=VALUE ...]]
+# validation losses. Of Shakespeare: 2.094 with 4,064 parameters (underfits), 1.927 with 227,328 and dropout (fits),
+# 2.020 with 3,163,392 (overfits). Usage: bash launch/fitting.sh TEXT [DIR [--config.KEY=VALUE ...]]
 # (default runs/fitting; 4 minutes on 2 cores; PYTHON=... uses that one and installs nothing; what is done is not done
 # again, so another TEXT needs another DIR)
 set -euo pipefail
-case ${1:--h} in -*) sed -n '2,6s/^# //p' "$0"; exit 2 ;; esac
+case ${1:--h} in -*) sed -n '2,7s/^# //p' "$0"; exit 2 ;; esac
 [ -f "$1" ] || { echo "error: $1: there is no such file; give a text file" >&2; exit 3; }
 text=$(realpath "$1")
 dir=$(realpath -m "${2:-$(dirname "$0")/../runs/fitting}")
