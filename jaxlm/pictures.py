@@ -257,6 +257,46 @@ def beyond(curves: list[Curve], high: float) -> list[str]:
     return [f"off the picture: {values} above {high:.4g}, up to {most[0]:.4g} at step {most[1]:,.0f}"]
 
 
+class Curves(NamedTuple):
+    """Losses of a run at its evaluations, in nats; of training NaN where none is known."""
+
+    label: str
+    steps_N: np.ndarray
+    train_N: np.ndarray
+    val_N: np.ndarray
+    stopped: bool  # early, at the last of these steps
+
+
+def fitting(path, runs: Sequence[Curves], headline: str) -> None:
+    """Runs of several sizes: training loss dashed, validation loss solid, the lowest and where it stopped marked."""
+    lines = metrics.library("matplotlib.lines")
+    shades = metrics.library("matplotlib").colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
+    height = max(5, 1.8 + 0.33 * len(runs))  # of the legend
+    with drawing(path, 9, height) as (figure, title):
+        axes = figure.add_subplot(xlabel="step", ylabel="loss (nats)", ymargin=0.06)
+        legend = []
+        for run, colour in zip(runs, COLOURS if len(runs) <= len(COLOURS) else shades):
+            best, known = run.val_N.argmin(), np.isfinite(run.train_N)
+            axes.plot(run.steps_N[known], run.train_N[known], "--", color=colour, linewidth=1.2)
+            axes.plot(run.steps_N, run.val_N, "-", color=colour, linewidth=1.6)
+            axes.plot(run.steps_N[best], run.val_N[best], "o", color=colour, markersize=8, zorder=3)
+            if run.stopped:
+                axes.plot(run.steps_N[-1], run.val_N[-1], "X", color=colour, markersize=9, zorder=3)
+            legend.append(lines.Line2D([], [], color=colour, linewidth=4, label=run.label))
+        marks = {"training loss": "--", "validation loss": "-", "lowest validation loss": "o"}
+        if any(run.stopped for run in runs):
+            marks |= {"stopped early": "X"}
+        for name, style in marks.items():
+            line = {"linestyle": style} if "-" in style else {"linestyle": "", "marker": style, "markersize": 8}
+            legend.append(lines.Line2D([], [], color="dimgrey", label=name, **line))
+        axes.legend(handles=legend, loc="upper left", bbox_to_anchor=(1.01, 1))
+        title(headline)
+        axes.set_xlim(0, None)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.grid(alpha=0.3)
+
+
 def read(file: str | PurePath, key: str) -> np.ndarray:
     """Steps and finite values, [2, N], of rows of metrics.jsonl. NaN is a text there; a crash may cut a row short."""
     points = []

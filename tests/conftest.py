@@ -27,6 +27,14 @@ cli.spare_threads()
 jax.devices()
 os.environ.pop("PJRT_NPROC")  # a program that a test starts has as many devices as the test says
 ROOT = Path(__file__).parent.parent
+OF_2017 = {  # the layers of Vaswani et al. 2017
+    "model__norm_place": "post",
+    "model__norm": "layer",
+    "model__bias": True,
+    "model__positions": "sinusoidal",
+    "model__mlp": "relu",
+    "model__scale_embeddings": True,
+}
 WORDS = "the cat sat on a mat and saw two dogs run by sea under old red moon while rain fell".split()
 
 

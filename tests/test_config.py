@@ -17,7 +17,7 @@ RECIPES = [
     "shakespeare_char.py:cpu", "shakespeare_char.py:gpu", "quickstart.py", "gpt2.py", "llama.py:8b", "llama.py:1b",
     "mixtral.py:8x7b", "mixtral.py:small", "shakespeare_char.py:lstm", "shakespeare_char.py:masked",
     "shakespeare_char.py:ngram", "sst2.py", "sst2.py:lstm", "multi30k.py:cpu", "multi30k.py:lstm", "multi30k.py:gpu",
-    "qa.py", "summarize.py", "dialogue.py", "vectors.py", "vectors.py:glove",
+    "multi30k.py:2017", "qa.py", "summarize.py", "dialogue.py", "vectors.py", "vectors.py:glove",
 ]  # fmt: skip
 
 

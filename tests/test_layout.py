@@ -15,7 +15,7 @@ ORDER = (
     "state decode costs count predict measure page search workdir checkpoint process start monitor respond metrics "
     "absent pictures score evaluator report neighbors lm laws space trial study dissect programs"
 ).split()
-PROGRAMS = {"train", "evaluate", "generate", "verify", "plan", "bench", "tune", "lora"}
+PROGRAMS = {"train", "evaluate", "generate", "verify", "plan", "bench", "tune", "lora", "fitting"}
 
 
 def box(module: str) -> str:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fresh_state, random_batch, small_config
+from conftest import OF_2017, fresh_state, random_batch, small_config
 
 from jaxlm import config as configs
 from jaxlm.costs import flops_per_token, num_parameters
@@ -25,6 +25,7 @@ VARIANTS = {
     "unrolled": {"model__layers": "SSL", "model__window": 4, "model__num_layers": 4, "model__scan": False},
     "remat": {"model__remat": "full"},
     "n-grams": {"model__embed_ngrams": 4, "model__buckets": 500},
+    "2017": OF_2017,
 }
 
 
@@ -92,6 +93,43 @@ def test_the_cache_changes_nothing(made):
         return jnp.concatenate(parts, axis=1)
 
     np.testing.assert_allclose(cached(tokens), logits(tokens), atol=1e-5)
+
+
+def add_and_norm(x, y, p):
+    """LayerNorm(x + y), as Vaswani et al. 2017 write it; p: scale and bias."""
+    total = x + y
+    centered = total - total.mean(axis=-1, keepdims=True)
+    variance = (centered**2).mean(axis=-1, keepdims=True)
+    return p["scale"] * centered / np.sqrt(variance + 1e-6) + p["bias"]
+
+
+def causal_attention(x, p):
+    """x [T, D]; softmax(Q K^T / sqrt(H)) V of each head, by a loop over the heads."""
+    T, heads = len(x), []
+    for n in range(p["query"]["kernel"].shape[1]):
+        q, k, v = (x @ p[name]["kernel"][:, n] + p[name]["bias"][n] for name in ("query", "key", "value"))
+        scores = np.where(np.tri(T, dtype=bool), q @ k.T / np.sqrt(q.shape[1]), -np.inf)
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        heads.append(weights / weights.sum(axis=1, keepdims=True) @ v @ p["out"]["kernel"][n])
+    return sum(heads) + p["out"]["bias"]
+
+
+def test_post_norm_is_that_of_2017():
+    """One layer against numpy in float64: scaled embeddings, sines and cosines, and LayerNorm(x + f(x)) twice."""
+    c = small_config(**OF_2017, model__num_layers=1, model__num_kv_heads=4, model__scan=False)
+    rng, D, tokens = np.random.default_rng(0), 32, np.arange(3, 15)
+    params = jax.tree.map(lambda x: np.float32(x + 0.3 * rng.normal(size=x.shape)), fresh_state(c).params)
+    found, _ = jax.jit(build(c).apply)({"params": params}, tokens[None])
+
+    assert params.keys() == {"embed", "layers"}  # no norm at the end: the layer's own is the last
+    p = jax.tree.map(np.float64, params["layers"]["block_0"])
+    angles = np.arange(len(tokens))[:, None] / 10_000 ** (np.arange(0, D, 2) / D)
+    x = np.float64(params["embed"]["tokens"])[tokens] * np.sqrt(D)
+    x += np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # the paper alternates them: the same, reordered
+    x = add_and_norm(x, causal_attention(x, p["attention"]), p["attention_norm"])
+    hidden = np.maximum(x @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"], 0)
+    x = add_and_norm(x, hidden @ p["mlp"]["down"]["kernel"] + p["mlp"]["down"]["bias"], p["mlp_norm"])
+    np.testing.assert_allclose(found[0], x, atol=2e-5)
 
 
 def test_a_window_hides_what_lies_further_back():
