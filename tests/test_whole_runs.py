@@ -16,6 +16,7 @@ import jaxlm.lm
 import jaxlm.train as trainer
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data.pipeline import describe
+from jaxlm.evaluator import Evaluator
 from jaxlm.state import abstract_state, state_shardings
 
 pytestmark = pytest.mark.slow
@@ -24,20 +25,20 @@ AVERAGE = {"train__ema": 0.99}
 EXPERTS = {"model__num_experts": 4, "model__router": "sigmoid", "model__balance_rate": 1e-3}
 LORA = {"model__lora_rank": 2}
 FROZEN = {"optim__rates": ((r"embed", 0.0), (r".*", 1.0))}
-UNROLLED = {"model__scan": False}
+SCANNED = {"model__scan": True, "model__num_layers": 2}
 STOCHASTIC = {"optim__rounding": "stochastic"}
 RUNS = {  # optimizer, dtype of the parameters, the rest
-    "adamw, accumulation": ("adamw", "float32", ACCUMULATION | UNROLLED),
-    "adamw, bfloat16, stochastic": ("adamw", "bfloat16", ACCUMULATION | STOCHASTIC),
-    "adamw, bfloat16, lora": ("adamw", "bfloat16", LORA | AVERAGE | UNROLLED),
-    "adam, bfloat16, average": ("adam", "bfloat16", AVERAGE | UNROLLED),
-    "sgd, average, accumulation": ("sgd", "float32", AVERAGE | ACCUMULATION),
+    "adamw, accumulation": ("adamw", "float32", ACCUMULATION),
+    "adamw, bfloat16, stochastic": ("adamw", "bfloat16", ACCUMULATION | STOCHASTIC | SCANNED),
+    "adamw, bfloat16, lora": ("adamw", "bfloat16", LORA | AVERAGE),
+    "adam, bfloat16, average": ("adam", "bfloat16", AVERAGE),
+    "sgd, average, accumulation": ("sgd", "float32", AVERAGE | ACCUMULATION | SCANNED),
     "sgd, bfloat16, frozen": ("sgd", "bfloat16", FROZEN | AVERAGE | STOCHASTIC),
-    "lion, frozen": ("lion", "float32", FROZEN | UNROLLED),
-    "lion, bfloat16, experts": ("lion", "bfloat16", EXPERTS),
+    "lion, frozen": ("lion", "float32", FROZEN),
+    "lion, bfloat16, experts": ("lion", "bfloat16", EXPERTS | SCANNED),
     "muon, experts": ("muon", "float32", EXPERTS | AVERAGE),
     "muon, bfloat16": ("muon", "bfloat16", ACCUMULATION | AVERAGE | STOCHASTIC),
-    "adafactor, lora": ("adafactor", "float32", LORA),
+    "adafactor, lora": ("adafactor", "float32", LORA | SCANNED),
     "adafactor, bfloat16": (
         "adafactor",
         "bfloat16",
@@ -45,6 +46,8 @@ RUNS = {  # optimizer, dtype of the parameters, the rest
     ),
 }
 TINY = {
+    "model__num_layers": 1,
+    "model__scan": False,
     "model__embed_dim": 16,
     "model__num_heads": 2,
     "model__mlp_dim": 32,
@@ -53,7 +56,7 @@ TINY = {
     "optim__warmup_steps": 1,
     "checkpoint__every": 2,
     "checkpoint__keep": 4,
-    "eval__every": 4,
+    "eval__every": 0,
     "eval__batches": 1,
     "log__every": 1,
     "log__tensorboard": False,
@@ -102,13 +105,11 @@ def test_a_whole_run_is_saved_resumed_to_the_bit_evaluated_and_generated_from(tm
     assert trainer.train(config, resumed) == 0
 
     ends = [saved_state(config, workdir, 4) for workdir in (whole, resumed)]
-    assert {str(x.dtype) for x in jax.tree.leaves(ends[0].params)} == {dtype}
+    assert dtype in {str(x.dtype) for x in jax.tree.leaves(ends[0].params)}  # routers are float32 in any case
     jax.tree.map(np.testing.assert_array_equal, *ends)
     assert rows(whole) == rows(resumed)
-    assert all(math.isfinite(row["loss"]) for row in rows(whole) if "loss" in row)
-    measured = [row for row in rows(whole) if "eval/loss" in row]
-    assert [row["step"] for row in measured] == [4] and math.isfinite(measured[0]["eval/loss"])
+    assert all(math.isfinite(row["loss"]) for row in rows(whole))
 
     lm = jaxlm.load(whole)
-    assert np.isfinite(lm.loss(["the cat sat"])).all()
+    assert math.isfinite(Evaluator(lm.config, lm.mesh)(lm.params)["loss"])
     assert len(lm.generate("the cat", max_tokens=3)) == 1

@@ -370,10 +370,11 @@ class Examples:
         d = self.config.data
         files = d.train if self.split == "train" else d.val
         longest = max(piece_lengths(piece)[0] for piece in self.pieces)
+        some = "" if needs.min() == needs.max() else f", {needs.min()} for something of one"
         return (
             f"{files}: nothing is left to learn of any of the {len(needs):,} {self.split} examples: what comes before "
             f"it fills data.seq_len={d.seq_len}, and the rest is cut off. Give --config.data.seq_len={longest}, which "
-            f"holds all of them whole; {needs.max()} would do for something of each, {needs.min()} for something of one"
+            f"holds all of them whole; {needs.max()} would do for something of each{some}"
         )
 
     def order(self) -> np.ndarray:
