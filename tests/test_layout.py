@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 ORDER = (
     "errors cli arguments keys config meshes check data parallel kernels models losses optim topology state decode "
     "costs count predict measure page search workdir checkpoint process start monitor respond metrics pictures "
-    "score evaluator report lm laws space trial study dissect programs"
+    "score evaluator report lm laws space feasible trial study dissect programs"
 ).split()
 PROGRAMS = {"train", "evaluate", "generate", "verify", "plan", "bench", "tune", "lora"}
 
