@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxlm import cli
-from jaxlm.config import flatten, load, override
+from jaxlm.check import check
+from jaxlm.config import flatten, load, override, set_key
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,9 +42,11 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule(r"python -m jaxlm\.data\.prepare .*", "run", adds="--workers=1"),
+    Rule(r"python -m jaxlm\.data\.prepare .*--tokenizer.*", "run", adds="--workers=1"),
+    Rule(r"python -m jaxlm\.data\.prepare .*", "run", adds="--workers=1 --vocab_size=300"),
     Rule(r"python -m jaxlm\.train .*configs/(llama|mixtral)\.py.*", "run", adds="--dry_run --devices=8"),
-    Rule(r"python -m jaxlm\.(train|evaluate|generate|tune) .*", "run"),
+    Rule(r"python -m jaxlm\.(train|evaluate|generate) .*", "run"),
+    Rule(r"python -m jaxlm\.tune .*", "run", adds="--trials=2 --seeds=1"),
     Rule(r"python -m jaxlm\.bench .*--(parts|sweep).*", "parse", why="minutes; tests/test_bench.py"),
     Rule(r"python -m jaxlm\.bench .*", "run", adds="--steps=2"),
     Rule(r"python -m jaxlm\.plan .*--topology=local", "run"),
@@ -55,13 +58,13 @@ RULES = (
     Rule(r"bash launch/(quickstart|baselines|install|test)\.sh.*", "parse", why="installs; tests/test_launch.py"),
     Rule(r"(source|export|envsubst|kubectl) .*", "parse", why="of the shell, or of a cluster"),
 )
-LARGEST = {  # of a config whose command is run
+LARGEST = {  # of a config whose command is run, but where the recipe does not follow the key
     "model.num_layers": 1,
     "model.encoder_layers": 1,
+    "model.num_heads": 4,  # before what it must divide
     "model.embed_dim": 32,
     "model.hidden_dim": 32,
     "model.mlp_dim": 64,
-    "model.num_heads": 4,
     "model.vocab_size": 512,
     "model.buckets": 1024,
     "data.seq_len": 64,
@@ -78,7 +81,7 @@ LARGEST = {  # of a config whose command is run
     "eval.max_tokens": 4,
     "checkpoint.every": 2,
 }
-LARGEST_FLAG = {"--vocab_size": 300, "--trials": 2, "--seeds": 1}
+LARGEST_FLAG = {"--vocab_size": 300}
 
 
 def rule_of(command: Command) -> Rule:
@@ -186,9 +189,22 @@ def small(command: Command) -> list[str]:
     if getattr(args, "config", None) and not getattr(args, "dry_run", False):
         config = load(args.config)
         override(config, args.overrides)
-        flat = flatten(config)
-        words += [f"--config.{key}={limit}" for key, limit in LARGEST.items() if flat[key] > limit]
+        words += cuts(config)
     return words
+
+
+def cuts(config) -> list[str]:
+    """The flags that make a config small."""
+    flags = []
+    for key, limit in LARGEST.items():
+        before = flatten(config)[key]
+        if before > limit:
+            set_key(config, key, limit)
+            if check(config):
+                set_key(config, key, before)
+            else:
+                flags.append(f"--config.{key}={limit}")
+    return flags
 
 
 def runnable(command: Command) -> list[str]:

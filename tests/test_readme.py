@@ -170,6 +170,10 @@ def make_data(folder) -> None:
         for language, place in (("en", 0), ("de", 1)):
             lines = "".join(sentence[place] + "\n" for sentence in SENTENCES * 6)
             (folder / f"{name}.{language}.gz").write_bytes(gzip.compress(lines.encode()))
+    for task in ("multi30k", "sst2"):  # where the recipes look
+        (folder / "data" / task).symlink_to(folder)
+    (folder / "runs/quickstart").mkdir(parents=True)
+    (folder / "runs/quickstart/data").symlink_to(folder / "data/mine")
     for names, labels in ((("reviews", "reviews_val"), None), (("train", "dev"), {"good": "1", "bad": "0"})):
         lines = [f"{english}\t{labels[label] if labels else label}\n" for english, _, label in SENTENCES * 6]
         for name in names:
@@ -208,7 +212,6 @@ def test_each_command_runs(outcomes):
 PYTHON_RUNS = {  # the run that a line of README's Python needs, where it is not runs/mine
     "läuft": "runs/multi30k",
     '"role"': "runs/dialogue",
-    "neighbors": "runs/reviews",
 }
 LINES = """
 import json, sys
