@@ -72,10 +72,10 @@ LARGEST = {  # of a config whose command is run, but where the recipe does not f
     "data.vocab_size": 300,
     "data.examples_per_row": 8,
     "data.min_count": 1,
+    "optim.warmup_steps": 1,  # before what it must be below
     "train.steps": 4,
     "train.batch_size": 4,
     "train.grad_accumulation": 1,
-    "optim.warmup_steps": 1,
     "eval.every": 2,
     "eval.generate": 4,
     "eval.max_tokens": 4,
@@ -204,6 +204,7 @@ def cuts(config) -> list[str]:
                 set_key(config, key, before)
             else:
                 flags.append(f"--config.{key}={limit}")
+    assert config.train.steps <= LARGEST["train.steps"], "the run would be long: something else in LARGEST comes first"
     return flags
 
 
