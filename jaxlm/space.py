@@ -17,6 +17,8 @@ except ImportError:  # the program says so
 
 EDGE = 0.05  # of a range, in its scale: so near to an end, the best value says little about what lies beyond
 
+FEW = 32  # whole numbers of a range, up to which each is looked at
+
 
 class Dimension(NamedTuple):
     text: str  # such as log:1e-4:1e-1
@@ -96,6 +98,23 @@ def read_values(key: str, texts: list[str], config: ConfigDict) -> list:
     if problems:
         raise ValueError("; ".join(problems))
     return values
+
+
+def ends(dimension: Dimension) -> list:
+    """Its lowest and its highest value, or all values where they are given one by one."""
+    among = dimension.values
+    if isinstance(among, CategoricalDistribution):
+        return list(among.choices)
+    return [among.low, among.high]
+
+
+def inner(dimension: Dimension) -> list:
+    """The whole numbers between its ends, where they are few."""
+    among = dimension.values
+    if not isinstance(among, IntDistribution):
+        return []
+    between = list(range(among.low + among.step, among.high, among.step))
+    return between if len(between) <= FEW else []
 
 
 def holds(dimension: Dimension, value) -> bool:

@@ -13,6 +13,7 @@ in WORKDIR/trials/N/seed_S, in processes of their own. The same command goes on 
 import importlib.util
 import math
 import signal
+import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +24,12 @@ from ml_collections import ConfigDict
 
 from jaxlm import cli
 from jaxlm.check import check, require
-from jaxlm.config import load, override
+from jaxlm.config import load, override, set_key
 from jaxlm.data.pipeline import fingerprint, validation_batches
-from jaxlm.errors import ConfigError
-from jaxlm.space import Dimension, edges, is_grid, read_space
+from jaxlm.errors import ConfigError, UserError
+from jaxlm.feasible import Verdict, judge
+from jaxlm.space import Dimension, edges, ends, is_grid, read_space
+from jaxlm.start import inherit
 from jaxlm.study import Goal, Study, direction_of, flags, line, nothing_done, outcome, values_of
 from jaxlm.trial import Trainer
 from jaxlm.workdir import Hold
@@ -41,6 +44,7 @@ except ImportError:  # main says so
 # was 0.54 with a deviation of 0.35 after 12 trials, 0.59 and 0.25 after 30. A choice of two came out too low in both.
 ENOUGH = 20
 SIGNALS = signal.SIGINT, signal.SIGTERM
+DATA = {"data.path", "data.mixture", "data.train"}  # where these are searched, each trial has data of its own
 SHOWN = 10  # the best trials, and those that have no value
 
 
@@ -126,9 +130,35 @@ def draw(axes, workdir: Path, name: str) -> None:
     matplotlib.pyplot.close(axes.figure)
 
 
-def wrong_with(args, config: ConfigDict, space: dict[str, Dimension]) -> list[str]:
-    """Every problem that can be known before anything runs, but for those of --space and of the data."""
-    problems = [p for p in check(config) if not any(f"config.{key}=" in p for key in space)]
+def judge_space(args, config: ConfigDict, space: dict[str, Dimension]) -> Verdict:
+    """What of the space, and of the recipe, train would refuse before its first step."""
+
+    def rule(one: ConfigDict) -> list[str]:
+        problems = inherit(one) or check(one)
+        if args.metric.startswith("eval/") and not one.eval.every:
+            problems.append(f"--metric={args.metric}: needs evaluations; set --config.eval.every")
+        return problems
+
+    return judge(config, space, rule)
+
+
+def missing_data(config: ConfigDict, space: dict[str, Dimension]) -> list[str]:
+    """What is wrong with the data that a key of the space names."""
+    problems = []
+    for key in DATA & space.keys():
+        for value in ends(space[key]):
+            one = config.copy_and_resolve_references()
+            set_key(one, key, value)
+            try:
+                fingerprint(one)
+            except UserError as error:
+                problems.append(f"--space={key}={space[key].text}: {value}: {error}")
+    return problems
+
+
+def wrong_with(args, space: dict[str, Dimension]) -> list[str]:
+    """What is wrong with the other flags, whatever the config and the space."""
+    problems = []
     for name in ("trials", "seeds", "parallel"):
         if (number := getattr(args, name)) is not None and number < 1:
             problems.append(f"--{name}={number}: must be at least 1")
@@ -137,8 +167,6 @@ def wrong_with(args, config: ConfigDict, space: dict[str, Dimension]) -> list[st
         problems.append("--trials: how many? Only a sweep, whose keys are all grid:A,B,C, knows")
     if sizes and (args.trials or 0) > math.prod(sizes):
         problems.append(f"--trials={args.trials}: the grids have {math.prod(sizes)} combinations")
-    if args.metric.startswith("eval/") and not config.eval.every:
-        problems.append(f"--metric={args.metric}: needs evaluations; set --config.eval.every")
     if "://" in args.workdir:
         problems.append(f"--workdir={args.workdir}: give a directory on a file system")
     try:
@@ -169,9 +197,14 @@ def main(argv: list[str]) -> int:
     config = load(args.config)
     problems = override(config, args.overrides)
     space, of_space = read_space(args.space, config)
-    require(problems + of_space + wrong_with(args, config, space))
+    verdict = judge_space(args, config, space)
+    problems += of_space + verdict.problems
+    problems += wrong_with(args, space) + ([] if problems else missing_data(config, space))
+    require(problems)
+    for note in verdict.notes:
+        print(f"note: {note}", file=sys.stderr)
     data = {}
-    if not {"data.path", "data.mixture"} & space.keys():
+    if not DATA & space.keys():
         data = fingerprint(config)
         if config.eval.every:
             validation_batches(config)  # raises where there is nothing to evaluate on

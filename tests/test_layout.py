@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 ORDER = (
     "errors cli keys arguments config meshes check data bits parallel kernels models losses optim rounding topology "
     "state decode costs count predict measure page search workdir checkpoint process start monitor respond metrics "
-    "absent pictures score evaluator report neighbors lm laws space trial study dissect programs"
+    "absent pictures score evaluator report neighbors lm laws space feasible trial study dissect programs"
 ).split()
 PROGRAMS = {"train", "evaluate", "generate", "verify", "plan", "bench", "tune", "lora", "fitting"}
 
