@@ -20,6 +20,7 @@ from jaxlm import cli
 from jaxlm import config as configs
 from jaxlm.data.prepare import prepare
 from jaxlm.keys import MESH_AXES
+from jaxlm.lm import forward_logits
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.state import create_state, train_step
 
@@ -49,6 +50,12 @@ def small_config(**overrides):
     for key, value in settings.items():
         configs.set_key(c, key.replace("__", "."), value)
     return configs.resolve(c)
+
+
+def body_logits(lm, tokens):
+    """float32 [B, T, V]: scores of tokens by the body of a loaded model of any task, whatever its head is."""
+    with jax.set_mesh(lm.mesh):
+        return np.asarray(forward_logits(lm.model, lm.params, tokens, None, None))
 
 
 def mesh_of(devices=8, **sizes):
