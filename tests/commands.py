@@ -46,7 +46,7 @@ RULES = (
     Rule(r"python -m jaxlm\.data\.prepare .*", "run", adds="--workers=1 --vocab_size=300"),
     Rule(r"python -m jaxlm\.train .*configs/(llama|mixtral)\.py.*", "run", adds="--dry_run --devices=8"),
     Rule(r"python -m jaxlm\.(train|evaluate|generate) .*", "run"),
-    Rule(r"python -m jaxlm\.tune .*", "run", adds="--trials=2 --seeds=1"),
+    Rule(r"python -m jaxlm\.tune .*", "run", adds="--trials=1 --seeds=1"),
     Rule(r"python -m jaxlm\.bench .*--(parts|sweep).*", "parse", why="minutes; tests/test_bench.py"),
     Rule(r"python -m jaxlm\.bench .*", "run", adds="--steps=2"),
     Rule(r"python -m jaxlm\.plan .*--topology=local", "run"),
@@ -71,7 +71,7 @@ LARGEST = {  # of a config whose command is run, but where the recipe does not f
     "model.mlp_dim": 64,
     "model.vocab_size": 512,
     "model.buckets": 1024,
-    "data.seq_len": 64,
+    "data.seq_len": 256,  # of learned positions, so that 200 tokens can be written
     "data.enc_len": 64,
     "data.vocab_size": 300,
     "data.examples_per_row": 8,
