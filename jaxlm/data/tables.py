@@ -131,8 +131,11 @@ def add_json(file: example_files.Opened, text: str, found: Found) -> None:
     try:
         chosen = choose_named(file.path, names, found.task, found.given)
     except DataError as error:
-        within = json_records.within(file.path, pairs[0][0]) if len(pairs) == 1 else ""
-        raise DataError(f"{file.path}: {within}" if within else str(error)) from None
+        record, _ = pairs[0]
+        hint = json_records.within(file.path, record) if len(pairs) == 1 else ""
+        if not hint and not found.given:
+            hint = json_records.inside(file.path, record, max(2, len(needed_of(found.task))))
+        raise DataError(f"{file.path}: {hint}" if hint else str(error)) from None
     add_records(file.path, [record for record, _ in pairs], [line for _, line in pairs], chosen, found)
 
 
