@@ -402,9 +402,10 @@ def chat(messages, encode, vocab) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"the role {role!r} is not system, user or assistant")
         if not isinstance(content, str):
             raise ValueError(f"the content of a message is text, not {str(content)[:60]}")
-        weight = message.get("weight", 1)
+        weight = message.get("weight")
+        weight = 1 if weight is None else weight  # a table has None where there is none
         if weight not in (0, 1):
-            raise ValueError(f"the weight of a message is 0 (not learned) or 1, not {str(weight)[:60]}")
+            raise ValueError(f"the weight of a message is 0 (not learned) or 1, not {repr(weight)[:60]}")
         text = join(encode(content), vocab.end)
         ids += [np.array([getattr(vocab, role)]), text]
         written += [np.zeros(1, bool), np.full(len(text), role == "assistant" and weight == 1)]
@@ -414,8 +415,8 @@ def chat(messages, encode, vocab) -> tuple[np.ndarray, np.ndarray]:
 def from_json(text: str):
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(f"messages is a list of messages, or that in JSON, not {text[:60]!r}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"messages is a list of messages, or that in JSON, not {text[:60]!r}: {error}") from None
 
 
 def messages_of(example) -> list[dict]:
