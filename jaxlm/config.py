@@ -91,15 +91,27 @@ def unflatten(flat: dict) -> ConfigDict:
 
 
 def nearest_key(key: str, known: dict) -> str:
-    """The key of that last word in another section, else the nearest full key, or the nearest last word in any."""
+    """The key of that last word in another section or of these initials, else the nearest full key or last word."""
     last = {k.rpartition(".")[2]: k for k in known}
-    if same := last.get(key.rpartition(".")[2]):
+    if same := last.get(key.rpartition(".")[2]) or of_initials(key, known):
         return f"; did you mean {same}?"
     hint = did_you_mean(key, known)
     if not hint:
         word = did_you_mean(key.rpartition(".")[2], last).removeprefix("; did you mean ").rstrip("?")
         hint = f"; did you mean {last[word]}?" if word else ""
     return hint
+
+
+def of_initials(key: str, known: dict) -> str:
+    """The keys whose last word has these initials, as lr is short for learning_rate: of that section, or of any."""
+    section, _, short = key.rpartition(".")
+    found = []
+    for name in known:
+        words = name.rpartition(".")[2].split("_")
+        if len(words) > 1 and "".join(word[:1] for word in words) == short:
+            found.append(name)
+    near = [name for name in found if name.startswith(f"{section}.")]
+    return " or ".join(near or found)
 
 
 def parse(text: str, default):

@@ -69,6 +69,21 @@ def test_unknown_keys_suggest_the_nearest_in_any_section():
 
 
 @pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("optim.lr", "optim.learning_rate"),
+        ("train.lr", "model.lora_rank or optim.learning_rate"),
+        ("train.bs", "train.batch_size"),
+        ("data.sl", "data.seq_len"),
+        ("optim.wd", "optim.weight_decay"),
+        ("train.learning_rate", "optim.learning_rate"),
+    ],
+)
+def test_initials_and_other_sections_are_understood(typed, meant):
+    assert configs.nearest_key(typed, configs.flatten(configs.base())) == f"; did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
     ("overrides", "named"),
     [
         ({"model__num_layers": -3}, "model.num_layers=-3"),

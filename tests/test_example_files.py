@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 import subprocess
 import zipfile
 
@@ -119,7 +120,39 @@ REFUSED = [
     ("a.tsv", bytes(range(1, 256)) * 9, ["not text"]),
     ("a.json", json.dumps({"data": EXAMPLES}), ["under data", "jq -c"]),
     ("a.json", json.dumps({"data": EXAMPLES}, indent=1), ["under data", "jq -c"]),
+    ("a.jsonl", json.dumps({"row": EXAMPLES[0]}) + "\n", ["within 'row', which has text, label", "jq -c '.[\"row\"]'"]),
 ]  # fmt: skip
+
+
+def squad(questions):
+    paragraph = {"context": "a cat and a cat", "qas": questions}
+    return {"version": "2", "data": [{"title": "t", "paragraphs": [paragraph, paragraph]}]}
+
+
+QUESTION = {"id": "1", "question": "who?", "answers": [{"text": "cat", "answer_start": 12}], "is_impossible": False}
+UNKNOWN = {"id": "2", "question": "why?", "answers": []}
+NESTED = [
+    (squad([QUESTION]), "qa", {"question": "who?", "context": "a cat and a cat", "answer": ["cat"], "start": [12]}),
+    (squad([UNKNOWN]), "qa", {"question": "why?", "context": "a cat and a cat", "answer": [], "start": []}),
+    ({"id": "0", "pair": {"source": "ja", "target": "yes"}}, "seq2seq", {"source": "ja", "target": "yes"}),
+]
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="needs jq")
+@pytest.mark.parametrize(("content", "task", "first"), NESTED, ids=range(len(NESTED)))
+def test_what_jq_is_told_to_take_out_is_read(tmp_path, content, task, first):
+    path = tmp_path / "my data.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError) as error:
+        read_examples(str(path), task, "")
+    typed = "jq -c" + str(error.value).partition("jq -c")[2]
+    subprocess.run(typed, shell=True, check=True)
+    assert read_examples(f"{path}.jsonl", task, "")[0][0] == first
+
+
+def test_an_object_beside_the_columns_is_not_taken_for_them(tmp_path):
+    record = {"content": "a", "y": "b", "meta": {"source": "web", "year": 1990}}
+    assert 'columns="text=content label=y"' in refused(tmp_path / "a.jsonl", json.dumps(record))
 
 
 @pytest.mark.parametrize(("name", "content", "said"), REFUSED, ids=range(len(REFUSED)))
@@ -239,7 +272,7 @@ def test_a_directory_that_exists_is_one_path_in_a_mixture(tmp_path, odd):
 RECIPES = {
     "dialogue.py": "", "gpt2.py": "124m 350m 1.3b", "llama.py": "8b 1b", "mixtral.py": "8x7b small",
     "multi30k.py": "cpu lstm gpu", "qa.py": "", "quickstart.py": "", "shakespeare_char.py": "cpu lstm masked ngram gpu",
-    "sst2.py": "ngrams lstm", "summarize.py": "",
+    "sst2.py": "ngrams lstm", "summarize.py": "", "vectors.py": "skipgram glove",
 }  # fmt: skip
 ROOT = os.path.dirname(os.path.dirname(__file__))
 VARIANTS = [f"{name}:{arg}".rstrip(":") for name, args in RECIPES.items() for arg in args.split() or [""]]

@@ -115,6 +115,64 @@ def test_squads_answers_are_read(tmp_path):
     assert source.pieces[0]["weights"].argmax() == 1 + 1 + 1 + 3, "the second two"
 
 
+@pytest.mark.parametrize("place", ["start", "answer_start"])
+def test_an_answer_stands_where_its_column_says(tmp_path, place):
+    rows = [{"question": "q", "context": "cat the cat", "answer": "cat", place: 8}] * 2
+    source = made(tmp_path, rows, task="qa", data__tokenizer="bytes")
+    assert source.pieces[0]["weights"].argmax() == 3 + 8
+
+
+def test_a_number_is_an_answer_and_an_object_is_none(tmp_path):
+    rows = [{"question": "q", "context": "in 1990", "answer": answer} for answer in (1990, [1990, "in"], 1990.0)]
+    source = made(tmp_path, rows, task="qa", data__tokenizer="bytes")
+    assert [int(piece["weights"].argmax()) for piece in source.pieces] == [6, 6, 6]
+    for wrong in ([{"text": "in"}], [["in", {}]]):
+        with pytest.raises(DataError, match=r"jsonl:1: its answer is text, or a list of texts, not \{"):
+            made(tmp_path, [{"question": "q", "context": "in", "answer": wrong}], task="qa", data__tokenizer="bytes")
+
+
+@pytest.mark.parametrize("label", [["x", "y"], [], {"x": 1}])
+def test_several_labels_are_no_class(tmp_path, label):
+    with pytest.raises(DataError, match=r"jsonl:1: its label is a list, not one class; .*task\.name=multilabel"):
+        made(tmp_path, [("a", label), ("b", "x")])
+
+
+def test_decimal_commas_are_told_as_such(tmp_path):
+    for label, said in (("1,5", "not a number; a decimal point is meant"), ("1,5,2", "not a number$")):
+        with pytest.raises(DataError, match=said):
+            made(tmp_path, [("a", label)], task="regress")
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "words", "chars"])
+def test_messages_that_are_none_are_told_with_their_place(tmp_path, tokenizer):
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    for wrong, said in (
+        ({"messages": "hello there"}, r"jsonl:2: messages is a list of messages, or that in JSON, not 'hello there'"),
+        ({"messages": '[{"role": '}, "jsonl:2: messages is a list of messages, or that in JSON"),
+        ({"messages": "7"}, "jsonl:2: messages is a list of messages, not 7"),
+        ({"messages": [["user", "a"]]}, "jsonl:2: a message is"),
+        ({"messages": [{"role": "assistant", "content": "b", "weight": 0}]}, "jsonl:2: all that .* has weight 0"),
+        ({"messages": [{"role": "user", "content": "b"}]}, "jsonl:2: the assistant says nothing in it"),
+    ):
+        with pytest.raises(DataError, match=said):
+            made(tmp_path, [good, wrong], task="sft", data__tokenizer=tokenizer)
+    for rows in ([{"prompt": "a", "response": ""}], [{"prompt": "b", "response": None}, {"prompt": "c"}]):
+        with pytest.raises(DataError, match=r"jsonl:1: .*its response is missing or empty"):
+            made(tmp_path, rows, task="sft", data__tokenizer=tokenizer, data__columns="prompt=prompt")
+
+
+def test_pairs_whose_answers_are_the_same_are_told(tmp_path, caplog):
+    pair = lambda chosen, rejected: {"prompt": "a", "chosen": chosen, "rejected": rejected}
+    more = {"task": "dpo", "data__tokenizer": "bytes"}
+    with pytest.raises(DataError, match=r"2 of 2 train pairs have the same answer.*are the columns right"):
+        made(tmp_path, [pair("x", "x"), pair("y", "y")], **more)
+    assert len(made(tmp_path, [pair("x", "y"), pair("y", "y")], **more).pieces) == 2
+    assert "1 of 2 train pairs have the same answer as chosen and as rejected" in caplog.text
+    caplog.clear()
+    made(tmp_path, [pair("x", "y")] * 2, **more)
+    assert not caplog.text
+
+
 # ---------------------------------------------------------------- rows
 
 

@@ -247,6 +247,13 @@ def test_what_does_not_come_back_is_told_in_one_line(tmp_path, model, docs, told
     assert told in line and "in 25% of the documents (4 were looked at)" in line
 
 
+def test_no_example_is_given_of_words_that_are_unknown(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat\nsat on the mat\n" * 20)
+    manifest = prepare.prepare([str(tmp_path / "a.txt")], tmp_path / "out", "words", workers=1)
+    said = prepare.summary(manifest, tmp_path / "out")
+    assert "newlines are lost; in" in said
+
+
 @pytest.mark.parametrize("kind", sorted(KEEP_ALL))
 def test_nothing_is_told_where_all_comes_back_but_for_the_first_space(tmp_path, kind):
     _, lines = prepared(tmp_path, PREFIXED[kind](), [TEXT, ENGLISH, "  two spaces"])

@@ -142,6 +142,17 @@ def test_quotes_of_a_tsv_are_text_where_they_hold_nothing_together(tmp_path):
     assert documents(write(tmp_path / "a.tsv", text)) == cells
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "^"])
+@pytest.mark.parametrize("line", ["sep={}\r\n", '"sep={}"\n', "SEP={}\n", "\ufeffsep={}\n"])
+def test_the_line_by_which_excel_tells_its_delimiter_is_no_header(tmp_path, delimiter, line):
+    for name in ("a.csv", "a.tsv"):
+        path = write(tmp_path / name, line.format(delimiter) + table(delimiter=delimiter))
+        assert documents(path) == DOCS
+    path = write(tmp_path / "b.csv", line.format(delimiter) + table(key="content", delimiter=delimiter))
+    with pytest.raises(DataError, match="there are id, content; say where the text is: --text_key=content"):
+        readers.find([str(path)])
+
+
 @pytest.mark.parametrize(
     ("name", "text", "where"),
     [

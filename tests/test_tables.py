@@ -142,6 +142,8 @@ MISTAKES = [
     ("a.tsv", "a\tx\n".encode("utf-16-le"), ["iconv -f UTF-16LE"]),
     ("a.csv", "sentence,gold\na,x\nb,y\n", ["looks like a header", 'columns="text=sentence label=gold"']),
     ("a.tsv", "my text\tgold\n" + "a\tx\nb\ty\n" * 6, ["looks like a header", "text=0 label=1"]),
+    ("a.csv", "review text,gold label\n" + "a,x\nb,y\n" * 12, ["its first line", "text=review_text label=gold_label"]),
+    ("a.tsv", "text\tlabel\na film\nb\tx\n", ["a.tsv:2: 1 columns", "a new line within a text"]),
     ("a.csv", 'text,label\na,x\n"b,y\n', ["a.csv:3", "quote"]),
     ("a.csv", 'text,label\na,b,x\n', ["a.csv:2: 3 columns", "comma"]),
     ("a.jsonl", '{"text": "a", "label": 1}\n{"text"\n[1]\n{"text": "b"}\n', [":2: not JSON", ":3: not a JSON object"]),
@@ -161,6 +163,60 @@ def test_a_mistake_is_named_with_its_remedy(tmp_path, name, content, said):
     path.write_bytes(gzip.compress(b"a\tx\n")[:-8]) if content is None else write(path, content)
     message = refused(path)
     assert str(path) in message and all(part in message for part in said), message
+
+
+@pytest.mark.parametrize(
+    ("header", "task", "typed", "first"),
+    [
+        ("Review Text,Label Name", "classify", "text=Review_Text label=Label_Name", {"text": "a 1", "label": "1"}),
+        ("nr,the words,the tags", "tag", "words=the_words tags=the_tags", {"words": "1", "tags": "a 1"}),
+        ("a text , the  label", "classify", "text=a_text label=the_label", {"text": "a 1", "label": "1"}),
+    ],
+)
+def test_what_a_message_proposes_is_understood_although_names_have_spaces(tmp_path, header, task, typed, first):
+    columns = header.count(",") + 1
+    rows = "".join(",".join(["a 1", "1", "a 1"][:columns]) + "\n" for _ in range(20))
+    path = write(tmp_path / "a.csv", f"{header}\n{rows}")
+    assert f'--config.data.columns="{typed}"' in refused(path, task)
+    examples, _ = read_examples(path, task, typed)
+    assert len(examples) == 20 and examples[0] == first
+
+
+@pytest.mark.parametrize(
+    ("header", "columns", "proposed"),
+    [
+        ("sentence_id,word,tag", "1,the,O", "words=word tags=tag"),
+        ("tag,word,source", "O,the,news", "words=word tags=tag"),
+        ("id,tags,tokens", "1,O,the", "words=tokens tags=tags"),
+    ],
+)
+def test_a_proposal_goes_by_names_before_places(tmp_path, header, columns, proposed):
+    path = write(tmp_path / "a.csv", f"{header}\n" + f"{columns}\n" * 20)
+    assert f'columns="{proposed}"' in refused(path, "tag")
+
+
+def test_no_guess_is_made_which_answer_is_the_better_one(tmp_path):
+    for names in (("instruction", "input", "output"), ("question", "answer", "score"), ("a", "b", "c", "d")):
+        path = write(tmp_path / "a.jsonl", json.dumps(dict.fromkeys(names, "x")) + "\n")
+        message = refused(path, "dpo")
+        assert "needed are prompt, chosen, rejected" in message and "--config" not in message
+
+
+@pytest.mark.parametrize(
+    ("task", "header"), [("seq2seq", "de\ten"), ("sft", "my question\treply"), ("tag", "was\twie")]
+)
+def test_a_first_line_unlike_all_others_is_told_where_it_is_taken_as_an_example(tmp_path, caplog, task, header):
+    rows = "".join(f"dies ist Satz {i}\tit is sentence {i}\n" for i in range(30))
+    found, _ = read_examples(write(tmp_path / "a.tsv", f"{header}\n{rows}"), task, "")
+    (line,) = caplog.messages
+    assert len(found) == 31 and "is taken as an example" in line
+    typed = line.rpartition('--config.data.columns="')[2].rstrip('"')
+    assert len(read_examples(str(tmp_path / "a.tsv"), task, typed)[0]) == 30
+    caplog.clear()
+    for first in ("ein Satz\ta sentence", "Hallo\thello"):  # like the others, or not alone
+        text = f"{first}\n" * 2 + rows
+        read_examples(write(tmp_path / "b.tsv", text), task, "")
+    assert not caplog.messages
 
 
 def test_ten_problems_are_shown_of_all_files(tmp_path):

@@ -1,6 +1,7 @@
 """Laws of what is learned: nothing is lost, what is hidden is hidden as the papers say, chance follows from the key."""
 
 import json
+import re
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -210,6 +211,16 @@ def test_only_what_the_assistant_says_and_its_end_is_learned():
         assert piece["weights"].sum() == sum(map(len, learned)) == len("hello") + len("so long") + 2
     short = example("sft", {"prompt": "hi?", "response": "hello"})
     np.testing.assert_array_equal(short["targets"][short["weights"] > 0], learned_of("hello", vocab))
+
+
+def test_a_weight_that_is_none_is_no_weight_and_others_are_shown_as_they_are():
+    messages = [{"role": "user", "content": "hi?"}, {"role": "assistant", "content": "hello"}]
+    plain = example("sft", {"messages": messages})
+    weighed = example("sft", {"messages": [message | {"weight": None} for message in messages]})
+    np.testing.assert_array_equal(weighed["weights"], plain["weights"])
+    for wrong in ("0", 0.5, [1]):
+        with pytest.raises(ValueError, match=re.escape(f"is 0 (not learned) or 1, not {wrong!r}")):
+            example("sft", {"messages": [messages[0], messages[1] | {"weight": wrong}]})
 
 
 def learned_of(answer, vocab):

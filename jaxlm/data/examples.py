@@ -49,10 +49,18 @@ def texts_of(examples: list[dict], lowercase: bool) -> list[str]:
     for example in examples:
         found = [example[role] for role in TEXTS if role in example and not is_dialogue(example[role])]
         if "messages" in example or is_dialogue(example.get("prompt")):
-            messages = messages_of(example)
+            messages = said_in(example)
             found += [str(m.get("content", "")) for m in messages if isinstance(m, dict)]
         texts += [" ".join(map(str, x)) if isinstance(x, (list, tuple)) else str(x) for x in found]
     return [replace_surrogates(text.lower() if lowercase else text)[0] for text in texts]
+
+
+def said_in(example: dict) -> list:
+    """The messages of an example; none of what can't be read, which is refused with its place later."""
+    try:
+        return messages_of(example)
+    except ValueError:
+        return []
 
 
 def examples_of(spec: str, task: str, columns: str) -> tuple[list[dict], list[str]]:
@@ -71,6 +79,8 @@ def _examples_of(spec, task, columns, stamps):
     kept, bad = [], []
     for example, place in zip(examples, places):
         try:
+            if task == "classify" and isinstance(example["label"], (list, tuple, dict)):
+                raise ValueError("its label is a list, not one class; several are of task.name=multilabel")
             kept.append(plain(example))
         except ValueError as error:
             bad.append(f"{place}: {error}")
@@ -84,6 +94,8 @@ def plain(example: dict) -> dict:
     if isinstance(example.get("answer"), dict):
         answer = example["answer"]
         example |= {"answer": list(answer.get("text", ())), "start": list(answer.get("answer_start", ()))}
+    if "answer" in example:
+        example["answer"] = answer_of(example["answer"])
     for role in TEXTS:
         value = example.get(role, "")
         if not isinstance(value, str) and role not in ("words", "answer"):
@@ -93,6 +105,17 @@ def plain(example: dict) -> dict:
                 raise ValueError(f"its {role} is a {type(value).__name__}, not text")
             example[role] = label_of(value)
     return example
+
+
+def answer_of(value):
+    """An answer as text, several as a list of texts, None for none; a number is text."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [answer_of(item) for item in value]
+    if isinstance(value, dict):
+        raise ValueError(f"its answer is text, or a list of texts, not {str(value)[:60]}")
+    return label_of(value)
 
 
 def is_dialogue(value) -> bool:
@@ -298,6 +321,8 @@ class Examples:
         refuse(bad)
         if task == "qa" and examples is None:
             self.tell_inexact()
+        if task == "dpo" and examples is None:
+            self.tell_equal()
         self.weigh(names)
         self.learnable = np.ones(len(self.pieces), bool)  # of which a target is left where they are cut off
         if examples is None:
@@ -332,6 +357,20 @@ class Examples:
             f"{self.tokenizer.name} tokenizer and can't be given exactly, such as {first_of(example['answer'])[:40]!r} "
             f"in {given[:60]!r}; data.tokenizer=bytes and chars have no such tokens"
         )
+
+    def tell_equal(self) -> None:
+        """Says how many pairs teach nothing, because both answers are the same. Raises DataError where all are so."""
+        equal = [example for example in self.examples if example["chosen"] == example["rejected"]]
+        if not equal:
+            return
+        told = (
+            f"{len(equal):,} of {len(self.examples):,} {self.split} pairs have the same answer as chosen and as "
+            f"rejected, so that nothing is learned of them, such as {str(equal[0]['chosen'])[:40]!r}"
+        )
+        if len(equal) == len(self.examples):
+            files = self.config.data.train if self.split == "train" else self.config.data.val
+            raise DataError(f"{files}: {told}; are the columns right?")
+        LOGGER.warning(told)
 
     def weigh(self, names) -> None:
         """Gives training examples the weight of their class, so that every class weighs the same."""

@@ -121,7 +121,8 @@ def give_back_in_words(kept: dict, tokenizer: Tokenizer) -> str | None:
     for name, _, probe in KINDS:
         if kept["kinds"].get(name):
             back = tokenizer.decode(tokenizer.encode(probe))
-            shown = f" ({probe!r} comes back as {back!r})" if back and back != probe else ""
+            tells = back and back != probe and not tokenizer.lost(probe)  # not by words that it doesn't know
+            shown = f" ({probe!r} comes back as {back!r})" if tells else ""
             changes.append(f"{name}{shown}")
     if kept["example"]:
         before, after = kept["example"]

@@ -12,6 +12,11 @@ LIST = re.compile(r"\[\s*[{\]]")
 SPACE = re.compile(r"\s*")
 DECODER = json.JSONDecoder()
 NO_OBJECT = 'not a JSON object, such as {"text": ..., "label": ...}'
+# A record for each question, from articles with paragraphs with questions; no answers are an empty list.
+SQUAD = (
+    ".data[].paragraphs[] | .context as $context | .qas[] | "
+    "{question, context: $context, answer: [.answers[].text], start: [.answers[].answer_start]}"
+)
 
 
 def is_json(text: str, suffix: str) -> bool:
@@ -98,9 +103,33 @@ def within(path: str, record: dict) -> str:
     keys = keys_of_lists(record)
     if not keys:
         return ""
-    take = f".[{json.dumps(keys[0])}][]"
-    typed = f"jq -c {shlex.quote(take)} {shlex.quote(path)} > {shlex.quote(path + '.jsonl')}"
+    if is_squad(record):
+        return f"the articles of SQuAD, with lists within lists; for a question a line, type: {converted(path, SQUAD)}"
+    typed = converted(path, f".[{json.dumps(keys[0])}][]")
     return f"one object with lists of objects under {', '.join(keys)}; if those are the examples, type: {typed}"
+
+
+def is_squad(record: dict) -> bool:
+    """Whether an object has articles with paragraphs, as SQuAD's files have them."""
+    articles = record.get("data")
+    return isinstance(articles, list) and len(articles) > 0 and "paragraphs" in articles[0]
+
+
+def inside(path: str, record: dict, num_columns: int) -> str:
+    """What to type where each record holds an object with so many columns or more; "" where it does not."""
+    beside = [value for value in record.values() if not isinstance(value, dict)]
+    if len(beside) >= num_columns:  # more likely the columns themselves
+        return ""
+    for key, value in record.items():
+        if isinstance(value, dict) and len(value) >= num_columns:
+            typed = converted(path, f".[{json.dumps(key)}]")
+            return f"the columns are within {key!r}, which has {', '.join(value)}; take them out: {typed}"
+    return ""
+
+
+def converted(path: str, program: str) -> str:
+    """The command by which jq makes lines of examples from a file."""
+    return f"jq -c {shlex.quote(program)} {shlex.quote(path)} > {shlex.quote(path + '.jsonl')}"
 
 
 def parse(place: str, text: str, bad: list[str]):

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from jaxlm.data import encodings, formats
+from jaxlm.data.delimited import EXCEL_LINE
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}  # by name; the others are text
 # What names a language is never JSON lines, whatever it begins with.
@@ -278,8 +279,11 @@ def _likeliest(key: str, names: list[str], lengths: dict[str, int]) -> str:
 def _see_table(path: str, suffix: str, compression: str, key: str) -> Layout:
     head = formats.beginning(path, compression, TABLE_BYTES)
     text, whole = _text(head), len(head) < TABLE_BYTES
+    told = EXCEL_LINE.match(text)
+    delimiters = [told[1]] if told else DELIMITERS[suffix]
+    text = text[told.end() :] if told else text
     headers = {}
-    for delimiter in DELIMITERS[suffix]:
+    for delimiter in delimiters:
         rows, _ = _rows(text, whole, delimiter, quoted=True, most=1)
         headers[delimiter] = [cell.strip() for cell in rows[0]] if rows else []
         if headers[delimiter].count(key) > 1:
@@ -311,6 +315,13 @@ def _rows(text: str, whole: bool, delimiter: str, quoted: bool, most: int) -> tu
     except csv.Error:
         return rows, not whole and bool(rows)  # the last row may be cut
     return rows, True
+
+
+def tells_delimiter(row: list[str]) -> bool:
+    """Whether this row is the line by which Excel tells its delimiter, and no header."""
+    if len(row) == 2:
+        return row[0].lower() == "sep=" and not row[1]
+    return len(row) == 1 and EXCEL_LINE.match(row[0] + "\n") is not None
 
 
 def reader(lines: Iterable[str], delimiter: str, quoted: bool):

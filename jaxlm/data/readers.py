@@ -312,7 +312,9 @@ def _read_table(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
                 return
             _bad(notes, name, start, _reason(error))
             row = []
-        if row and not header:
+        if not header and start == 1 and layouts.tells_delimiter(row):
+            pass
+        elif row and not header:
             header = [cell.strip() for cell in row]
         elif row and len(row) != len(header):
             _bad(notes, name, start, f"{len(row)} columns, the first line has {len(header)}")

@@ -6,6 +6,7 @@ where it has the names of the task's columns, or those of data.columns.
 
 import difflib
 import logging
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from jaxlm.keys import GROUP, LABELLED, ROLES
 
 LOGGER = logging.getLogger("jaxlm")
 SHOWN = 10  # problems
+ENOUGH = 20  # lines, to tell that the first one is unlike the others
+MOST_WORDS = 3  # in the name of a column
 OF_TEXT = "text text2 question context source target prompt response chosen rejected".split()
 CONVERTED = ("sft", "dpo")  # whose examples others write in their own ways
 
@@ -128,8 +131,11 @@ def add_json(file: example_files.Opened, text: str, found: Found) -> None:
     try:
         chosen = choose_named(file.path, names, found.task, found.given)
     except DataError as error:
-        within = json_records.within(file.path, pairs[0][0]) if len(pairs) == 1 else ""
-        raise DataError(f"{file.path}: {within}" if within else str(error)) from None
+        record, _ = pairs[0]
+        hint = json_records.within(file.path, record) if len(pairs) == 1 else ""
+        if not hint and not found.given:
+            hint = json_records.inside(file.path, record, max(2, len(needed_of(found.task))))
+        raise DataError(f"{file.path}: {hint}" if hint else str(error)) from None
     add_records(file.path, [record for record, _ in pairs], [line for _, line in pairs], chosen, found)
 
 
@@ -163,13 +169,15 @@ def add_cells(path: str, records: list[list[str]], lines, style: delimited.Style
     chosen = choose_cells(path, records, style, found)
     width = len(records[0])
     quotes = " that has no quotes" if style and style.quotes else ""
-    hint = f" ({style.name} within a text{quotes}?)" if style else ""
+    more = f" ({style.name} within a text{quotes}?)" if style else ""
+    fewer = " (a column left out, or a new line within a text?)" if style else ""
     whole, places = [], []
     for record, line in zip(records[chosen.start :], lines[chosen.start :]):
         if len(record) == width:
             whole.append(record)
             places.append(line)
         else:
+            hint = more if len(record) > width else fewer
             found.bad.append(f"{path}:{line}: {len(record)} columns, the first line has {width}{hint}")
     before = len(found.examples)
     add_records(path, whole, places, chosen, found)
@@ -246,7 +254,7 @@ def is_header(cells: list[str], task: str, given: dict[str, str]) -> bool:
     known = [cell.strip().casefold() for cell in cells]
     named = [name.casefold() for name in given.values() if not name.isdecimal()]
     if named:
-        return set(named) <= set(known)
+        return set(named) <= {*known, *map(typed, known)}
     if len(set(known)) != len(known):
         return False
     wanted = set(needed_of(task) or roles_of(task)[-1:])
@@ -264,6 +272,11 @@ def choose_cells(path: str, records: list[list[str]], style: delimited.Style | N
     if not header and not given:
         suspect_header(path, records, task, style)
         given = in_order(path, cells, task, style)
+        if style is not None and looks_like_names(records):
+            found.notes.append(
+                f"{path}: its first line, {' | '.join(cells)[:80]}, is taken as an example; if it has the names of the "
+                f'columns, say --config.data.columns="{suggestion(cells, task)}"'
+            )
     chosen = choose_named(path, names, task, given)
     places = {role: names.index(name) for role, name in chosen.columns.items()}
     return Chosen(places, chosen.form, int(header))
@@ -279,7 +292,7 @@ def in_order(path: str, cells: list[str], task: str, style: delimited.Style | No
         roles = roles_of(task)
         fits = len(cells) == max(len(needed), 1)
     if not fits:
-        raise DataError(unclear(path, cells, task, by_place=True) + other_delimiter(cells, style))
+        raise DataError(unclear(path, cells, task, header=False) + other_delimiter(cells, style))
     return {role: str(place) for place, role in enumerate(roles[: len(cells)])}
 
 
@@ -297,11 +310,14 @@ def other_delimiter(cells: list[str], style: delimited.Style | None) -> str:
 def choose_named(path: str, names: list[str], task: str, given: dict[str, str]) -> Chosen:
     """Which columns of these names are which. Raises DataError."""
     folded = {name.casefold(): name for name in reversed(names)}
+    if task == "qa" and "answer_start" in folded:  # SQuAD's name for it
+        folded.setdefault("start", folded["answer_start"])
     if not given and task in CONVERTED and not dialogues.is_native(names, task):
         form = dialogues.form_of(names, task)
         if form:
             roles = [role for role in (*form.needed, *form.optional) if role in folded]
             return Chosen({role: folded[role] for role in roles}, form)
+    given = {role: column_called(name, names) for role, name in given.items()}
     needed = needed_of(task)
     wanted = dict.fromkeys(needed if given else roles_of(task))
     chosen = {role: folded[role] for role in wanted if role in folded} | given
@@ -317,6 +333,18 @@ def choose_named(path: str, names: list[str], task: str, given: dict[str, str]) 
     return Chosen(chosen)
 
 
+def typed(name: str) -> str:
+    """How the name of a column is typed in data.columns, whose items end at spaces and commas."""
+    return re.sub(r"[\s,]+", "_", name.strip())
+
+
+def column_called(name: str, names: list[str]) -> str:
+    """The column that was typed as this name; the name itself where there is none."""
+    if name in names:
+        return name
+    return next((column for column in names if typed(column) == name), name)
+
+
 def is_half(chosen: dict[str, str], names: list[str]) -> bool:
     """Whether of a dialogue only the prompt was found, or only the response, beside columns that may be the prompt."""
     if "messages" in chosen or {"prompt", "response"} <= set(chosen):
@@ -324,8 +352,8 @@ def is_half(chosen: dict[str, str], names: list[str]) -> bool:
     return "response" not in chosen or len(names) > 1
 
 
-def unclear(path: str, names: list[str], task: str, missing: list[str] = (), by_place: bool = False) -> str:
-    """Why it is not clear which column is which, and what to type. by_place: these are no names, but the first row."""
+def unclear(path: str, names: list[str], task: str, missing: list[str] = (), header: bool = True) -> str:
+    """Why it is not clear which column is which, and what to type. header: whether these are names, not a first row."""
     needed = needed_of(task)
     shown = ", ".join(repr(name if len(name) <= 24 else name[:24] + "...") for name in names[:12])
     if not missing and len(names) < len(needed):
@@ -334,27 +362,41 @@ def unclear(path: str, names: list[str], task: str, missing: list[str] = (), by_
     hint = did_you_mean(missing[0], names) if missing else ""
     if missing and len(names) < len(needed):
         return f"{path}: {what}{hint}; it has {shown}, and needed are {', '.join(needed)}"
+    roles = likely_roles(len(names), task)
+    alike = named_alike(names, roles)
+    if task == "dpo" and not {"chosen", "rejected"} & set(alike):  # any guess would prefer the wrong side
+        return f"{path}: {what}{hint}; it has {shown}, and needed are {', '.join(needed)}"
+    named = header or len(alike) == len(roles)
+    columns = suggestion(names, task) if named else by_place(len(names), task)
     return (
         f"{path}: {what}{hint}; it has {shown}. Say so, by name or by place from 0: "
-        f'--config.data.columns="{suggestion(names, task, by_place)}" (in evaluate: --columns)'
+        f'--config.data.columns="{columns}" (in evaluate: --columns)'
     )
 
 
-def suggestion(names: list[str], task: str, by_place: bool) -> str:
-    """data.columns for these columns, as likely as their names allow."""
-    roles = needed_of(task) or roles_of(task)
+def likely_roles(num_columns: int, task: str) -> list[str]:
+    """The columns of a task that a table with so many has."""
     if task == "sft":
-        roles = ["prompt", "response"] if len(names) > 1 else ["messages"]
+        return ["prompt", "response"] if num_columns > 1 else ["messages"]
+    return needed_of(task)[:num_columns]
+
+
+def by_place(num_columns: int, task: str) -> str:
+    """data.columns for a table whose columns are in the task's order."""
+    return " ".join(f"{role}={place}" for place, role in enumerate(likely_roles(num_columns, task)))
+
+
+def suggestion(names: list[str], task: str) -> str:
+    """data.columns for these columns, as likely as their names allow."""
+    roles = likely_roles(len(names), task)
     taken = named_alike(names, roles)
-    if by_place and len(taken) < len(roles):
-        return " ".join(f"{role}={place}" for place, role in enumerate(roles[: len(names)]))
     for role in roles:
         left = [name for name in names if name not in taken.values()]
         if role not in taken and left:
             taken[role] = left[0]
     order = [role for role in roles if role in taken]
-    if all(taken[role].isidentifier() for role in order):
-        return " ".join(f"{role}={taken[role]}" for role in order)
+    if all(typed(taken[role]).isidentifier() for role in order):
+        return " ".join(f"{role}={typed(taken[role])}" for role in order)
     return " ".join(f"{role}={names.index(taken[role])}" for role in order)
 
 
@@ -364,6 +406,10 @@ def named_alike(names: list[str], roles: list[str]) -> dict[str, str]:
     taken = {role: folded[role] for role in roles if role in folded}
     for role, name in dialogues.likely_columns(names, roles).items():
         taken.setdefault(role, name)
+    for role, others in (("words", conll.WORD_NAMES), ("tags", conll.TAG_NAMES)):
+        known = [folded[name] for name in others if name in folded]
+        if role in roles and known:
+            taken.setdefault(role, known[0])
     for role in roles:
         left = [name for name in folded if folded[name] not in taken.values()]
         near = difflib.get_close_matches(role, left, n=1)
@@ -383,13 +429,22 @@ def suspect_header(path: str, records: list[list[str]], task: str, style: delimi
         else:
             doubtful |= len(others) >= 10 and cells[1] not in others and len(set(others)) <= len(others) / 2
     if doubtful and len(cells) >= len(needed_of(task)):
-        roles = roles_of(task)
-        by_name = " ".join(f"{role}={cell.replace(' ', '_')}" for role, cell in zip(roles, cells))
-        by_place = " ".join(f"{role}={i}" for i, role in enumerate(roles[: len(cells)]))
+        places = by_place(len(cells), task)
         raise DataError(
             f"{path}: its first line, {' | '.join(cells)[:80]}, looks like a header: say which column is which with "
-            f'--config.data.columns="{by_name}"; or, if it is an example, "{by_place}"'
+            f'--config.data.columns="{suggestion(cells, task)}"; or, if it is an example, "{places}"'
         )
+
+
+def looks_like_names(records: list[list[str]]) -> bool:
+    """Whether the first line has names alone, and none of the next ones."""
+    names = [all(map(is_name, record)) for record in records[: ENOUGH + 1]]
+    return len(names) > ENOUGH and names[0] and not any(names[1:])
+
+
+def is_name(cell: str) -> bool:
+    """Whether this may be the name of a column: a few words of letters."""
+    return typed(cell).isidentifier() and len(cell.split()) <= MOST_WORDS
 
 
 def is_number(text: str) -> bool:

@@ -248,7 +248,8 @@ def regress(example, encode, vocab, labels) -> dict:
     except (ValueError, TypeError):
         label = math.nan
     if not math.isfinite(label):
-        raise ValueError(f"its label {given!r} is not a number")
+        hint = "; a decimal point is meant" if re.fullmatch(r"\s*[+-]?\d+,\d+\s*", given) else ""
+        raise ValueError(f"its label {given!r} is not a number{hint}")
     largest = float(np.finfo(np.float32).max)
     if abs(label) > largest:
         raise ValueError(f"its label {given!r} is too large: a float32 holds up to {largest:.2g}; scale them all down")
@@ -410,19 +411,27 @@ def chat(messages, encode, vocab) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"the role {role!r} is not system, user or assistant")
         if not isinstance(content, str):
             raise ValueError(f"the content of a message is text, not {str(content)[:60]}")
-        weight = message.get("weight", 1)
+        weight = message.get("weight")
+        weight = 1 if weight is None else weight  # a table has None where there is none
         if weight not in (0, 1):
-            raise ValueError(f"the weight of a message is 0 (not learned) or 1, not {str(weight)[:60]}")
+            raise ValueError(f"the weight of a message is 0 (not learned) or 1, not {repr(weight)[:60]}")
         text = join(encode(content), vocab.end)
         ids += [np.array([getattr(vocab, role)]), text]
         written += [np.zeros(1, bool), np.full(len(text), role == "assistant" and weight == 1)]
     return join(*ids), np.concatenate(written)
 
 
+def from_json(text: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"messages is a list of messages, or that in JSON, not {text[:60]!r}: {error}") from None
+
+
 def messages_of(example) -> list[dict]:
     if "messages" in example:
         given = example["messages"]
-        given = json.loads(given) if isinstance(given, str) else given
+        given = from_json(given) if isinstance(given, str) else given
         if not isinstance(given, (list, tuple)):
             raise ValueError(f"messages is a list of messages, not {str(given)[:60]}")
         return list(given)
@@ -440,9 +449,12 @@ def sft(example, encode, vocab, labels) -> dict:
     """Only what the assistant says is learned."""
     ids, written = chat(messages_of(example), encode, vocab)
     if not {"messages", "response"} & set(example):
-        raise ValueError(f"it has neither messages nor a response, but {', '.join(example)}")
+        raise ValueError(f"it has no messages, and its response is missing or empty; it has {', '.join(example)}")
     if not written.any():
-        raise ValueError("the assistant says nothing in it, so that there is nothing to learn")
+        silent = "all that the assistant says in it has weight 0"
+        if not any(message["role"] == "assistant" for message in messages_of(example)):
+            silent = "the assistant says nothing in it"
+        raise ValueError(f"{silent}, so that there is nothing to learn")
     return shifted(ids) | {"weights": written[1:].astype(np.float32)}
 
 
