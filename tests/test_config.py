@@ -147,6 +147,40 @@ def test_bad_usage_is_one_line_and_exit_2(args, named):
     assert run.returncode == 2 and named in run.stderr and len(run.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("c.optim.warmup = 5", "line 5: config.optim.warmup: no such key; did you mean optim.warmup_steps?"),
+        ("c.optim.lr = 1e-3", "did you mean optim.learning_rate?"),
+        ("c.seq_len = 64", "did you mean data.seq_len?"),
+        ("print(c.data.seqlen)", "did you mean data.seq_len?"),
+        ("c['trian'].steps = 1", "did you mean train?"),
+        ("c.model.name, c.train.log_every = 'lstm', 10", "train.log_every: no such key; did you mean log.every?"),
+        ("c.train.steps = 'many'", "line 5: steps = many: not a value of type int"),
+        ("c.train = 5", "train = 5"),
+        ("sizes = {}['big']", "line 5: KeyError: 'big'"),
+        ("c.train.steps = stepz", "line 5: NameError: name 'stepz' is not defined"),
+        ("c.train.steps = = 5", "line 5: SyntaxError"),
+        ("import nothing_of_this_name", "line 5: ModuleNotFoundError"),
+        ("return", "get_config() gave None"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_is_told_with_its_line(line, said, tmp_path):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(f"from jaxlm.config import base\n\ndef get_config():\n    c = base()\n    {line}\n    return c\n")
+    with pytest.raises(ConfigError) as error:
+        configs.load(str(recipe))
+    assert said in str(error.value) and str(recipe) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_recipe_that_needs_a_variant_asks_for_one(tmp_path):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text("def get_config(size):\n    return size\n")
+    with pytest.raises(ConfigError, match=r"mine\.py:VARIANT"):
+        configs.load(str(recipe))
+
+
 def test_require_lists_all():
     with pytest.raises(ConfigError, match="2 problems") as error:
         require(["one", "two"])
