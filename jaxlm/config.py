@@ -56,6 +56,8 @@ def load(spec: str) -> ConfigDict:
             f"--config={spec}: get_config() gave {config!r}, no config: "
             "it starts with c = base(), sets keys of c, and ends with return c"
         )
+    if nothing := [f"config.{key}" for key, value in flatten(config).items() if value is None]:
+        raise ConfigError(f"{path} sets to None: {', '.join(nothing)}; leave a key out, and it has its default")
     return config
 
 

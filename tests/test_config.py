@@ -163,6 +163,7 @@ def test_bad_usage_is_one_line_and_exit_2(args, named):
         ("c.train.steps = = 5", "line 5: SyntaxError"),
         ("import nothing_of_this_name", "line 5: ModuleNotFoundError"),
         ("return", "get_config() gave None"),
+        ("c.data.path = c.train.steps = None", "sets to None: config.data.path, config.train.steps; leave a key out"),
     ],
 )
 def test_what_is_wrong_in_a_recipe_is_told_with_its_line(line, said, tmp_path):
