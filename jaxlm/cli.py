@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import os
 import re
 import sys
@@ -84,9 +85,17 @@ def spare_threads() -> None:
         os.environ.setdefault("PJRT_NPROC", str(max(8 * devices, os.cpu_count() or 1)))
 
 
+def warn_plainly() -> None:
+    """Warnings to stderr as the lines they are; libraries give the root logger a format of their own."""
+    logger = logging.getLogger("jaxlm")
+    logger.addHandler(logging.StreamHandler())
+    logger.propagate = False
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a program's `main(argv)` and exits: 0, its return value, a `UserError`'s code, or 130 after Ctrl-C."""
     spare_threads()
+    warn_plainly()
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:

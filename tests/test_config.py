@@ -3,6 +3,8 @@
 import json
 import math
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -221,3 +223,14 @@ def test_dry_run_of_llama_8b_touches_no_data_and_counts_parameters():
 def test_print_config_shows_every_key():
     out = program("jaxlm.train", "--config=configs/gpt2.py", "--config.seed=5", "--print_config").stdout
     assert "seed = 5" in out and all(f"{key} = " in out for key in configs.flatten(configs.base()))
+
+
+def test_warnings_of_programs_are_plain_lines():
+    lines = [
+        "import logging",
+        "from jaxlm import cli",
+        "logging.basicConfig()",  # as some libraries do
+        "cli.run(lambda argv: logging.getLogger('jaxlm').warning('so it is'))",
+    ]
+    run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert run.stderr == "so it is\n"

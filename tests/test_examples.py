@@ -13,7 +13,8 @@ from jaxlm.check import check
 from jaxlm.config import base
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data import vocabulary
-from jaxlm.data.examples import Examples, label_names, stamps, tokenizer_of
+from jaxlm.data.examples import Examples, examples_of, label_names, stamps, tokenizer_of
+from jaxlm.data.paths import relative
 from jaxlm.data.pipeline import describe, fingerprint, train_batches, validation_batches
 from jaxlm.errors import ConfigError, DataError
 from jaxlm.metrics import auc, classification
@@ -320,3 +321,20 @@ def test_a_file_with_a_plus_in_its_name_is_read_again_when_it_has_changed(tmp_pa
     before = stamps(str(file))
     file.write_text("good\t1\nbad\t0\nworse\t0\n")
     assert before and stamps(str(file)) != before
+
+
+def test_a_file_is_read_and_told_of_once_whatever_its_path(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a+b.tsv").write_text("the\tDET\ncat\tN\n\na\tDET\ndog\tN\n")
+    names = ("a+b.tsv", "./a+b.tsv", str(tmp_path / "a+b.tsv"), str(tmp_path / "." / "a+b.tsv"))
+    found = [examples_of(name, "tag", "") for name in names]
+    assert all(each is found[0] for each in found)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["a+b.tsv: 2 sentences, 4 words, read as a word a line (words=0 tags=1)"]
+
+
+def test_files_elsewhere_keep_their_paths(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    specs = ("../x.tsv", "/nowhere/x.tsv", "a.de+a.en,b.de+b.en", "")
+    assert [relative(spec) for spec in specs] == list(specs)
