@@ -1,6 +1,5 @@
 """What jaxlm.evaluate tells of a model: a report for each word of --tasks, and the table of them all."""
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm import metrics, pictures
+from jaxlm import cli, metrics, pictures
 from jaxlm.absent import of_groups
 from jaxlm.check import mixture
 from jaxlm.data.examples import label_names
@@ -222,7 +221,7 @@ def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) 
         rows = answers_of(
             config, reporter.source, reporter.scores, reporter.written if config.task.name in WRITTEN else None
         )
-        Path(args.answers).write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
+        Path(args.answers).write_text("".join(cli.readable_json(row) + "\n" for row in rows), "utf-8")
     if reporter.files and jax.process_index() == 0:
         print(f"wrote {', '.join(reporter.files)} to {args.pictures}")
     return result

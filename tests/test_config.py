@@ -1,7 +1,9 @@
 """Configs: every problem at once, with the nearest right thing; recipes that are sound; types that hold."""
 
+import errno
 import json
 import math
+import os
 import runpy
 import subprocess
 import sys
@@ -10,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import program, small_config
 
+from jaxlm import cli, topology
 from jaxlm import config as configs
-from jaxlm import topology
 from jaxlm.check import check, mixture, require
 from jaxlm.errors import ConfigError
 
@@ -234,3 +236,36 @@ def test_warnings_of_programs_are_plain_lines():
     ]
     run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
     assert run.stderr == "so it is\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("nofolder/x.json", "there is no directory"), ("", "is a directory")],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(name, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        cli.require_writable("--json", str(tmp_path / name))
+    cli.require_writable("--json", str(tmp_path / "x.json"))
+    cli.require_writable("--json", None)
+
+
+def test_a_file_in_a_directory_of_others_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # to root, all is allowed
+    with pytest.raises(ConfigError, match="may not write there"):
+        cli.require_writable("--output", str(tmp_path / "x.txt"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_takes_nothing_is_told_without_a_traceback(number, capsys):
+    def main(argv):
+        raise OSError(number, os.strerror(number), "runs/x")
+
+    with pytest.raises(SystemExit) as left:
+        cli.run(main)
+    assert left.value.code == 1 and capsys.readouterr().err == f"error: runs/x: {os.strerror(number)}\n"
+
+
+def test_json_for_people_has_letters_of_any_script_and_comes_back():
+    value = {"label": "хорошо 好", "broken": "half \ud800"}
+    assert "хорошо 好" in cli.readable_json(value) and json.loads(cli.readable_json(value)) == value
+    cli.readable_json(value).encode("utf-8")
