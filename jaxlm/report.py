@@ -75,7 +75,7 @@ class Reporter:
         if "f1_positive" in figures:
             result["positive_class"] = names[1]
         predicted = np.sum(figures["confusion"], axis=0)
-        absent = [row["name"] for row, found in zip(figures["classes"], predicted) if not row["count"] and not found]
+        absent = leave_out_absent(figures["classes"], predicted)
         if absent:
             warn_once(
                 f"precision, recall and f1 are means without what neither occurs nor is said: {', '.join(absent)}"
@@ -234,6 +234,18 @@ def in_digits(value: int | float | str) -> str:
     return f"{value:,}" if isinstance(value, int) else value
 
 
+def leave_out_absent(rows: list[dict], predicted_C) -> list[str]:
+    """The classes that neither occur nor are predicted; their rows keep the count alone, since all rates are 0 / 0."""
+    absent = []
+    for row, times in zip(rows, predicted_C):
+        if row["count"] or times:
+            continue
+        absent.append(row["name"])
+        for rate in ("precision", "recall", "f1"):
+            row.pop(rate, None)
+    return absent
+
+
 def table(result: dict) -> list[str]:
     """The lines that are printed: figures, then tables of classes, sources and groups, then texts."""
     plain = {key: value for key, value in result.items() if isinstance(value, (int, float, str))}
@@ -265,9 +277,16 @@ def comparison(results: dict[str, dict]) -> list[str]:
         rows += [row("  95% interval", between)] * any(f"{key}_interval" in r for r in results.values())
     classes = dict.fromkeys(each["name"] for r in results.values() for each in r.get("classes", ()))
     for name in classes if len(classes) <= MANY else ():
-        f1 = lambda r, name=name: next((each["f1"] for each in r.get("classes", ()) if each["name"] == name), "")
-        rows.append(row(f"f1 of {name}", f1))
+        rows.append(row(f"f1 of {name}", partial(f1_of, name)))
     return columns(rows)
+
+
+def f1_of(name: str, result: dict) -> float | str:
+    """The F1 of a class in a run's figures, '' where it has none."""
+    for each in result.get("classes", ()):
+        if each["name"] == name:
+            return each.get("f1", "")
+    return ""
 
 
 def short_path(files: str) -> str:
