@@ -213,10 +213,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
     if args.steps < 1:
         parser.error(f"--steps={args.steps}: must be at least 1")
-    if args.json and not Path(args.json).parent.is_dir():
-        raise ConfigError(f"--json={args.json}: there is no directory {Path(args.json).parent}")
-    if args.json and Path(args.json).is_dir():
-        raise ConfigError(f"--json={args.json}: is a directory; give a file in it")
+    cli.require_writable("--json", args.json)
     if args.sweep:
         try:
             Path(args.sweep).mkdir(parents=True, exist_ok=True)

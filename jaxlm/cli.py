@@ -2,6 +2,9 @@
 
 import argparse
 import difflib
+import errno
+import json
+import logging
 import os
 import re
 import sys
@@ -11,6 +14,10 @@ from pathlib import Path, PurePath
 from jaxlm.errors import ConfigError, UserError
 
 PREEMPTED = 75  # exit code: stopped by a signal, saved, and the same command goes on from there
+
+
+# Disks that are full or only to be read, and files of others: no fault of a program, so that a traceback says nothing.
+OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR)
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,6 +77,25 @@ def near_path(path: str | PurePath) -> str:
     return ""
 
 
+def require_writable(flag: str, path: str | None) -> None:
+    """Raises ConfigError where a flag's file can't be written, before the work that it is to hold."""
+    if path is None:
+        return
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise ConfigError(f"{flag}={path}: there is no directory {folder}{near_path(folder)}")
+    if Path(path).is_dir():
+        raise ConfigError(f"{flag}={path}: is a directory; give a file in it")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise ConfigError(f"{flag}={path}: you may not write there")
+
+
+def readable_json(value) -> str:
+    """JSON in one line whose letters, of any script, are themselves; half a surrogate pair is escaped."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def spare_threads() -> None:
     """Where a CPU stands in for several devices, gives XLA more threads than their collectives can keep waiting.
 
@@ -84,9 +110,17 @@ def spare_threads() -> None:
         os.environ.setdefault("PJRT_NPROC", str(max(8 * devices, os.cpu_count() or 1)))
 
 
+def warn_plainly() -> None:
+    """Warnings to stderr as the lines they are; libraries give the root logger a format of their own."""
+    logger = logging.getLogger("jaxlm")
+    logger.addHandler(logging.StreamHandler())
+    logger.propagate = False
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a program's `main(argv)` and exits: 0, its return value, a `UserError`'s code, or 130 after Ctrl-C."""
     spare_threads()
+    warn_plainly()
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
@@ -98,4 +132,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except BrokenPipeError:  # the reader of a pipe (head, less) has gone: nothing is left to tell anyone
         sys.stderr.close()
         code = 141
+    except OSError as error:
+        if error.errno not in OF_DISKS:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        code = 1
     sys.exit(code)

@@ -10,15 +10,17 @@ import importlib.util
 import inspect
 import math
 import re
+import traceback
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from jaxlm.cli import did_you_mean
-from jaxlm.errors import ConfigError
+from jaxlm.errors import ConfigError, UserError
 from jaxlm.keys import MESH_AXES, ROLES, STRATEGIES, base
 
 COUNTED = (r"^embed/ratio$", 0.0)  # of optim.rates: model.ngram_weights are not trained
+WRONG_TYPE = r"field '(\w+)'.*?\. (.*) is of original type .* to type <class '(.*)'>"  # as ml_collections says it
 
 
 def load(spec: str) -> ConfigDict:
@@ -34,12 +36,62 @@ def load(spec: str) -> ConfigDict:
     if module_spec is None:
         raise ConfigError(f"--config={spec}: a recipe is a .py file that defines get_config()")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise recipe_error(path, error) from error
     if not hasattr(module, "get_config"):
         raise ConfigError(f"--config={spec}: {name} does not define get_config()")
-    if arg and not inspect.signature(module.get_config).parameters:
+    parameters = inspect.signature(module.get_config).parameters
+    if arg and not parameters:
         raise ConfigError(f"--config={spec}: this recipe has no variants; give {name}")
-    return module.get_config(arg) if arg else module.get_config()
+    if not arg and any(each.default is each.empty for each in parameters.values()):
+        raise ConfigError(f"--config={spec}: this recipe needs a variant; give {name}:VARIANT")
+    try:
+        config = module.get_config(arg) if arg else module.get_config()
+    except Exception as error:
+        raise recipe_error(path, error) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"--config={spec}: get_config() gave {config!r}, no config: "
+            "it starts with c = base(), sets keys of c, and ends with return c"
+        )
+    if nothing := [f"config.{key}" for key, value in flatten(config).items() if value is None]:
+        raise ConfigError(f"{path} sets to None: {', '.join(nothing)}; leave a key out, and it has its default")
+    return config
+
+
+def recipe_error(path: Path, error: Exception) -> UserError:
+    """What went wrong inside of a recipe, with the recipe's own line, which is all that its writer can change."""
+    if isinstance(error, UserError):
+        return error
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == str(path)]
+    line, source = (own[-1].lineno, own[-1].line) if own else (0, "")
+    if isinstance(error, SyntaxError):
+        line = error.lineno
+    by_config = "ml_collections" in frames[-1].filename  # else it is of the recipe's own objects
+    said = str(error).partition("\n")[0]
+    what = f"{type(error).__name__}: {said}"
+    if by_config and isinstance(error, AttributeError | KeyError):
+        word = re.search(r"\w+", said.replace("Key ", ""))[0]
+        what = unknown_key(word, source)
+    elif by_config and (wrong := re.search(WRONG_TYPE, said)):
+        key, value, kind = wrong.groups()
+        what = f"{key} = {value}: not a value of type {kind.rpartition('.')[2]}"
+    return ConfigError(f"{path}, line {line}: {what}" if line else f"{path}: {what}")
+
+
+def unknown_key(word: str, source: str) -> str:
+    """The message of a key that a recipe's line sets or reads, and that no config has."""
+    known = flatten(base())
+    sections = [key.partition(".")[0] for key in known if "." in key]
+    section = re.search(rf"(\w+)\W+{word}\b", source)
+    if section and section[1] in sections:
+        key = f"{section[1]}.{word}"
+        return f"config.{key}: no such key{nearest_key(key, known)}"
+    hint = did_you_mean(word, dict.fromkeys(sections)) or nearest_key(word, known)
+    return f"config.{word}: no such key{hint}"
 
 
 def variant(arg: str, variants: dict) -> dict:

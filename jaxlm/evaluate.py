@@ -60,9 +60,7 @@ def main(argv: list[str]) -> None:
     hosts.add_flags(parser)
     args = parser.parse(argv)
     for flag in ("json", "answers"):
-        file = Path(getattr(args, flag) or "x")
-        if not file.parent.is_dir():
-            raise ConfigError(f"--{flag}={file}: there is no directory {file.parent}")
+        cli.require_writable(f"--{flag}", getattr(args, flag))
     asked = None if args.tasks is None else [word.strip() for word in args.tasks.split(",")]
     for word in asked or ():
         if word not in REPORTS:

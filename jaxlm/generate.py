@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse(argv)
     if args.input and not Path(args.input).is_file():
         raise ConfigError(f"--input={args.input}: there is no such file{cli.near_path(args.input)}")
+    cli.require_writable("--output", args.output)
     hosts.connect(args)
 
     import jaxlm
@@ -92,7 +93,7 @@ def refuse_useless(task: str, args, parser: cli.Parser) -> None:
     given = {name for name in (*SAMPLING, *SEARCH) if getattr(args, name) != parser.get_default(name)}
     if useless := sorted(given - {*follows}):
         say = lambda names: ", ".join(f"--{name}" for name in names)
-        raise ConfigError(f"{say(useless)}: not for a model of task {task}, which follows {say(follows)}")
+        raise ConfigError(f"{say(useless)}: not for a model of task {task}; of these flags it takes {say(follows)}")
 
 
 def answer(lm, prompts: list[str], args) -> None:
@@ -201,7 +202,7 @@ def write_answers(path: str, prompts: list[str], answers: list) -> None:
     """One line an answer: objects {"prompt", "answer"} to FILE.jsonl, else texts whose line ends are escaped."""
     if path.endswith(".jsonl"):
         pairs = zip(prompts, answers, strict=True)
-        lines = [json.dumps({"prompt": prompt, "answer": said}, ensure_ascii=False) for prompt, said in pairs]
+        lines = [cli.readable_json({"prompt": prompt, "answer": said}) for prompt, said in pairs]
     else:
         lines = [escaped(said) if isinstance(said, str) else spelled(said) for said in answers]
         changed = sum(isinstance(said, str) and said != line for said, line in zip(answers, lines))
@@ -215,7 +216,7 @@ def write_answers(path: str, prompts: list[str], answers: list) -> None:
 
 
 def spelled(said) -> str:
-    return said if isinstance(said, str) else json.dumps(said)
+    return said if isinstance(said, str) else cli.readable_json(said)
 
 
 def escaped(text: str) -> str:

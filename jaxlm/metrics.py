@@ -264,8 +264,8 @@ def rouge(hypotheses, references) -> dict:
     known = len(KNOWN_TO_ROUGE.findall(everything))
     if 2 * known < letters:
         raise DataError(
-            f"rouge_score reads a to z and digits only, {known / letters:.0%} of the references' letters: use "
-            "translation's chrf"
+            f"rouge_score reads a to z and digits only, {known / letters:.0%} of the references' letters; "
+            "chrf reads all"
         )
     scores = [scorer.score_multi(each, text) for text, each in zip(hypotheses, lists)]
     return {key: 100 * mean(score[key].fmeasure for score in scores) for key in ROUGE}

@@ -181,9 +181,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--save_hlo", metavar="FILE", help="write the compiled program there, as text")
     args = parser.parse(argv)
     for flag in ("json", "save_hlo"):
-        path = Path(getattr(args, flag) or "x")
-        if not path.parent.is_dir() or path.is_dir():
-            raise ConfigError(f"--{flag}={path}: give a file, in a directory that is there")
+        cli.require_writable(f"--{flag}", getattr(args, flag))
     config = load(args.config)
     problems = override(config, args.overrides)
     if args.topology == "local":

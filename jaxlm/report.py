@@ -1,6 +1,5 @@
 """What jaxlm.evaluate tells of a model: a report for each word of --tasks, and the table of them all."""
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm import metrics, pictures
+from jaxlm import cli, metrics, pictures
 from jaxlm.absent import of_groups
 from jaxlm.check import mixture
 from jaxlm.data.examples import label_names
@@ -76,7 +75,7 @@ class Reporter:
         if "f1_positive" in figures:
             result["positive_class"] = names[1]
         predicted = np.sum(figures["confusion"], axis=0)
-        absent = [row["name"] for row, found in zip(figures["classes"], predicted) if not row["count"] and not found]
+        absent = leave_out_absent(figures["classes"], predicted)
         if absent:
             warn_once(
                 f"precision, recall and f1 are means without what neither occurs nor is said: {', '.join(absent)}"
@@ -222,7 +221,7 @@ def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) 
         rows = answers_of(
             config, reporter.source, reporter.scores, reporter.written if config.task.name in WRITTEN else None
         )
-        Path(args.answers).write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
+        Path(args.answers).write_text("".join(cli.readable_json(row) + "\n" for row in rows), "utf-8")
     if reporter.files and jax.process_index() == 0:
         print(f"wrote {', '.join(reporter.files)} to {args.pictures}")
     return result
@@ -233,6 +232,18 @@ def in_digits(value: int | float | str) -> str:
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) < 1e9 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else value
+
+
+def leave_out_absent(rows: list[dict], predicted_C) -> list[str]:
+    """The classes that neither occur nor are predicted; their rows keep the count alone, since all rates are 0 / 0."""
+    absent = []
+    for row, times in zip(rows, predicted_C):
+        if row["count"] or times:
+            continue
+        absent.append(row["name"])
+        for rate in ("precision", "recall", "f1"):
+            row.pop(rate, None)
+    return absent
 
 
 def table(result: dict) -> list[str]:
@@ -266,9 +277,16 @@ def comparison(results: dict[str, dict]) -> list[str]:
         rows += [row("  95% interval", between)] * any(f"{key}_interval" in r for r in results.values())
     classes = dict.fromkeys(each["name"] for r in results.values() for each in r.get("classes", ()))
     for name in classes if len(classes) <= MANY else ():
-        f1 = lambda r, name=name: next((each["f1"] for each in r.get("classes", ()) if each["name"] == name), "")
-        rows.append(row(f"f1 of {name}", f1))
+        rows.append(row(f"f1 of {name}", partial(f1_of, name)))
     return columns(rows)
+
+
+def f1_of(name: str, result: dict) -> float | str:
+    """The F1 of a class in a run's figures, '' where it has none."""
+    for each in result.get("classes", ()):
+        if each["name"] == name:
+            return each.get("f1", "")
+    return ""
 
 
 def short_path(files: str) -> str:

@@ -301,8 +301,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--meshes", help='instead of all that are sensible: "fsdp=8; sequence=4 tensor=2 ring"')
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     args = parser.parse(argv)
-    if args.json and not Path(args.json).parent.is_dir():
-        raise ConfigError(f"--json={args.json}: there is no directory {Path(args.json).parent}")
+    cli.require_writable("--json", args.json)
     config, began = load(args.config), time.perf_counter()
     problems = override(config, args.overrides)
     inherit(config)  # where those runs are not here, the recipe's own model section is what is verified

@@ -1,15 +1,19 @@
 """Configs: every problem at once, with the nearest right thing; recipes that are sound; types that hold."""
 
+import errno
 import json
 import math
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import program, small_config
 
+from jaxlm import cli, topology
 from jaxlm import config as configs
-from jaxlm import topology
 from jaxlm.check import check, mixture, require
 from jaxlm.errors import ConfigError
 
@@ -162,6 +166,41 @@ def test_bad_usage_is_one_line_and_exit_2(args, named):
     assert run.returncode == 2 and named in run.stderr and len(run.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("c.optim.warmup = 5", "line 5: config.optim.warmup: no such key; did you mean optim.warmup_steps?"),
+        ("c.optim.lr = 1e-3", "did you mean optim.learning_rate?"),
+        ("c.seq_len = 64", "did you mean data.seq_len?"),
+        ("print(c.data.seqlen)", "did you mean data.seq_len?"),
+        ("c['trian'].steps = 1", "did you mean train?"),
+        ("c.model.name, c.train.log_every = 'lstm', 10", "train.log_every: no such key; did you mean log.every?"),
+        ("c.train.steps = 'many'", "line 5: steps = many: not a value of type int"),
+        ("c.train = 5", "train = 5"),
+        ("sizes = {}['big']", "line 5: KeyError: 'big'"),
+        ("c.train.steps = stepz", "line 5: NameError: name 'stepz' is not defined"),
+        ("c.train.steps = = 5", "line 5: SyntaxError"),
+        ("import nothing_of_this_name", "line 5: ModuleNotFoundError"),
+        ("return", "get_config() gave None"),
+        ("c.data.path = c.train.steps = None", "sets to None: config.data.path, config.train.steps; leave a key out"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_is_told_with_its_line(line, said, tmp_path):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(f"from jaxlm.config import base\n\ndef get_config():\n    c = base()\n    {line}\n    return c\n")
+    with pytest.raises(ConfigError) as error:
+        configs.load(str(recipe))
+    assert said in str(error.value) and str(recipe) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_recipe_that_needs_a_variant_asks_for_one(tmp_path):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text("def get_config(size):\n    return size\n")
+    with pytest.raises(ConfigError, match=r"mine\.py:VARIANT"):
+        configs.load(str(recipe))
+
+
 def test_require_lists_all():
     with pytest.raises(ConfigError, match="2 problems") as error:
         require(["one", "two"])
@@ -201,3 +240,47 @@ def test_dry_run_of_llama_8b_touches_no_data_and_counts_parameters():
 def test_print_config_shows_every_key():
     out = program("jaxlm.train", "--config=configs/gpt2.py", "--config.seed=5", "--print_config").stdout
     assert "seed = 5" in out and all(f"{key} = " in out for key in configs.flatten(configs.base()))
+
+
+def test_warnings_of_programs_are_plain_lines():
+    lines = [
+        "import logging",
+        "from jaxlm import cli",
+        "logging.basicConfig()",  # as some libraries do
+        "cli.run(lambda argv: logging.getLogger('jaxlm').warning('so it is'))",
+    ]
+    run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert run.stderr == "so it is\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("nofolder/x.json", "there is no directory"), ("", "is a directory")],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(name, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        cli.require_writable("--json", str(tmp_path / name))
+    cli.require_writable("--json", str(tmp_path / "x.json"))
+    cli.require_writable("--json", None)
+
+
+def test_a_file_in_a_directory_of_others_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # to root, all is allowed
+    with pytest.raises(ConfigError, match="may not write there"):
+        cli.require_writable("--output", str(tmp_path / "x.txt"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_takes_nothing_is_told_without_a_traceback(number, capsys):
+    def main(argv):
+        raise OSError(number, os.strerror(number), "runs/x")
+
+    with pytest.raises(SystemExit) as left:
+        cli.run(main)
+    assert left.value.code == 1 and capsys.readouterr().err == f"error: runs/x: {os.strerror(number)}\n"
+
+
+def test_json_for_people_has_letters_of_any_script_and_comes_back():
+    value = {"label": "хорошо 好", "broken": "half \ud800"}
+    assert "хорошо 好" in cli.readable_json(value) and json.loads(cli.readable_json(value)) == value
+    cli.readable_json(value).encode("utf-8")

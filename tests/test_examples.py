@@ -13,7 +13,8 @@ from jaxlm.check import check
 from jaxlm.config import base
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data import vocabulary
-from jaxlm.data.examples import Examples, label_names, stamps, tokenizer_of
+from jaxlm.data.examples import Examples, examples_of, label_names, stamps, tokenizer_of
+from jaxlm.data.paths import relative
 from jaxlm.data.pipeline import describe, fingerprint, train_batches, validation_batches
 from jaxlm.errors import ConfigError, DataError
 from jaxlm.metrics import auc, classification
@@ -119,13 +120,13 @@ def test_squads_answers_are_read(tmp_path):
 def test_an_answer_stands_where_its_column_says(tmp_path, place):
     rows = [{"question": "q", "context": "cat the cat", "answer": "cat", place: 8}] * 2
     source = made(tmp_path, rows, task="qa", data__tokenizer="bytes")
-    assert source.pieces[0]["weights"].argmax() == 3 + 8
+    assert source.pieces[0]["weights"].argmax() == 3 + 7, "the second cat, with the space before it"
 
 
 def test_a_number_is_an_answer_and_an_object_is_none(tmp_path):
     rows = [{"question": "q", "context": "in 1990", "answer": answer} for answer in (1990, [1990, "in"], 1990.0)]
     source = made(tmp_path, rows, task="qa", data__tokenizer="bytes")
-    assert [int(piece["weights"].argmax()) for piece in source.pieces] == [6, 6, 6]
+    assert [int(piece["weights"].argmax()) for piece in source.pieces] == [5, 5, 5], "with the space before it"
     for wrong in ([{"text": "in"}], [["in", {}]]):
         with pytest.raises(DataError, match=r"jsonl:1: its answer is text, or a list of texts, not \{"):
             made(tmp_path, [{"question": "q", "context": "in", "answer": wrong}], task="qa", data__tokenizer="bytes")
@@ -378,3 +379,20 @@ def test_a_file_with_a_plus_in_its_name_is_read_again_when_it_has_changed(tmp_pa
     before = stamps(str(file))
     file.write_text("good\t1\nbad\t0\nworse\t0\n")
     assert before and stamps(str(file)) != before
+
+
+def test_a_file_is_read_and_told_of_once_whatever_its_path(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a+b.tsv").write_text("the\tDET\ncat\tN\n\na\tDET\ndog\tN\n")
+    names = ("a+b.tsv", "./a+b.tsv", str(tmp_path / "a+b.tsv"), str(tmp_path / "." / "a+b.tsv"))
+    found = [examples_of(name, "tag", "") for name in names]
+    assert all(each is found[0] for each in found)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["a+b.tsv: 2 sentences, 4 words, read as a word a line (words=0 tags=1)"]
+
+
+def test_files_elsewhere_keep_their_paths(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    specs = ("../x.tsv", "/nowhere/x.tsv", "a.de+a.en,b.de+b.en", "")
+    assert [relative(spec) for spec in specs] == list(specs)

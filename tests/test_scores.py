@@ -125,6 +125,9 @@ def test_classes_that_are_in_no_mean_are_named(monkeypatch, caplog):
     result = evaluated(monkeypatch, "classify", [0, 1], scores, names=("x", "y", "z"))
     assert result["f1"] == 1
     assert caplog.messages == ["precision, recall and f1 are means without what neither occurs nor is said: z"]
+    assert result["classes"][2] == {"name": "z", "count": 0}  # its rates are 0 / 0
+    assert report.table({"model": "encoder"} | result) and report.f1_of("z", result) == ""
+    assert any(line.startswith("f1 of z") for line in report.comparison({"runs/a": result, "runs/b": result}))
 
 
 def test_groups_may_have_one_example_one_class_or_no_figures(monkeypatch, caplog):

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data import vocabulary
 from jaxlm.data.base_tokenizer import replace_surrogates
-from jaxlm.data.paths import parts_of, paths_of
+from jaxlm.data.paths import parts_of, paths_of, relative
 from jaxlm.data.rows import lay_out, piece_lengths
 from jaxlm.data.tables import read_examples, refuse
 from jaxlm.data.transforms import (
@@ -64,7 +64,8 @@ def said_in(example: dict) -> list:
 
 
 def examples_of(spec: str, task: str, columns: str) -> tuple[list[dict], list[str]]:
-    """(the examples of files, where each is from). Read again when a file has changed."""
+    """(the examples of files, where each is from). Read again when a file has changed, not when it is named anew."""
+    spec = relative(spec)  # a run makes paths absolute after its first look
     return _examples_of(spec, task, columns, stamps(spec))
 
 
@@ -131,8 +132,9 @@ def tokenizer_of(data: FrozenConfigDict, task: str):
     """The tokenizer that config.data.tokenizer names, made from data.train where it is a kind."""
     if data.tokenizer not in vocabulary.MADE:
         return tokenizers.load(data.tokenizer)
-    return _made(data.tokenizer, data.vocab_size, data.min_count, data.lowercase, task, data.columns, data.train,
-                 stamps(data.train))  # fmt: skip
+    train = relative(data.train)
+    return _made(data.tokenizer, data.vocab_size, data.min_count, data.lowercase, task, data.columns, train,
+                 stamps(train))  # fmt: skip
 
 
 @lru_cache(maxsize=4)

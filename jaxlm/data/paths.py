@@ -41,6 +41,19 @@ def absolute(spec: str) -> str:
     return ",".join(items)
 
 
+def relative(spec: str) -> str:
+    """The same files, those in the working directory by their names there: each file has one spec, and a short one."""
+    items = []
+    for item in items_of(spec):
+        items.append("+".join(map(relative_path, parts_of(item))))
+    return ",".join(items)
+
+
+def relative_path(path: str) -> str:
+    inside = os.path.relpath(path)
+    return path if inside.startswith(os.pardir) else inside
+
+
 def items_of(spec: str) -> list[str]:
     """What stands between the commas of a spec."""
     if os.path.exists(spec):
