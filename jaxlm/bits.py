@@ -44,8 +44,24 @@ def why_none(unknown: int, total: int, where: str) -> str:
     return f"bits per byte is left out: {share} of {where} are the tokenizer's unknown token, whose text is lost"
 
 
+def why_dropped(characters: int, where: str) -> str:
+    """As why_none, of characters that a tokenizer without an unknown token passes over."""
+    if not characters:
+        return ""
+    return (
+        f"bits per byte is left out: the tokenizer has no tokens for {characters:,} characters of {where}, which are "
+        "lost"
+    )
+
+
 def why_none_of(stores: list[Store], tokenizer) -> str:
-    """why_none of the splits of prepared directories, which have one tokenizer."""
+    """why_none of the splits of prepared directories, which have one tokenizer.
+
+    What a tokenizer without an unknown token drops leaves no trace in the tokens: the manifests are asked.
+    """
+    if tokenizer.unknown_id is None:
+        dropped = sum(store.manifest["counts"].get("unknown_characters", 0) for store in stores)
+        return why_dropped(dropped, "the prepared text")
     unknown = sum(count_unknown(store, tokenizer) for store in stores)
     total = sum(store.num_tokens for store in stores)
     return why_none(unknown, total, "the validation text")

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.arguments import Arguments, columns_of, examples_of, options_of, sampling_of
-from jaxlm.bits import why_none
+from jaxlm.bits import why_dropped, why_none
 from jaxlm.checkpoint import Checkpoints, config_of, tokenizer_of
 from jaxlm.cli import did_you_mean
 from jaxlm.config import mesh_sizes
@@ -272,6 +272,7 @@ class LM:
     def _predicted_bytes(self, texts: list[str]) -> list[float]:
         """UTF-8 bytes of what is foretold of each text; nan, and that is told, where it has unknown tokens."""
         sizes, flawed, unknown, total = [], 0, 0, 0
+        dropped = 0
         for text in texts:
             ids = self.tokenizer.encode(text)
             size = len(replace_surrogates(text)[0].encode())
@@ -280,8 +281,13 @@ class LM:
             if here := int(np.sum(ids == self.tokenizer.unknown_id)):
                 flawed, unknown, total = flawed + 1, unknown + here, total + len(ids)
                 size = math.nan
+            elif self.tokenizer.may_lose(ids) and (lost := self.tokenizer.lost(text)):
+                dropped += len("".join(lost))
+                size = math.nan
             sizes.append(size)
         if why := why_none(unknown, total, f"{flawed:,} of the {len(texts):,} texts"):
+            logging.getLogger("jaxlm").warning(why)
+        if why := why_dropped(dropped, "these texts"):
             logging.getLogger("jaxlm").warning(why)
         return sizes
 

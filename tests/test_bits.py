@@ -104,6 +104,35 @@ def test_the_size_in_bits_of_a_text_with_unknown_tokens_is_nan(caplog, monkeypat
     assert lm.loss(KNOWN[:1]) == [known] and not caplog.messages
 
 
+def dropping():
+    """A BPE without an unknown token, which passes over what it has no token for."""
+    library = pytest.importorskip("tokenizers")
+    vocab = {letter: number for number, letter in enumerate(LETTERS)}
+    made = library.Tokenizer(library.models.BPE(vocab, []))
+    return tokenizers.HuggingFace(made.to_str().encode())
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_text_that_is_dropped_flatters_as_much(tmp_path, caplog, odd):
+    texts = [f"{text} " * 40 + CHINESE[0] * odd for text in KNOWN] * 8
+    path = data_of(tmp_path, dropping(), texts)
+    config = small_config(data__path=str(path), model__vocab_size=len(LETTERS))
+    warn_once.cache_clear()
+    figures = Evaluator(config, mesh_of(1)).figures({"loss": 7.0, "weight": 2.0}, complete=True)
+    assert ("bits_per_byte" in figures) == (not odd)
+    said = [line for line in caplog.messages if "the tokenizer has no tokens for 24 characters" in line]
+    assert len(said) == odd
+
+
+def test_the_size_in_bits_of_a_text_that_is_dropped_in_part_is_nan(caplog):
+    lm = LM(small_config(model__vocab_size=len(LETTERS)), {}, dropping(), None, 0)
+    whole, part = lm._predicted_bytes([KNOWN[0], KNOWN[0] + CHINESE])
+    assert whole == len(KNOWN[0]) - 1 and math.isnan(part)
+    assert caplog.messages == [
+        "bits per byte is left out: the tokenizer has no tokens for 6 characters of these texts, which are lost"
+    ]
+
+
 def test_the_first_word_of_a_text_is_not_among_its_bytes():
     tokenizer = tokenizer_of("words")
     lm = LM(small_config(model__vocab_size=tokenizer.vocab_size), {}, tokenizer, None, 0)
