@@ -245,9 +245,10 @@ class Checkpoints:
         return self._read(step, **{name: jax.tree_util.tree_map_with_path(target, saved)})[name]
 
     def _read(self, step: int, **targets):
+        parts = self._parts(step)
         for name, target in targets.items():
-            if name not in self.manager.item_metadata(step):
-                if name == "ema" and "rest" in self.manager.item_metadata(step):
+            if name not in parts:
+                if name == "ema" and "rest" in parts:
                     raise CheckpointError(
                         f"{self.path / str(step)} was trained without an average of the parameters: train.ema can't be "
                         "switched on half-way; set --config.train.ema=0, or begin a new run in another --workdir with "
@@ -262,7 +263,11 @@ class Checkpoints:
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**args))
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.path / str(step)} cannot be read: {error}") from error
+            raise self._damaged(step, error) from error
+        except Exception as error:
+            if type(error) is not Exception:  # which orbax raises of files that are cut or gone
+                raise
+            raise self._damaged(step, error.__cause__ or error) from error
 
     def _require_fit(self, step: int, name: str, target) -> None:
         """Orbax casts dtypes silently and reports other shapes unreadably: compare first."""
@@ -282,10 +287,23 @@ class Checkpoints:
                 + "\nuse the config that it was trained with (workdir/config.json), or another --workdir"
             )
 
+    def _parts(self, step: int):
+        """{name: what orbax knows of it} of a checkpoint."""
+        try:
+            return self.manager.item_metadata(step)
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # orbax's, of broken files
+            raise self._damaged(step, error) from error
+
+    def _damaged(self, step: int, error: BaseException) -> CheckpointError:
+        why = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0]
+        return CheckpointError(f"{self.path / str(step)} is damaged ({why}): move it away to use the one before")
+
     def _saved(self, step: int, name: str):
         """Shapes and dtypes of what is in a checkpoint."""
         try:
-            return self.manager.item_metadata(step)[name].tree
+            return self._parts(step)[name].tree
+        except CheckpointError:
+            raise
         except (AttributeError, KeyError, OSError, ValueError):  # orbax: None, where its own files are not whole
             folder = self.path / str(step)
             raise CheckpointError(

@@ -246,7 +246,8 @@ class LM:
             return np.concatenate([[bos], ids]).astype(np.int32)
         if not len(ids):
             raise ConfigError(
-                f"the {self.tokenizer.name} tokenizer has no beginning of text: the prompt (--prompt) must not be empty"
+                f"the {self.tokenizer.name} tokenizer has no beginning of text: "
+                "a prompt (--prompt, or a line of --input) must not be empty"
             )
         return ids
 

@@ -103,3 +103,30 @@ def test_rows_without_their_checkpoints_are_not_dropped_without_being_asked(tmp_
         return require_checkpoints(tmp_path, config)
     with pytest.raises(CheckpointError, match=f"up to step {last_row}.*--start_over"):
         require_checkpoints(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [
+        ("_METADATA", "cut"),
+        ("_METADATA", "gone"),
+        ("manifest.ocdbt", "changed"),
+        ("d/*", "cut"),
+        ("ocdbt.process_0/d/*", "cut"),
+        ("ocdbt.process_0/d/*", "gone"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's, of reads that it left
+def test_a_file_of_a_checkpoint_that_is_not_whole_is_told_as_that(file, how, tmp_path):
+    config = small_config()
+    saved(tmp_path, config)
+    broken = max((tmp_path / "checkpoints" / "1" / "params").glob(file), key=lambda path: path.stat().st_size)
+    content = bytearray(broken.read_bytes())
+    half = len(content) // 2
+    content[half] ^= 0x41
+    broken.unlink()
+    if how != "gone":
+        broken.write_bytes(content[:half] if how == "cut" else content)
+    with pytest.raises(CheckpointError, match="1 is damaged") as error:
+        restored(tmp_path, config, 1)
+    assert len(str(error.value).splitlines()) == 1

@@ -271,7 +271,9 @@ def test_a_file_in_a_directory_of_others_is_refused_before_the_work(tmp_path, mo
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_disk_that_takes_nothing_is_told_without_a_traceback(number, capsys):
+def test_a_disk_that_takes_nothing_is_told_without_a_traceback(number, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "warn_plainly", lambda: None)  # whose handler would stay for other tests
+
     def main(argv):
         raise OSError(number, os.strerror(number), "runs/x")
 
