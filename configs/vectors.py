@@ -11,7 +11,7 @@ cores:
 
 skipgram (the default): 5 words drawn, common ones passed over, 45 epochs in a minute: validation loss 2.704; near king
     are richard, plantagenet, vi, claim; father: son, wales, grandfather, heir; night: light, wedding, bed.
-glove: 928,849 pairs of words at most 10 apart, counted in 2 seconds, 18 epochs in 40: training loss 0.033; near king
+glove: 928,861 pairs of words at most 10 apart, counted in 2 seconds, 18 epochs in 40: training loss 0.033; near king
     are richard, edward, henry, ii; father: son, brother, prince; night: good, last, morrow, morning.
 """
 

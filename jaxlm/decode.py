@@ -97,18 +97,30 @@ def fill_rows(*arrays):
     return jax.tree.map(fill, arrays)
 
 
-def start(model, params, prompts_BP, lengths_B, length: int, source: dict | None, whole: bool):
-    """(log-probabilities after each prompt [B, V], a function of the next tokens, the cache): all but the loop.
+def only_tokens(logits_BV, vocab_size: int | None) -> jax.Array:
+    """The logits, -inf from vocab_size on: a model may have more rows than there are tokens. None: all are tokens."""
+    V = logits_BV.shape[1]
+    if vocab_size is None or vocab_size >= V:
+        return logits_BV
+    return jnp.where(jnp.arange(V) < vocab_size, logits_BV, -jnp.inf)
+
+
+def start(
+    model, params, prompts_BP, lengths_B, length: int, source: dict | None, whole: bool, vocab_size: int | None
+):  # fmt: skip
+    """(logits after each prompt [B, V], a function of the next tokens, the cache): all but the loop.
 
     prompts: int32 [B, P], each at the right end of its row. length: positions to make room for. source: enc_tokens and
     enc_segments [B, S] of an encoder-decoder. whole: every token of a prompt sees all of it (a prefix).
+    vocab_size: tokens from here on are never written.
     """
     B, P = prompts_BP.shape
     offset_BP = jnp.arange(P) - (P - lengths_B)[:, None]
 
     def forward(tokens_BT, segments_BT, positions_BT, cache, **seen):
         x_BTD, cache = model.apply({"params": params}, tokens_BT, segments_BT, positions_BT, cache=cache, **seen)
-        return next_logits(model, params, x_BTD[:, -1:])[:, 0], cache
+        logits_BV = next_logits(model, params, x_BTD[:, -1:])[:, 0]
+        return only_tokens(logits_BV, vocab_size), cache
 
     sizes = (source["enc_tokens"].shape[1],) if source else ()
     seen = source or ({"reach_BT": jnp.full((B, P), P - 1)} if whole else {})
@@ -119,7 +131,7 @@ def start(model, params, prompts_BP, lengths_B, length: int, source: dict | None
 
 def generate_tokens(
     model: nn.Module, params, prompts_BP, lengths_B, seeds_B, source=None, *, max_tokens, temperature, top_k, top_p,
-    eos_id, whole=False,
+    eos_id, whole=False, vocab_size=None,
 ) -> np.ndarray:  # fmt: skip
     """int32 [B, max_tokens]: what follows each prompt; eos_id, or 0, after the end.
 
@@ -130,19 +142,20 @@ def generate_tokens(
     temperature, top_p = as_float32(temperature, top_p)
     rows = fill_rows(prompts_BP, lengths_B, seeds_B, source)
     numbers = np.int32(max_tokens), temperature, np.int32(top_k), top_p
-    out = sampled(model, params, *rows, *numbers, room=size_for(max_tokens, 64), eos_id=eos_id, whole=whole)
+    fixed = {"room": size_for(max_tokens, 64), "eos_id": eos_id, "whole": whole, "vocab_size": vocab_size}
+    out = sampled(model, params, *rows, *numbers, **fixed)
     return fetch(out)[:B, :max_tokens]
 
 
-@partial(jax.jit, static_argnames=("model", "room", "eos_id", "whole"))
+@partial(jax.jit, static_argnames=("model", "room", "eos_id", "whole", "vocab_size"))
 def sampled(
     model: nn.Module, params, prompts_BP, lengths_B, seeds_B, source, max_tokens, temperature, top_k, top_p, *, room,
-    eos_id, whole,
+    eos_id, whole, vocab_size,
 ):  # fmt: skip
     """int32 [B, room]: generate_tokens, of which the first max_tokens count."""
     B, end = len(prompts_BP), 0 if eos_id is None else eos_id
     keys_B = jax.vmap(jax.random.key)(seeds_B)
-    logits_BV, forward, cache = start(model, params, prompts_BP, lengths_B, room, source, whole)
+    logits_BV, forward, cache = start(model, params, prompts_BP, lengths_B, room, source, whole, vocab_size)
 
     def more(carry):
         i, _, _, done_B, _ = carry
@@ -163,7 +176,7 @@ def sampled(
 
 def beam_search(
     model: nn.Module, params, prompts_BP, lengths_B, source=None, *, max_tokens, beams, length_penalty, eos_id,
-    whole=False,
+    whole=False, vocab_size=None,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """(int32 [B, K, max_tokens], scores [B, K]): the K best continuations, the best first; eos_id after the end.
 
@@ -174,18 +187,20 @@ def beam_search(
     B = len(prompts_BP)
     rows = fill_rows(prompts_BP, lengths_B, source)
     numbers = np.int32(max_tokens), np.float32(length_penalty)
-    sizes = {"beams": beams, "room": size_for(max_tokens, 64)}
-    texts, scores = searched(model, params, *rows, *numbers, **sizes, eos_id=eos_id, whole=whole)
+    fixed = {"beams": beams, "room": size_for(max_tokens, 64)}
+    fixed |= {"eos_id": eos_id, "whole": whole, "vocab_size": vocab_size}
+    texts, scores = searched(model, params, *rows, *numbers, **fixed)
     return fetch(texts)[:B, :, :max_tokens], fetch(scores)[:B]
 
 
-@partial(jax.jit, static_argnames=("model", "beams", "room", "eos_id", "whole"))
+@partial(jax.jit, static_argnames=("model", "beams", "room", "eos_id", "whole", "vocab_size"))
 def searched(
-    model: nn.Module, params, prompts_BP, lengths_B, source, max_tokens, length_penalty, *, beams, room, eos_id, whole
-):
+    model: nn.Module, params, prompts_BP, lengths_B, source, max_tokens, length_penalty, *, beams, room, eos_id, whole,
+    vocab_size,
+):  # fmt: skip
     """(int32 [B, K, room], scores [B, K]): beam_search, of which the first max_tokens count."""
     B, K, M = len(prompts_BP), beams, room
-    logits_BV, forward, cache = start(model, params, prompts_BP, lengths_B, M, source, whole)
+    logits_BV, forward, cache = start(model, params, prompts_BP, lengths_B, M, source, whole, vocab_size)
     V = logits_BV.shape[1]
     flat = lambda x: x.reshape(B * K, *x.shape[2:])
     pick = lambda x, index_BJ: jnp.take_along_axis(x, index_BJ.reshape(B, -1, *[1] * (x.ndim - 2)), axis=1)

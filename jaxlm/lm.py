@@ -131,13 +131,13 @@ class LM:
         if not ids:
             return []
         padded, lengths = pad_prompts(ids)
-        self._require_length(int(lengths.max()) + numbers["max_tokens"])
+        self._require_length(int(lengths.max()), numbers["max_tokens"])
         # A text depends on its seed and prompt alone: sample i of every prompt has seed + i.
         seeds = (np.tile(np.arange(num_samples), len(prompts)) + seed % 2**32) % 2**32
         with jax.set_mesh(self.mesh):
             out = generate_tokens(
                 self.model, self.params, padded, lengths, seeds.astype(np.uint32), eos_id=self.tokenizer.eos_id,
-                **numbers,
+                vocab_size=Vocabulary(self.tokenizer, task).size, **numbers,
             )  # fmt: skip
         return [self._text(prompt, row, stop) for prompt, row in zip(ids, out)]
 
@@ -311,10 +311,19 @@ class LM:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab:
             raise ConfigError(f"lm.logits: tokens must be in [0, {vocab}), not {tokens.min()} ... {tokens.max()}")
 
-    def _require_length(self, length: int) -> None:
+    def _require_length(self, length: int, more: int = 0) -> None:
+        """Raises ConfigError where there are no positions for `length` tokens, and `more` that are to be written."""
         limit = self.config.model.context_length
-        if self.config.model.positions == "learned" and length > limit:
-            raise ConfigError(f"learned positions end at {limit}: {length} tokens (prompt and max_tokens) are too many")
+        if self.config.model.positions != "learned" or length + more <= limit:
+            return
+        said = f"learned positions end at {limit:,}: "
+        if not more:
+            raise ConfigError(f"{said}{length:,} tokens are too many")
+        if length >= limit:
+            raise ConfigError(f"{said}a prompt of {length:,} tokens leaves none to write; shorten it")
+        room = limit - length
+        said += f"a prompt of {length:,} tokens and max_tokens={more:,} are too many"
+        raise ConfigError(f"{said}; say max_tokens={room} (on the command line: --max_tokens={room}), or fewer")
 
 
 def words_of(where: str, words: dict, count) -> tuple[list[str], int]:

@@ -113,7 +113,7 @@ def write(
         source = sources([asked[i][1] for i in filled], config.data.enc_len) if asked[0][1] is not None else None
         least = 1 if source else 16  # what is written after a source begins with one token
         prompts, lengths = pad_prompts([asked[i][0][-config.data.seq_len :] for i in filled], least)
-        options = {"max_tokens": max_tokens, "eos_id": vocab.end_id}
+        options = {"max_tokens": max_tokens, "eos_id": vocab.end_id, "vocab_size": vocab.size}
         if beams > 1:
             out, _ = beam_search(
                 model, params, prompts, lengths, source, beams=beams, length_penalty=length_penalty, **options

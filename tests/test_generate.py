@@ -8,6 +8,7 @@ from conftest import mesh_of, small_config
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.transforms import Vocabulary
 from jaxlm.decode import as_float32, beam_search, generate_tokens, pad_prompts, sample, sampled, searched, size_for
+from jaxlm.errors import ConfigError
 from jaxlm.lm import LM
 from jaxlm.respond import scores_of
 from jaxlm.state import init_state
@@ -68,6 +69,46 @@ def test_one_search_serves_all_lengths(lm):
         assert found[count, max_tokens][0].shape == (count, 3, max_tokens)
     assert searched._cache_size() == before + 1
     np.testing.assert_array_equal(found[3, 9][0], found[4, 9][0][:3])
+
+
+def test_only_tokens_are_written(lm):
+    """A model may have more rows than its tokenizer has tokens: those of no token are never drawn."""
+    for more in ({"temperature": 0.0}, {"temperature": 1e30, "top_p": 0.0}, {"top_k": 384, "top_p": 0.0}, {}):
+        assert ids_of(lm, [[1, 2, 3]], 40, [1], vocab_size=257, **more).max() < 257
+
+
+@pytest.mark.slow
+def test_only_tokens_are_found(lm):
+    padded, lengths = pad_prompts([np.array([1, 2, 3]), np.array([4])])
+    options = {"max_tokens": 3, "length_penalty": 0.6, "eos_id": 256, "vocab_size": 2}
+    found, scores = beam_search(lm.model, lm.params, padded, lengths, beams=4, **options)
+    assert found[:, 0].max() < 2 and np.isfinite(scores[:, 0]).all()
+
+
+def test_texts_are_of_the_tokenizer_s_tokens(lm, monkeypatch):
+    asked = []
+
+    def record(model, params, prompts, *others, vocab_size, **more):
+        asked.append(vocab_size)
+        return np.zeros((len(prompts), 1), np.int32)
+
+    monkeypatch.setattr("jaxlm.lm.generate_tokens", record)
+    lm.generate("a")
+    assert asked == [257]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "said"),
+    [
+        ("abc", 200, "a prompt of 4 tokens and max_tokens=200 are too many; say max_tokens=60"),
+        ("abc", 61, "--max_tokens=60"),
+        ("a" * 70, 1, "a prompt of 71 tokens leaves none to write"),
+    ],
+)
+def test_a_text_beyond_learned_positions_is_told_what_fits(lm, monkeypatch, prompt, max_tokens, said):
+    monkeypatch.setattr(lm, "config", small_config(model__positions="learned", model__context_length=64))
+    with pytest.raises(ConfigError, match=f"learned positions end at 64: .*{said}"):
+        lm.generate(prompt, max_tokens=max_tokens)
 
 
 def test_answers_of_a_classifier_are_compiled_once():

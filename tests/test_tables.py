@@ -166,6 +166,21 @@ def test_a_mistake_is_named_with_its_remedy(tmp_path, name, content, said):
 
 
 @pytest.mark.parametrize(
+    ("header", "typed"),
+    [
+        ("id,kind,body", "text=body label=kind"),
+        ("PhraseId,Sentiment,Review", "text=Review label=Sentiment"),
+        ("index,said,verdict", "text=said label=verdict"),
+        ("user_id,said,target", "text=said label=target"),
+    ],
+)
+def test_a_number_of_the_row_is_not_suggested_as_its_text(tmp_path, header, typed):
+    path = write(tmp_path / "a.csv", f"{header}\n" + "".join(f"{i},x,y\n" for i in range(12)))
+    assert f'--config.data.columns="{typed}"' in refused(path)
+    assert "in evaluate: --columns" in refused(path)
+
+
+@pytest.mark.parametrize(
     ("header", "task", "typed", "first"),
     [
         ("Review Text,Label Name", "classify", "text=Review_Text label=Label_Name", {"text": "a 1", "label": "1"}),
@@ -210,7 +225,7 @@ def test_a_first_line_unlike_all_others_is_told_where_it_is_taken_as_an_example(
     found, _ = read_examples(write(tmp_path / "a.tsv", f"{header}\n{rows}"), task, "")
     (line,) = caplog.messages
     assert len(found) == 31 and "is taken as an example" in line
-    typed = line.rpartition('--config.data.columns="')[2].rstrip('"')
+    typed = line.rpartition('--config.data.columns="')[2].partition('"')[0]
     assert len(read_examples(str(tmp_path / "a.tsv"), task, typed)[0]) == 30
     caplog.clear()
     for first in ("ein Satz\ta sentence", "Hallo\thello"):  # like the others, or not alone

@@ -22,6 +22,13 @@ SHOWN = 10  # problems
 ENOUGH = 20  # lines, to tell that the first one is unlike the others
 MOST_WORDS = 3  # in the name of a column
 OF_TEXT = "text text2 question context source target prompt response chosen rejected".split()
+USUAL_NAMES = {  # of columns, by other people; only to suggest
+    "words": conll.WORD_NAMES,
+    "tags": conll.TAG_NAMES,
+    "text": ("sentence", "review", "body", "content", "comment", "message", "tweet"),
+    "label": ("class", "category", "sentiment", "target", "kind", "rating", "score"),
+}
+ROW_NUMBERS = ("", "id", "idx", "index", "unnamed: 0")
 CONVERTED = ("sft", "dpo")  # whose examples others write in their own ways
 
 
@@ -275,7 +282,7 @@ def choose_cells(path: str, records: list[list[str]], style: delimited.Style | N
         if style is not None and looks_like_names(records):
             found.notes.append(
                 f"{path}: its first line, {' | '.join(cells)[:80]}, is taken as an example; if it has the names of the "
-                f'columns, say --config.data.columns="{suggestion(cells, task)}"'
+                f'columns, say --config.data.columns="{suggestion(cells, task)}" (in evaluate: --columns)'
             )
     chosen = choose_named(path, names, task, given)
     places = {role: names.index(name) for role, name in chosen.columns.items()}
@@ -393,11 +400,17 @@ def suggestion(names: list[str], task: str) -> str:
     for role in roles:
         left = [name for name in names if name not in taken.values()]
         if role not in taken and left:
-            taken[role] = left[0]
+            taken[role] = min(left, key=numbers_rows)
     order = [role for role in roles if role in taken]
     if all(typed(taken[role]).isidentifier() for role in order):
         return " ".join(f"{role}={typed(taken[role])}" for role in order)
     return " ".join(f"{role}={names.index(taken[role])}" for role in order)
+
+
+def numbers_rows(name: str) -> bool:
+    """Whether a column is likely to say which row this is, and nothing else."""
+    name = name.strip().casefold()
+    return name in ROW_NUMBERS or name.endswith(("_id", " id"))
 
 
 def named_alike(names: list[str], roles: list[str]) -> dict[str, str]:
@@ -406,7 +419,7 @@ def named_alike(names: list[str], roles: list[str]) -> dict[str, str]:
     taken = {role: folded[role] for role in roles if role in folded}
     for role, name in dialogues.likely_columns(names, roles).items():
         taken.setdefault(role, name)
-    for role, others in (("words", conll.WORD_NAMES), ("tags", conll.TAG_NAMES)):
+    for role, others in USUAL_NAMES.items():
         known = [folded[name] for name in others if name in folded]
         if role in roles and known:
             taken.setdefault(role, known[0])
@@ -432,7 +445,8 @@ def suspect_header(path: str, records: list[list[str]], task: str, style: delimi
         places = by_place(len(cells), task)
         raise DataError(
             f"{path}: its first line, {' | '.join(cells)[:80]}, looks like a header: say which column is which with "
-            f'--config.data.columns="{suggestion(cells, task)}"; or, if it is an example, "{places}"'
+            f'--config.data.columns="{suggestion(cells, task)}"; or, if it is an example, "{places}" '
+            "(in evaluate: --columns)"
         )
 
 
