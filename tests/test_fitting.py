@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, small_config
+from conftest import FLAGS, ROOT, small_config
 
 from jaxlm import pictures
 from jaxlm.config import flatten
@@ -133,7 +133,8 @@ def test_the_script_trains_three_sizes_and_compares_them(tmp_path):
     (tmp_path / "text.txt").write_text(" ".join(rng.choices(words, k=12_000)))  # more than the script takes
     command = ["bash", str(ROOT / "launch/fitting.sh"), str(tmp_path / "text.txt"), str(tmp_path / "runs")]
     command += ["--config.train.steps=20", "--config.eval.every=10", "--config.data.seq_len=16"]
-    run = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    env = os.environ | {"PYTHON": sys.executable, "XLA_FLAGS": FLAGS}  # one device
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     rows = json.loads((tmp_path / "runs/table.json").read_text())
     assert [row["run"] for row in rows] == ["small", "medium", "large"]

@@ -168,6 +168,7 @@ def make_data(folder) -> None:
     (folder / "corpus/a.jsonl.gz").write_bytes(gzip.compress(records.encode()))
     pq.write_table(pa.table({"text": [text * 3 for text in texts]}), folder / "openwebtext/a.parquet")
     (folder / "input.txt").write_text("".join(texts) * 3)
+    (folder / "words.txt").write_text("".join(texts) * 3)
     for name in ("train", "val", "test"):
         for language, place in (("en", 0), ("de", 1)):
             lines = "".join(sentence[place] + "\n" for sentence in SENTENCES * 6)
