@@ -104,3 +104,11 @@ def read_quoted(path: str, text: str, style: Style, line: int, bad: list[str]) -
             line = reader.line_num + before
     except csv.Error as error:
         bad.append(f"{path}:{line}: {error}; a quote inside of a quoted text is written twice")
+
+
+def is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True

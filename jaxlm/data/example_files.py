@@ -16,7 +16,7 @@ from jaxlm.data import formats
 from jaxlm.errors import DataError
 
 KINDS = ".tsv, .csv, .jsonl, .conll or .parquet, each also .gz, .zst, .bz2 or .xz, or a.de+b.en"
-PACKED = (".gz", ".zst", ".bz2", ".xz", ".utf8")  # what a name may end with after its kind; .utf8 is iconv's, see below
+PACKED = (*formats.COMPRESSED, ".utf8")  # what a name may end with after its kind; .utf8 is iconv's, see below
 PARQUET = b"PAR1"
 WORKBOOKS = {  # a file within the zip archive -> what the archive is
     "xl/workbook.xml": "an Excel workbook",
@@ -74,10 +74,15 @@ def opened(path: str) -> Opened:
 
 def suffix_of(path: str) -> str:
     """ ".tsv" of "train.tsv.gz"."""
+    return unpacked(path).suffix.lower()
+
+
+def unpacked(path: str) -> Path:
+    """ "train.tsv" of "train.tsv.gz"."""
     file = Path(path)
     while file.suffix.lower() in PACKED:
         file = file.with_suffix("")
-    return file.suffix.lower()
+    return file
 
 
 def office_refusal(path: str, start: bytes) -> str:
@@ -161,9 +166,7 @@ def is_windows(data: bytes) -> bool:
 
 def converted(path: str) -> str:
     """A name for the same file in UTF-8, without compression: a.utf8.tsv of a.tsv.gz."""
-    file = Path(path)
-    while file.suffix.lower() in PACKED:
-        file = file.with_suffix("")
+    file = unpacked(path)
     return str(file.with_name(f"{file.stem}.utf8{file.suffix}"))
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from jaxlm.data import encodings, formats
-from jaxlm.data.delimited import EXCEL_LINE
+from jaxlm.data.delimited import EXCEL_LINE, is_number
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}  # by name; the others are text
 # What names a language is never JSON lines, whatever it begins with.
@@ -346,7 +346,7 @@ def _is_quoted(text: str, whole: bool) -> bool:
 
 def _no_column(path: str, compression: str, rows: list[list[str]], delimiter: str, key: str) -> str:
     header = [cell.strip() for cell in rows[0]]
-    if all(name and len(name) <= MOST_OF_NAME and not _is_number(name) for name in header):
+    if all(name and len(name) <= MOST_OF_NAME and not is_number(name) for name in header):
         return f"a table with {missing_key('column', key, _lengths(header, rows[1:]))}"
     lengths = _lengths(header, rows)
     names = [f"column{i}" for i in range(len(header))]
@@ -365,16 +365,8 @@ def _lengths(header: list[str], rows: list[list[str]]) -> dict[str, int]:
     lengths = dict.fromkeys(header, 0)
     for row in rows:
         for name, cell in zip(header, row):
-            lengths[name] += 0 if _is_number(cell) else len(cell)
+            lengths[name] += 0 if is_number(cell) else len(cell)
     return lengths
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
 
 
 # ---------------------------------------------------------------- parquet

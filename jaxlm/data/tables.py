@@ -438,7 +438,8 @@ def suspect_header(path: str, records: list[list[str]], task: str, style: delimi
     if task in LABELLED and len(cells) > 1:
         others = [record[1].strip() for record in records[1:] if len(record) > 1]
         if task == "regress":
-            doubtful |= not is_number(cells[1]) and len(others) > 0 and all(map(is_number, others[:100]))
+            of_numbers = len(others) > 0 and all(map(delimited.is_number, others[:100]))
+            doubtful |= of_numbers and not delimited.is_number(cells[1])
         else:
             doubtful |= len(others) >= 10 and cells[1] not in others and len(set(others)) <= len(others) / 2
     if doubtful and len(cells) >= len(needed_of(task)):
@@ -459,11 +460,3 @@ def looks_like_names(records: list[list[str]]) -> bool:
 def is_name(cell: str) -> bool:
     """Whether this may be the name of a column: a few words of letters."""
     return typed(cell).isidentifier() and len(cell.split()) <= MOST_WORDS
-
-
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-        return True
-    except ValueError:
-        return False
