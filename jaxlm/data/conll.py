@@ -53,7 +53,8 @@ def read(path: str, text: str, suffix: str, given: dict[str, str], bad: list[str
     """
     blocks = blocks_of(lines_of(text))
     names = global_columns(text)
-    blocks = [without_comments(block, most_begin_with_comments(blocks)) for block in blocks]
+    most = most_begin_with_comments(blocks)
+    blocks = [without_comments(block, most) for block in blocks]
     blocks = [block for block in blocks if block]
     if not blocks:
         return None
