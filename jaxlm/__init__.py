@@ -3,8 +3,10 @@
 __version__ = "0.1.0"
 
 
-def load(path, **options):
-    """See jaxlm.lm.load. Imported on use: the command line stays fast."""
-    from jaxlm.lm import load
+def __getattr__(name: str):
+    """`jaxlm.load`, imported on use: the command line stays fast."""
+    if name != "load":
+        raise AttributeError(f"module 'jaxlm' has no attribute {name!r}")
+    from jaxlm.generate.lm import load
 
-    return load(path, **options)
+    return load

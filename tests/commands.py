@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxlm import cli
-from jaxlm.check import check
-from jaxlm.config import flatten, load, override, set_key
+from jaxlm.config.check import check
+from jaxlm.config.recipe import flatten, load, override, set_key
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,12 +17,12 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from jaxlm import cli
-from jaxlm import config as configs
+from jaxlm.config import recipe as configs
+from jaxlm.config.keys import MESH_AXES
 from jaxlm.data.prepare import prepare
-from jaxlm.keys import MESH_AXES
-from jaxlm.lm import forward_logits
+from jaxlm.generate.lm import forward_logits
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.state import create_state, train_step
+from jaxlm.step.state import create_state, train_step
 
 cli.spare_threads()
 jax.devices()

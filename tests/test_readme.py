@@ -21,9 +21,9 @@ from commands import ROOT, Command, parse, rule_of, runnable, shown
 from conftest import FLAGS
 
 from jaxlm import cli
-from jaxlm.check import check
-from jaxlm.config import flatten, load, override
-from jaxlm.keys import base
+from jaxlm.config.check import check
+from jaxlm.config.keys import base
+from jaxlm.config.recipe import flatten, load, override
 
 README = (ROOT / "README.md").read_text()
 SHOWN = shown()

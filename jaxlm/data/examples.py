@@ -15,12 +15,13 @@ from functools import lru_cache, partial
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxlm.data import tokenizer as tokenizers
-from jaxlm.data import vocabulary
-from jaxlm.data.base_tokenizer import replace_surrogates
-from jaxlm.data.paths import parts_of, paths_of, relative
-from jaxlm.data.rows import lay_out, piece_lengths
-from jaxlm.data.tables import read_examples, refuse
+from jaxlm.config.keys import GROUP, LABELLED
+from jaxlm.data.files.paths import parts_of, paths_of, relative
+from jaxlm.data.files.tables import read_examples, refuse
+from jaxlm.data.row_layout import lay_out, piece_lengths
+from jaxlm.data.tokenization import tokenizer as tokenizers
+from jaxlm.data.tokenization import vocabulary
+from jaxlm.data.tokenization.base import replace_surrogates
 from jaxlm.data.transforms import (
     ALLOWED,
     EXAMPLES,
@@ -35,7 +36,6 @@ from jaxlm.data.transforms import (
     words_of,
 )
 from jaxlm.errors import DataError, UserError
-from jaxlm.keys import GROUP, LABELLED
 
 LOGGER = logging.getLogger("jaxlm")
 INEXACT = 0.01  # more answers than this share: a tokenizer that is made for them is made finer

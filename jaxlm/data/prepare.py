@@ -22,10 +22,12 @@ from pathlib import Path
 from rich.console import Console
 
 from jaxlm import cli
-from jaxlm.data import fidelity, parts, readers, specials, store
-from jaxlm.data.parts import Job, Options
-from jaxlm.data.tokenizer import Bytes, Tokenizer, load
-from jaxlm.data.vocabulary import SAMPLE_CHARS, chars_from, train_sentencepiece, words_from
+from jaxlm.data import readers, store
+from jaxlm.data import shard_jobs as parts
+from jaxlm.data.shard_jobs import Job, Options
+from jaxlm.data.tokenization import fidelity, specials
+from jaxlm.data.tokenization.tokenizer import Bytes, Tokenizer, load
+from jaxlm.data.tokenization.vocabulary import SAMPLE_CHARS, chars_from, train_sentencepiece, words_from
 from jaxlm.errors import ConfigError, DataError, UserError
 
 SIZED = ("sentencepiece", "words")  # tokenizers that are trained to a size

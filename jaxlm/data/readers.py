@@ -21,11 +21,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
-from jaxlm.data import formats, layouts
-from jaxlm.data.base_tokenizer import replace_surrogates
-from jaxlm.data.formats import COMPRESSED
-from jaxlm.data.layouts import Layout
-from jaxlm.data.pieces import PIECE_BYTES, Notes, Piece, decode, lines, pieces, texts
+from jaxlm.data.files import formats, layouts
+from jaxlm.data.files.formats import COMPRESSED
+from jaxlm.data.files.layouts import Layout
+from jaxlm.data.tokenization.base import replace_surrogates
+from jaxlm.data.tokenization.pieces import PIECE_BYTES, Notes, Piece, decode, lines, pieces, texts
 from jaxlm.errors import DataError
 
 # What a directory is searched for; a file that is named, or matches a glob, may be any.

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.data.store import MANIFEST, VERSION, ShardWriter, token_dtype
-from jaxlm.data.tokenizer import Bytes
+from jaxlm.data.tokenization.tokenizer import Bytes
 
 
 def random_tokens(path: Path, vocab_size: int, num_tokens: int, seed: int, mean: int = 500) -> None:

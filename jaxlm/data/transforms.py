@@ -1,9 +1,9 @@
-"""What is learned, as data: a document or an example becomes a *piece*, which jaxlm/data/rows.py lays out in a batch.
+"""What is learned, as data: a document or an example becomes a *piece*, which row_layout.py lays out in a batch.
 
 A piece is a dict of 1-D arrays: `tokens`, and of their length `targets`, `weights` and `reach` where the task has them;
 `enc_tokens`, the source; and `label`. TOKENS makes one of a stretch of a document (its ids, the inputs that foretell
 them), EXAMPLES of an example (a dict of its columns). To add an objective, add a function to one of the two tables and
-its name to jaxlm/config.py.
+its name to jaxlm/config/recipe.py.
 """
 
 import json
@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from jaxlm.cli import did_you_mean
-from jaxlm.keys import ROLES, VECTORS
+from jaxlm.config.keys import ROLES, VECTORS
 
 SPECIALS = "begin end mask user assistant system prefix suffix middle".split()  # ids after the tokenizer's, in order
 MODES = "span_mode long_mode tail_mode".split()  # UL2's denoisers

@@ -7,7 +7,7 @@ in a prefix (Raffel et al. 2020).
 
 `flash_forward` and `flash_backward` go through keys and queries in blocks (Rabe & Staats 2021, FlashAttention: Dao et
 al. 2022): memory grows with T, not with T x S. Within a block T and S are the block's. Both may be given a part of the
-keys; the parts' results are merged by their log-sum-exp (jaxlm/parallel/ring.py).
+keys; the parts' results are merged by their log-sum-exp (jaxlm/parallel/context_parallel.py).
 """
 
 import functools
@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.kernels.dense import dense
-from jaxlm.kernels.hopper import hopper, takes
-from jaxlm.kernels.splash import LANES, splash
+from jaxlm.kernels.cpu_attention import dense
+from jaxlm.kernels.hopper_attention import hopper, takes
+from jaxlm.kernels.tpu_attention import LANES, splash
 from jaxlm.parallel.mesh import platform
 
 BLOCK = 512  # positions of queries, and of keys, whose logits exist at one time

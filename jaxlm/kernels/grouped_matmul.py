@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 
 from jaxlm.kernels.quantized import tensordot
-from jaxlm.kernels.splash import LANES
-from jaxlm.parallel.experts import nowhere, permute
+from jaxlm.kernels.tpu_attention import LANES
+from jaxlm.parallel.expert_parallel import nowhere, permute
 from jaxlm.parallel.mesh import platform
 
 

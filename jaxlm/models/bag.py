@@ -15,8 +15,8 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import FrozenConfigDict
 
-from jaxlm.models.hashing import hashed
 from jaxlm.models.layers import embedding_dropout, parameter
+from jaxlm.models.ngram_hash import hashed
 from jaxlm.models.transformer import heads
 from jaxlm.parallel.linear import lookup
 from jaxlm.parallel.mesh import constrain
@@ -76,7 +76,7 @@ class Grams(nn.Module):
         buckets_BTG, counts_BTG = ngrams_in(tokens_BT, segments_BT, positions_BT, c.order, V)
         find = lambda table: lookup(table, buckets_BTG.reshape(B, -1), axes).reshape(B, T, c.order, -1)
         weights_BTG = counts_BTG.astype(c.dtype)
-        if c.ngram_weights == "log_count_ratio":  # counted where a run begins (jaxlm/start.py), not trained
+        if c.ngram_weights == "log_count_ratio":  # counted where a run begins (jaxlm/run/warm_start.py), not trained
             ratio_V = parameter(self, "ratio", nn.initializers.ones, axes[:1], (V,), c)
             weights_BTG *= find(ratio_V[:, None])[..., 0]
         squares_BT = jnp.square(weights_BTG.astype(jnp.float32)).sum(axis=2)

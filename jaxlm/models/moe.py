@@ -13,7 +13,7 @@ from ml_collections import FrozenConfigDict
 
 from jaxlm.kernels.grouped_matmul import grouped_matmul, multiply_each
 from jaxlm.models.layers import ACTIVATIONS, MLP, parameter, product
-from jaxlm.parallel.experts import mixture
+from jaxlm.parallel.expert_parallel import mixture
 
 SCORES = {  # of one token for every expert
     "softmax": jax.nn.softmax,  # Mixtral: Jiang et al. 2024; Qwen
@@ -159,7 +159,7 @@ def update_bias(bias_E, load_E, rate: float) -> jax.Array:
 def balance(params: dict, routing: dict, config) -> tuple[dict, dict]:
     """(params with the routers' biases moved towards an even load, metrics of the routing) of a mixture of experts.
 
-    routing: `jaxlm.losses.routing_sums` of the whole batch; {} for a dense model, of which nothing changes.
+    routing: `jaxlm.step.losses.routing_sums` of the whole batch; {} for a dense model, of which nothing changes.
     """
     if not routing:
         return params, {}

@@ -9,26 +9,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import FrozenConfigDict
 
-from jaxlm.config import pipeline_microbatches
+from jaxlm.config.recipe import pipeline_microbatches
 from jaxlm.kernels.attention import ANYWHERE, FLASH, attention
-from jaxlm.models.hashing import runs
-from jaxlm.models.layers import (
-    MLP,
-    Embed,
-    Head,
-    Linear,
-    back,
-    embedding_dropout,
-    into,
-    norm,
-    parameter,
-    rotary,
-    rotate,
-)
+from jaxlm.models.layers import MLP, Embed, Head, Linear, back, embedding_dropout, into, norm, parameter, rotary, rotate
 from jaxlm.models.moe import MoE
+from jaxlm.models.ngram_hash import runs
+from jaxlm.parallel.context_parallel import sharded_attention
 from jaxlm.parallel.mesh import batch_shards, constrain, current_mesh, even_mesh
-from jaxlm.parallel.pipeline import pipeline
-from jaxlm.parallel.ring import sharded_attention
+from jaxlm.parallel.pipeline_parallel import pipeline
 
 _policies = jax.checkpoint_policies
 REMAT = {  # model.remat -> what the forward pass keeps for the backward pass; what was gathered, never

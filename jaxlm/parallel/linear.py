@@ -13,15 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxlm.parallel.mesh import (
-    even_mesh,
-    gather,
-    gather_weight,
-    names_of,
-    partition_spec,
-    scatter_sum,
-    split_axes,
-)  # fmt: skip
+from jaxlm.parallel.mesh import even_mesh, gather, gather_weight, names_of, partition_spec, scatter_sum, split_axes
 
 
 def activation_specs(batch: int, length: int, mesh):

@@ -16,9 +16,9 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jaxlm.config import mesh_sizes
+from jaxlm.config.keys import MESH_AXES, STRATEGIES
+from jaxlm.config.recipe import mesh_sizes
 from jaxlm.errors import ConfigError
-from jaxlm.keys import MESH_AXES, STRATEGIES
 
 PARAMETERS = {  # logical axis -> mesh axes, the outer first; one that is not here is never sharded
     "layers": ("stage",),

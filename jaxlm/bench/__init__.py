@@ -1,0 +1,1 @@
+"""`python -m jaxlm.bench`: how fast a config trains, and where the time goes."""

@@ -1,0 +1,353 @@
+"""Tokens, or examples, to batches. Batch k is a pure function of (seed, data, k): no iterator state, on any host.
+
+A *batch* is a dict of numpy arrays [B, T], B rows of the global batch (all, or some), T = data.seq_len:
+
+    tokens     int32    inputs; at the start of a document the tokenizer's bos id
+    targets    int32    the token that follows each input; or what the task wants at its place
+    weights    float32  how much the target counts, 0 on padding
+    positions  int32    from 0 in each document of the row
+    segments   int32    1, 2, ... for the documents packed into the row; 0 on padding
+
+Where the task needs them also (jaxlm/data/row_layout.py): `enc_tokens enc_positions enc_segments`, the sources of the
+segments, [B, data.enc_len]; `reach`, the last place that a token sees; `labels` of the row's examples, [B, M] or
+[B, M, C], M = data.examples_per_row, instead of targets, and weights [B, M]; and for preferences an axis of 2, the
+chosen and the rejected, before T. Of pairs of words, `negatives`, the words drawn, int32 [B, N, T], N = task.negatives;
+`counts`, how often the pair stands together, float32 [B, T].
+
+A split is one stream of tokens, each document ended by eos where the tokenizer has one. Row w holds the targets
+[w T, (w + 1) T) of that stream: every token is a target exactly once, the first of a document too. (With a tokenizer
+that has no bos, such as chars, nothing precedes that first token: its weight is 0.)
+"""
+
+import itertools
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import grain
+import numpy as np
+from grain.experimental import index_shuffle
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from jaxlm.config.check import mixture
+from jaxlm.config.keys import ROLES, TWO_SIDED
+from jaxlm.data.examples import Examples, label_names, stamps, tokenizer_of
+from jaxlm.data.pairs import Pairs
+from jaxlm.data.row_layout import from_tokens, row_shapes
+from jaxlm.data.store import Store
+from jaxlm.data.tokenization import tokenizer as tokenizers
+from jaxlm.data.transforms import Vocabulary
+from jaxlm.errors import DataError
+
+ALL = slice(None)
+READ = 1 << 24  # tokens that are counted at once
+COUNTED: dict[str, np.ndarray] = {}  # fingerprint of a split -> its `count_tokens`: a run asks several times
+BLOCK = 16_384  # tokens read at once, where batches are smaller: a call of numpy costs as much as a thousand of them
+
+
+def open_stores(config: ConfigDict, split: str) -> list[Store]:
+    """One Store for each directory of config.data. Raises DataError that names every problem."""
+    problems, stores = [], []
+    for path, _ in mixture(config):
+        if not path:
+            raise DataError("config.data.path is empty: give a directory made by python -m jaxlm.data.prepare")
+        try:
+            stores.append(Store(path, split))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    tokenizers = {store.manifest["tokenizer"]["sha256"] for store in stores}
+    if len(tokenizers) > 1:
+        raise DataError(f"the directories of config.data.mixture={config.data.mixture} have different tokenizers")
+    ends = {(store.bos_id, store.eos_id) for store in stores}
+    if len(ends) > 1:
+        told = ", ".join(f"bos {bos} and eos {eos}" for bos, eos in sorted(ends, key=str))
+        raise DataError(
+            f"the directories of config.data.mixture={config.data.mixture} begin and end documents with different "
+            f"tokens ({told}); prepare them alike, with --bos and --eos"
+        )
+    return stores
+
+
+def num_rows(store: Store, seq_len: int) -> int:
+    return -(-store.num_tokens // seq_len)
+
+
+def read_clipped(store: Store, starts: np.ndarray, length: int) -> np.ndarray:
+    """store.rows, with the first and the last token repeated beyond the ends of the stream."""
+    width = min(length, store.num_tokens)
+    begins = np.minimum(np.maximum(starts, 0), store.num_tokens - width)
+    window = store.rows(begins, width)
+    if width == length and (begins == starts).all():
+        return window
+    places = np.clip(starts[:, None] + np.arange(length), 0, store.num_tokens - 1)
+    return np.take_along_axis(window, places - begins[:, None], axis=1)
+
+
+def read_rows(store: Store, rows: np.ndarray, seq_len: int, foretold: bool = True) -> dict[str, np.ndarray]:
+    """The batch of these row numbers, int64 [B]. Rows past the end of the stream are padding.
+
+    foretold: each token is, by those before it; else a document's first one counts, whatever is before it.
+    """
+    starts, shape = rows.astype(np.int64) * seq_len, (len(rows), seq_len)
+    window = read_clipped(store, starts - 1, seq_len + 1)
+    tokens, targets, weights = window[:, :-1].copy(), window[:, 1:].copy(), np.ones(shape, np.float32)
+    # Where a document begins, in the rows one after the other, and where a row does: pieces of one segment each.
+    number, place = store.starts_in(starts, seq_len)
+    begins, begin_of_row = number * seq_len + place, np.arange(0, weights.size, seq_len)
+    edge = np.zeros(weights.size + 1, bool)
+    edge[begins] = edge[begin_of_row] = edge[-1] = True
+    edges = np.flatnonzero(edge).astype(np.int32)
+    edges, lengths = edges[:-1], np.diff(edges)
+    first = np.searchsorted(edges, begin_of_row).astype(np.int32)  # the first piece of each row
+    segment = np.arange(1, len(edges) + 1, dtype=np.int32) - first[edges // seq_len]
+    positions = np.arange(weights.size, dtype=np.int32) - np.repeat(edges, lengths)
+    segments = np.repeat(segment, lengths).reshape(shape)
+    if store.bos_id is None and foretold:  # nothing comes before a document, so its first token cannot be predicted
+        weights.ravel()[begins] = segments.ravel()[begins] = 0
+    elif store.bos_id is not None:
+        tokens.ravel()[begins] = store.bos_id
+    if starts.max(initial=0) + seq_len > store.num_tokens:
+        past = starts[:, None] + np.arange(seq_len) >= store.num_tokens
+        tokens[past] = targets[past] = weights[past] = segments[past] = 0
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "weights": weights,
+        "positions": positions.reshape(shape),
+        "segments": segments,
+    }
+
+
+class Documents:
+    """The rows of a store as a source of batches, in the shape that config.task asks for."""
+
+    def __init__(self, config: ConfigDict, store: Store, tokenizer, shares: np.ndarray | None):
+        """shares: see `Vocabulary`."""
+        self.config, self.store, self.num_tokens = config, store, store.num_tokens
+        self.length = config.data.enc_len if config.task.name in TWO_SIDED else config.data.seq_len
+        self.num_rows, self.fingerprint = num_rows(store, self.length), store.fingerprint
+        self.vocab = None if config.task.name == "lm" else Vocabulary(tokenizer, config.task.name, shares)
+
+    def read(self, rows: np.ndarray, keys: list[tuple]) -> dict[str, np.ndarray]:
+        """The batch of these row numbers; one past the end is padding. keys: of what is random in each row."""
+        batch = read_rows(self.store, rows, self.length, self.config.task.name != "skipgram")
+        return from_tokens(batch, keys, self.config, self.vocab) if self.vocab else batch
+
+
+def open_sources(config: ConfigDict, split: str, tokenizer=None) -> list:
+    """What config.data names: objects with num_rows, num_tokens, fingerprint and read(rows, keys).
+
+    tokenizer: a model's, where it is not the data's own; then examples of labels that it doesn't know are left out.
+    Raises DataError that names every problem.
+    """
+    if config.task.name in ROLES:
+        if tokenizer:
+            return [Examples(config, split, tokenizer, only_known_labels=True)]
+        files = stamps(config.data.train) + stamps(config.data.val if split == "val" else config.data.train)
+        return [_examples(FrozenConfigDict(config), split, files)]
+    stores = open_stores(config, split)
+    if config.task.name == "glove":
+        return [Pairs(config, store) for store in stores]
+    tokenizer = tokenizer or (None if config.task.name == "lm" else tokenizers.load(mixture(config)[0][0]))
+    shares = token_shares(config) if config.task.negatives or config.task.subsample else None
+    return [Documents(config, store, tokenizer, shares) for store in stores]
+
+
+def token_shares(config: ConfigDict) -> np.ndarray:
+    """float64 [vocabulary]: how much of the training text each token is, of a mixture by its weights."""
+    weights = [weight for _, weight in mixture(config)]
+    counts = [count_tokens(store) for store in open_stores(config, "train")]
+    return sum(weight * each / max(each.sum(), 1) for weight, each in zip(weights, counts, strict=True))
+
+
+def count_tokens(store: Store) -> np.ndarray:
+    """int64 [vocabulary]: how often each token is there."""
+    if store.fingerprint not in COUNTED:
+        counts = np.zeros(store.vocab_size, np.int64)
+        for start in range(0, store.num_tokens, READ):
+            ids = store.read(start, min(READ, store.num_tokens - start))
+            counts += np.bincount(ids, minlength=store.vocab_size)
+        COUNTED[store.fingerprint] = counts
+    return COUNTED[store.fingerprint]
+
+
+@lru_cache(maxsize=2)
+def _examples(config: FrozenConfigDict, split: str, stamps: tuple) -> Examples:
+    """A run asks for the same examples several times."""
+    return Examples(config, split)
+
+
+def describe(config: ConfigDict) -> tuple[int, tuple[str, ...], int]:
+    """(ids of the vocabulary, names of the labels, tokens of the training data). Raises DataError, ConfigError."""
+    if config.task.name in ROLES:
+        if not config.data.train:
+            raise DataError(f"config.data.train is empty: give the examples of task {config.task.name}")
+        tokenizer, labels = load_tokenizer(config), label_names(config)
+        return Vocabulary(tokenizer, config.task.name).size, labels, 0
+    stores = open_stores(config, "train")
+    extra = 0 if config.task.name == "lm" else Vocabulary(load_tokenizer(config), config.task.name).size
+    tokens = 0 if config.task.name == "glove" else sum(store.num_tokens for store in stores)  # it learns from pairs
+    return extra or stores[0].vocab_size, config.data.labels, tokens
+
+
+def load_tokenizer(config: ConfigDict):
+    """The tokenizer of config.data."""
+    if config.task.name in ROLES:
+        return tokenizer_of(FrozenConfigDict(config.data), config.task.name)
+    return tokenizers.load(mixture(config)[0][0])
+
+
+def read_mixed(sources: list, ids: np.ndarray, keys: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """The batch of (source, row) pairs, int64 [B, 2]. keys: int64 [B], a number for what is random in each."""
+    batch, present = {}, sorted(set(ids[:, 0].tolist()))
+    if len(present) == 1:
+        return sources[present[0]].read(ids[:, 1], [(seed, key) for key in keys.tolist()])
+    for source in present:
+        here = ids[:, 0] == source
+        for name, value in sources[source].read(ids[here, 1], [(seed, key) for key in keys[here].tolist()]).items():
+            batch.setdefault(name, np.zeros((len(ids), *value.shape[1:]), value.dtype))[here] = value
+    return batch
+
+
+def order_of(num_rows: int, seed: int | None) -> Callable[[int], int]:
+    """The row at each place of an endless order that has all rows in every epoch, as they are or (seed) shuffled.
+
+    What grain.MapDataset.range(num_rows).seed(seed).shuffle() holds there, in a third of the time.
+    """
+    if seed is None:
+        return lambda place: place % num_rows
+    first = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])  # of the first epoch
+
+    def row(place: int) -> int:
+        epoch, index = divmod(place, num_rows)
+        return index_shuffle(index, num_rows - 1, (first + epoch) % 2**32, 4)  # of four rounds, as grain does
+
+    return row
+
+
+def train_batches(config: ConfigDict, rows: slice | np.ndarray = ALL) -> grain.MapDataset:
+    """Endless: element k is these rows of global batch k. Each epoch of a source has every row exactly once."""
+    sources, orders, B = open_sources(config, "train"), [], config.train.batch_size
+    for number, source in enumerate(sources):
+        if not source.num_rows:
+            raise DataError(f"{mixture(config)[number][0] or config.data.train}: the train split is empty")
+        orders.append(order_of(source.num_rows, config.seed + number if config.data.shuffle else None))
+    turns = [grain.MapDataset.range(sys.maxsize).map(lambda turn, n=n: (n, turn)) for n in range(len(orders))]
+    mixed = grain.MapDataset.mix(turns, [weight for _, weight in mixture(config)])
+    place = np.arange(B)[rows]
+    b, plain = len(place), config.task.name == "lm"  # else a row costs more than a call, and waits would add up
+    together = max(1, BLOCK // max(1, b * config.data.seq_len)) if plain else 1
+
+    @lru_cache(maxsize=2)
+    def block(number: int) -> dict[str, np.ndarray]:
+        """`together` batches, one after the other."""
+        keys = (np.arange(number * together, (number + 1) * together)[:, None] * B + place).ravel()
+        picked = map(mixed.__getitem__, keys.tolist()) if len(orders) > 1 else ((0, key) for key in keys.tolist())
+        ids = np.array([(source, orders[source](turn)) for source, turn in picked], np.int64)
+        found = read_mixed(sources, ids, keys, config.seed)
+        for value in found.values():
+            value.setflags(write=False)  # batches are parts of it, also when they are asked for again
+        return found
+
+    def batch(k: int) -> dict[str, np.ndarray]:
+        number, part = divmod(k, together)
+        return {name: value[part * b : (part + 1) * b] for name, value in block(number).items()}
+
+    return grain.MapDataset.range(sys.maxsize).map(batch)
+
+
+def eval_rows(config: ConfigDict) -> int:
+    """Rows of a batch of evaluation: a microbatch, which is what the memory is planned for."""
+    return config.train.batch_size // config.train.grad_accumulation
+
+
+def validation_batches(
+    config: ConfigDict, rows: slice | np.ndarray = ALL, sources: list | None = None
+) -> grain.MapDataset:
+    """The validation splits once, in order, `eval_rows` at a time, the last padded: of each batch these rows.
+
+    sources: `open_sources` of them, where they are open. Raises DataError where there is no validation split.
+    """
+    if config.task.name in ROLES and not config.data.val:
+        raise DataError("config.data.val is empty: give examples to measure on, or set eval.every=0")
+    B, sources = eval_rows(config), sources or open_sources(config, "val")
+    counts = [source.num_rows for source in sources]
+    if not sum(counts):
+        paths = ", ".join(path for path, _ in mixture(config))
+        raise DataError(f"{paths}: the validation split is empty; prepare it with --val_fraction, or set eval.every=0")
+    ids = np.concatenate([np.stack([np.full(n, s), np.arange(n)], 1) for s, n in enumerate(counts)])
+    longest = int(np.argmax(counts))
+    padding = np.tile([[longest, counts[longest]]], (-len(ids) % B, 1))  # a row past the end of a source
+    ids = np.concatenate([ids, padding]).astype(np.int64)
+    keys = np.arange(len(ids))
+    part = lambda x, k: x[k * B : (k + 1) * B][rows]
+    batches = grain.MapDataset.range(len(ids) // B)
+    # What is masked does not depend on the run's seed: every model is asked the same.
+    return batches.map(lambda k: read_mixed(sources, part(ids, k), part(keys, k), 0))
+
+
+def fingerprint(config: ConfigDict) -> dict:
+    """All that the order of data depends on. Equal fingerprints: batch k is the same batch."""
+    known = {
+        "seed": config.seed,
+        "batch_size": config.train.batch_size,
+        "seq_len": config.data.seq_len,
+        "shuffle": config.data.shuffle,
+        "weights": [weight for _, weight in mixture(config)],
+        "sources": [source.fingerprint for source in open_sources(config, "train")],
+        "tokenizer": load_tokenizer(config).fingerprint,
+    }
+    if config.task.name != "lm":
+        known["task"] = config.task.name
+        keys = "mask_rate whole_words span_length fim_rate window class_weights balanced_sampling"
+        known |= {key: config.task[key] for key in keys.split()}
+        known |= {key: config.data[key] for key in ("enc_len", "pack", "examples_per_row", "word_dropout")}
+        set_now = {key: config.task[key] for key in ("negatives", "subsample") if config.task[key]}
+        known |= set_now  # others are left out, so that older runs without these keys go on
+    return known
+
+
+def batch_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], type]]:
+    """{key: (shape, dtype)} of a global batch. config: resolved."""
+    return {key: ((config.train.batch_size, *shape), dtype) for key, (shape, dtype) in row_shapes(config).items()}
+
+
+class Prefetch:
+    """place(batches[k]) for k in [start, stop), `depth` of them made ahead in a background thread.
+
+    A loop of steps takes one, sends the step off, and then refills: in Python only one thread works at a time, and
+    what the loop has to do before the devices can go on must not wait for the next batch.
+    """
+
+    def __init__(self, batches, start: int, stop: int, depth: int, place: Callable = lambda batch: batch):
+        self.pool, self.ahead = ThreadPoolExecutor(1, thread_name_prefix="data"), deque()
+        self.numbers, self.make = iter(range(start, stop)), lambda k: place(batches[k])
+        for _ in range(depth):
+            self.refill()
+
+    def refill(self) -> None:
+        for k in itertools.islice(self.numbers, 1):
+            self.ahead.append(self.pool.submit(self.make, k))
+
+    def take(self) -> dict:
+        """The next; `waited` is then the seconds that it was not there yet. Raises what making it has raised."""
+        began = time.perf_counter()
+        batch = self.ahead.popleft().result()
+        self.waited = time.perf_counter() - began
+        return batch
+
+    def __iter__(self) -> Iterator[dict]:
+        try:
+            while self.ahead:
+                yield self.take()
+                self.refill()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)

@@ -1,0 +1,1 @@
+"""What the files of users hold: their formats, encodings and layouts, and the examples in them."""

@@ -1,0 +1,1 @@
+"""`python -m jaxlm.evaluate`: figures of merit of a trained model."""

@@ -1,0 +1,141 @@
+"""python -m jaxlm.evaluate --workdir=DIR [--workdir=DIR ...]: measures a model, or several in one table.
+
+By itself what its task is measured by, over the whole validation set, every token and every example once; --tasks
+chooses. Bits per byte compares models with different tokenizers: total nats / ln 2 / bytes of the text that was
+predicted (all of it, but for the first character of each document with --tokenizer=chars).
+"""
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxlm import cli
+from jaxlm.config.keys import BLEU_TOKENIZERS, ROLES, WRITTEN
+from jaxlm.data.batches import open_stores
+from jaxlm.data.bits_per_byte import why_none_of
+from jaxlm.data.store import Store
+from jaxlm.errors import ConfigError, DataError
+from jaxlm.evaluate.report import REPORTS, comparison, report, table
+from jaxlm.parallel import hosts
+from jaxlm.run.warm_start import read_teacher
+from jaxlm.step.costs import num_parameters
+
+
+def gzip_bits_per_byte(stores: list[Store], tokenizer) -> float:
+    """Of `gzip -9` on the text of these splits, decoded from the tokens: a baseline that everybody has."""
+    size = num_bytes = 0
+    for store in stores:
+        ids = store.read(0, store.num_tokens)
+        text = tokenizer.decode(ids[ids != store.eos_id] if store.eos_id is not None else ids).encode()
+        size, num_bytes = size + len(gzip.compress(text, 9)), num_bytes + len(text)
+    return 8 * size / num_bytes
+
+
+def main(argv: list[str]) -> None:
+    parser = cli.Parser(prog="jaxlm.evaluate", description=__doc__)
+    parser.add_argument(
+        "--workdir", action="append", required=True, help="run directory of jaxlm.train; may be given again"
+    )
+    parser.add_argument("--data", help="a prepared directory, or files of examples (default: those of the run)")
+    parser.add_argument("--columns", help='of these files: "text=0 label=1" (default: as in training)')
+    parser.add_argument("--step", default="latest", help="latest, best or a number (default: latest)")
+    parser.add_argument(
+        "--tasks", help=f"of {', '.join(REPORTS)}, with commas between (default: what the model is for)"
+    )
+    parser.add_argument("--beams", type=int, help="hypotheses of a beam search, for texts (default: the run's)")
+    parser.add_argument("--length_penalty", type=float, help="of a beam search (default: the run's)")
+    parser.add_argument("--max_tokens", type=int, help="of an answer (default: the run's)")
+    parser.add_argument(
+        "--bleu_tokenize", choices=BLEU_TOKENIZERS, help="sacrebleu's tokenizer for BLEU (default: the run's)"
+    )
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamplings for intervals; 0: none")
+    parser.add_argument("--pictures", metavar="DIR", help="write pictures there, .png")
+    parser.add_argument("--answers", metavar="FILE", help="write every example with what the model says, .jsonl")
+    parser.add_argument("--gzip", action="store_true", help="also bits per byte of gzip -9 on the same text")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    hosts.add_flags(parser)
+    args = parser.parse(argv)
+    for flag in ("json", "answers"):
+        cli.require_writable(f"--{flag}", getattr(args, flag))
+    asked = None if args.tasks is None else [word.strip() for word in args.tasks.split(",")]
+    for word in asked or ():
+        if word not in REPORTS:
+            raise ConfigError(
+                f"--tasks={args.tasks}: no {word!r}{cli.did_you_mean(word, REPORTS)} ({', '.join(REPORTS)})"
+            )
+
+    several = len(args.workdir) > 1
+    if several and (args.pictures or args.answers or args.gzip):
+        raise ConfigError("--pictures, --answers and --gzip are of one run: give one --workdir")
+
+    hosts.connect(args)
+    results = {workdir: evaluate(workdir, asked, args) for workdir in args.workdir}
+    if jax.process_index():
+        return  # the first process tells
+    result = results if several else results[args.workdir[0]]
+    print("\n".join(comparison(results) if several else table(result)))
+    if args.json:
+        Path(args.json).write_text(json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value):
+    """The same, with a text for each number that JSON has none for (nan, inf), as metrics.jsonl has it."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
+    """The figures of a run. asked: reports; None: the usual ones of its task. args: those of the command line."""
+    import jaxlm
+
+    lm = jaxlm.load(workdir, step=args.step)
+    config = lm.config.copy_and_resolve_references()
+    config.eval.batches = config.eval.generate = 0
+    for key in ("beams", "length_penalty", "max_tokens", "bleu_tokenize"):
+        if getattr(args, key) is not None:
+            config.eval[key] = getattr(args, key)
+            if config.task.name not in WRITTEN and len(args.workdir) == 1:
+                raise ConfigError(f"--{key}: not for a model of task {config.task.name}, which writes no answers")
+    if args.answers and config.task.name not in ROLES:
+        raise ConfigError(f"--answers={args.answers}: task {config.task.name} has no examples to answer")
+    if args.columns and config.task.name not in ROLES:
+        raise ConfigError(f"--columns={args.columns}: task {config.task.name} has no files of examples")
+    config.data.columns = config.data.columns if args.columns is None else args.columns
+    if args.data and config.task.name in ROLES:
+        config.data.val = args.data
+    elif args.data:
+        config.data.path, config.data.mixture = args.data, ""
+    if config.task.name not in ROLES:
+        require_tokenizer(config, lm.tokenizer)
+    if args.gzip and lm.tokenizer.name == "words":
+        raise ConfigError("--gzip: a tokenizer of words does not give the text back whole")
+    with jax.set_mesh(lm.mesh):
+        if config.task.teacher_model:
+            lm.teacher = read_teacher(config, lm.mesh)
+        data = config.data.val if config.task.name in ROLES else config.data.mixture or config.data.path
+        result = {"data": data, "step": lm.step, **report(lm, config, asked, workdir, args)}
+    if args.gzip and not jax.process_index() and not why_none_of(stores := open_stores(config, "val"), lm.tokenizer):
+        result["gzip_bits_per_byte"] = gzip_bits_per_byte(stores, lm.tokenizer)
+    return {"model": config.model.name, "task": config.task.name, "parameters": num_parameters(lm.params)} | result
+
+
+def require_tokenizer(config: ConfigDict, tokenizer) -> None:
+    stores = open_stores(config, "val")
+    if stores[0].manifest["tokenizer"]["sha256"] != tokenizer.fingerprint:
+        raise DataError(
+            f"{config.data.path} was prepared with another tokenizer than the model's; prepare it with "
+            f"--tokenizer=DIR, DIR being the data that the model was trained on"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

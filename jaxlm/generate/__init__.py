@@ -1,0 +1,1 @@
+"""`python -m jaxlm.generate`, and `jaxlm.load`: a trained model that writes and answers."""

@@ -1,0 +1,170 @@
+"""What a model says to examples: the scores of their labels, or the texts that it writes."""
+
+import math
+from functools import partial
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from jaxlm.data.examples import Examples, label_names
+from jaxlm.data.row_layout import piece_lengths
+from jaxlm.data.transforms import ALLOWED, Vocabulary, answer_text, chat, messages_of, words_of
+from jaxlm.generate.decode import beam_search, generate_tokens, pad_prompts, size_for
+from jaxlm.models import build
+from jaxlm.parallel.hosts import fetch
+from jaxlm.step.state import eval_step
+
+BATCH = 64  # texts that are written at one time
+
+
+def of_examples(source, rows: list[np.ndarray]) -> dict[int, np.ndarray]:
+    """{number of the example: its scores} of the scores of rows: of each label, or of each of its tokens."""
+    found = {}
+    for row, scores in zip(source.rows, rows):
+        at = 0
+        for place, number in enumerate(row):
+            length = min(piece_lengths(source.pieces[number])[0], source.config.data.seq_len - at)
+            labelled = "label" in source.pieces[number]
+            found[number] = scores[place] if labelled else scores[at : at + length]
+            at += length
+    exact = one_less_others if source.config.task.name == "classify" else lambda x: x
+    return {number: exact(found[number]) for number in sorted(found)}
+
+
+def one_less_others(chances: np.ndarray) -> np.ndarray:
+    """float64. In float32 a probability near 1 has lost digits that the others, near 0, still have."""
+    chances, top = chances.astype(np.float64), chances.argmax()
+    chances[top] = 1 - (chances.sum() - chances[top])
+    return chances
+
+
+@partial(jax.jit, static_argnames="config")
+def scores_of(params, batch, config: FrozenConfigDict):
+    """The scores of a batch: see eval_step. Compiled once for a config, not once a call."""
+    return eval_step(params, batch, config=config)[1]
+
+
+def read_scores(config: ConfigDict, params, source) -> dict[int, np.ndarray]:
+    """The scores of all examples of a source, by number."""
+    B = min(BATCH, size_for(source.num_rows, 1))
+    config = FrozenConfigDict(config)
+    rows = []
+    for start in range(0, source.num_rows, B):
+        numbers = np.arange(start, start + B)
+        batch = source.read(numbers, [(0, int(i)) for i in numbers])
+        rows += list(fetch(scores_of(params, batch, config)))
+    return of_examples(source, rows)
+
+
+def label(config: ConfigDict, params, tokenizer, examples: list[dict]) -> list:
+    """See jaxlm.generate.lm.LM.answer. What is to be foretold need not be there."""
+    names, task = label_names(config), config.task.name
+    dummy = {
+        "classify": lambda e: {"label": names[0]},
+        "multilabel": lambda e: {"label": ""},
+        "regress": lambda e: {"label": 0},
+        "tag": lambda e: {"tags": [names[0]] * len(words_of(e["words"]))},
+        "qa": lambda e: {"answer": ""},
+    }
+    source = Examples(config, "val", tokenizer, [{**example, **dummy[task](example)} for example in examples])
+    scores, said = read_scores(config, params, source), []
+    for number, score in scores.items():
+        piece = source.pieces[number]
+        if task == "regress":
+            said.append(float(score[0]))
+        elif task == "qa":
+            said.append(span_said(source, number, score))
+        elif task == "tag":
+            said.append([names[c] for c in score.argmax(axis=-1)[piece["weights"][: len(score)] > 0]])
+        else:
+            said.append({name: round(float(p), 6) for name, p in zip(names, score)})
+    return said
+
+
+def prompt_of(example: dict, encode, vocab: Vocabulary) -> tuple[np.ndarray, np.ndarray | None]:
+    """(what the model goes on from, the source that it reads or None)."""
+    if vocab.task == "seq2seq":
+        return np.array([vocab.begin]), np.append(encode(example["source"]), vocab.end)
+    messages = messages_of({key: value for key, value in example.items() if key != "response"})
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return np.append(chat(messages, encode, vocab)[0], vocab.assistant), None
+
+
+def write(
+    config: ConfigDict, params, vocab: Vocabulary, encode, examples: list[dict], *, beams=1, max_tokens=0,
+    length_penalty=0.6, temperature=0.0, top_k=0, top_p=0.0, seed=0, tell=lambda done, total: None,
+) -> list[str]:  # fmt: skip
+    """The text for each example, by beam search, or sampled where beams = 1 (temperature 0: greedy).
+
+    Sources and prompts are cut at config.data.enc_len and seq_len, as in training; long ones are written first.
+    tell: is told how many are written, of how many.
+    """
+    model, max_tokens = build(config), max_tokens or config.eval.max_tokens
+    asked = [prompt_of(example, encode, vocab) for example in examples]
+    size = lambda i: sum(len(ids) for ids in asked[i] if ids is not None)
+    order = sorted(range(len(asked)), key=size, reverse=True)
+    texts = [""] * len(examples)
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        B = BATCH if len(order) > BATCH else len(order)
+        filled = chosen + [chosen[0]] * (B - len(chosen))
+        source = sources([asked[i][1] for i in filled], config.data.enc_len) if asked[0][1] is not None else None
+        least = 1 if source else 16  # what is written after a source begins with one token
+        prompts, lengths = pad_prompts([asked[i][0][-config.data.seq_len :] for i in filled], least)
+        options = {"max_tokens": max_tokens, "eos_id": vocab.end_id, "vocab_size": vocab.size}
+        if beams > 1:
+            out, _ = beam_search(
+                model, params, prompts, lengths, source, beams=beams, length_penalty=length_penalty, **options
+            )
+            out = out[:, 0]
+        else:
+            seeds = np.array([(seed + i) % 2**32 for i in filled], np.uint32)
+            out = generate_tokens(
+                model, params, prompts, lengths, seeds, source, temperature=float(temperature), top_k=top_k,
+                top_p=float(top_p), **options,
+            )  # fmt: skip
+        for i, ids in zip(chosen, out):
+            ends = np.flatnonzero(ids == vocab.end_id)
+            texts[i] = vocab.tokenizer.decode(ids[: ends[0]] if len(ends) else ids)
+        tell(start + len(chosen), len(order))
+    return texts
+
+
+def sources(ids: list[np.ndarray], limit: int) -> dict[str, np.ndarray]:
+    """enc_tokens and enc_segments [B, S], S a size that the longest has room in, at most the limit."""
+    longest = max(map(len, ids))
+    length = min(size_for(longest, 16), max(limit, 1))
+    tokens = np.zeros((len(ids), length), np.int32)
+    for row, source in zip(tokens, ids):
+        row[: len(source[:length])] = source[:length]
+    segments = np.arange(length) < np.array([min(len(source), length) for source in ids])[:, None]
+    return {"enc_tokens": tokens, "enc_segments": segments.astype(np.int32)}
+
+
+def span_said(source, number: int, scores_T2: np.ndarray) -> str:
+    """The part of a context that is the likeliest answer to an example of `source`, from log-probabilities [T, 2]."""
+    example = source.examples[number]
+    allowed = source.pieces[number]["targets"] & ALLOWED != 0
+    longest = longest_answer(int(allowed.sum()), len(example["context"]))
+    span = best_span(scores_T2, allowed[: len(scores_T2)], longest)
+    return answer_text(example, source.encode, *span)
+
+
+def longest_answer(tokens: int, characters: int) -> int:
+    """Tokens that an answer may have in a context of so many: 30 words of six characters, and 30 tokens at least.
+
+    Bytes and characters are many to a word, above all where text has no spaces.
+    """
+    return max(30, math.ceil(30 * 6 * tokens / max(characters, 1)))
+
+
+def best_span(scores_T2: np.ndarray, allowed: np.ndarray, longest: int = 30) -> tuple[int, int]:
+    """(first, last) token of the likeliest answer of at most `longest` tokens, from log-probabilities [T, 2]."""
+    first, last = np.where(allowed, scores_T2.T, -np.inf)
+    total = first[:, None] + last[None]
+    place = np.arange(len(first))
+    apart = place[None] - place[:, None]
+    inside = (apart >= 0) & (apart < longest) & (place[:, None] > 0) | (place[:, None] + place[None] == 0)
+    return tuple(int(i) for i in np.unravel_index(np.argmax(np.where(inside, total, -np.inf)), total.shape))

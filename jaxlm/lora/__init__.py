@@ -1,0 +1,1 @@
+"""`python -m jaxlm.lora`: adapters folded into their weights."""

@@ -1,0 +1,1 @@
+"""`python -m jaxlm.train`: the one training loop."""

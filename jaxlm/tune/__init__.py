@@ -1,0 +1,1 @@
+"""`python -m jaxlm.tune`: a search over a space of configs."""

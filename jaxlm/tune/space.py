@@ -1,0 +1,187 @@
+"""What `jaxlm.tune` searches: keys of the config and the values that they may take, as text and for optuna."""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from jaxlm.config.check import ranges
+from jaxlm.config.recipe import flatten, nearest_key, override, parse
+
+try:
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+except ImportError:  # the program says so
+    BaseDistribution = object
+
+EDGE = 0.05  # of a range, in its scale: so near to an end, the best value says little about what lies beyond
+
+FEW = 32  # whole numbers of a range, up to which each is looked at
+
+
+class Dimension(NamedTuple):
+    text: str  # such as log:1e-4:1e-1
+    values: BaseDistribution
+
+
+def read_space(texts: list[str], config: ConfigDict) -> tuple[dict[str, Dimension], list[str]]:
+    """({key: dimension}, problems) of KEY=FORM texts, or names of JSON files of {KEY: FORM}."""
+    pairs, space, problems = [], {}, []
+    for text in texts:
+        if "=" in text:
+            pairs.append(text.split("=", 1))
+            continue
+        try:
+            pairs += json.loads(Path(text).read_text()).items()
+        except (OSError, ValueError, AttributeError) as error:
+            problems.append(f"--space={text}: give KEY=FORM, or a file of {{KEY: FORM}} in JSON ({error})")
+    for key, form in pairs:
+        try:
+            if key in space:
+                raise ValueError(f"the key is already searched, {space[key].text}")
+            space[key] = Dimension(str(form), distribution(key, str(form), config))
+        except ValueError as error:
+            problems.append(f"--space={key}={form}: {error}")
+    swept = [key for key, dimension in space.items() if is_grid(dimension)]
+    if 0 < len(swept) < len(space):
+        problems.append(f"--space={swept[0]}={space[swept[0]].text}: grid is for all keys or none; write choice:")
+    return space, problems
+
+
+def is_grid(dimension: Dimension) -> bool:
+    return dimension.text.startswith("grid:")
+
+
+def forms(default) -> list[str]:
+    """How a key with this default can be searched. A;B;C too, for values with commas in them."""
+    kind = type(default).__name__
+    numbers = [f"{kind}:LOW:HIGH[:STEP]", "log:LOW:HIGH"] if kind in ("int", "float") else []
+    return [] if kind == "tuple" else [*numbers, "choice:A,B,C", "grid:A,B,C"]
+
+
+def distribution(key: str, form: str, config: ConfigDict) -> BaseDistribution:
+    """The values that a key may take. Raises ValueError that says all that is wrong with them."""
+    known, (kind, _, rest) = flatten(config), form.partition(":")
+    if key not in known:
+        raise ValueError(f"no such key{nearest_key(key, known)}")
+    default = known[key]
+    allowed = {text.partition(":")[0]: text for text in forms(default)}
+    if kind not in allowed:
+        what = f"takes {' or '.join(allowed.values())}" if allowed else "cannot be searched"
+        raise ValueError(f"the key is of type {type(default).__name__}, which {what}")
+    if kind in ("choice", "grid"):
+        values = read_values(key, rest.split(";" if ";" in rest else ","), config)
+        return CategoricalDistribution(list(dict.fromkeys(values)))
+    texts = rest.split(":")
+    if len(texts) != 2 and (len(texts) != 3 or kind == "log"):
+        raise ValueError(f"give {allowed[kind]}")
+    low, high = read_values(key, texts[:2], config)
+    if not (-math.inf < low < high < math.inf and (kind != "log" or low > 0)):
+        raise ValueError("LOW must be below HIGH" + (", and above 0" if kind == "log" else ""))
+    step = 1 if isinstance(default, int) else None
+    if len(texts) == 3:
+        step = parse(texts[2], default)
+        if not 0 < step <= high - low:
+            raise ValueError(f"STEP must be above 0 and at most {high - low:g}")
+    kind_of = IntDistribution if isinstance(default, int) else FloatDistribution
+    return kind_of(low, high, log=kind == "log", step=step)
+
+
+def read_values(key: str, texts: list[str], config: ConfigDict) -> list:
+    """The texts as values of the key. Raises ValueError where no config may have them, whatever its other keys."""
+    values, problems = [], []
+    for text in texts:
+        one = config.copy_and_resolve_references()
+        problems += override(one, [(key, text)]) or [p for p in ranges(one) if p.startswith(f"config.{key}=")]
+        values.append(flatten(one)[key])
+    if problems:
+        raise ValueError("; ".join(problems))
+    return values
+
+
+def ends(dimension: Dimension) -> list:
+    """Its lowest and its highest value, or all values where they are given one by one."""
+    among = dimension.values
+    if isinstance(among, CategoricalDistribution):
+        return list(among.choices)
+    return [among.low, among.high]
+
+
+def inner(dimension: Dimension) -> list:
+    """The whole numbers between its ends, where they are few."""
+    among = dimension.values
+    if not isinstance(among, IntDistribution):
+        return []
+    between = list(range(among.low + among.step, among.high, among.step))
+    return between if len(between) <= FEW else []
+
+
+def holds(dimension: Dimension, value) -> bool:
+    """Whether a value is one of the dimension's."""
+    among = dimension.values
+    if isinstance(among, CategoricalDistribution):
+        return value in among.choices
+    steps = (value - among.low) / (among.step or 1)
+    return among.low <= value <= among.high and (not among.step or abs(steps - round(steps)) < 1e-8)
+
+
+def edge_of(dimension: Dimension, value) -> str:
+    """Whether a value is the "lowest" or "highest" that was searched, or within 5% of the range of it; else empty.
+
+    Empty too where values have no order, or where there are fewer than three: all are at an edge then.
+    """
+    among = dimension.values
+    if isinstance(among, CategoricalDistribution):
+        return end_of_list(among.choices, value)
+    if among.step and among.high - among.low < 2 * among.step:
+        return ""
+    scale = math.log if among.log else float
+    low, high = scale(among.low), scale(among.high)
+    position = (scale(value) - low) / (high - low)
+    if position <= EDGE:
+        return "lowest"
+    return "highest" if position >= 1 - EDGE else ""
+
+
+def end_of_list(choices: tuple, value) -> str:
+    """As edge_of, of numbers that are given one by one."""
+    numbers = all(type(choice) in (int, float) for choice in choices)
+    if not numbers or len(choices) < 3:
+        return ""
+    if value == min(choices):
+        return "lowest"
+    return "highest" if value == max(choices) else ""
+
+
+def beyond(dimension: Dimension, edge: str) -> float | int:
+    """A value a little outside of what was searched, at that edge."""
+    among = dimension.values
+    if isinstance(among, CategoricalDistribution):
+        low, high = min(among.choices), max(among.choices)
+    else:
+        low, high = among.low, among.high
+    if isinstance(low, int):
+        return low - 1 if edge == "lowest" else high + 1
+    if low > 0:  # also of a scale that is not logarithmic: a positive key may have no values below 0
+        return low * 0.9 if edge == "lowest" else high * 1.1
+    margin = EDGE * (high - low)
+    return low - margin if edge == "lowest" else high + margin
+
+
+def edges(space: dict[str, Dimension], best: dict, config: ConfigDict) -> list[str]:
+    """A line for each key whose best value is at an edge of what was searched. best: {key: value}."""
+    lines = []
+    for key, value in best.items():
+        edge = edge_of(space[key], value)
+        if not edge:
+            continue
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        said = f"{key}={shown} is at the {edge} end of {space[key].text}"
+        try:
+            read_values(key, [str(beyond(space[key], edge))], config)
+        except ValueError:
+            lines.append(f"{said}, and no config may go further")
+        else:
+            lines.append(f"{said}: better may lie beyond; search a wider --space in another --workdir")
+    return lines

@@ -1,0 +1,1 @@
+"""`python -m jaxlm.verify`: a config computes the same on every mesh."""
