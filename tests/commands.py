@@ -104,8 +104,8 @@ def shown() -> list[Command]:
     commands = in_markdown("README.md", (ROOT / "README.md").read_text())
     for file in sorted((ROOT / "docs").glob("**/*.md")):
         commands += in_markdown(str(file.relative_to(ROOT)), file.read_text())
-    for folder in ("configs", "jaxlm", "jaxlm/data"):
-        for file in sorted((ROOT / folder).glob("*.py")):
+    for folder in ("configs", "jaxlm"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
             text = ast.get_docstring(ast.parse(file.read_text())) or ""
             commands += in_lines(str(file.relative_to(ROOT)), indented(text))
     for file in sorted((ROOT / "launch").glob("*.sh")):
@@ -166,6 +166,12 @@ class Parsed(Exception):
     """Raised instead of what comes after the command line is read."""
 
 
+def program_of(name: str):
+    """The module that `python -m NAME` runs."""
+    found = importlib.import_module(name)
+    return found if hasattr(found, "main") else importlib.import_module(f"{name}.__main__")
+
+
 def parse(module: str, words: list[str]):
     """The namespace that a program's own parser makes of these words. Raises ConfigError where it refuses them."""
     original = cli.Parser.parse
@@ -175,7 +181,7 @@ def parse(module: str, words: list[str]):
 
     cli.Parser.parse = stop
     try:
-        importlib.import_module(module).main(list(words))
+        program_of(module).main(list(words))
     except Parsed as parsed:
         return parsed.args[0]
     finally:
@@ -226,7 +232,7 @@ def run(words: list[str]) -> None:
         sys.argv = words[1:]
         runpy.run_path(words[1], run_name="__main__")
         cut(Path(words[2]))
-    elif code := importlib.import_module(words[2]).main(words[3:]):
+    elif code := program_of(words[2]).main(words[3:]):
         raise SystemExit(code)
 
 

@@ -28,6 +28,7 @@ cli.spare_threads()
 jax.devices()
 os.environ.pop("PJRT_NPROC")  # a program that a test starts has as many devices as the test says
 ROOT = Path(__file__).parent.parent
+sys.path += [str(folder) for folder in ROOT.glob("tests/**/") if folder != ROOT / "tests"]  # tests share helpers
 OF_2017 = {  # the layers of Vaswani et al. 2017
     "model__norm_place": "post",
     "model__norm": "layer",

@@ -112,7 +112,7 @@ def options(module: str, monkeypatch) -> set[str]:
     parsers = []
     monkeypatch.setattr(cli.Parser, "parse", lambda self, argv: parsers.append(self) or sys.exit())
     with pytest.raises(SystemExit):
-        __import__(module, fromlist=["main"]).main([])
+        commands.program_of(module).main([])
     return set(parsers[0]._option_string_actions)
 
 
@@ -124,7 +124,7 @@ def every_flag(monkeypatch) -> set[str]:
 def test_programs_speak_of_flags_that_exist(monkeypatch):
     known = every_flag(monkeypatch)
     for module in PROGRAMS:
-        said = __import__(module, fromlist=["main"]).__doc__
+        said = commands.program_of(module).__doc__
         for flag in re.findall(r"(?<![\w-])--[a-z_]+", said):
             assert flag in known, f"{module} speaks of {flag}, which no program has"
 

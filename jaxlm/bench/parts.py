@@ -133,7 +133,7 @@ def start(command: list[str]) -> dict[str, float]:
     In processes of their own, which need the devices that are here: to be called before this one takes them.
     """
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import jaxlm.train"], check=True)
+    subprocess.run([sys.executable, "-c", "import jaxlm.train.__main__"], check=True)
     found = {"imports_s": time.perf_counter() - began}
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"JAX_COMPILATION_CACHE_DIR": folder}

@@ -188,7 +188,7 @@ class Trainer:
         return {row["step"]: row["loss"] for row in rows}
 
 
-RECIPE = """from jaxlm.config import unflatten
+RECIPE = """from jaxlm.config.recipe import unflatten
 
 
 def get_config():

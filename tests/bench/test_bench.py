@@ -35,7 +35,8 @@ def recipe(tmp_path):
     flat = {key: value for key, value in flatten(small_config()).items() if value not in ((), "")}
     path = tmp_path / "recipe.py"
     path.write_text(
-        "from jaxlm.config import base, set_key\n\n\ndef get_config():\n    c = base()\n"
+        "from jaxlm.config import base\nfrom jaxlm.config.recipe import set_key\n\n\n"
+        "def get_config():\n    c = base()\n"
         f"    for key, value in {flat!r}.items():\n        set_key(c, key, value)\n    return c\n"
     )
     return f"--config={path}"

@@ -163,7 +163,8 @@ def test_killed_at_any_rename_then_continued_writes_the_same_bytes(many, tmp_pat
     """Every step ends with a rename, so that dying at the n-th covers both passes and the final moves."""
     prepare.prepare([many], tmp_path / "whole", "bytes")
     script = (
-        "import os, sys; from jaxlm.data import parts, prepare; parts.PART_BYTES = 5000; rename, n = os.replace, [0]\n"
+        "import os, sys\nfrom jaxlm.data import prepare, shard_jobs\nshard_jobs.PART_BYTES = 5000\n"
+        "rename, n = os.replace, [0]\n"
         "def replace(*a):\n    n[0] += 1\n    n[0] == int(sys.argv[3]) and os.kill(os.getpid(), 9)\n    rename(*a)\n"
         "os.replace = replace; prepare.prepare([sys.argv[1]], sys.argv[2], 'bytes', workers=1)"
     )
@@ -296,7 +297,7 @@ def test_data_prepared_before_keep_the_end_that_they_were_written_with(tmp_path)
 
 def test_a_killed_program_leaves_no_workers_behind(many, tmp_path):
     script = (
-        "import sys; from jaxlm.data import parts, prepare; parts.PART_BYTES = 5000\n"
+        "import sys; from jaxlm.data import prepare, shard_jobs; shard_jobs.PART_BYTES = 5000\n"
         "if __name__ == '__main__': prepare.prepare([sys.argv[1]], sys.argv[2], 'bytes', workers=2)"
     )
     (tmp_path / "script.py").write_text(script)

@@ -423,6 +423,6 @@ def test_what_cannot_be_planned_is_one_message(flags, hint):
 
 def test_a_slice_of_one_chip_and_one_whose_cores_are_counted():
     pytest.importorskip("libtpu")
-    code = "from jaxlm import topology as t; t.prepare_environment(1); print(len(t.describe('v6e-1').devices))"
+    code = "from jaxlm.plan import topology as t; t.prepare_environment(1); print(len(t.describe('v6e-1').devices))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1\n"
     assert "counts the cores" in program("jaxlm.plan", *SMALL, "--topology=v4-8", check=False).stderr

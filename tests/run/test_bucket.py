@@ -114,7 +114,9 @@ def test_two_hosts_write_one_checkpoint_and_one_goes_on_from_it(tmp_path, text_d
 
 TAKEN = """
 import sys
-from jaxlm import cli, monitor, train, workdir
+from jaxlm import cli
+from jaxlm.run import monitor, workdir
+from jaxlm.train import __main__ as train
 step = monitor.Monitor.step
 def taken_at_3(self, number, metrics, finished):
     step(self, number, metrics, finished)

@@ -74,7 +74,8 @@ def test_a_run_that_dies_goes_on_from_its_last_checkpoint_and_repeats_no_row(tmp
 
 KILLED = """
 import os, signal, sys
-from jaxlm import monitor, train
+from jaxlm.run import monitor
+from jaxlm.train import __main__ as train
 step = monitor.Monitor.step
 def die_at_25(self, number, metrics, finished):
     step(self, number, metrics, finished)

@@ -361,7 +361,8 @@ def test_all_problems_are_reported_at_once_before_anything_is_made(tmp_path):
 
 
 def test_a_missing_library_is_named(tmp_path):
-    code = "import sys; sys.modules['optuna'] = None; from jaxlm import cli, tune; cli.run(tune.main)"
+    code = "import sys; sys.modules['optuna'] = None; from jaxlm import cli; "
+    code += "from jaxlm.tune import __main__ as tune; cli.run(tune.main)"
     command = [sys.executable, "-c", code, *QUICK, f"--workdir={tmp_path}"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and 'optuna is not installed; type: pip install -e ".[tune]"' in run.stderr
