@@ -190,6 +190,20 @@ def test_readme_names_every_recipe():
     assert not [p.name for p in (ROOT / "configs").glob("*.py") if p.name not in readme]
 
 
+def test_the_map_names_every_file():
+    """CONTRIBUTING.md has a line for each file, below its folder."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set()
+    folders = []
+    for line in page[page.index("jaxlm/\n") :].split("```")[0].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        folders[depth:] = [name]
+        if name.endswith(".py"):
+            named.add("".join(folders))
+    assert named == {str(file.relative_to(ROOT)) for file in FILES if file.name != "__init__.py"}
+
+
 def test_launchers_are_short():
     for script in (ROOT / "launch").glob("*.sh"):
         assert len(script.read_text().splitlines()) < 80, script
