@@ -33,7 +33,7 @@ MODELS = {
 
 
 def build(config: ConfigDict) -> nn.Module:
-    """The model of a resolved config (jaxlm.config.resolve)."""
+    """The model of a resolved config (jaxlm.config.recipe.resolve)."""
     return build_section(config.model)
 
 

@@ -180,7 +180,7 @@ ROWS = """
 import argparse, sys
 import jax, numpy as np
 from jax.sharding import Mesh
-from jaxlm.keys import MESH_AXES
+from jaxlm.config.keys import MESH_AXES
 from jaxlm.parallel import hosts
 
 parser = argparse.ArgumentParser()

@@ -145,7 +145,7 @@ ENTRY %main (x: bf16[64,64], y: bf16[64,64]) -> bf16[64,64] {
 
 
 def test_what_gpus_are_told_is_known_to_this_jaxlib():
-    options = {name: value for name, (value, _) in topology.GPU_OPTIONS.items()}
+    options = {name: value for name, (value, _) in chips.GPU_OPTIONS.items()}
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
 
 

@@ -10,11 +10,13 @@ from test_examples import write
 from test_lora import with_noise
 
 import jaxlm
+from jaxlm.config import recipe
 from jaxlm.config.check import check
 from jaxlm.config.recipe import flatten
 from jaxlm.data.batches import describe, fingerprint, load_tokenizer
 from jaxlm.data.prepare import prepare
 from jaxlm.errors import UserError
+from jaxlm.generate.lm import LM
 from jaxlm.lora.__main__ import write_run
 from jaxlm.run.checkpoint import describe_run, name_of
 from jaxlm.run.warm_start import agree, inherit, overruled, rate_jump, warm_start
@@ -56,7 +58,7 @@ FILES = ("data__train", "data__val")
 def make_run(path, c, noise=False):
     """A run directory of an untrained model; noise: with adapters that do something."""
     vocab_size, c.data.labels, _ = describe(c)
-    c = jaxlm.config.resolve(c, vocab_size)
+    c = recipe.resolve(c, vocab_size)
     params, tokenizer = fresh_state(c).params, load_tokenizer(c)
     params = with_noise(params) if noise else params
     write_run(path, 1, params, describe_run(c, tokenizer, fingerprint(c)), c, tokenizer)
@@ -78,7 +80,7 @@ def problems_of(c):
     problems = inherit(c)
     vocab_size, c.data.labels, _ = describe(c)
     problems += agree(c, vocab_size)
-    return problems + check(c, 1, vocab_size), jaxlm.config.resolve(c, vocab_size)
+    return problems + check(c, 1, vocab_size), recipe.resolve(c, vocab_size)
 
 
 @pytest.mark.parametrize("key", ["train__init_from", "task__teacher"])
@@ -100,7 +102,7 @@ def test_examples_are_told_to_use_the_tokenizer_of_the_run(folder, runs):
 
 def test_what_the_run_has_otherwise_than_the_user_asks_is_told(folder, runs):
     c = settings(folder, train__init_from=runs["lm"], model__embed_dim=64, model__dropout=0.3)
-    before, theirs = jaxlm.config.flatten(c), jaxlm.load(runs["lm"]).config.model.embed_dim
+    before, theirs = flatten(c), jaxlm.load(runs["lm"]).config.model.embed_dim
     assert inherit(c) == []
     (line,) = overruled(["model.embed_dim", "model.dropout", "model.num_heads", "train.steps"], before, c)
     assert line == f"config.model.embed_dim=64 is not followed: the run of train.init_from has {theirs}"
@@ -181,9 +183,9 @@ def test_a_run_begun_from_one_with_adapters_computes_the_same(folder, runs, rank
     assert "its adapters are folded in" in told and "not used" not in told
     assert any("lora_" in name_of(path) for path, _ in jax.tree.leaves_with_path(params)) == bool(rank)
     before, tokens = jaxlm.load(runs["adapters"]), np.arange(64).reshape(2, 32)
-    after = jaxlm.generate.lm.LM(c, params, before.tokenizer, mesh_of(1), 0)
+    after = LM(c, params, before.tokenizer, mesh_of(1), 0)
     np.testing.assert_allclose(body_logits(after, tokens), body_logits(before, tokens), atol=1e-5)
-    plain = jaxlm.generate.lm.LM(c, params | {"layers": begun_without(folder, c)}, before.tokenizer, mesh_of(1), 0)
+    plain = LM(c, params | {"layers": begun_without(folder, c)}, before.tokenizer, mesh_of(1), 0)
     assert np.abs(body_logits(plain, tokens) - body_logits(before, tokens)).max() > 1e-2, "adapters that do something"
 
 
