@@ -38,7 +38,11 @@ def make(rng) -> dict:
     name, town = rng.choice(PEOPLE), rng.choice(TOWNS)
     asked = rng.choice([("where am i from ?", f"from {town}"), ("who am i ?", f"you are {name}")])
     said = f"i am {name} from {town}", f"hello {name}", *asked
-    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]}
+    return {
+        "messages": [
+            {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)
+        ]
+    }
 
 
 if __name__ == "__main__":

@@ -17,7 +17,15 @@ from jaxlm.config import base, variant
 SIZES = {
     "124m": {"layers": 12, "width": 768, "heads": 12, "length": 1024, "batch": 480, "rate": 6e-4},
     "350m": {"layers": 24, "width": 1024, "heads": 16, "length": 1024, "batch": 480, "rate": 3e-4},
-    "1.3b": {"layers": 24, "width": 2048, "heads": 16, "length": 2048, "batch": 512, "rate": 2e-4, "parts": 8},
+    "1.3b": {
+        "layers": 24,
+        "width": 2048,
+        "heads": 16,
+        "length": 2048,
+        "batch": 512,
+        "rate": 2e-4,
+        "parts": 8,
+    },
 }
 
 

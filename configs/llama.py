@@ -21,8 +21,24 @@ topology. What plan says of a chip, with model.remat=full:
 from jaxlm.config import base, variant
 
 SIZES = {
-    "2-7b": {"layers": 32, "width": 4096, "heads": 32, "kv": 32, "mlp": 11008, "rate": 3e-4, "vocab": 32_000},
-    "1b": {"layers": 16, "width": 2048, "heads": 32, "kv": 8, "mlp": 8192, "rate": 6e-4, "tie": True},
+    "2-7b": {
+        "layers": 32,
+        "width": 4096,
+        "heads": 32,
+        "kv": 32,
+        "mlp": 11008,
+        "rate": 3e-4,
+        "vocab": 32_000,
+    },
+    "1b": {
+        "layers": 16,
+        "width": 2048,
+        "heads": 32,
+        "kv": 8,
+        "mlp": 8192,
+        "rate": 6e-4,
+        "tie": True,
+    },
     "8b": {"layers": 32, "width": 4096, "heads": 32, "kv": 8, "mlp": 14336, "rate": 3e-4},
     "70b": {"layers": 80, "width": 8192, "heads": 64, "kv": 8, "mlp": 28672, "rate": 1.5e-4},
     "405b": {"layers": 126, "width": 16384, "heads": 128, "kv": 8, "mlp": 53248, "rate": 8e-5},

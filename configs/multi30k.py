@@ -28,7 +28,10 @@ def get_config(arg="cpu"):
     c = base()
     v = variant(arg, VARIANTS)
     c.task.name, c.task.label_smoothing = "seq2seq", 0.1
-    c.data.train, c.data.val = "data/multi30k/train.de.gz+train.en.gz", "data/multi30k/val.de.gz+val.en.gz"
+    c.data.train, c.data.val = (
+        "data/multi30k/train.de.gz+train.en.gz",
+        "data/multi30k/val.de.gz+val.en.gz",
+    )
     c.data.tokenizer, c.data.vocab_size, c.data.lowercase = "sentencepiece", 4000, True
     c.data.seq_len, c.data.enc_len = 128, 128
     c.model.name, c.model.num_layers, c.model.embed_dim = "encoder_decoder", v["layers"], 256
@@ -40,7 +43,11 @@ def get_config(arg="cpu"):
     c.optim.schedule, c.optim.end_factor, c.optim.weight_decay = "linear", 0.0, 0.0
     c.eval.every, c.eval.metric = v["steps"] // 4, "loss"
     if arg == "lstm":
-        c.model.name, c.model.hidden_dim, c.model.embed_std = "lstm_seq2seq", 512, 0.1  # 0.02: nothing in an epoch
+        c.model.name, c.model.hidden_dim, c.model.embed_std = (
+            "lstm_seq2seq",
+            512,
+            0.1,
+        )  # 0.02: nothing in an epoch
         c.optim.name, c.optim.learning_rate = "adamw", 4e-3
     elif arg == "2017":
         as_in_2017(c)

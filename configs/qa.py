@@ -37,7 +37,11 @@ def make(rng) -> dict:
     """Three people, each in a town; where is one of them?"""
     facts = list(zip(rng.sample(PEOPLE, 3), rng.sample(TOWNS, 3)))
     who, where = rng.choice(facts)
-    return {"question": f"where is {who} ?", "context": " ".join(f"{a} is in {b} ." for a, b in facts), "answer": where}
+    return {
+        "question": f"where is {who} ?",
+        "context": " ".join(f"{a} is in {b} ." for a, b in facts),
+        "answer": where,
+    }
 
 
 if __name__ == "__main__":

@@ -17,13 +17,29 @@ gpu: 10.6M parameters, 700 steps of 64 x 256 characters (11 epochs): 23 seconds 
 
 from jaxlm.config import base, variant
 
-CPU = {"layers": 4, "width": 128, "heads": 4, "length": 64, "batch": 12, "steps": 2000, "dropout": 0.0}
+CPU = {
+    "layers": 4,
+    "width": 128,
+    "heads": 4,
+    "length": 64,
+    "batch": 12,
+    "steps": 2000,
+    "dropout": 0.0,
+}
 VARIANTS = {
     "cpu": CPU,
     "lstm": CPU | {"layers": 2, "width": 256},
     "masked": CPU,
     "ngram": CPU | {"layers": 1, "width": 4, "heads": 1, "length": 1024, "batch": 8, "steps": 1},
-    "gpu": {"layers": 6, "width": 384, "heads": 6, "length": 256, "batch": 64, "steps": 700, "dropout": 0.3},
+    "gpu": {
+        "layers": 6,
+        "width": 384,
+        "heads": 6,
+        "length": 256,
+        "batch": 64,
+        "steps": 700,
+        "dropout": 0.3,
+    },
 }
 
 

@@ -21,7 +21,12 @@ def get_config(arg="ngrams"):
     c.task.name = "classify"
     c.data.train, c.data.val = "data/sst2/train.tsv", "data/sst2/dev.tsv"
     c.data.lowercase, c.model.dtype, c.model.scan = True, "float32", False
-    c.optim.weight_decay, c.optim.b2, c.optim.schedule, c.optim.warmup_steps = 0.01, 0.999, "constant", 0
+    c.optim.weight_decay, c.optim.b2, c.optim.schedule, c.optim.warmup_steps = (
+        0.01,
+        0.999,
+        "constant",
+        0,
+    )
     c.eval.metric = "accuracy"
     return variant(arg, {"ngrams": ngrams, "lstm": lstm})(c)
 
@@ -31,7 +36,12 @@ def ngrams(c):
     c.model.name, c.model.num_layers, c.model.embed_dim, c.model.order = "bag", 0, 4, 6
     c.model.ngram_weights, c.model.buckets, c.model.pooling = "log_count_ratio", 2**20, "sum"
     c.train.steps, c.train.batch_size, c.eval.every = 320, 32, 80
-    c.optim.name, c.optim.learning_rate, c.optim.momentum, c.optim.weight_decay = "sgd", 2.0, 0.9, 1e-4
+    c.optim.name, c.optim.learning_rate, c.optim.momentum, c.optim.weight_decay = (
+        "sgd",
+        2.0,
+        0.9,
+        1e-4,
+    )
     c.optim.schedule, c.optim.end_factor = "linear", 0.0
     c.optim.rates = ((r"^head/", 0.01), (r".*", 1.0))
     return c

@@ -16,7 +16,11 @@ from pathlib import Path
 from jaxlm.config import base
 
 PEOPLE = [a + b for a in "an bo cel da el".split() for b in "na ris tia mir vo".split()]
-DEEDS = [f"{a} {b}" for a in "won lost found sold built".split() for b in "gold ships games books towers".split()]
+DEEDS = [
+    f"{a} {b}"
+    for a in "won lost found sold built".split()
+    for b in "gold ships games books towers".split()
+]
 
 
 def get_config():
@@ -24,7 +28,12 @@ def get_config():
     c.task.name = "seq2seq"
     c.data.train, c.data.val = "data/summarize/train.jsonl", "data/summarize/val.jsonl"
     c.data.tokenizer, c.data.seq_len, c.data.enc_len = "words", 32, 128
-    c.model.name, c.model.num_layers, c.model.embed_dim, c.model.num_heads = "encoder_decoder", 2, 64, 4
+    c.model.name, c.model.num_layers, c.model.embed_dim, c.model.num_heads = (
+        "encoder_decoder",
+        2,
+        64,
+        4,
+    )
     c.model.mlp, c.model.qk_norm, c.model.dtype, c.model.scan = "relu2", True, "float32", False
     c.train.steps, c.train.batch_size = 800, 16
     c.optim.name, c.optim.learning_rate, c.optim.adam_learning_rate = "muon", 2e-2, 5e-3
@@ -35,8 +44,12 @@ def get_config():
 
 def make(rng) -> dict:
     """Four sentences, in some place that of today."""
-    said = lambda: f"{rng.choice(PEOPLE)} {rng.choice(DEEDS)}"
-    news, report = said(), [f"long ago {said()} ." for _ in range(3)]
+
+    def said():
+        return f"{rng.choice(PEOPLE)} {rng.choice(DEEDS)}"
+
+    news = said()
+    report = [f"long ago {said()} ." for _ in range(3)]
     report.insert(rng.randrange(4), f"today {news} .")
     return {"source": " ".join(report), "target": news}
 

@@ -7,7 +7,10 @@ from jaxlm.cli import did_you_mean
 
 PROGRAMS = {  # in the order of a model's life: name -> (module, what it does)
     "prepare": ("jaxlm.data.prepare", "turns raw text into shards of tokens"),
-    "plan": ("jaxlm.plan", "compiles a run for a pod that is not here: its memory, time and traffic"),
+    "plan": (
+        "jaxlm.plan",
+        "compiles a run for a pod that is not here: its memory, time and traffic",
+    ),
     "verify": ("jaxlm.verify", "shows that a config computes the same on every mesh"),
     "train": ("jaxlm.train", "trains a model, or goes on with a run"),
     "evaluate": ("jaxlm.evaluate", "measures trained models"),
@@ -21,7 +24,11 @@ HELP = ("-h", "--help", "help")
 
 
 def usage() -> str:
-    lines = ["usage: jaxlm PROGRAM [FLAGS]", "", "programs (jaxlm PROGRAM --help lists the flags of each):"]
+    lines = [
+        "usage: jaxlm PROGRAM [FLAGS]",
+        "",
+        "programs (jaxlm PROGRAM --help lists the flags of each):",
+    ]
     lines += [f"  {name:<10}{what}" for name, (_, what) in PROGRAMS.items()]
     return "\n".join(lines)
 

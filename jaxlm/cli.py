@@ -17,7 +17,15 @@ PREEMPTED = 75  # exit code: stopped by a signal, saved, and the same command go
 
 
 # Disks that are full or only to be read, and files of others: no fault of a program, so that a traceback says nothing.
-OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR)
+OF_DISKS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,19 +36,26 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
 
     def add_config(self) -> None:
-        self.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a recipe, such as configs/gpt2.py")
-        self.epilog = (
-            "Any key of the config can be set with --config.KEY=VALUE, e.g. --config.optim.learning_rate=1e-3."
+        self.add_argument(
+            "--config",
+            required=True,
+            metavar="FILE.py[:ARG]",
+            help="a recipe, such as configs/gpt2.py",
         )
+        self.epilog = "Any key of the config can be set with --config.KEY=VALUE: --config.optim.learning_rate=1e-3."
 
     def error(self, message: str):
         raise ConfigError(f"{self.prog}: {message} (see --help)")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        overrides, rest, words = [], [], iter(argv)
+        overrides = []
+        rest = []
+        words = iter(argv)
         for word in words:
             if word.startswith("--config.") and "--config" in self._option_string_actions:
                 key, equals, text = word.removeprefix("--config.").partition("=")
@@ -53,7 +68,9 @@ class Parser(argparse.ArgumentParser):
         for word in rest:
             flag = word.partition("=")[0]
             if flag.startswith("--") and len(flag) > 2 and flag not in self._option_string_actions:
-                self.error(f"there is no flag {flag}{did_you_mean(flag, self._option_string_actions)}")
+                self.error(
+                    f"there is no flag {flag}{did_you_mean(flag, self._option_string_actions)}"
+                )
         args = self.parse_args(rest)
         args.overrides = overrides
         return args
@@ -61,9 +78,14 @@ class Parser(argparse.ArgumentParser):
 
 def did_you_mean(word: str, allowed) -> str:
     """' (did you mean X?)', or '' where nothing is near."""
-    longer = sorted((each for each in allowed if each.startswith(word)), key=len) if len(word) > 2 else []
+    if len(word) > 2:
+        longer = sorted((each for each in allowed if each.startswith(word)), key=len)
+    else:
+        longer = []
     near = longer[:1] or difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    if near:
+        return f"; did you mean {near[0]}?"
+    return ""
 
 
 def near_path(path: str | PurePath) -> str:
@@ -73,7 +95,9 @@ def near_path(path: str | PurePath) -> str:
     for part in (Path(path), *Path(path).parents):
         if part.parent.is_dir():
             near = difflib.get_close_matches(part.name, os.listdir(part.parent), n=1, cutoff=0.6)
-            return f"; did you mean {part.parent / near[0]}?" if near else ""
+            if near:
+                return f"; did you mean {part.parent / near[0]}?"
+            return ""
     return ""
 
 
@@ -129,7 +153,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # the reader of a pipe (head, less) has gone: nothing is left to tell anyone
+    except (
+        BrokenPipeError
+    ):  # the reader of a pipe (head, less) has gone: nothing is left to tell anyone
         sys.stderr.close()
         code = 141
     except OSError as error:

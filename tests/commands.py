@@ -33,10 +33,8 @@ class Command(NamedTuple):
 
 
 class Rule(NamedTuple):
-    pattern: str  # of the whole command, the first one that matches
-    does: (
-        str  # run: as it stands, but for what is added; print: with --dry_run; parse: its flags and config are checked
-    )
+    pattern: str  # of the whole command, the first that matches
+    does: str  # run: as it stands; print: with --dry_run; parse: its flags and config are checked
     adds: str = ""  # words at its end
     why: str = ""  # of parse
 
@@ -44,21 +42,33 @@ class Rule(NamedTuple):
 RULES = (
     Rule(r"python -m jaxlm\.data\.prepare .*--tokenizer.*", "run", adds="--workers=1"),
     Rule(r"python -m jaxlm\.data\.prepare .*", "run", adds="--workers=1 --vocab_size=300"),
-    Rule(r"python -m jaxlm\.train .*configs/(llama|mixtral)\.py.*", "run", adds="--dry_run --devices=8"),
+    Rule(
+        r"python -m jaxlm\.train .*configs/(llama|mixtral)\.py.*",
+        "run",
+        adds="--dry_run --devices=8",
+    ),
     Rule(r"python -m jaxlm\.(train|evaluate|generate) .*", "run"),
     Rule(r"python -m jaxlm\.tune .*", "run", adds="--trials=1 --seeds=1"),
-    Rule(r"python -m jaxlm\.bench .*--(parts|sweep).*", "parse", why="minutes; tests/test_bench.py"),
+    Rule(
+        r"python -m jaxlm\.bench .*--(parts|sweep).*", "parse", why="minutes; tests/test_bench.py"
+    ),
     Rule(r"python -m jaxlm\.bench .*", "run", adds="--steps=2"),
     Rule(r"python -m jaxlm\.plan .*--topology=local", "run"),
     Rule(r"python -m jaxlm\.plan .*", "parse", why="compilers of pods; launch/test.sh --pods"),
     Rule(r"python -m jaxlm\.verify .*", "parse", why="minutes; tests/test_verify.py"),
     Rule(r"python -m jaxlm\.lora .*", "parse", why="of a run with adapters; tests/test_lora.py"),
     Rule(r"python -m jaxlm\.fitting .*", "parse", why="of two runs; tests/test_fitting.py"),
-    Rule(r"python -c .*jaxlm\.load.*", "parse", why="of a run; the calls are run by tests/test_vectors.py"),
+    Rule(
+        r"python -c .*jaxlm\.load.*",
+        "parse",
+        why="of a run; the calls are run by tests/test_vectors.py",
+    ),
     Rule(r"python configs/\w+\.py .*", "run"),
     Rule(r"bash launch/(tpu_pod|slurm|gpu_node)\.sh .*", "print"),
     Rule(
-        r"bash launch/(quickstart|baselines|fitting|install|test)\.sh.*", "parse", why="installs; tests/test_launch.py"
+        r"bash launch/(quickstart|baselines|fitting|install|test)\.sh.*",
+        "parse",
+        why="installs; tests/test_launch.py",
     ),
     Rule(r"(source|export|envsubst|kubectl) .*", "parse", why="of the shell, or of a cluster"),
 )
@@ -93,7 +103,9 @@ def rule_of(command: Command) -> Rule:
     for rule in RULES:
         if re.fullmatch(rule.pattern, str(command).replace("'", "")):
             return rule
-    raise AssertionError(f"{command.place} shows a command without a rule: {command}\nadd one to RULES in {__file__}")
+    raise AssertionError(
+        f"{command.place} shows a command without a rule: {command}\nadd one to RULES in {__file__}"
+    )
 
 
 # ---------------------------------------------------------------- what is shown
@@ -110,7 +122,8 @@ def shown() -> list[Command]:
             commands += in_lines(str(file.relative_to(ROOT)), indented(text))
     for file in sorted((ROOT / "launch").glob("*.sh")):
         commands += in_lines(
-            f"launch/{file.name}", re.findall(r"^#   (bash launch/.*)", file.read_text(), re.MULTILINE)
+            f"launch/{file.name}",
+            re.findall(r"^#   (bash launch/.*)", file.read_text(), re.MULTILINE),
         )
     return commands
 
@@ -149,7 +162,8 @@ def split(place: str, line: str) -> list[Command]:
     """The commands of a line of the shell; "..." in them stands for flags of the reader's."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
     lexer.whitespace_split = True
-    commands, words = [], []
+    commands = []
+    words = []
     for word in [*lexer, ";"]:
         if word in ("&&", "||", ";", "|"):
             commands += [Command(place, tuple(words))] if words else []
@@ -169,7 +183,9 @@ class Parsed(Exception):
 def program_of(name: str):
     """The module that `python -m NAME` runs."""
     found = importlib.import_module(name)
-    return found if hasattr(found, "main") else importlib.import_module(f"{name}.__main__")
+    if hasattr(found, "main"):
+        return found
+    return importlib.import_module(f"{name}.__main__")
 
 
 def parse(module: str, words: list[str]):
@@ -214,13 +230,16 @@ def cuts(config) -> list[str]:
                 set_key(config, key, before)
             else:
                 flags.append(f"--config.{key}={limit}")
-    assert config.train.steps <= LARGEST["train.steps"], "the run would be long: something else in LARGEST comes first"
+    assert config.train.steps <= LARGEST["train.steps"], (
+        "the run would be long: something else in LARGEST comes first"
+    )
     return flags
 
 
 def runnable(command: Command) -> list[str]:
     """The words that a test runs. The working directory is where the command's recipe is."""
-    words, rule = list(command.words), rule_of(command)
+    words = list(command.words)
+    rule = rule_of(command)
     if words[:2] == ["python", "-m"] and "--dry_run" not in rule.adds:
         words = small(command)
     return words + rule.adds.split()
@@ -246,7 +265,8 @@ def run_all(commands: list[list[str]]) -> list[dict]:
     """What came of each: {"words", "error" (empty: nothing went wrong), "said"}."""
     outcomes = []
     for words in commands:
-        said, error = io.StringIO(), ""
+        said = io.StringIO()
+        error = ""
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 run(words)

@@ -28,7 +28,9 @@ cli.spare_threads()
 jax.devices()
 os.environ.pop("PJRT_NPROC")  # a program that a test starts has as many devices as the test says
 ROOT = Path(__file__).parent.parent
-sys.path += [str(folder) for folder in ROOT.glob("tests/**/") if folder != ROOT / "tests"]  # tests share helpers
+sys.path += [
+    str(folder) for folder in ROOT.glob("tests/**/") if folder != ROOT / "tests"
+]  # tests share helpers
 OF_2017 = {  # the layers of Vaswani et al. 2017
     "model__norm_place": "post",
     "model__norm": "layer",
@@ -37,7 +39,9 @@ OF_2017 = {  # the layers of Vaswani et al. 2017
     "model__mlp": "relu",
     "model__scale_embeddings": True,
 }
-WORDS = "the cat sat on a mat and saw two dogs run by sea under old red moon while rain fell".split()
+WORDS = (
+    "the cat sat on a mat and saw two dogs run by sea under old red moon while rain fell".split()
+)
 
 
 def small_config(**overrides):
@@ -89,7 +93,9 @@ def random_batch(rng, rows=16, length=32, vocab=64, documents=3):
     return {
         "tokens": window[:, :-1],
         "targets": window[:, 1:],
-        "weights": (rng.random((rows, length)) < np.linspace(0.2, 1, rows)[:, None]).astype(np.float32),
+        "weights": (rng.random((rows, length)) < np.linspace(0.2, 1, rows)[:, None]).astype(
+            np.float32
+        ),
         "positions": positions.astype(np.int32),
         "segments": np.cumsum(first, axis=1, dtype=np.int32) + 1,
     }
@@ -101,7 +107,9 @@ def program(*args, devices=1, check=True, env=None):
     if devices == 1:  # what another test of this worker has compiled
         flags["JAX_COMPILATION_CACHE_DIR"] = str(program.compiled)
     command = [sys.executable, "-m", *map(str, args)]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ | flags | (env or {}), capture_output=True, text=True)
+    run = subprocess.run(
+        command, cwd=ROOT, env=os.environ | flags | (env or {}), capture_output=True, text=True
+    )
     assert not check or run.returncode == 0, run.stdout + run.stderr
     return run
 
@@ -124,9 +132,12 @@ def few_programs():
 @pytest.fixture(scope="session")
 def text_dir(tmp_path_factory):
     """200 prepared documents of made sentences, in bytes."""
-    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("text")
     for i in range(200):
-        sentences = [" ".join(rng.choice(WORDS, rng.integers(3, 12))) + ".\n" for _ in range(rng.integers(1, 9))]
+        sentences = []
+        for _ in range(rng.integers(1, 9)):
+            sentences.append(" ".join(rng.choice(WORDS, rng.integers(3, 12))) + ".\n")
         (path / f"{i:03}.txt").write_text("".join(sentences))
     prepare([str(path)], path / "tokens", tokenizer="bytes", workers=1)
     return path / "tokens"

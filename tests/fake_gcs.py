@@ -14,8 +14,12 @@ PATH = re.compile(r"(?:/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?
 class FakeGCS(BaseHTTPRequestHandler):
     """Of one bucket, `mine`; `objects` maps names to (generation, bytes)."""
 
-    protocol_version, wbufsize = "HTTP/1.1", -1  # buffered: head and body in one packet, or each answer takes 40 ms
-    objects, generations, lock = {}, itertools.count(1), RLock()
+    # buffered: head and body in one packet, or each answer takes 40 ms
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1
+    objects = {}  # noqa: RUF012 (a server of one process has one bucket)
+    generations = itertools.count(1)
+    lock = RLock()
 
     def log_message(self, *args):
         pass
@@ -30,19 +34,27 @@ class FakeGCS(BaseHTTPRequestHandler):
 
     def handle_request(self):
         url = urlsplit(self.path)
-        query, data = dict(parse_qsl(url.query)), self.rfile.read(int(self.headers["Content-Length"] or 0))
+        query = dict(parse_qsl(url.query))
+        data = self.rfile.read(int(self.headers["Content-Length"] or 0))
         bucket, name = PATH.match(url.path).groups()
         name = unquote(name or query.get("name", ""))
         with self.lock:
             generation = self.objects[name][0] if name in self.objects else 0
             if bucket != "mine":
-                self.answer({"error": {"code": 404, "message": "The specified bucket does not exist."}}, 404)
+                self.answer(
+                    {"error": {"code": 404, "message": "The specified bucket does not exist."}}, 404
+                )
             elif query.get("ifGenerationMatch", str(generation)) != str(generation):
                 self.answer(b"", 412)
             elif query.get("ifGenerationNotMatch") == str(generation):
                 self.answer(b"", 304)
             elif url.path.endswith("/o") and self.command == "GET":
-                self.list(*(query.get(key, "") for key in ("prefix", "delimiter", "startOffset", "endOffset")))
+                self.list(
+                    *(
+                        query.get(key, "")
+                        for key in ("prefix", "delimiter", "startOffset", "endOffset")
+                    )
+                )
             else:
                 getattr(self, self.command.lower())(name, query, data)
 
@@ -51,11 +63,25 @@ class FakeGCS(BaseHTTPRequestHandler):
     def describe(self, name):
         generation, data = self.objects[name]
         time = "2026-01-01T00:00:00Z"
-        return {"name": name, "generation": str(generation), "size": len(data), "timeCreated": time, "updated": time}
+        return {
+            "name": name,
+            "generation": str(generation),
+            "size": len(data),
+            "timeCreated": time,
+            "updated": time,
+        }
 
     def list(self, prefix, delimiter, start, stop):
-        names = [n for n in sorted(self.objects) if n.startswith(prefix) and n >= start and (not stop or n < stop)]
-        cut = lambda name: name.find(delimiter, len(prefix)) + 1 if delimiter else 0
+        names = []
+        for n in sorted(self.objects):
+            if n.startswith(prefix) and n >= start and (not stop or n < stop):
+                names.append(n)
+
+        def cut(name):
+            if delimiter:
+                return name.find(delimiter, len(prefix)) + 1
+            return 0
+
         folders = sorted({n[: cut(n)] for n in names if cut(n)})
         self.answer({"items": [self.describe(n) for n in names if not cut(n)], "prefixes": folders})
 
@@ -70,7 +96,10 @@ class FakeGCS(BaseHTTPRequestHandler):
             generation, data = self.objects[name]
             first, last = re.match(r"(?:bytes=(\d+)-(\d*))?", self.headers["Range"] or "").groups()
             part = data[int(first or 0) : int(last) + 1 if last else None]
-            there = {"Content_Range": f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"} if first else {}
+            if first:
+                there = {"Content_Range": f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"}
+            else:
+                there = {}
             self.answer(part, 206 if first else 200, X_Goog_Generation=generation, **there)
 
     def post(self, name, query, data):

@@ -24,10 +24,13 @@ def test_quickstart_trains_a_model_that_beats_gzip(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     result = json.loads((tmp_path / "model/evaluation.json").read_text())
     assert result["bits_per_byte"] < result["gzip_bits_per_byte"] - 0.2
-    losses = [json.loads(line).get("loss") for line in (tmp_path / "model/metrics.jsonl").read_text().splitlines()]
+    losses = []
+    for line in (tmp_path / "model/metrics.jsonl").read_text().splitlines():
+        losses.append(json.loads(line).get("loss"))
     losses = [loss for loss in losses if loss is not None]
     assert losses[-1] < losses[0] - 3
-    assert "def " in run.stdout and "Try next" in run.stdout
+    assert "def " in run.stdout
+    assert "Try next" in run.stdout
 
 
 # ---------------------------------------------------------------- Cloud TPU
@@ -97,7 +100,12 @@ class Cloud:
         script(path / "hostname", '#!/bin/sh\necho "$WORKER"\n')
         (path / "workers").write_text(" ".join(workers))
         (path / "plan").write_text("0 0 0")
-        self.env = {"PATH": f"{path}:/usr/bin:/bin", "TMPDIR": str(path), "POLL": "0.05", "TRIES": "4"}
+        self.env = {
+            "PATH": f"{path}:/usr/bin:/bin",
+            "TMPDIR": str(path),
+            "POLL": "0.05",
+            "TRIES": "4",
+        }
         self.env |= {"CLOUDSDK_CONFIG": str(path), "HOME": str(path)}
 
     def command(self, command, *flags):
@@ -105,7 +113,11 @@ class Cloud:
 
     def run(self, command, *flags, **env):
         return subprocess.run(
-            self.command(command, *flags), env=self.env | env, capture_output=True, text=True, timeout=60
+            self.command(command, *flags),
+            env=self.env | env,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
 
     def plan(self, text, **fails):
@@ -114,7 +126,9 @@ class Cloud:
             (self.path / f"fail_{verb}").write_text(str(times))
 
     def lines(self, name):
-        return (self.path / name).read_text().splitlines() if (self.path / name).exists() else []
+        if (self.path / name).exists():
+            return (self.path / name).read_text().splitlines()
+        return []
 
     def calls(self, verb):
         return [line for line in self.lines("calls") if line.split()[3] == verb]
@@ -135,30 +149,36 @@ def test_a_preempted_pod_is_created_again_and_training_goes_on(cloud):
     cloud.plan("preempt 0")
     run = cloud.run("run", "--spot", "--", *TRAIN)
     assert run.returncode == 0, run.stderr
-    assert len(cloud.calls("create")) == 2 and all("--spot" in call for call in cloud.calls("create"))
+    assert len(cloud.calls("create")) == 2
+    assert all("--spot" in call for call in cloud.calls("create"))
     assert all("--runtime-version=v2-alpha-tpuv5 " in call for call in cloud.calls("create"))
     trained = cloud.lines("trained")
     assert sorted(trained) == sorted(
         f"{w} -m jaxlm.train {' '.join(TRAIN)}" for w in cloud.lines("workers")[0].split() * 2
     )
-    assert not cloud.exists and "step      1/2" in run.stderr
+    assert not cloud.exists
+    assert "step      1/2" in run.stderr
 
 
 def test_stopped_and_saved_is_started_again_on_the_same_machine(cloud):
     cloud.plan("75 134 0")
     run = cloud.run("run", "--", *TRAIN)
     assert run.returncode == 0, run.stderr
-    assert len(cloud.calls("create")) == 1 and len(cloud.lines("trained")) == 6 and not cloud.exists
+    assert len(cloud.calls("create")) == 1
+    assert len(cloud.lines("trained")) == 6
+    assert not cloud.exists
 
 
 def test_the_exit_code_is_trainings_and_the_machine_is_deleted_or_kept(cloud):
     cloud.plan("5")
     run = cloud.run("run", "--", *TRAIN)
-    assert run.returncode == 5 and not cloud.exists
+    assert run.returncode == 5
+    assert not cloud.exists
     assert "loss 5.0" in run.stdout  # the end of the logs, which go with the machine
     (cloud.path / "trained").unlink()
     run = cloud.run("run", "--keep", "--", *TRAIN)
-    assert run.returncode == 5 and (cloud.path / "state").read_text() == "ACTIVE\n"
+    assert run.returncode == 5
+    assert (cloud.path / "state").read_text() == "ACTIVE\n"
     assert "delete --name=pod --zone=us-east5-a" in run.stderr
 
 
@@ -166,14 +186,17 @@ def test_creating_is_tried_again_and_failure_is_told(cloud):
     cloud.plan("0", create=2)
     run = cloud.run("run", "--", *TRAIN)
     assert run.returncode == 0, run.stderr
-    assert len(cloud.calls("create")) == 3 and run.stderr.count("creating pod failed") == 2
+    assert len(cloud.calls("create")) == 3
+    assert run.stderr.count("creating pod failed") == 2
     cloud.plan("0", create=99)
     run = cloud.run("run", "--", *TRAIN)
-    assert run.returncode == 1 and not cloud.exists
+    assert run.returncode == 1
+    assert not cloud.exists
     assert "delete --name=pod --zone=us-east5-a" in run.stderr
     cloud.plan("0", create=0)
     (cloud.path / "state").write_text("FAILED\n")  # Google's word for a request that cannot be met
-    assert cloud.run("run", "--", *TRAIN).returncode == 0 and not cloud.exists
+    assert cloud.run("run", "--", *TRAIN).returncode == 0
+    assert not cloud.exists
 
 
 def test_delete_leaves_nothing_or_says_so(cloud):
@@ -185,30 +208,41 @@ def test_delete_leaves_nothing_or_says_so(cloud):
     for fails in ({"delete": 99}, {"delete": 0, "describe": 99}):
         cloud.plan("0", **fails)
         run = cloud.run("delete")
-        assert run.returncode == 1 and "NOT DELETED" in run.stderr and "pod in us-east5-a" in run.stderr
+        assert run.returncode == 1
+        assert "NOT DELETED" in run.stderr
+        assert "pod in us-east5-a" in run.stderr
 
 
 def test_a_run_that_cannot_delete_does_not_end_with_0(cloud):
     cloud.plan("0", delete=99)
     run = cloud.run("run", "--", *TRAIN)
-    assert run.returncode == 1 and cloud.exists and "NOT DELETED" in run.stderr
+    assert run.returncode == 1
+    assert cloud.exists
+    assert "NOT DELETED" in run.stderr
 
 
 def test_ctrl_c_leaves_the_training_which_the_next_run_watches(cloud):
     cloud.plan("wait")
     command = cloud.command("run", "--", *TRAIN)
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background ignore it, and bash inherits
+
+    # tests in the background ignore it, and bash inherits
+    def heard():
+        return signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     pipe = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True, "preexec_fn": heard}
     run = subprocess.Popen(command, env=cloud.env, **pipe)
     while len(cloud.lines("trained")) < 2:
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGINT)
     said = run.communicate(timeout=20)[1]
-    assert run.returncode == 130 and "delete --name=pod --zone=us-east5-a" in said
-    assert cloud.exists and not cloud.calls("delete")
+    assert run.returncode == 130
+    assert "delete --name=pod --zone=us-east5-a" in said
+    assert cloud.exists
+    assert not cloud.calls("delete")
     (cloud.path / "finish").touch()
     assert cloud.run("run", "--", *TRAIN).returncode == 0
-    assert not cloud.exists and len(cloud.calls("create")) == 1
+    assert not cloud.exists
+    assert len(cloud.calls("create")) == 1
 
 
 def test_who_deletes_the_machine_ends_the_run(cloud):
@@ -220,7 +254,8 @@ def test_who_deletes_the_machine_ends_the_run(cloud):
         assert cloud.run("delete").returncode == 0
         assert "someone else" in run.communicate(timeout=20)[1]
     (cloud.path / "finish").touch()
-    assert run.returncode == 1 and len(cloud.calls("create")) == 1
+    assert run.returncode == 1
+    assert len(cloud.calls("create")) == 1
 
 
 def test_a_slice_that_was_passed_over_is_noticed(cloud):
@@ -241,7 +276,10 @@ def test_a_worker_trains_on_without_its_connection(tmp_path):
     script(tmp_path / ".venv/bin/python", f"#!/bin/bash\ntouch ready\n{wait}\nexit 5\n")
     (tmp_path / "train.exit").write_text("0\n")  # of an earlier training
     worker = ["bash", str(tmp_path / "launch/tpu_worker.sh")]
-    ask = lambda word: subprocess.run([*worker, word], capture_output=True, text=True).stdout
+
+    def ask(word):
+        return subprocess.run([*worker, word], capture_output=True, text=True).stdout
+
     start = subprocess.Popen([*worker, "start"], start_new_session=True)
     assert start.wait(timeout=20) == 0
     for _ in range(1000):
@@ -249,7 +287,9 @@ def test_a_worker_trains_on_without_its_connection(tmp_path):
             break
         time.sleep(0.02)
     os.killpg(start.pid, signal.SIGHUP)
-    assert "ended: not" in ask("look") and "already" in ask("start") and not (tmp_path / "train.exit").exists()
+    assert "ended: not" in ask("look")
+    assert "already" in ask("start")
+    assert not (tmp_path / "train.exit").exists()
     (tmp_path / "finish").touch()
     while "ended: not" in ask("look"):
         time.sleep(0.02)
@@ -261,7 +301,12 @@ def test_a_worker_trains_on_without_its_connection(tmp_path):
 
 def launch(name, *args, path, **env):
     """Runs a launcher with the stand-ins in `path`."""
-    env = {"PATH": f"{path}:/usr/bin:/bin", "HOME": str(path), "POLL": "0.05", "CLOUDSDK_CONFIG": str(path)} | env
+    env = {
+        "PATH": f"{path}:/usr/bin:/bin",
+        "HOME": str(path),
+        "POLL": "0.05",
+        "CLOUDSDK_CONFIG": str(path),
+    } | env
     command = ["bash", str(ROOT / "launch" / name), *args]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
 
@@ -276,10 +321,13 @@ def stand_ins(path, **programs):
 def test_slurm_submits_itself(tmp_path):
     calls = stand_ins(tmp_path, sbatch="", python="")
     run = launch("slurm.sh", "--nodes=2", "--", *TRAIN, path=tmp_path, PYTHON="python")
-    assert run.returncode == 0 and calls() == [f"sbatch --nodes=2 launch/slurm.sh -- {' '.join(TRAIN)}"]
+    assert run.returncode == 0
+    assert calls() == [f"sbatch --nodes=2 launch/slurm.sh -- {' '.join(TRAIN)}"]
 
 
-@pytest.mark.parametrize("does,code,requeued", [("exit 75", 75, True), ("exit 3", 3, False), ("", 0, False)])
+@pytest.mark.parametrize(
+    "does,code,requeued", [("exit 75", 75, True), ("exit 3", 3, False), ("", 0, False)]
+)
 def test_slurm_requeues_what_has_saved(tmp_path, does, code, requeued):
     calls = stand_ins(tmp_path, srun=does, scontrol="")
     job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT)}
@@ -315,15 +363,22 @@ def test_gpu_node_passes_a_signal_on_and_ends(tmp_path):
     while not (tmp_path / "ready").exists():
         time.sleep(0.05)
     run.terminate()
-    assert run.wait(timeout=20) == 75 and len(calls()) == 2
+    assert run.wait(timeout=20) == 75
+    assert len(calls()) == 2
 
 
 def test_the_jobset_restarts_what_was_preempted():
     text = (ROOT / "launch/gke_jobset.yaml").read_text()
-    values = {"SLICES": "2", "HOSTS": "16", "CHIPS": "4", "TRAIN": "--config=a.py --workdir='/bucket/b c'"}
+    values = {
+        "SLICES": "2",
+        "HOSTS": "16",
+        "CHIPS": "4",
+        "TRAIN": "--config=a.py --workdir='/bucket/b c'",
+    }
     names = "NAME IMAGE SERVICE_ACCOUNT ACCELERATOR TOPOLOGY BUCKET DATA".split()
     filled = Template(text).safe_substitute({name: name.lower() for name in names} | values)
-    assert "${" not in filled and len(text.splitlines()) < 80
+    assert "${" not in filled
+    assert len(text.splitlines()) < 80
     exported = re.findall(r"\b([A-Z_]+)=", text[: text.index("envsubst")])
     assert sorted(exported) == sorted([*names, *values])
     spec = yaml.safe_load(filled)["spec"]
@@ -340,7 +395,9 @@ def test_the_jobset_restarts_what_was_preempted():
 # ---------------------------------------------------------------- all
 
 
-@pytest.mark.parametrize("name,flags", [("tpu_pod.sh", ["run", *POD]), ("slurm.sh", []), ("gpu_node.sh", [])])
+@pytest.mark.parametrize(
+    "name,flags", [("tpu_pod.sh", ["run", *POD]), ("slurm.sh", []), ("gpu_node.sh", [])]
+)
 def test_dry_runs_print_the_commands_and_call_nothing(tmp_path, name, flags):
     programs = "gcloud sbatch srun scontrol nvidia-smi uv tar flock"
     calls = stand_ins(tmp_path, **dict.fromkeys(programs.split(), "exit 1"))
@@ -350,7 +407,12 @@ def test_dry_runs_print_the_commands_and_call_nothing(tmp_path, name, flags):
     if name == "tpu_pod.sh":
         verbs = [words[4] for words in commands if words[0] == "gcloud"]
         assert verbs == "create describe scp ssh ssh ssh ssh delete describe".split()
-        commands = [shlex.split(w.partition("=")[2]) for c in commands for w in c if w.startswith("--command=")]
+        commands = [
+            shlex.split(w.partition("=")[2])
+            for c in commands
+            for w in c
+            if w.startswith("--command=")
+        ]
     assert any(words[-2:] == TRAIN for words in commands), run.stdout
 
 
@@ -361,7 +423,11 @@ def test_scripts_are_sound_bash(path):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("args", [[], ["fly"], ["run"], ["run", *POD], ["delete", "--nmae=x"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "args", [[], ["fly"], ["run"], ["run", *POD], ["delete", "--nmae=x"]], ids=" ".join
+)
 def test_wrong_usage_is_told_before_anything_is_called(cloud, args):
     run = launch("tpu_pod.sh", *args, path=cloud.path)
-    assert run.returncode == 2 and "error: " in run.stderr and not cloud.lines("calls")
+    assert run.returncode == 2
+    assert "error: " in run.stderr
+    assert not cloud.lines("calls")

@@ -26,7 +26,9 @@ def module_of(file: Path) -> str:
 def folder_of(module: str) -> str:
     """'jaxlm.data.files.tables' -> 'data', of a program's 'programs'."""
     name = module.split(".")[1]
-    return "programs" if name in PROGRAMS else name
+    if name in PROGRAMS:
+        return "programs"
+    return name
 
 
 def is_top(file: Path) -> bool:
@@ -59,7 +61,9 @@ def test_imports_point_one_way(file):
         there = folder_of(name)
         assert ORDER.index(there) <= ORDER.index(here), f"{module_of(file)} imports {name}"
         if here == there == "programs":
-            assert name.split(".")[1] == module_of(file).split(".")[1], f"{module_of(file)} imports {name}"
+            assert name.split(".")[1] == module_of(file).split(".")[1], (
+                f"{module_of(file)} imports {name}"
+            )
 
 
 def test_no_cycles():
@@ -130,7 +134,9 @@ def code_tokens(text: str) -> list[int]:
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
             docs.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    return [token.start[0] for token in tokens if token.type in COUNTED and token.start[0] not in docs]
+    return [
+        token.start[0] for token in tokens if token.type in COUNTED and token.start[0] not in docs
+    ]
 
 
 def tokens_per_line(files) -> float:

@@ -95,7 +95,10 @@ def test_what_is_a_command(text, found):
 
 
 def test_an_unknown_command_says_what_to_add():
-    with pytest.raises(AssertionError, match=r"page shows a command without a rule: python -m jaxlm\.fly\nadd one to"):
+    with pytest.raises(
+        AssertionError,
+        match=r"page shows a command without a rule: python -m jaxlm\.fly\nadd one to",
+    ):
         rule_of(Command("page", ("python", "-m", "jaxlm.fly")))
 
 
@@ -133,18 +136,26 @@ def test_flags_and_keys_in_readmes_sentences_exist(monkeypatch):
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     spans = " ".join(re.findall(r"`([^`]+)`", prose))
     known = every_flag(monkeypatch)
-    known |= set(re.findall(r"--[a-z_]+", "".join(file.read_text() for file in (ROOT / "launch").glob("*.*"))))
+    known |= set(
+        re.findall(
+            r"--[a-z_]+", "".join(file.read_text() for file in (ROOT / "launch").glob("*.*"))
+        )
+    )
     outside = re.sub(r"XLA_FLAGS=\S+|(gcloud|kubectl|git|pip|uv) .*", "", spans)
     for flag in re.findall(r"(?<![\w-])--[a-z_]+", outside):
         assert flag in known, f"README.md speaks of {flag}, which no program has"
     keys = flatten(base())
     sections = "|".join({key.partition(".")[0] for key in keys if "." in key})
     for key in re.findall(rf"(?<![\w./])(?:config\.)?((?:{sections})\.[a-z_]+)\b(?![./(])", spans):
-        assert key in keys or key.endswith((".py", ".json")), f"README.md speaks of the key {key}, which there is not"
+        assert key in keys or key.endswith((".py", ".json")), (
+            f"README.md speaks of the key {key}, which there is not"
+        )
 
 
 def test_readmes_extras_exist():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     for names in re.findall(r'"\.\[([\w,]+)\]"', README):
         assert set(names.split(",")) <= extras.keys()
 
@@ -161,12 +172,17 @@ SENTENCES = [
 
 def make_data(folder) -> None:
     """The files that README's reader would have, of a few sentences."""
-    texts = [f"{english} , {number} times .\n" for number in range(60) for english, _, _ in SENTENCES]
+    texts = []
+    for number in range(60):
+        for english, _, _ in SENTENCES:
+            texts.append(f"{english} , {number} times .\n")
     for name in ("corpus", "openwebtext", "data"):
         (folder / name).mkdir()
     records = "".join(json.dumps({"text": text * 3}) + "\n" for text in texts)
     (folder / "corpus/a.jsonl.gz").write_bytes(gzip.compress(records.encode()))
-    pq.write_table(pa.table({"text": [text * 3 for text in texts]}), folder / "openwebtext/a.parquet")
+    pq.write_table(
+        pa.table({"text": [text * 3 for text in texts]}), folder / "openwebtext/a.parquet"
+    )
     (folder / "input.txt").write_text("".join(texts) * 3)
     (folder / "words.txt").write_text("".join(texts) * 3)
     for name in ("train", "val", "test"):
@@ -177,8 +193,13 @@ def make_data(folder) -> None:
         (folder / "data" / task).symlink_to(folder)
     (folder / "runs/quickstart").mkdir(parents=True)
     (folder / "runs/quickstart/data").symlink_to(folder / "data/mine")
-    for names, labels in ((("reviews", "reviews_val"), None), (("train", "dev"), {"good": "1", "bad": "0"})):
-        lines = [f"{english}\t{labels[label] if labels else label}\n" for english, _, label in SENTENCES * 6]
+    for names, labels in (
+        (("reviews", "reviews_val"), None),
+        (("train", "dev"), {"good": "1", "bad": "0"}),
+    ):
+        lines = []
+        for english, _, label in SENTENCES * 6:
+            lines.append(f"{english}\t{labels[label] if labels else label}\n")
         for name in names:
             (folder / f"{name}.tsv").write_text("".join(lines))
 
@@ -187,7 +208,13 @@ def reader(words: list[str], folder, given: str):
     """Runs Python in the reader's directory, on one device."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FLAGS}
     done = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=env, input=given, capture_output=True, text=True, timeout=500
+        [sys.executable, *words],
+        cwd=folder,
+        env=env,
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -209,11 +236,10 @@ def outcomes(folder):
 
 @pytest.mark.slow
 def test_each_command_runs(outcomes):
-    wrong = [
-        f"{command}\nrun as {shlex.join(o['words'])}\n{o['said']}{o['error']}"
-        for command, o in outcomes.items()
-        if o["error"]
-    ]
+    wrong = []
+    for command, o in outcomes.items():
+        if o["error"]:
+            wrong.append(f"{command}\nrun as {shlex.join(o['words'])}\n{o['said']}{o['error']}")
     assert not wrong, "\n\n".join(wrong)
 
 

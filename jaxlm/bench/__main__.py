@@ -33,7 +33,13 @@ from jaxlm.run.checkpoint import VERSIONS, versions
 from jaxlm.run.process import manage_memory, quick_random_numbers
 from jaxlm.run.warm_start import inherit
 from jaxlm.step import costs
-from jaxlm.step.state import abstract_inputs, abstract_state, check_sharding, init_state, jit_train_step
+from jaxlm.step.state import (
+    abstract_inputs,
+    abstract_state,
+    check_sharding,
+    init_state,
+    jit_train_step,
+)
 
 VOCABULARY = 256  # of random tokens, where the config names no other
 RANDOM_TOKENS = 4_000_000
@@ -52,22 +58,33 @@ class Running:
     """The compiled step of a resolved config, its state and its batches: to be timed, again and again."""
 
     def __init__(self, config: ConfigDict):
-        self.config, self.mesh, self.at = config, make_mesh(config), 0
+        self.config = config
+        self.mesh = make_mesh(config)
+        self.at = 0
         check_sharding(config, self.mesh)
         self.batches = train_batches(config, hosts.local_rows(self.mesh, config.train.batch_size))
         with jax.set_mesh(self.mesh):
             began = time.perf_counter()
-            self.step = jit_train_step(config, self.mesh).lower(*abstract_inputs(config, self.mesh)).compile()
-            self.compile_s, self.state = time.perf_counter() - began, None
+            self.step = (
+                jit_train_step(config, self.mesh)
+                .lower(*abstract_inputs(config, self.mesh))
+                .compile()
+            )
+            self.compile_s = time.perf_counter() - began
+            self.state = None
 
     def place(self, rows: dict) -> dict:
         return hosts.to_global(rows, self.mesh, self.config.train.batch_size)
 
     def time(self, steps: int, warm_up: int = WARM_UP) -> tuple[Times, list[float]]:
         """(times, losses) of so many steps, after a warm-up."""
-        start, self.at = self.at, self.at + warm_up + steps + 1
+        start = self.at
+        self.at = self.at + warm_up + steps + 1
         with jax.set_mesh(self.mesh):
-            self.state = init_state(self.config, self.mesh) if self.state is None else self.state
+            if self.state is None:
+                self.state = init_state(self.config, self.mesh)
+            else:
+                self.state = self.state
             ready = Prefetch(self.batches, start, self.at, self.config.data.prefetch, self.place)
             times, self.state, losses = time_steps(self.step, self.state, ready, steps, warm_up)
             ready.close()
@@ -82,7 +99,8 @@ def bench(config: ConfigDict, steps: int) -> dict:
         run.state, before = begin(config, mesh, run.step, run.place(run.batches[0]))
     times, losses = run.time(steps)
     peak = peak_memory(mesh, before)
-    seconds, tokens = float(np.median(times.step)), config.train.batch_size * config.data.seq_len
+    seconds = float(np.median(times.step))
+    tokens = config.train.batch_size * config.data.seq_len
     chip = peak_flops(mesh.local_devices[0].device_kind)
     flops = costs.flops_per_token(config, abstract_state(config)[0].params)
     return {
@@ -105,14 +123,23 @@ def bench(config: ConfigDict, steps: int) -> dict:
 
 def spread(times: Times) -> dict[str, float]:
     names = {"min": 0, "p10": 10, "p90": 90, "max": 100}
-    return {name: 1e3 * float(np.percentile(times.step, percent)) for name, percent in names.items()}
+    return {
+        name: 1e3 * float(np.percentile(times.step, percent)) for name, percent in names.items()
+    }
 
 
 def lines(figures: dict) -> list[str]:
-    f, low = figures, figures["step_ms_spread"]
+    f = figures
+    low = figures["step_ms_spread"]
     share = f["data_wait_ms"] / f["step_ms"]
-    mfu = "no peak is known for this chip" if f["mfu"] is None else f"{f['mfu']:.1%}"
-    peak = "not told here" if f["peak_bytes"] is None else costs.human(f["peak_bytes"])
+    if f["mfu"] is None:
+        mfu = "no peak is known for this chip"
+    else:
+        mfu = f"{f['mfu']:.1%}"
+    if f["peak_bytes"] is None:
+        peak = "not told here"
+    else:
+        peak = costs.human(f["peak_bytes"])
     return [
         f"step            {f['step_ms']:10.2f} ms, the median of {f['steps']} (min {low['min']:.2f}, "
         f"10-90%: {low['p10']:.2f}-{low['p90']:.2f}, max {low['max']:.2f})",
@@ -130,7 +157,8 @@ def lines(figures: dict) -> list[str]:
 
 def with_data(config: ConfigDict, folder: Path) -> tuple[ConfigDict, str, list[str]]:
     """(the config with data that is there, where from, flags that say so): its own, or random tokens in `folder`."""
-    config, flags = config.copy_and_resolve_references(), []
+    config = config.copy_and_resolve_references()
+    flags = []
     try:
         vocab_size, config.data.labels, _ = describe(config)
         where = config.data.mixture or config.data.path or config.data.train
@@ -140,7 +168,8 @@ def with_data(config: ConfigDict, folder: Path) -> tuple[ConfigDict, str, list[s
         vocab_size = config.model.vocab_size or VOCABULARY
         random_tokens(folder, vocab_size, RANDOM_TOKENS, config.seed)
         where = f"random tokens of {vocab_size:,} kinds (config.model.vocab_size), because {str(error).splitlines()[0]}"
-        config.data.path, config.task.name = str(folder), "lm"
+        config.data.path = str(folder)
+        config.task.name = "lm"
         flags = [f"--config.data.path={folder}", "--config.task.name=lm"]
     config.model.vocab_size = config.model.vocab_size or vocab_size
     return config, where, flags
@@ -165,30 +194,45 @@ def sweep(config: ConfigDict, steps: int, folder: Path) -> dict[str, list[dict]]
     """
     found = {}
     for name, keys in SIZES.items():
-        runs, rows = [], []
+        runs = []
+        rows = []
         for factor in FACTORS:
             scaled = config.copy_and_resolve_references()
             for key in keys:
                 section, leaf = key.split(".")
                 scaled[section][leaf] = int(scaled[section][leaf] * factor)
             section, leaf = keys[0].split(".")
-            if scaled[section][leaf] and not check(scaled, jax.device_count()):  # half of one layer is none
+            if scaled[section][leaf] and not check(
+                scaled, jax.device_count()
+            ):  # half of one layer is none
                 runs.append(Running(resolve(scaled)))
         if not runs:
             continue  # a model without layers
-        print(f"{name:9} {len(runs)} sizes in {TURNS} turns of {-(-steps // TURNS)} steps", flush=True)
-        turns = [
-            [run.time(-(-steps // TURNS), 1 if turn else WARM_UP)[0].step for run in runs] for turn in range(TURNS)
-        ]
+        print(
+            f"{name:9} {len(runs)} sizes in {TURNS} turns of {-(-steps // TURNS)} steps", flush=True
+        )
+        turns = []
+        for turn in range(TURNS):
+            turns.append(
+                [run.time(-(-steps // TURNS), 1 if turn else WARM_UP)[0].step for run in runs]
+            )
         for run, seconds in zip(runs, zip(*turns)):
             c, (section, leaf) = run.config, keys[0].split(".")
             flops = costs.flops_per_token(c, run.state.params) * c.train.batch_size * c.data.seq_len
-            rows.append({"size": c[section][leaf], "step_ms": 1e3 * float(np.median(seconds)), "flops": flops})
+            rows.append(
+                {
+                    "size": c[section][leaf],
+                    "step_ms": 1e3 * float(np.median(seconds)),
+                    "flops": flops,
+                }
+            )
             print(line_of(name, rows), flush=True)
         found[name] = rows
         path = folder / f"{name}.png"
         pictures.growth(
-            path, f"{name} ({keys[0]})", *([row[key] for row in rows] for key in ("size", "step_ms", "flops"))
+            path,
+            f"{name} ({keys[0]})",
+            *([row[key] for row in rows] for key in ("size", "step_ms", "flops")),
         )
         print(f"{name}: {path}")
     return found
@@ -209,9 +253,15 @@ def line_of(name: str, rows: list[dict]) -> str:
 def main(argv: list[str]) -> int:
     parser = cli.Parser(prog="jaxlm.bench", description=__doc__)
     parser.add_config()
-    parser.add_argument("--steps", type=int, default=50, help="timed steps, after a warm-up (default: 50)")
-    parser.add_argument("--parts", action="store_true", help="also the parts of a step and of a run, each alone")
-    parser.add_argument("--sweep", metavar="DIR", help="also other sizes, at most 20 steps each; pictures go there")
+    parser.add_argument(
+        "--steps", type=int, default=50, help="timed steps, after a warm-up (default: 50)"
+    )
+    parser.add_argument(
+        "--parts", action="store_true", help="also the parts of a step and of a run, each alone"
+    )
+    parser.add_argument(
+        "--sweep", metavar="DIR", help="also other sizes, at most 20 steps each; pictures go there"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     args = parser.parse(argv)
     if args.steps < 1:
@@ -229,7 +279,9 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         require(problems)
         if config.model.name == "ngram":
-            raise ConfigError("config.model.name=ngram: is counted, not trained: it has no step to time")
+            raise ConfigError(
+                "config.model.name=ngram: is counted, not trained: it has no step to time"
+            )
         config, where, flags = with_data(config, Path(folder) / "tokens")
         print(f"data: {where}", flush=True)
         started = None
@@ -241,11 +293,21 @@ def main(argv: list[str]) -> int:
         require(check(config, jax.device_count(), config.model.vocab_size))
         resolved = resolve(config)
         figures = bench(resolved, args.steps) | machine() | {"config": args.config, "data": where}
-        attention = f", attention: {figures['attention']}" if figures["attention"] else ""
-        tokens = f"{figures['tokens_per_step']:,} tokens a step" + ", padding too" * (config.task.name in ROLES)
+        if figures["attention"]:
+            attention = f", attention: {figures['attention']}"
+        else:
+            attention = ""
+        tokens = f"{figures['tokens_per_step']:,} tokens a step" + ", padding too" * (
+            config.task.name in ROLES
+        )
         print(f"{figures['parameters']:,} parameters on {figures['devices']}, {tokens}{attention}")
         print("\n".join(lines(figures)), flush=True)
-        write = lambda: Path(args.json).write_text(json.dumps(figures, indent=1) + "\n") if args.json else None
+
+        def write():
+            if args.json:
+                return Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+            return None
+
         write()
         if args.parts:
             figures["parts"] = dissect.parts(resolved, figures["step_ms"]) | {"start": started}

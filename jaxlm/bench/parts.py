@@ -30,7 +30,9 @@ from jaxlm.step.state import apply_gradients, gradients, init_state
 
 REPEATS = 10
 SAVES = 5  # of a checkpoint
-OTHER_WORK = 8_000_000  # numbers touched between them, as a step would, so that no state is in the caches
+OTHER_WORK = (
+    8_000_000  # numbers touched between them, as a step would, so that no state is in the caches
+)
 
 
 def median(f: Callable, repeats: int = REPEATS) -> float:
@@ -51,38 +53,59 @@ def forward_and_backward(f: Callable, *args) -> float:
 
 def layer(module: nn.Module, mesh, x_BTD, *rest) -> float:
     """Seconds of one layer, forward and backward, its parameters sharded as in the model."""
-    call = lambda variables, x: jax.tree.leaves(module.apply(variables, x, *rest))[0]  # the first: no cache
+
+    # the first: no cache
+    def call(variables, x):
+        return jax.tree.leaves(module.apply(variables, x, *rest))[0]
+
     make = partial(module.init, jax.random.key(0), x_BTD, *rest)
     boxed = jax.eval_shape(make)
     places = shardings(nn.unbox(boxed), nn.get_partition_spec(boxed), mesh)
-    return forward_and_backward(call, jax.jit(lambda: nn.unbox(make()), out_shardings=places)(), x_BTD)
+    return forward_and_backward(
+        call, jax.jit(lambda: nn.unbox(make()), out_shardings=places)(), x_BTD
+    )
 
 
 def step_parts(config: ConfigDict, mesh) -> dict[str, float]:
     """Milliseconds a step of what can be taken out of it. config: resolved."""
-    c, state, found = FrozenConfigDict(config), init_state(config, mesh), {}
+    c = FrozenConfigDict(config)
+    state = init_state(config, mesh)
+    found = {}
     rows = train_batches(config, hosts.local_rows(mesh, c.train.batch_size))[0]
     batch = hosts.to_global(rows, mesh, c.train.batch_size)
     B, T = rows_of(batch)["tokens"].shape
-    place = jax.NamedSharding(mesh, partition_spec(("batch", "residual", None), (B, T, c.model.embed_dim), mesh))
+    place = jax.NamedSharding(
+        mesh, partition_spec(("batch", "residual", None), (B, T, c.model.embed_dim), mesh)
+    )
     x_BTD = jax.jit(
-        lambda: jax.random.normal(jax.random.key(1), (B, T, c.model.embed_dim), c.model.dtype), out_shardings=place
+        lambda: jax.random.normal(jax.random.key(1), (B, T, c.model.embed_dim), c.model.dtype),
+        out_shardings=place,
     )()
     if c.model.name in ("decoder", "encoder"):  # of one stack
-        m, flat = c.model, rows_of(batch)
+        m = c.model
+        flat = rows_of(batch)
         segments = flat["segments"] if c.data.isolate else None
         causal = m.name == "decoder"
         context = self_context(m, segments, segments, flat["positions"], None, None, None)
-        kinds, seen = (m.layers * m.num_layers)[: m.num_layers], reach(config)
-        one = {kind: layer(Attention(m, seen[kind], causal), mesh, x_BTD, context, None) for kind in set(kinds)}
+        kinds = (m.layers * m.num_layers)[: m.num_layers]
+        seen = reach(config)
+        one = {}
+        for kind in set(kinds):
+            one[kind] = layer(Attention(m, seen[kind], causal), mesh, x_BTD, context, None)
         found["attention"] = sum(one[kind] for kind in kinds)
         if not m.num_experts:
             found["MLP"] = m.num_layers * layer(MLP(m, m.mlp_dim), mesh, x_BTD)
     if c.task.name == "lm":
-        table, options = unembedding(state.params), {"softcap": c.model.logit_softcap, "chunk": c.train.loss_chunk}
-        loss = lambda x, table: weighted(x, table, batch["targets"], batch["weights"], Mix(), **options)[0]
+        table = unembedding(state.params)
+        options = {"softcap": c.model.logit_softcap, "chunk": c.train.loss_chunk}
+
+        def loss(x, table):
+            return weighted(x, table, batch["targets"], batch["weights"], Mix(), **options)[0]
+
         found["loss"] = forward_and_backward(loss, x_BTD, table)
-    grads, sums = jax.jit(lambda s, batch: gradients(s.params, batch, jax.random.key(0), c, s.teacher))(state, batch)
+    grads, sums = jax.jit(
+        lambda s, batch: gradients(s.params, batch, jax.random.key(0), c, s.teacher)
+    )(state, batch)
     update = jax.jit(partial(apply_gradients, config=c))
     found["optimizer"] = median(lambda: update(state, grads, sums))
     return {name: 1e3 * seconds for name, seconds in found.items()}
@@ -90,7 +113,8 @@ def step_parts(config: ConfigDict, mesh) -> dict[str, float]:
 
 def loader(config: ConfigDict, mesh) -> dict[str, float]:
     """Batches alone, made on one thread as a run makes them: this host's rows."""
-    began, count = time.perf_counter(), 0
+    began = time.perf_counter()
+    count = 0
     batches = train_batches(config, hosts.local_rows(mesh, config.train.batch_size))
     tokens = len(batches[0]["tokens"]) * config.data.seq_len
     opened = time.perf_counter() - began
@@ -99,18 +123,27 @@ def loader(config: ConfigDict, mesh) -> dict[str, float]:
         count += 1
         batches[count]
     seconds = (time.perf_counter() - began) / count
-    return {"ms_a_batch": 1e3 * seconds, "tokens_per_second": tokens / seconds, "open_ms": 1e3 * opened}
+    return {
+        "ms_a_batch": 1e3 * seconds,
+        "tokens_per_second": tokens / seconds,
+        "open_ms": 1e3 * opened,
+    }
 
 
 def checkpoint(config: ConfigDict, mesh) -> dict[str, float]:
     """A save: how long the loop waits for it, beside the state's copy alone, and how long until it is written."""
-    state, found = init_state(config, mesh), {"blocked_ms": [], "copy_ms": [], "written_ms": []}
-    other, size = np.ones(OTHER_WORK), sum(x.nbytes for x in jax.tree.leaves(items(state)))
-    new_arrays = jax.jit(lambda state: jax.tree.map(jnp.copy, state))  # what has been read once is kept on the host
+    state = init_state(config, mesh)
+    found = {"blocked_ms": [], "copy_ms": [], "written_ms": []}
+    other = np.ones(OTHER_WORK)
+    size = sum(x.nbytes for x in jax.tree.leaves(items(state)))
+    new_arrays = jax.jit(
+        lambda state: jax.tree.map(jnp.copy, state)
+    )  # what has been read once is kept on the host
 
     def timed(f: Callable) -> float:
         nonlocal state, other
-        state, other = jax.block_until_ready(new_arrays(state.replace(step=state.step + 1))), other * 1.0
+        state = jax.block_until_ready(new_arrays(state.replace(step=state.step + 1)))
+        other = other * 1.0
         began = time.perf_counter()
         f()
         return 1e3 * (time.perf_counter() - began)
@@ -119,10 +152,14 @@ def checkpoint(config: ConfigDict, mesh) -> dict[str, float]:
         checkpoints = Checkpoints(Path(folder), config)
         for _ in range(SAVES + 1):
             found["copy_ms"].append(timed(lambda: on_host(items(state))))
-            found["blocked_ms"].append(timed(lambda: checkpoints.save(state, {"config": flatten(config)})))
+            found["blocked_ms"].append(
+                timed(lambda: checkpoints.save(state, {"config": flatten(config)}))
+            )
             began = time.perf_counter()
             checkpoints.wait()
-            found["written_ms"].append(found["blocked_ms"][-1] + 1e3 * (time.perf_counter() - began))
+            found["written_ms"].append(
+                found["blocked_ms"][-1] + 1e3 * (time.perf_counter() - began)
+            )
         checkpoints.close()
     return {"bytes": size} | {name: float(np.median(times[1:])) for name, times in found.items()}
 
@@ -156,7 +193,8 @@ def start(command: list[str]) -> dict[str, float]:
 
 def parts(config: ConfigDict, step_ms: float) -> dict[str, dict]:
     """Of a step, of its data and of a checkpoint, printed as they come. config: resolved."""
-    found, mesh = {}, make_mesh(config)
+    found = {}
+    mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         found["step"] = step_parts(config, mesh)
         found["step"]["rest"] = step_ms - sum(found["step"].values())

@@ -51,7 +51,10 @@ BELOW_ONE = (
 def require(problems: list[str]) -> None:
     """Raises one ConfigError that lists them all, if there are any."""
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        if len(problems) == 1:
+            count = "1 problem"
+        else:
+            count = f"{len(problems)} problems"
         raise ConfigError(f"{count} in the config:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
@@ -78,7 +81,11 @@ def ranges(c: ConfigDict) -> list[str]:
     for keys, rule, ok in (
         (AT_LEAST_ONE, "must be at least 1", lambda v: v >= 1),
         (AT_LEAST_ZERO, "must not be negative", lambda v: 0 <= v < math.inf),
-        (["optim.warmup_steps"], "must not be negative, or -1 for 5% of train.steps", lambda v: v >= -1),
+        (
+            ["optim.warmup_steps"],
+            "must not be negative, or -1 for 5% of train.steps",
+            lambda v: v >= -1,
+        ),
         (POSITIVE, "must be positive", lambda v: 0 < v < math.inf),
         (BELOW_ONE, "must be in [0, 1)", lambda v: 0 <= v < 1),
         (["optim.layer_decay"], "must be in (0, 1]; 1: every layer alike", lambda v: 0 < v <= 1),
@@ -89,7 +96,11 @@ def ranges(c: ConfigDict) -> list[str]:
         ),
         (["task.mask_rate"], "must be in (0, 1)", lambda v: 0 < v < 1),
         (["task.span_length"], "must be at least 1", lambda v: v >= 1),
-        (["model.embed_dropout"], "must be in [0, 1), or -1 for model.dropout", lambda v: v == -1 or 0 <= v < 1),
+        (
+            ["model.embed_dropout"],
+            "must be in [0, 1), or -1 for model.dropout",
+            lambda v: v == -1 or 0 <= v < 1,
+        ),
     ):
         problems += [f"config.{key}={flat[key]}: {rule}" for key in keys if not ok(flat[key])]
     for key, allowed in CHOICES.items():
@@ -104,7 +115,8 @@ def ranges(c: ConfigDict) -> list[str]:
 
 
 def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
-    m, problems = c.model, []
+    m = c.model
+    problems = []
     attends = m.name in ATTENDING and m.num_layers
     if attends and not m.head_dim and m.embed_dim % m.num_heads:
         problems.append(
@@ -124,20 +136,26 @@ def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
             f"config.model.num_layers={m.num_layers} ({nearest_multiples(m.num_layers, len(m.layers))}), or scan=False"
         )
     if m.positions == "sinusoidal" and m.embed_dim % 2:
-        problems.append(f"config.model.embed_dim={m.embed_dim}: must be even for positions=sinusoidal")
+        problems.append(
+            f"config.model.embed_dim={m.embed_dim}: must be even for positions=sinusoidal"
+        )
     longest = max(("seq_len", "enc_len"), key=lambda key: c.data[key])
     if m.positions == "learned" and 0 < m.context_length < c.data[longest]:
         table = f"the table of learned positions, config.model.context_length={m.context_length}"
         problems.append(f"config.data.{longest}={c.data[longest]}: longer than {table}")
     if m.attention_softcap and m.attention not in ("auto", "reference", "blockwise", "tokamax"):
-        problems.append(f"config.model.attention={m.attention}: has no attention_softcap; set auto or reference")
+        problems.append(
+            f"config.model.attention={m.attention}: has no attention_softcap; set auto or reference"
+        )
     if m.num_experts and m.experts_per_token > m.num_experts:
         problems.append(
             f"config.model.experts_per_token={m.experts_per_token}: there are only config.model.num_experts="
             f"{m.num_experts} experts"
         )
     if m.embed_ngrams > 1 and m.name not in ("decoder", "encoder"):
-        problems.append(f"config.model.embed_ngrams={m.embed_ngrams}: is of decoders and encoders; set 1")
+        problems.append(
+            f"config.model.embed_ngrams={m.embed_ngrams}: is of decoders and encoders; set 1"
+        )
     if vocab_size and 0 < m.vocab_size < vocab_size:
         problems.append(
             f"config.model.vocab_size={m.vocab_size}: the tokenizer of config.data has {vocab_size} ids; "
@@ -148,8 +166,13 @@ def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
 
 def task(c: ConfigDict) -> list[str]:
     """What the task, its model and its data must be to each other."""
-    k, m, d, problems = c.task, c.model, c.data, []
-    causal, both_ways, two_sided = ("decoder", "lstm"), ("encoder", "bilstm"), ("encoder_decoder", "lstm_seq2seq")
+    k = c.task
+    m = c.model
+    d = c.data
+    problems = []
+    causal = ("decoder", "lstm")
+    both_ways = ("encoder", "bilstm")
+    two_sided = ("encoder_decoder", "lstm_seq2seq")
     kinds = {
         "lm": (*causal, "ngram"), "mlm": both_ways, "prefix_lm": ("decoder",), "fim": causal,
         "skipgram": ("vectors", "decoder"), "glove": ("vectors",), "sft": causal, "dpo": causal,
@@ -159,63 +182,93 @@ def task(c: ConfigDict) -> list[str]:
     if m.name not in kinds:
         problems.append(f"config.model.name={m.name}: task {k.name} needs {' or '.join(kinds)}")
     if k.name in ROLES and (d.path or d.mixture):
-        problems.append(f"config.data.path: task {k.name} learns from examples; give config.data.train and data.val")
+        problems.append(
+            f"config.data.path: task {k.name} learns from examples; give config.data.train and data.val"
+        )
     if k.name in TOKEN_TASKS and (d.train or d.val):
-        problems.append(f"config.data.train: task {k.name} learns from prepared tokens; give config.data.path")
+        problems.append(
+            f"config.data.train: task {k.name} learns from prepared tokens; give config.data.path"
+        )
     if "S" in m.layers and (m.name != "decoder" or k.name == "prefix_lm"):
-        problems.append(f"config.model.layers={m.layers!r}: windows (S) are for causal decoders; set L")
+        problems.append(
+            f"config.model.layers={m.layers!r}: windows (S) are for causal decoders; set L"
+        )
     if m.name == "encoder_decoder" and (m.num_experts or c.mesh.stage > 1):
         problems.append(
             "config.model.name=encoder_decoder: has no experts and no pipeline; set num_experts=0, mesh.stage=1"
         )
-    if not d.isolate and (m.name == "encoder_decoder" or (m.name in ("encoder", "bag") and k.name in ROLES)):
-        problems.append(f"config.data.isolate=False: the {m.name} of task {k.name} would read padding; set True")
+    if not d.isolate and (
+        m.name == "encoder_decoder" or (m.name in ("encoder", "bag") and k.name in ROLES)
+    ):
+        problems.append(
+            f"config.data.isolate=False: the {m.name} of task {k.name} would read padding; set True"
+        )
     if m.name not in ATTENDING and (c.mesh.sequence > 1 or c.mesh.stage > 1 or m.lora_rank):
         problems.append(
             f"config.model.name={m.name}: has no sequence or stage axis and no LoRA; set mesh.sequence=1 ..."
         )
     if m.name not in ATTENDING and m.quantize != "none":
-        problems.append(f"config.model.quantize={m.quantize}: is of Transformers, not of {m.name}; set none")
+        problems.append(
+            f"config.model.quantize={m.quantize}: is of Transformers, not of {m.name}; set none"
+        )
     if m.ngram_weights != "none" and (m.name != "bag" or k.name != "classify"):
         problems.append(
             f"config.model.ngram_weights={m.ngram_weights}: is of a bag of n-grams that learns classes; set none, or "
             "model.name=bag and task.name=classify"
         )
     if m.name == "bilstm" and (m.hidden_dim or m.embed_dim) % 2:
-        problems.append(f"config.model.hidden_dim={m.hidden_dim}: must be even for bilstm, half for each direction")
+        problems.append(
+            f"config.model.hidden_dim={m.hidden_dim}: must be even for bilstm, half for each direction"
+        )
     if m.lora_rank:
         try:
             re.compile(m.lora_targets)
         except re.error as error:
-            problems.append(f"config.model.lora_targets={m.lora_targets!r}: not a regular expression: {error}")
+            problems.append(
+                f"config.model.lora_targets={m.lora_targets!r}: not a regular expression: {error}"
+            )
     if (metric := c.eval.metric) not in METRICS[k.name]:
         problems.append(
             f"config.eval.metric={metric}: an evaluation of task {k.name} has {', '.join(METRICS[k.name])}"
             f"{did_you_mean(metric, METRICS[k.name])}"
         )
     elif metric in OF_TEXTS and not c.eval.generate:
-        problems.append(f"config.eval.metric={metric}: needs texts; set config.eval.generate=100, say")
+        problems.append(
+            f"config.eval.metric={metric}: needs texts; set config.eval.generate=100, say"
+        )
     return problems + objective(c) + word_vectors(c) + in_vain(c)
 
 
 def objective(c: ConfigDict) -> list[str]:
     """What is learned: from whom, and how much each example counts."""
-    k, m, problems = c.task, c.model, []
+    k = c.task
+    m = c.model
+    problems = []
     if k.class_weights != "none" and k.balanced_sampling:
         problems.append(
             f"config.task.class_weights={k.class_weights}: rare classes would be raised twice; set it to none, or "
             "config.task.balanced_sampling=False"
         )
     if k.distill and not k.teacher:
-        problems.append(f"config.task.distill={k.distill}: needs config.task.teacher, a run directory")
+        problems.append(
+            f"config.task.distill={k.distill}: needs config.task.teacher, a run directory"
+        )
     if k.temperature != 1 and not k.distill and k.name in FOLLOWED["task.temperature"]:
-        problems.append(f"config.task.temperature={k.temperature}: is of distillation; set config.task.distill as well")
+        problems.append(
+            f"config.task.temperature={k.temperature}: is of distillation; set config.task.distill as well"
+        )
     if k.teacher and not k.distill and k.name != "dpo":
-        problems.append(f"config.task.teacher={k.teacher}: teaches nothing; set config.task.distill=0.5, say, as well")
+        problems.append(
+            f"config.task.teacher={k.teacher}: teaches nothing; set config.task.distill=0.5, say, as well"
+        )
     if k.name == "dpo" and not (k.teacher or c.train.init_from):
-        problems.append("config.train.init_from: dpo starts from a model, which is its reference; give a run directory")
+        problems.append(
+            "config.train.init_from: dpo starts from a model, which is its reference; give a run directory"
+        )
     if k.label_smoothing and m.logit_softcap:
-        problems.append("config.task.label_smoothing: not with config.model.logit_softcap; set one of them to 0")
+        problems.append(
+            "config.task.label_smoothing: not with config.model.logit_softcap; set one of them to 0"
+        )
     return problems
 
 
@@ -225,7 +278,10 @@ def word_vectors(c: ConfigDict) -> list[str]:
     if not glove and not c.task.negatives:
         return []
     problems = []
-    this = "task glove" if glove else f"config.task.negatives={c.task.negatives}"
+    if glove:
+        this = "task glove"
+    else:
+        this = f"config.task.negatives={c.task.negatives}"
     if not glove and c.task.name == "skipgram" and c.model.name != "vectors":
         problems.append(
             f"config.model.name={c.model.name}: {this} needs two vectors a word and no layers; set vectors, or "
@@ -239,18 +295,25 @@ def word_vectors(c: ConfigDict) -> list[str]:
     flat = flatten(c)
     for key in ("task.label_smoothing", "task.distill", "train.z_loss", "model.logit_softcap"):
         if flat[key] and not (glove and key in FOLLOWED):  # which `in_vain` tells
-            problems.append(f"config.{key}={flat[key]}: is of a softmax, which {this} has not; set 0")
+            problems.append(
+                f"config.{key}={flat[key]}: is of a softmax, which {this} has not; set 0"
+            )
     return problems
 
 
 def in_vain(c: ConfigDict) -> list[str]:
     """The keys that are set, and that config.task does not follow."""
-    default, given = flatten(base()), flatten(c)
-    derived = {"data.enc_len": c.data.seq_len, "eval.max_tokens": c.data.seq_len}  # what `resolve` makes of the default
+    default = flatten(base())
+    given = flatten(c)
+    derived = {
+        "data.enc_len": c.data.seq_len,
+        "eval.max_tokens": c.data.seq_len,
+    }  # what `resolve` makes of the default
     return [
         f"config.{key}={given[key]}: task {c.task.name} does not follow it (but {', '.join(tasks)}); leave it out"
         for key, tasks in FOLLOWED.items()
-        if c.task.name not in tasks and given[key] not in (default[key], derived.get(key, default[key]))
+        if c.task.name not in tasks
+        and given[key] not in (default[key], derived.get(key, default[key]))
     ]
 
 
@@ -263,7 +326,9 @@ def forget(c: ConfigDict) -> None:
 
 
 def training(c: ConfigDict) -> list[str]:
-    t, o, problems = c.train, c.optim, []
+    t = c.train
+    o = c.optim
+    problems = []
     if t.batch_size % t.grad_accumulation:
         problems.append(
             f"config.train.batch_size={t.batch_size}: must be a multiple of config.train.grad_accumulation="
@@ -290,7 +355,10 @@ def training(c: ConfigDict) -> list[str]:
     if c.eval.patience and not c.eval.every:
         problems.append("config.eval.patience: needs evaluations; set config.eval.every")
     factors = []
-    for key, item in [*(("decay", item) for item in o.decay), *(("rates", item) for item in o.rates)]:
+    for key, item in [
+        *(("decay", item) for item in o.decay),
+        *(("rates", item) for item in o.rates),
+    ]:
         try:
             pattern, factor = item
             re.compile(pattern)
@@ -298,9 +366,13 @@ def training(c: ConfigDict) -> list[str]:
                 raise ValueError("the factor must not be negative")
             factors += [factor] * (key == "rates")
         except (TypeError, ValueError, re.error) as error:
-            problems.append(f"config.optim.{key}: {item!r} is not (regular expression, factor): {error}")
+            problems.append(
+                f"config.optim.{key}: {item!r} is not (regular expression, factor): {error}"
+            )
     if factors and not any(factors):
-        problems.append("config.optim.rates: freezes every parameter; give some pattern a factor above 0")
+        problems.append(
+            "config.optim.rates: freezes every parameter; give some pattern a factor above 0"
+        )
     try:
         mixture(c)
     except ConfigError as error:
@@ -310,7 +382,8 @@ def training(c: ConfigDict) -> list[str]:
 
 def sources_of(spec: str) -> list[str]:
     """What stands between the commas of config.data.mixture. The path of a directory that exists may have commas."""
-    pieces, items = spec.split(","), []
+    pieces = spec.split(",")
+    items = []
     while pieces:
         count = len(pieces)
         while count > 1 and not os.path.isdir(",".join(pieces[:count]).strip().rpartition("=")[0]):
@@ -332,7 +405,9 @@ def mixture(c: ConfigDict) -> list[tuple[str, float]]:
         except ValueError:
             weight = math.nan
         if not (path and 0 < weight < math.inf):
-            raise ConfigError(f"config.data.mixture: {item!r} is not DIR=WEIGHT with a positive weight")
+            raise ConfigError(
+                f"config.data.mixture: {item!r} is not DIR=WEIGHT with a positive weight"
+            )
         sources.append((path, weight))
     total = sum(weight for _, weight in sources)
     return [(path, weight / total) for path, weight in sources]

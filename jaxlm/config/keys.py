@@ -13,7 +13,15 @@ STRATEGIES = {  # mesh.strategy -> the axis that takes the devices left over
 }
 # What is learned from a stream of tokens, and from files of examples: task.name -> the columns of an example, in order
 # (a mark: it may be missing). See jaxlm/data/transforms.py.
-FORETELLING = ("lm", "mlm", "prefix_lm", "fim", "span_corruption", "ul2", "skipgram")  # a token, out of all
+FORETELLING = (
+    "lm",
+    "mlm",
+    "prefix_lm",
+    "fim",
+    "span_corruption",
+    "ul2",
+    "skipgram",
+)  # a token, out of all
 TOKEN_TASKS = (*FORETELLING, "glove")
 VECTORS = ("skipgram", "glove")  # what is wanted of them is the vectors of words
 ROLES = {
@@ -30,12 +38,22 @@ GROUP = "group"  # a column beside them, by whose values evaluate tells figures 
 TWO_SIDED = ("span_corruption", "ul2", "seq2seq")  # a source is read, a target written
 ATTENDING = ("decoder", "encoder", "encoder_decoder")  # models with heads
 LABELLED = ("classify", "multilabel", "regress")  # one label an example, not one a token
-HEADED = (*LABELLED, "tag", "qa")  # answered by a head of model.num_labels outputs, not from the vocabulary
+HEADED = (
+    *LABELLED,
+    "tag",
+    "qa",
+)  # answered by a head of model.num_labels outputs, not from the vocabulary
 WRITTEN = ("seq2seq", "sft", "dpo")  # answered with a text that the model writes
 ANSWERING = (*ROLES, "mlm")  # models that answer an example
-SILENT = ("span_corruption", "ul2", *VECTORS)  # to start others from, or for their embeddings: they answer nothing
+SILENT = (
+    "span_corruption",
+    "ul2",
+    *VECTORS,
+)  # to start others from, or for their embeddings: they answer nothing
 # What an evaluation in training may tell, where the data and the libraries that are here allow it: for eval.metric.
-METRICS = dict.fromkeys((*FORETELLING, "seq2seq", "sft"), ("loss", "perplexity", "tokens", "divergence"))
+METRICS = dict.fromkeys(
+    (*FORETELLING, "seq2seq", "sft"), ("loss", "perplexity", "tokens", "divergence")
+)
 METRICS["lm"] += ("bits_per_byte", "bytes")
 METRICS |= {
     "glove": ("loss", "pairs"),
@@ -50,7 +68,14 @@ METRICS |= {
     "qa": ("loss", "exact_match", "f1", "divergence"),
     "dpo": ("loss", "accuracy", "margin", "pairs"),
 }  # fmt: skip
-OF_TEXTS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum")  # where eval.generate is not 0
+OF_TEXTS = (
+    "bleu",
+    "chrf",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "rougeLsum",
+)  # where eval.generate is not 0
 METRICS |= {task: METRICS[task] + OF_TEXTS for task in WRITTEN}
 # Keys that only some tasks follow: elsewhere they would be set in vain.
 FOLLOWED = {
@@ -93,7 +118,9 @@ BLEU_TOKENIZERS = (
 CHOICES = {
     "task.name": (*TOKEN_TASKS, *ROLES),
     "task.class_weights": ("none", "balanced"),
-    "model.name": tuple("decoder encoder encoder_decoder lstm bilstm lstm_seq2seq ngram bag vectors".split()),
+    "model.name": tuple(
+        "decoder encoder encoder_decoder lstm bilstm lstm_seq2seq ngram bag vectors".split()
+    ),
     "model.ngram_weights": ("none", "log_count_ratio"),
     "model.cross_attention": ("dot", "additive", "bilinear"),
     "model.norm": ("rms", "layer"),
@@ -102,7 +129,16 @@ CHOICES = {
     "model.mlp": ("swiglu", "gelu", "relu", "relu2"),
     "model.positions": ("rope", "learned", "sinusoidal", "none"),
     "model.remat": ("none", "full", "dots", "attention"),
-    "model.attention": ("auto", "reference", "dense", "blockwise", "splash", "xla", "cudnn", "tokamax"),
+    "model.attention": (
+        "auto",
+        "reference",
+        "dense",
+        "blockwise",
+        "splash",
+        "xla",
+        "cudnn",
+        "tokamax",
+    ),
     "model.context_parallel": ("ring", "all_gather"),
     "model.router": ("softmax", "sigmoid"),
     "model.quantize": ("none", "fp8", "int8"),
@@ -134,13 +170,17 @@ def base() -> ConfigDict:
     k.negatives = 0
     k.subsample = 0.0  # skipgram: a word of share f of the text is passed over by 1 - sqrt(subsample / f); 0: none is
     k.x_max = 100.0  # glove: the count from which on a pair weighs 1 (Pennington et al. 2014)
-    k.label_smoothing = 0.0  # part of the target's probability that is spread over all (Szegedy et al. 2016)
+    k.label_smoothing = (
+        0.0  # part of the target's probability that is spread over all (Szegedy et al. 2016)
+    )
     k.class_weights = "none"  # none | balanced (each class counts alike, however rare)
     k.balanced_sampling = False  # rare classes are shown as often as the commonest
     k.focal = 0.0  # focusing exponent of the focal loss (Lin et al. 2017); 0: cross-entropy
     k.teacher = ""  # distillation and dpo: run directory of the model to learn from; dpo: "" is train.init_from
     k.teacher_model = ()  # its model section; filled in
-    k.distill = 0.0  # weight of the divergence from the teacher; 1 - distill: that of the task's own loss
+    k.distill = (
+        0.0  # weight of the divergence from the teacher; 1 - distill: that of the task's own loss
+    )
     k.temperature = 1.0  # of teacher and student in distillation (Hinton et al. 2015)
     k.beta = 0.1  # dpo: how far to stay with the reference (Rafailov et al. 2023)
 
@@ -153,7 +193,9 @@ def base() -> ConfigDict:
     m.head_dim = 0  # 0: embed_dim / num_heads
     m.mlp_dim = 0  # hidden width of the MLP; 0: 4 x embed_dim, or 8/3 x embed_dim to a multiple of 64 for swiglu
     m.vocab_size = 0  # 0: as the tokenizer; larger is allowed (padding for even shards)
-    m.context_length = 0  # furthest a token looks back, and the table length of learned positions; 0: data.seq_len
+    m.context_length = (
+        0  # furthest a token looks back, and the table length of learned positions; 0: data.seq_len
+    )
     m.norm = "rms"  # rms | layer
     m.norm_place = "pre"  # pre | post (after the residual sum, as in 2017)
     m.norm_eps = 1e-6  # added to the variance (Llama and GPT-2: 1e-5)
@@ -163,13 +205,19 @@ def base() -> ConfigDict:
     m.expert_dim = 0  # hidden width of each; 0: as mlp_dim
     m.shared_experts = 0  # and these always, as one MLP of their summed width
     m.capacity_factor = 0.0  # an expert takes this x its even share of a row's tokens and drops others; 0: drops none
-    m.router = "softmax"  # softmax | sigmoid (scores one by one, choice by score + bias: DeepSeek-V3)
+    m.router = (
+        "softmax"  # softmax | sigmoid (scores one by one, choice by score + bias: DeepSeek-V3)
+    )
     m.balance_loss = 0.01  # weight of the loss that spreads each row's tokens over the experts
     m.router_z_loss = 0.0  # weight of log(Z)^2 of the router (ST-MoE: 1e-3)
-    m.balance_rate = 0.0  # step of the routers' bias towards an even load (DeepSeek-V3: 1e-3); 0: no bias
+    m.balance_rate = (
+        0.0  # step of the routers' bias towards an even load (DeepSeek-V3: 1e-3); 0: no bias
+    )
     m.positions = "rope"  # rope | learned | sinusoidal | none
     m.rope_theta = 10_000.0  # base of the rotary wavelengths
-    m.layers = "L"  # pattern repeated over the layers: L looks at the whole context, S at `window` tokens
+    m.layers = (
+        "L"  # pattern repeated over the layers: L looks at the whole context, S at `window` tokens
+    )
     m.window = 256  # tokens that an S layer sees, itself included
     m.qk_norm = False  # RMS norm of queries and keys, steadies large learning rates
     m.bias = False  # biases in linear layers (GPT-2 has them, most later models do not); glove: of words, filled in
@@ -178,7 +226,9 @@ def base() -> ConfigDict:
     m.attention_softcap = 0.0  # the same on attention logits; 0: off
     m.scale_embeddings = False  # times sqrt(embed_dim), as in 2017
     m.hidden_dim = 0  # LSTMs: width of the state; 0: embed_dim
-    m.cross_attention = "dot"  # LSTMs: how a decoder scores the encoder's positions: dot | additive | bilinear
+    m.cross_attention = (
+        "dot"  # LSTMs: how a decoder scores the encoder's positions: dot | additive | bilinear
+    )
     m.recurrent_dropout = 0.0  # LSTMs: on the state that goes round, the same at every step
     m.encoder_layers = 0  # encoder_decoder: blocks of the encoder; 0: as num_layers
     m.num_labels = 0  # outputs of a head for classes, tags, spans or numbers; 0: as the task and its data ask for
@@ -189,20 +239,34 @@ def base() -> ConfigDict:
     m.order = 6  # ngram, bag: tokens of the longest; of ngram, the last of which is foretold
     m.embed_ngrams = 1  # decoder, encoder: tokens of the longest run that has an embedding of its own; 1: tokens alone
     m.buckets = 131_072  # bag, embed_ngrams: rows of the table of n-grams, which are found in it by their hash
-    m.ngram_weights = "none"  # bag, classify: none | log_count_ratio (of an n-gram in the classes; NBSVM)
+    m.ngram_weights = (
+        "none"  # bag, classify: none | log_count_ratio (of an n-gram in the classes; NBSVM)
+    )
     m.discount = 0.0  # ngram: taken from each count; 0: three, estimated (Chen & Goodman 1998)
     m.ngrams = ()  # how many of each length are stored; filled in
     m.dropout = 0.0  # on embeddings and on each block's output
     m.embed_dropout = -1.0  # on embeddings alone; -1: as dropout
-    m.embed_std = 0.02  # standard deviation of the initial embeddings; matrices start at 1 / sqrt(inputs)
+    m.embed_std = (
+        0.02  # standard deviation of the initial embeddings; matrices start at 1 / sqrt(inputs)
+    )
     m.scan = True  # one compiled layer for all: fast compiles; False unrolls, faster on CPU
-    m.scan_unroll = 1  # rounds of layers in the body of that loop: more can overlap, and take longer to compile
+    m.scan_unroll = (
+        1  # rounds of layers in the body of that loop: more can overlap, and take longer to compile
+    )
     m.remat = "none"  # what the backward pass recomputes: none | full | dots (all but products) | attention
     m.attention = "auto"  # or reference | dense (CPU) | blockwise | splash (TPU) | xla | cudnn | tokamax (GPUs)
-    m.context_parallel = "ring"  # how attention meets the keys of other devices (mesh.sequence): ring | all_gather
-    m.pipeline_microbatches = 0  # parts of a microbatch in flight over mesh.stage; 0: up to 4 a stage
-    m.pipeline_rounds = 1  # times that each goes round all stages; more: less bubble, more transfers (circular)
-    m.quantize = "none"  # products of linear layers in 8 bits, forward and backward: none | fp8 | int8
+    m.context_parallel = (
+        "ring"  # how attention meets the keys of other devices (mesh.sequence): ring | all_gather
+    )
+    m.pipeline_microbatches = (
+        0  # parts of a microbatch in flight over mesh.stage; 0: up to 4 a stage
+    )
+    m.pipeline_rounds = (
+        1  # times that each goes round all stages; more: less bubble, more transfers (circular)
+    )
+    m.quantize = (
+        "none"  # products of linear layers in 8 bits, forward and backward: none | fp8 | int8
+    )
     m.dtype = "bfloat16"  # of the computation
     m.param_dtype = "float32"  # of the stored parameters
 
@@ -231,7 +295,9 @@ def base() -> ConfigDict:
     t.steps = 1000  # length of the run and of the schedule
     t.batch_size = 32  # rows in one optimizer step, over all devices
     t.grad_accumulation = 1  # microbatches a step: less memory, the same result
-    t.accumulation_dtype = "float32"  # of the sum of their gradients; bfloat16: half of its memory, rounded each time
+    t.accumulation_dtype = (
+        "float32"  # of the sum of their gradients; bfloat16: half of its memory, rounded each time
+    )
     t.stop_at = 0  # end cleanly after this step, leaving the schedule as it is; 0: at steps
     t.loss_chunk = 0  # positions whose logits exist at one time; 0: GPU 1 GiB of them, TPU 512 MiB, CPU up to 64
     t.z_loss = 0.0  # weight of log(Z)^2, keeps logits from drifting (PaLM: 1e-4)
@@ -241,11 +307,15 @@ def base() -> ConfigDict:
     c.optim = o = ConfigDict()
     o.name = "adamw"  # sgd | adam | adamw | adafactor | lion | muon (matrices by Muon, the rest by AdamW)
     o.learning_rate = 3e-4  # peak
-    o.schedule = "cosine"  # constant | linear | cosine | wsd | inverse_sqrt, each after a linear warm-up
+    o.schedule = (
+        "cosine"  # constant | linear | cosine | wsd | inverse_sqrt, each after a linear warm-up
+    )
     o.warmup_steps = -1  # steps from peak / warmup_steps up to the peak; -1: 5% of train.steps
     o.end_factor = 0.1  # final learning rate / peak (linear, cosine, wsd)
     o.cooldown_fraction = 0.2  # part of the run in which wsd decays
-    o.weight_decay = 0.1  # decoupled, times the learning rate; in sgd and adam a part of the gradient (L2)
+    o.weight_decay = (
+        0.1  # decoupled, times the learning rate; in sgd and adam a part of the gradient (L2)
+    )
     # Ordered (regex, factor of weight_decay); the first that is found in a parameter's name counts.
     o.decay = ((r"norm|bias|positions", 0.0), (r".*", 1.0))
     o.l1 = 0.0  # times sign(parameter), added to the gradient of what decay gives a factor above 0 (L1 penalty)
@@ -258,11 +328,17 @@ def base() -> ConfigDict:
     o.clip = 1.0  # largest global norm of the gradients; 0: off
     o.adam_learning_rate = 0.0  # muon: peak for embeddings, norms and biases; 0: as learning_rate
     o.momentum = 0.95  # sgd (0: none), muon
-    o.rounding = "nearest"  # of bfloat16 parameters and moments: nearest | stochastic (small updates add up)
+    o.rounding = (
+        "nearest"  # of bfloat16 parameters and moments: nearest | stochastic (small updates add up)
+    )
     o.nesterov = False  # sgd: step along gradient + momentum x the new sum, a look ahead
 
-    c.mesh = ConfigDict()  # devices along each axis; 0: 1, or for the strategy's axis (then data) the devices left
-    c.mesh.strategy = "data"  # which axis takes them: data | zero1 | fsdp | tensor | sequence | expert
+    c.mesh = (
+        ConfigDict()
+    )  # devices along each axis; 0: 1, or for the strategy's axis (then data) the devices left
+    c.mesh.strategy = (
+        "data"  # which axis takes them: data | zero1 | fsdp | tensor | sequence | expert
+    )
     c.mesh.data = 0  # copies of the parameters, each with its own rows (zero1: optimizer state split over them)
     c.mesh.fsdp = 0  # rows and parameters both sharded
     c.mesh.stage = 0  # pipeline stages: layers
@@ -285,8 +361,12 @@ def base() -> ConfigDict:
     c.eval.generate = 0  # examples that are answered and scored at each evaluation (keys.WRITTEN): BLEU, chrF, ROUGE
     c.eval.max_tokens = 0  # of an answer; 0: data.seq_len
     c.eval.beams = 1  # hypotheses of a beam search; 1: greedy
-    c.eval.length_penalty = 0.6  # exponent of the length that a beam's score is divided by (Wu et al. 2016)
-    c.eval.bleu_tokenize = "13a"  # sacrebleu's, the usual one of papers; zh, ja-mecab, ko-mecab or char without spaces
+    c.eval.length_penalty = (
+        0.6  # exponent of the length that a beam's score is divided by (Wu et al. 2016)
+    )
+    c.eval.bleu_tokenize = (
+        "13a"  # sacrebleu's, the usual one of papers; zh, ja-mecab, ko-mecab or char without spaces
+    )
 
     c.log = ConfigDict()
     c.log.every = 10  # steps between rows of metrics.jsonl

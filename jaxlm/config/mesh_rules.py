@@ -11,7 +11,9 @@ from jaxlm.config.recipe import mesh_sizes, pipeline_microbatches
 
 def nearest_multiples(value: int, factor: int) -> str:
     low = value // factor * factor
-    return f"nearest: {low} or {low + factor}" if low else f"nearest: {factor}"
+    if low:
+        return f"nearest: {low} or {low + factor}"
+    return f"nearest: {factor}"
 
 
 def nearest_divisors(value: int, of: int) -> str:
@@ -21,7 +23,9 @@ def nearest_divisors(value: int, of: int) -> str:
 
 def fits(sizes: dict[str, int], devices: int) -> bool:
     fixed = math.prod(n for n in sizes.values() if n != -1)
-    return devices % fixed == 0 if -1 in sizes.values() else devices == fixed
+    if -1 in sizes.values():
+        return devices % fixed == 0
+    return devices == fixed
 
 
 def mesh(c: ConfigDict, devices: int | None, bad: set[str]) -> list[str]:
@@ -40,7 +44,9 @@ def mesh(c: ConfigDict, devices: int | None, bad: set[str]) -> list[str]:
     sizes = mesh_sizes(c)
     if devices is not None and not fits(sizes, devices):
         problems.append(misfit(c, sizes, devices))
-        sizes = {axis: n if devices % n == 0 else 1 for axis, n in sizes.items()}  # the rest of what is wrong
+        sizes = {
+            axis: n if devices % n == 0 else 1 for axis, n in sizes.items()
+        }  # the rest of what is wrong
     free = [axis for axis, n in sizes.items() if n == -1]
     fixed = math.prod(n for n in sizes.values() if n != -1)
     for axis in free:  # as many as are left, or nothing more is known
@@ -51,9 +57,20 @@ def mesh(c: ConfigDict, devices: int | None, bad: set[str]) -> list[str]:
             f"config.mesh.slices={c.mesh.slices}: must divide config.mesh.{c.mesh.across}={across}, the axis across "
             f"them (nearest: {nearest_divisors(c.mesh.slices, across)})"
         )
-    if not bad & {"model.num_heads", "model.num_experts", "model.num_layers", "model.layers", "model.pipeline_rounds"}:
+    if not bad & {
+        "model.num_heads",
+        "model.num_experts",
+        "model.num_layers",
+        "model.layers",
+        "model.pipeline_rounds",
+    }:
         problems += model_on_mesh(c, sizes, devices)
-    if not bad & {"train.batch_size", "train.grad_accumulation", "data.seq_len", "model.pipeline_microbatches"}:
+    if not bad & {
+        "train.batch_size",
+        "train.grad_accumulation",
+        "data.seq_len",
+        "model.pipeline_microbatches",
+    }:
         problems += batch_on_mesh(c, sizes)
     return problems
 
@@ -61,25 +78,43 @@ def mesh(c: ConfigDict, devices: int | None, bad: set[str]) -> list[str]:
 def misfit(c: ConfigDict, sizes: dict[str, int], devices: int) -> str:
     """What is wrong with these sizes, and the two nearest meshes of these axes (and data) that are right."""
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    of = {"tensor": c.model.num_heads, "expert": c.model.num_experts or 1}  # what an axis must divide besides
+    of = {
+        "tensor": c.model.num_heads,
+        "expert": c.model.num_experts or 1,
+    }  # what an axis must divide besides
     given = {axis: n for axis, n in sizes.items() if n > 1}
     axes = list(dict.fromkeys(["data", *given]))
     meshes = []
-    for numbers in itertools.product(*([n for n in divisors if of.get(axis, n) % n == 0] for axis in axes)):
+    for numbers in itertools.product(
+        *([n for n in divisors if of.get(axis, n) % n == 0] for axis in axes)
+    ):
         if math.prod(numbers) == devices:
-            changes = (abs(math.log(n / given[axis])) for axis, n in zip(axes, numbers) if axis in given)
-            meshes.append((sum(changes), " x ".join(f"{axis}={n}" for axis, n in zip(axes, numbers) if n > 1)))
+            changes = (
+                abs(math.log(n / given[axis])) for axis, n in zip(axes, numbers) if axis in given
+            )
+            meshes.append(
+                (sum(changes), " x ".join(f"{axis}={n}" for axis, n in zip(axes, numbers) if n > 1))
+            )
     nearest = " or ".join(text or "data=1" for _, text in sorted(meshes)[:2])
     fixed = math.prod(n for n in sizes.values() if n != -1)
     rule = "divide" if -1 in sizes.values() else "be"
-    named = " x ".join(f"config.mesh.{axis}={n}" for axis, n in given.items()) or "config.mesh.data=1"
+    named = (
+        " x ".join(f"config.mesh.{axis}={n}" for axis, n in given.items()) or "config.mesh.data=1"
+    )
     return f"{named}: {fixed} of {devices} devices; the product must {rule} {devices} (nearest: {nearest})"
 
 
 def model_on_mesh(c: ConfigDict, sizes: dict[str, int], devices: int | None) -> list[str]:
-    m, problems = c.model, []
-    both = lambda size: math.gcd(size, devices or size)  # a size that divides this divides the devices too
-    tensor, expert, stage = sizes["tensor"], sizes["expert"], sizes["stage"]
+    m = c.model
+    problems = []
+
+    # a size that divides this divides the devices too
+    def both(size):
+        return math.gcd(size, devices or size)
+
+    tensor = sizes["tensor"]
+    expert = sizes["expert"]
+    stage = sizes["stage"]
     if m.name in ATTENDING and m.num_heads > 0 and m.num_heads % tensor:
         problems.append(
             f"config.mesh.tensor={tensor}: must divide config.model.num_heads={m.num_heads} "
@@ -91,13 +126,20 @@ def model_on_mesh(c: ConfigDict, sizes: dict[str, int], devices: int | None) -> 
             f"(nearest: {nearest_divisors(expert, both(m.num_experts))})"
         )
     elif expert > 1 and not m.num_experts:
-        problems.append(f"config.mesh.expert={expert}: the model has no experts; set config.model.num_experts, or 1")
-    if sizes["sequence"] > 1 and m.context_parallel == "ring" and m.attention not in ("auto", "blockwise"):
+        problems.append(
+            f"config.mesh.expert={expert}: the model has no experts; set config.model.num_experts, or 1"
+        )
+    if (
+        sizes["sequence"] > 1
+        and m.context_parallel == "ring"
+        and m.attention not in ("auto", "blockwise")
+    ):
         problems.append(
             f"config.model.attention={m.attention}: the ring over config.mesh.sequence={sizes['sequence']} has its own "
             "kernel; set auto, or config.model.context_parallel=all_gather"
         )
-    parts, layers = stage * max(m.pipeline_rounds, 1), m.num_layers // max(len(m.layers), 1)
+    parts = stage * max(m.pipeline_rounds, 1)
+    layers = m.num_layers // max(len(m.layers), 1)
     if stage > 1 and not m.scan:
         problems.append(f"config.mesh.stage={stage}: needs config.model.scan=True")
     elif stage > 1 and (m.num_layers % len(m.layers) or layers % parts):
@@ -111,7 +153,9 @@ def model_on_mesh(c: ConfigDict, sizes: dict[str, int], devices: int | None) -> 
 
 
 def batch_on_mesh(c: ConfigDict, sizes: dict[str, int]) -> list[str]:
-    m, t, problems = c.model, c.train, []
+    m = c.model
+    t = c.train
+    problems = []
     accumulation = max(t.grad_accumulation, 1)
     shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     product = "mesh.data x mesh.fsdp x mesh.expert x grad_accumulation"
@@ -121,7 +165,8 @@ def batch_on_mesh(c: ConfigDict, sizes: dict[str, int]) -> list[str]:
             f"({nearest_multiples(t.batch_size, shards * accumulation)})"
         )
     elif sizes["stage"] > 1:
-        rows, stages = t.batch_size // accumulation // shards, sizes["stage"]
+        rows = t.batch_size // accumulation // shards
+        stages = sizes["stage"]
         parts = pipeline_microbatches(m, rows, stages)
         if rows % parts:
             problems.append(
@@ -135,7 +180,10 @@ def batch_on_mesh(c: ConfigDict, sizes: dict[str, int]) -> list[str]:
             )
     parts = sizes["tensor"] * sizes["sequence"] * (2 if sizes["sequence"] > 1 else 1)
     if c.data.seq_len > 0 and c.data.seq_len % parts:
-        rule = "2 x mesh.sequence x mesh.tensor" if sizes["sequence"] > 1 else "mesh.tensor"
+        if sizes["sequence"] > 1:
+            rule = "2 x mesh.sequence x mesh.tensor"
+        else:
+            rule = "mesh.tensor"
         problems.append(
             f"config.data.seq_len={c.data.seq_len}: must be a multiple of {rule} = {parts} "
             f"({nearest_multiples(c.data.seq_len, parts)})"

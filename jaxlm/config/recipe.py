@@ -28,7 +28,9 @@ def load(spec: str) -> ConfigDict:
     name, _, arg = spec.partition(":")
     path = Path(name)
     if not path.is_file():
-        known = sorted(str(p) for p in (path.parent if path.parent.is_dir() else Path("configs")).glob("*.py"))
+        known = sorted(
+            str(p) for p in (path.parent if path.parent.is_dir() else Path("configs")).glob("*.py")
+        )
         raise ConfigError(
             f"--config={spec}: there is no file {name}{did_you_mean(name, known)} (found: {' '.join(known) or 'none'})"
         )
@@ -57,7 +59,9 @@ def load(spec: str) -> ConfigDict:
             "it starts with c = base(), sets keys of c, and ends with return c"
         )
     if nothing := [f"config.{key}" for key, value in flatten(config).items() if value is None]:
-        raise ConfigError(f"{path} sets to None: {', '.join(nothing)}; leave a key out, and it has its default")
+        raise ConfigError(
+            f"{path} sets to None: {', '.join(nothing)}; leave a key out, and it has its default"
+        )
     return config
 
 
@@ -107,13 +111,18 @@ def flatten(c: ConfigDict, prefix: str = "") -> dict:
     """{'model.num_layers': 6, ...} in the order of `base`."""
     flat = {}
     for key, value in c.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, ConfigDict)
+            else {prefix + key: value}
+        )
     return flat
 
 
 def override(c: ConfigDict, pairs: list[tuple[str, str]]) -> list[str]:
     """Sets keys from (key, text) pairs, in place. Returns one problem for each that has no such key or type."""
-    problems, known = [], flatten(c)
+    problems = []
+    known = flatten(c)
     for key, text in pairs:
         if key not in known:
             problems.append(f"config.{key}: no such key{nearest_key(key, known)}")
@@ -122,7 +131,9 @@ def override(c: ConfigDict, pairs: list[tuple[str, str]]) -> list[str]:
             value = parse(text, known[key])
         except (ValueError, SyntaxError, OverflowError):
             kind = type(known[key]).__name__
-            problems.append(f"config.{key}={text}: not a value of type {kind} (the default is {known[key]!r})")
+            problems.append(
+                f"config.{key}={text}: not a value of type {kind} (the default is {known[key]!r})"
+            )
             continue
         set_key(c, key, value)
     return problems
@@ -136,7 +147,12 @@ def set_key(c: ConfigDict, key: str, value) -> None:
 def unflatten(flat: dict) -> ConfigDict:
     """The inverse of `flatten`, also after JSON has made lists of tuples."""
     c = base()
-    tuples = lambda x: tuple(map(tuples, x)) if isinstance(x, (list, tuple)) else x
+
+    def tuples(x):
+        if isinstance(x, (list, tuple)):
+            return tuple(map(tuples, x))
+        return x
+
     for key, value in flat.items():
         set_key(c, key, tuples(value))
     return c
@@ -149,7 +165,9 @@ def nearest_key(key: str, known: dict) -> str:
         return f"; did you mean {same}?"
     hint = did_you_mean(key, known)
     if not hint:
-        word = did_you_mean(key.rpartition(".")[2], last).removeprefix("; did you mean ").rstrip("?")
+        word = (
+            did_you_mean(key.rpartition(".")[2], last).removeprefix("; did you mean ").rstrip("?")
+        )
         hint = f"; did you mean {last[word]}?" if word else ""
     return hint
 
@@ -190,7 +208,8 @@ def parse(text: str, default):
 
 def mesh_sizes(c: ConfigDict) -> dict[str, int]:
     """{axis: size}, where at most one size, that of the axis that takes the devices left over, is -1."""
-    sizes, strategy = {axis: c.mesh[axis] for axis in MESH_AXES}, STRATEGIES.get(c.mesh.strategy)
+    sizes = {axis: c.mesh[axis] for axis in MESH_AXES}
+    strategy = STRATEGIES.get(c.mesh.strategy)
     if c.mesh.slices > 1 and sizes.get(c.mesh.across) == 0 and c.mesh.across != strategy:
         sizes[c.mesh.across] = c.mesh.slices
     free = [axis for axis in (strategy, "data") if axis and sizes[axis] == 0]
@@ -215,7 +234,9 @@ def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     m = c.model
     m.num_kv_heads = m.num_kv_heads or m.num_heads
     m.head_dim = m.head_dim or m.embed_dim // m.num_heads
-    m.mlp_dim = m.mlp_dim or (64 * math.ceil(m.embed_dim * 8 / 3 / 64) if m.mlp == "swiglu" else 4 * m.embed_dim)
+    m.mlp_dim = m.mlp_dim or (
+        64 * math.ceil(m.embed_dim * 8 / 3 / 64) if m.mlp == "swiglu" else 4 * m.embed_dim
+    )
     m.expert_dim = m.expert_dim or m.mlp_dim
     m.vocab_size = m.vocab_size or vocab_size
     m.encoder_layers = m.encoder_layers or m.num_layers
@@ -223,7 +244,9 @@ def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     m.num_labels = m.num_labels or num_labels(c)
     c.data.enc_len = c.data.enc_len or c.data.seq_len
     m.context_length = m.context_length or max(c.data.seq_len, c.data.enc_len)
-    if c.task.name in ROLES and not c.data.examples_per_row:  # an example of 8 tokens is a short one
+    if (
+        c.task.name in ROLES and not c.data.examples_per_row
+    ):  # an example of 8 tokens is a short one
         c.data.examples_per_row = max(c.data.seq_len // 8, 1) if c.data.pack else 1
     m.bias = m.bias or c.task.name == "glove"
     if m.name == "ngram":  # counted, not trained
@@ -231,13 +254,18 @@ def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
         c.optim.decay = c.optim.rates = ((r".*", 0.0),)
         c.train.steps = c.train.stop_at = 1
     elif m.name == "vectors" and not m.bias and c.optim.decay == base().optim.decay:
-        c.optim.decay = ((r".*", 1.0),)  # there is no norm and no bias, which a pattern would be for
+        c.optim.decay = (
+            (r".*", 1.0),
+        )  # there is no norm and no bias, which a pattern would be for
     elif m.ngram_weights != "none" and c.optim.rates[0] != COUNTED:
         c.optim.rates = (COUNTED, *c.optim.rates)
     elif m.lora_rank and c.optim.rates == ((r".*", 1.0),):  # adapters, and a head that is new
         c.optim.rates = ((r"lora_|^head/", 1.0), (r".*", 0.0))
     c.train.stop_at = c.train.stop_at or c.train.steps
     c.eval.max_tokens = c.eval.max_tokens or c.data.seq_len
-    c.optim.warmup_steps = c.train.steps // 20 if c.optim.warmup_steps == -1 else c.optim.warmup_steps
+    if c.optim.warmup_steps == -1:
+        c.optim.warmup_steps = c.train.steps // 20
+    else:
+        c.optim.warmup_steps = c.optim.warmup_steps
     c.optim.adam_learning_rate = c.optim.adam_learning_rate or c.optim.learning_rate
     return c

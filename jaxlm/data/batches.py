@@ -44,16 +44,21 @@ from jaxlm.errors import DataError
 
 ALL = slice(None)
 READ = 1 << 24  # tokens that are counted at once
-COUNTED: dict[str, np.ndarray] = {}  # fingerprint of a split -> its `count_tokens`: a run asks several times
+COUNTED: dict[
+    str, np.ndarray
+] = {}  # fingerprint of a split -> its `count_tokens`: a run asks several times
 BLOCK = 16_384  # tokens read at once, where batches are smaller: a call of numpy costs as much as a thousand of them
 
 
 def open_stores(config: ConfigDict, split: str) -> list[Store]:
     """One Store for each directory of config.data. Raises DataError that names every problem."""
-    problems, stores = [], []
+    problems = []
+    stores = []
     for path, _ in mixture(config):
         if not path:
-            raise DataError("config.data.path is empty: give a directory made by python -m jaxlm.data.prepare")
+            raise DataError(
+                "config.data.path is empty: give a directory made by python -m jaxlm.data.prepare"
+            )
         try:
             stores.append(Store(path, split))
         except DataError as error:
@@ -62,7 +67,9 @@ def open_stores(config: ConfigDict, split: str) -> list[Store]:
         raise DataError("\n".join(problems))
     tokenizers = {store.manifest["tokenizer"]["sha256"] for store in stores}
     if len(tokenizers) > 1:
-        raise DataError(f"the directories of config.data.mixture={config.data.mixture} have different tokenizers")
+        raise DataError(
+            f"the directories of config.data.mixture={config.data.mixture} have different tokenizers"
+        )
     ends = {(store.bos_id, store.eos_id) for store in stores}
     if len(ends) > 1:
         told = ", ".join(f"bos {bos} and eos {eos}" for bos, eos in sorted(ends, key=str))
@@ -88,17 +95,23 @@ def read_clipped(store: Store, starts: np.ndarray, length: int) -> np.ndarray:
     return np.take_along_axis(window, places - begins[:, None], axis=1)
 
 
-def read_rows(store: Store, rows: np.ndarray, seq_len: int, foretold: bool = True) -> dict[str, np.ndarray]:
+def read_rows(
+    store: Store, rows: np.ndarray, seq_len: int, foretold: bool = True
+) -> dict[str, np.ndarray]:
     """The batch of these row numbers, int64 [B]. Rows past the end of the stream are padding.
 
     foretold: each token is, by those before it; else a document's first one counts, whatever is before it.
     """
-    starts, shape = rows.astype(np.int64) * seq_len, (len(rows), seq_len)
+    starts = rows.astype(np.int64) * seq_len
+    shape = (len(rows), seq_len)
     window = read_clipped(store, starts - 1, seq_len + 1)
-    tokens, targets, weights = window[:, :-1].copy(), window[:, 1:].copy(), np.ones(shape, np.float32)
+    tokens = window[:, :-1].copy()
+    targets = window[:, 1:].copy()
+    weights = np.ones(shape, np.float32)
     # Where a document begins, in the rows one after the other, and where a row does: pieces of one segment each.
     number, place = store.starts_in(starts, seq_len)
-    begins, begin_of_row = number * seq_len + place, np.arange(0, weights.size, seq_len)
+    begins = number * seq_len + place
+    begin_of_row = np.arange(0, weights.size, seq_len)
     edge = np.zeros(weights.size + 1, bool)
     edge[begins] = edge[begin_of_row] = edge[-1] = True
     edges = np.flatnonzero(edge).astype(np.int32)
@@ -107,7 +120,9 @@ def read_rows(store: Store, rows: np.ndarray, seq_len: int, foretold: bool = Tru
     segment = np.arange(1, len(edges) + 1, dtype=np.int32) - first[edges // seq_len]
     positions = np.arange(weights.size, dtype=np.int32) - np.repeat(edges, lengths)
     segments = np.repeat(segment, lengths).reshape(shape)
-    if store.bos_id is None and foretold:  # nothing comes before a document, so its first token cannot be predicted
+    if (
+        store.bos_id is None and foretold
+    ):  # nothing comes before a document, so its first token cannot be predicted
         weights.ravel()[begins] = segments.ravel()[begins] = 0
     elif store.bos_id is not None:
         tokens.ravel()[begins] = store.bos_id
@@ -128,15 +143,26 @@ class Documents:
 
     def __init__(self, config: ConfigDict, store: Store, tokenizer, shares: np.ndarray | None):
         """shares: see `Vocabulary`."""
-        self.config, self.store, self.num_tokens = config, store, store.num_tokens
-        self.length = config.data.enc_len if config.task.name in TWO_SIDED else config.data.seq_len
-        self.num_rows, self.fingerprint = num_rows(store, self.length), store.fingerprint
-        self.vocab = None if config.task.name == "lm" else Vocabulary(tokenizer, config.task.name, shares)
+        self.config = config
+        self.store = store
+        self.num_tokens = store.num_tokens
+        if config.task.name in TWO_SIDED:
+            self.length = config.data.enc_len
+        else:
+            self.length = config.data.seq_len
+        self.num_rows = num_rows(store, self.length)
+        self.fingerprint = store.fingerprint
+        if config.task.name == "lm":
+            self.vocab = None
+        else:
+            self.vocab = Vocabulary(tokenizer, config.task.name, shares)
 
     def read(self, rows: np.ndarray, keys: list[tuple]) -> dict[str, np.ndarray]:
         """The batch of these row numbers; one past the end is padding. keys: of what is random in each row."""
         batch = read_rows(self.store, rows, self.length, self.config.task.name != "skipgram")
-        return from_tokens(batch, keys, self.config, self.vocab) if self.vocab else batch
+        if self.vocab:
+            return from_tokens(batch, keys, self.config, self.vocab)
+        return batch
 
 
 def open_sources(config: ConfigDict, split: str, tokenizer=None) -> list:
@@ -148,13 +174,20 @@ def open_sources(config: ConfigDict, split: str, tokenizer=None) -> list:
     if config.task.name in ROLES:
         if tokenizer:
             return [Examples(config, split, tokenizer, only_known_labels=True)]
-        files = stamps(config.data.train) + stamps(config.data.val if split == "val" else config.data.train)
+        files = stamps(config.data.train) + stamps(
+            config.data.val if split == "val" else config.data.train
+        )
         return [_examples(FrozenConfigDict(config), split, files)]
     stores = open_stores(config, split)
     if config.task.name == "glove":
         return [Pairs(config, store) for store in stores]
-    tokenizer = tokenizer or (None if config.task.name == "lm" else tokenizers.load(mixture(config)[0][0]))
-    shares = token_shares(config) if config.task.negatives or config.task.subsample else None
+    tokenizer = tokenizer or (
+        None if config.task.name == "lm" else tokenizers.load(mixture(config)[0][0])
+    )
+    if config.task.negatives or config.task.subsample:
+        shares = token_shares(config)
+    else:
+        shares = None
     return [Documents(config, store, tokenizer, shares) for store in stores]
 
 
@@ -162,7 +195,9 @@ def token_shares(config: ConfigDict) -> np.ndarray:
     """float64 [vocabulary]: how much of the training text each token is, of a mixture by its weights."""
     weights = [weight for _, weight in mixture(config)]
     counts = [count_tokens(store) for store in open_stores(config, "train")]
-    return sum(weight * each / max(each.sum(), 1) for weight, each in zip(weights, counts, strict=True))
+    return sum(
+        weight * each / max(each.sum(), 1) for weight, each in zip(weights, counts, strict=True)
+    )
 
 
 def count_tokens(store: Store) -> np.ndarray:
@@ -186,12 +221,22 @@ def describe(config: ConfigDict) -> tuple[int, tuple[str, ...], int]:
     """(ids of the vocabulary, names of the labels, tokens of the training data). Raises DataError, ConfigError."""
     if config.task.name in ROLES:
         if not config.data.train:
-            raise DataError(f"config.data.train is empty: give the examples of task {config.task.name}")
-        tokenizer, labels = load_tokenizer(config), label_names(config)
+            raise DataError(
+                f"config.data.train is empty: give the examples of task {config.task.name}"
+            )
+        tokenizer = load_tokenizer(config)
+        labels = label_names(config)
         return Vocabulary(tokenizer, config.task.name).size, labels, 0
     stores = open_stores(config, "train")
-    extra = 0 if config.task.name == "lm" else Vocabulary(load_tokenizer(config), config.task.name).size
-    tokens = 0 if config.task.name == "glove" else sum(store.num_tokens for store in stores)  # it learns from pairs
+    if config.task.name == "lm":
+        extra = 0
+    else:
+        extra = Vocabulary(load_tokenizer(config), config.task.name).size
+    # it learns from pairs
+    if config.task.name == "glove":
+        tokens = 0
+    else:
+        tokens = sum(store.num_tokens for store in stores)
     return extra or stores[0].vocab_size, config.data.labels, tokens
 
 
@@ -202,15 +247,22 @@ def load_tokenizer(config: ConfigDict):
     return tokenizers.load(mixture(config)[0][0])
 
 
-def read_mixed(sources: list, ids: np.ndarray, keys: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+def read_mixed(
+    sources: list, ids: np.ndarray, keys: np.ndarray, seed: int
+) -> dict[str, np.ndarray]:
     """The batch of (source, row) pairs, int64 [B, 2]. keys: int64 [B], a number for what is random in each."""
-    batch, present = {}, sorted(set(ids[:, 0].tolist()))
+    batch = {}
+    present = sorted(set(ids[:, 0].tolist()))
     if len(present) == 1:
         return sources[present[0]].read(ids[:, 1], [(seed, key) for key in keys.tolist()])
     for source in present:
         here = ids[:, 0] == source
-        for name, value in sources[source].read(ids[here, 1], [(seed, key) for key in keys[here].tolist()]).items():
-            batch.setdefault(name, np.zeros((len(ids), *value.shape[1:]), value.dtype))[here] = value
+        for name, value in (
+            sources[source].read(ids[here, 1], [(seed, key) for key in keys[here].tolist()]).items()
+        ):
+            batch.setdefault(name, np.zeros((len(ids), *value.shape[1:]), value.dtype))[here] = (
+                value
+            )
     return batch
 
 
@@ -225,33 +277,53 @@ def order_of(num_rows: int, seed: int | None) -> Callable[[int], int]:
 
     def row(place: int) -> int:
         epoch, index = divmod(place, num_rows)
-        return index_shuffle(index, num_rows - 1, (first + epoch) % 2**32, 4)  # of four rounds, as grain does
+        return index_shuffle(
+            index, num_rows - 1, (first + epoch) % 2**32, 4
+        )  # of four rounds, as grain does
 
     return row
 
 
 def train_batches(config: ConfigDict, rows: slice | np.ndarray = ALL) -> grain.MapDataset:
     """Endless: element k is these rows of global batch k. Each epoch of a source has every row exactly once."""
-    sources, orders, B = open_sources(config, "train"), [], config.train.batch_size
+    sources = open_sources(config, "train")
+    orders = []
+    B = config.train.batch_size
     for number, source in enumerate(sources):
         if not source.num_rows:
-            raise DataError(f"{mixture(config)[number][0] or config.data.train}: the train split is empty")
-        orders.append(order_of(source.num_rows, config.seed + number if config.data.shuffle else None))
-    turns = [grain.MapDataset.range(sys.maxsize).map(lambda turn, n=n: (n, turn)) for n in range(len(orders))]
+            raise DataError(
+                f"{mixture(config)[number][0] or config.data.train}: the train split is empty"
+            )
+        orders.append(
+            order_of(source.num_rows, config.seed + number if config.data.shuffle else None)
+        )
+    turns = []
+    for n in range(len(orders)):
+        turns.append(grain.MapDataset.range(sys.maxsize).map(lambda turn, n=n: (n, turn)))
     mixed = grain.MapDataset.mix(turns, [weight for _, weight in mixture(config)])
     place = np.arange(B)[rows]
-    b, plain = len(place), config.task.name == "lm"  # else a row costs more than a call, and waits would add up
-    together = max(1, BLOCK // max(1, b * config.data.seq_len)) if plain else 1
+    # else a row costs more than a call, and waits would add up
+    b = len(place)
+    plain = config.task.name == "lm"
+    if plain:
+        together = max(1, BLOCK // max(1, b * config.data.seq_len))
+    else:
+        together = 1
 
     @lru_cache(maxsize=2)
     def block(number: int) -> dict[str, np.ndarray]:
         """`together` batches, one after the other."""
         keys = (np.arange(number * together, (number + 1) * together)[:, None] * B + place).ravel()
-        picked = map(mixed.__getitem__, keys.tolist()) if len(orders) > 1 else ((0, key) for key in keys.tolist())
+        if len(orders) > 1:
+            picked = map(mixed.__getitem__, keys.tolist())
+        else:
+            picked = ((0, key) for key in keys.tolist())
         ids = np.array([(source, orders[source](turn)) for source, turn in picked], np.int64)
         found = read_mixed(sources, ids, keys, config.seed)
         for value in found.values():
-            value.setflags(write=False)  # batches are parts of it, also when they are asked for again
+            value.setflags(
+                write=False
+            )  # batches are parts of it, also when they are asked for again
         return found
 
     def batch(k: int) -> dict[str, np.ndarray]:
@@ -274,18 +346,28 @@ def validation_batches(
     sources: `open_sources` of them, where they are open. Raises DataError where there is no validation split.
     """
     if config.task.name in ROLES and not config.data.val:
-        raise DataError("config.data.val is empty: give examples to measure on, or set eval.every=0")
-    B, sources = eval_rows(config), sources or open_sources(config, "val")
+        raise DataError(
+            "config.data.val is empty: give examples to measure on, or set eval.every=0"
+        )
+    B = eval_rows(config)
+    sources = sources or open_sources(config, "val")
     counts = [source.num_rows for source in sources]
     if not sum(counts):
         paths = ", ".join(path for path, _ in mixture(config))
-        raise DataError(f"{paths}: the validation split is empty; prepare it with --val_fraction, or set eval.every=0")
+        raise DataError(
+            f"{paths}: the validation split is empty; prepare it with --val_fraction, or set eval.every=0"
+        )
     ids = np.concatenate([np.stack([np.full(n, s), np.arange(n)], 1) for s, n in enumerate(counts)])
     longest = int(np.argmax(counts))
-    padding = np.tile([[longest, counts[longest]]], (-len(ids) % B, 1))  # a row past the end of a source
+    padding = np.tile(
+        [[longest, counts[longest]]], (-len(ids) % B, 1)
+    )  # a row past the end of a source
     ids = np.concatenate([ids, padding]).astype(np.int64)
     keys = np.arange(len(ids))
-    part = lambda x, k: x[k * B : (k + 1) * B][rows]
+
+    def part(x, k):
+        return x[k * B : (k + 1) * B][rows]
+
     batches = grain.MapDataset.range(len(ids) // B)
     # What is masked does not depend on the run's seed: every model is asked the same.
     return batches.map(lambda k: read_mixed(sources, part(ids, k), part(keys, k), 0))
@@ -306,15 +388,23 @@ def fingerprint(config: ConfigDict) -> dict:
         known["task"] = config.task.name
         keys = "mask_rate whole_words span_length fim_rate window class_weights balanced_sampling"
         known |= {key: config.task[key] for key in keys.split()}
-        known |= {key: config.data[key] for key in ("enc_len", "pack", "examples_per_row", "word_dropout")}
-        set_now = {key: config.task[key] for key in ("negatives", "subsample") if config.task[key]}
+        known |= {
+            key: config.data[key] for key in ("enc_len", "pack", "examples_per_row", "word_dropout")
+        }
+        set_now = {}
+        for key in ("negatives", "subsample"):
+            if config.task[key]:
+                set_now[key] = config.task[key]
         known |= set_now  # others are left out, so that older runs without these keys go on
     return known
 
 
 def batch_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], type]]:
     """{key: (shape, dtype)} of a global batch. config: resolved."""
-    return {key: ((config.train.batch_size, *shape), dtype) for key, (shape, dtype) in row_shapes(config).items()}
+    return {
+        key: ((config.train.batch_size, *shape), dtype)
+        for key, (shape, dtype) in row_shapes(config).items()
+    }
 
 
 class Prefetch:
@@ -324,9 +414,13 @@ class Prefetch:
     what the loop has to do before the devices can go on must not wait for the next batch.
     """
 
-    def __init__(self, batches, start: int, stop: int, depth: int, place: Callable = lambda batch: batch):
-        self.pool, self.ahead = ThreadPoolExecutor(1, thread_name_prefix="data"), deque()
-        self.numbers, self.make = iter(range(start, stop)), lambda k: place(batches[k])
+    def __init__(
+        self, batches, start: int, stop: int, depth: int, place: Callable = lambda batch: batch
+    ):
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self.ahead = deque()
+        self.numbers = iter(range(start, stop))
+        self.make = lambda k: place(batches[k])
         for _ in range(depth):
             self.refill()
 

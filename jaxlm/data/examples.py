@@ -40,14 +40,19 @@ from jaxlm.errors import DataError, UserError
 LOGGER = logging.getLogger("jaxlm")
 INEXACT = 0.01  # more answers than this share: a tokenizer that is made for them is made finer
 OPEN = 64  # rows that are filled at one time
-TEXTS = "text text2 words question context answer source target prompt response chosen rejected".split()
+TEXTS = (
+    "text text2 words question context answer source target prompt response chosen rejected".split()
+)
 
 
 def texts_of(examples: list[dict], lowercase: bool) -> list[str]:
     """All text of the examples, to make a tokenizer from."""
     texts = []
     for example in examples:
-        found = [example[role] for role in TEXTS if role in example and not is_dialogue(example[role])]
+        found = []
+        for role in TEXTS:
+            if role in example and not is_dialogue(example[role]):
+                found.append(example[role])
         if "messages" in example or is_dialogue(example.get("prompt")):
             messages = said_in(example)
             found += [str(m.get("content", "")) for m in messages if isinstance(m, dict)]
@@ -70,18 +75,25 @@ def examples_of(spec: str, task: str, columns: str) -> tuple[list[dict], list[st
 
 
 def stamps(spec: str) -> tuple:
-    stats = [(part, os.stat(part)) for path in paths_of(spec) for part in parts_of(path) if os.path.exists(part)]
+    stats = []
+    for path in paths_of(spec):
+        for part in parts_of(path):
+            if os.path.exists(part):
+                stats.append((part, os.stat(part)))
     return tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
 
 
 @lru_cache(maxsize=4)
 def _examples_of(spec, task, columns, stamps):
     examples, places = read_examples(spec, task, columns)
-    kept, bad = [], []
+    kept = []
+    bad = []
     for example, place in zip(examples, places):
         try:
             if task == "classify" and isinstance(example["label"], (list, tuple, dict)):
-                raise ValueError("its label is a list, not one class; several are of task.name=multilabel")
+                raise ValueError(
+                    "its label is a list, not one class; several are of task.name=multilabel"
+                )
             kept.append(plain(example))
         except ValueError as error:
             bad.append(f"{place}: {error}")
@@ -94,7 +106,10 @@ def plain(example: dict) -> dict:
     example = dict(example)
     if isinstance(example.get("answer"), dict):
         answer = example["answer"]
-        example |= {"answer": list(answer.get("text", ())), "start": list(answer.get("answer_start", ()))}
+        example |= {
+            "answer": list(answer.get("text", ())),
+            "start": list(answer.get("answer_start", ())),
+        }
     if "answer" in example:
         example["answer"] = answer_of(example["answer"])
     for role in TEXTS:
@@ -121,7 +136,11 @@ def answer_of(value):
 
 def is_dialogue(value) -> bool:
     """Whether a prompt is of several messages."""
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(item, dict) for item in value)
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(isinstance(item, dict) for item in value)
+    )
 
 
 def training_examples(data: ConfigDict | FrozenConfigDict, task: str) -> list[dict]:
@@ -142,7 +161,9 @@ def _made(kind, vocab_size, min_count, lowercase, task, columns, train, stamps):
     examples = examples_of(train, task, columns)[0]
     texts = texts_of(examples, lowercase)
     if task == "qa":
-        texts.append(" ")  # which stands for all white space of a context, also where it has new lines alone
+        texts.append(
+            " "
+        )  # which stands for all white space of a context, also where it has new lines alone
     try:
         made = vocabulary.make(kind, texts, vocab_size, min_count)
         if task != "qa" or kind not in ("words", "sentencepiece"):
@@ -171,10 +192,13 @@ def _fit_for_answers(made, make_finer: Callable, examples: list[dict], lowercase
 
 def inexact_answers(tokenizer, examples: list[dict], lowercase: bool) -> float:
     """The share of the first 1,000 examples whose answers begin or end inside of a token."""
-    encode, vocab = Encoder(tokenizer, lowercase), Vocabulary(tokenizer, "qa")
+    encode = Encoder(tokenizer, lowercase)
+    vocab = Vocabulary(tokenizer, "qa")
     exact = []
     for example in examples[:1000]:
-        with suppress(KeyError, ValueError, TypeError, AttributeError):  # told where all examples are read
+        with suppress(
+            KeyError, ValueError, TypeError, AttributeError
+        ):  # told where all examples are read
             exact.append(EXAMPLES["qa"](example, encode, vocab, ())["exact"])
     return exact.count(False) / max(len(exact), 1)
 
@@ -183,7 +207,8 @@ class Encoder:
     """text -> int32 ids of the text of examples, which is made lower case where config.data.lowercase says so."""
 
     def __init__(self, tokenizer, lowercase: bool):
-        self.tokenizer, self.lowercase = tokenizer, lowercase
+        self.tokenizer = tokenizer
+        self.lowercase = lowercase
 
     def __call__(self, text, after: str = "") -> np.ndarray:
         """after: what comes before it in its document; see Tokenizer.encode."""
@@ -203,7 +228,9 @@ class Encoder:
         return ids, np.stack([first, np.maximum(first, last)], axis=1)
 
     def spelling(self, text: str) -> str:
-        return text.lower() if self.lowercase else text
+        if self.lowercase:
+            return text.lower()
+        return text
 
 
 NAMES = {  # the labels of an example
@@ -215,24 +242,38 @@ NAMES = {  # the labels of an example
 
 def label_names(config: ConfigDict) -> tuple[str, ...]:
     """The classes or tags of config.data.labels, or of the training examples, sorted: 2 before 10."""
-    task, train = config.task.name, config.data.train
+    task = config.task.name
+    train = config.data.train
     if config.data.labels or task not in NAMES:
         return tuple(map(str, config.data.labels))
     examples = training_examples(config.data, task)
     counts = Counter(name for example in examples for name in NAMES[task](example))
-    names = sorted(counts, key=(lambda name: (len(name), name)) if all(map(str.isdecimal, counts)) else None)
+    names = sorted(
+        counts, key=(lambda name: (len(name), name)) if all(map(str.isdecimal, counts)) else None
+    )
     if task == "classify" and "" in counts:
         examples, places = examples_of(train, task, config.data.columns)
-        refuse([f"{where}: its label is empty" for where, e in zip(places, examples) if not label_of(e["label"])])
+        refuse(
+            [
+                f"{where}: its label is empty"
+                for where, e in zip(places, examples)
+                if not label_of(e["label"])
+            ]
+        )
     if task == "classify" and len(examples) >= 20 and len(names) > len(examples) / 2:
         order = 'Are the columns in another order? Say --config.data.columns="text=1 label=0"'
-        order = f"Are config.data.columns={config.data.columns!r} right?" if config.data.columns else order
+        if config.data.columns:
+            order = f"Are config.data.columns={config.data.columns!r} right?"
+        else:
+            order = order
         raise DataError(
             f"{train}: {len(names):,} different labels in {len(examples):,} examples, such as {names[0][:60]!r}: that "
             f"is no classification. {order}, or give config.data.labels"
         )
     if len(names) < 2 and task != "multilabel":
-        raise DataError(f"{train}: every example has the label {''.join(names)!r}; there is nothing to tell apart")
+        raise DataError(
+            f"{train}: every example has the label {''.join(names)!r}; there is nothing to tell apart"
+        )
     return tuple(names)
 
 
@@ -249,13 +290,17 @@ def first_learned(piece: dict, task: str) -> int:
     return int(counts.argmax(axis=-1).max()) + 1
 
 
-def with_known_labels(examples: list[dict], places: list[str], config: ConfigDict) -> tuple[list[dict], list[str]]:
+def with_known_labels(
+    examples: list[dict], places: list[str], config: ConfigDict
+) -> tuple[list[dict], list[str]]:
     """Those whose labels the model knows, and where they are from; how many others there are is told.
 
     All of them where it knows the labels of none: then these are probably no labels, which is refused later.
     """
-    names_of, known = NAMES.get(config.task.name), set(label_names(config))
-    kept, others = [], Counter()
+    names_of = NAMES.get(config.task.name)
+    known = set(label_names(config))
+    kept = []
+    others = Counter()
     for example, place in zip(examples, places):
         unknown = labels_beside(example, names_of, known)
         others.update(unknown)
@@ -298,19 +343,25 @@ class Examples:
         examples: list[dict] | None = None,
         only_known_labels: bool = False,
     ):
-        data, task = FrozenConfigDict(config.data), config.task.name
-        self.config, self.split = config, split
+        data = FrozenConfigDict(config.data)
+        task = config.task.name
+        self.config = config
+        self.split = split
         self.tokenizer = tokenizer or tokenizer_of(data, task)
         self.vocab = Vocabulary(self.tokenizer, task)
         if examples is None:
-            self.examples, places = examples_of({"train": data.train, "val": data.val}[split], task, data.columns)
+            self.examples, places = examples_of(
+                {"train": data.train, "val": data.val}[split], task, data.columns
+            )
         else:
-            self.examples, places = list(examples), [f"example {number}" for number in range(1, len(examples) + 1)]
+            self.examples = list(examples)
+            places = [f"example {number}" for number in range(1, len(examples) + 1)]
         if only_known_labels:
             self.examples, places = with_known_labels(self.examples, places, config)
         names = label_names(config)
         self.encode = Encoder(self.tokenizer, data.lowercase)
-        self.pieces, bad = [], []
+        self.pieces = []
+        bad = []
         for i, example in enumerate(self.examples):
             try:
                 if examples is not None:
@@ -326,16 +377,22 @@ class Examples:
         if task == "dpo" and examples is None:
             self.tell_equal()
         self.weigh(names)
-        self.learnable = np.ones(len(self.pieces), bool)  # of which a target is left where they are cut off
+        self.learnable = np.ones(
+            len(self.pieces), bool
+        )  # of which a target is left where they are cut off
         if examples is None:
             self.leave_out()
         self.rows = self.pack()
-        learned = [{role: x for role, x in example.items() if role != GROUP} for example in self.examples]
+        learned = [
+            {role: x for role, x in example.items() if role != GROUP} for example in self.examples
+        ]
         known = [learned, names, data.lowercase]
         if not self.learnable.all():  # the batches of older versions had them
             known.append(int(self.learnable.sum()))
         digest = hashlib.sha256(json.dumps(known, default=str).encode())
-        self.fingerprint = hashlib.sha256((digest.hexdigest() + self.tokenizer.fingerprint).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(
+            (digest.hexdigest() + self.tokenizer.fingerprint).encode()
+        ).hexdigest()
 
     @property
     def num_rows(self) -> int:
@@ -350,7 +407,8 @@ class Examples:
         inexact = [number for number, piece in enumerate(self.pieces) if not piece["exact"]]
         if not inexact:
             return
-        example, piece = self.examples[inexact[0]], self.pieces[inexact[0]]
+        example = self.examples[inexact[0]]
+        piece = self.pieces[inexact[0]]
         first = int(np.flatnonzero(piece["targets"] & START)[0])
         last = int(np.flatnonzero(piece["targets"] & STOP)[0])
         given = answer_text(example, self.encode, first, last)
@@ -362,7 +420,10 @@ class Examples:
 
     def tell_equal(self) -> None:
         """Says how many pairs teach nothing, because both answers are the same. Raises DataError where all are so."""
-        equal = [example for example in self.examples if example["chosen"] == example["rejected"]]
+        equal = []
+        for example in self.examples:
+            if example["chosen"] == example["rejected"]:
+                equal.append(example)
         if not equal:
             return
         told = (
@@ -370,28 +431,41 @@ class Examples:
             f"rejected, so that nothing is learned of them, such as {str(equal[0]['chosen'])[:40]!r}"
         )
         if len(equal) == len(self.examples):
-            files = self.config.data.train if self.split == "train" else self.config.data.val
+            if self.split == "train":
+                files = self.config.data.train
+            else:
+                files = self.config.data.val
             raise DataError(f"{files}: {told}; are the columns right?")
         LOGGER.warning(told)
 
     def weigh(self, names) -> None:
         """Gives training examples the weight of their class, so that every class weighs the same."""
         task = self.config.task
-        if self.split != "train" or task.class_weights == "none" or task.name not in ("classify", "tag"):
+        if (
+            self.split != "train"
+            or task.class_weights == "none"
+            or task.name not in ("classify", "tag")
+        ):
             return
         if task.name == "classify":
             counts = np.bincount([piece["label"] for piece in self.pieces], minlength=len(names))
             for piece in self.pieces:
                 piece["weight"] = len(self.pieces) / len(names) / counts[piece["label"]]
         else:
-            every = np.concatenate([piece["targets"][piece["weights"] > 0] for piece in self.pieces])
+            every = np.concatenate(
+                [piece["targets"][piece["weights"] > 0] for piece in self.pieces]
+            )
             counts = np.maximum(np.bincount(every, minlength=len(names)), 1)
             for piece in self.pieces:
-                piece["weights"] = piece["weights"] * (len(every) / len(names) / counts)[piece["targets"]]
+                piece["weights"] = (
+                    piece["weights"] * (len(every) / len(names) / counts)[piece["targets"]]
+                )
 
     def leave_out(self) -> None:
         """Finds the training examples of which cutting leaves nothing to learn. Raises DataError where all are so."""
-        needs = np.array([first_learned(piece, self.config.task.name) for piece in self.pieces], int)
+        needs = np.array(
+            [first_learned(piece, self.config.task.name) for piece in self.pieces], int
+        )
         left = needs <= self.config.data.seq_len
         if left.all():
             return
@@ -411,7 +485,10 @@ class Examples:
         d = self.config.data
         files = d.train if self.split == "train" else d.val
         longest = max(piece_lengths(piece)[0] for piece in self.pieces)
-        some = "" if needs.min() == needs.max() else f", {needs.min()} for something of one"
+        if needs.min() == needs.max():
+            some = ""
+        else:
+            some = f", {needs.min()} for something of one"
         return (
             f"{files}: nothing is left to learn of any of the {len(needs):,} {self.split} examples: what comes before "
             f"it fills data.seq_len={d.seq_len}, and the rest is cut off. Give --config.data.seq_len={longest}, which "
@@ -430,23 +507,34 @@ class Examples:
         if self.config.task.balanced_sampling and self.config.task.name == "classify":
             labels = np.array([piece["label"] for piece in self.pieces])
             most = np.bincount(labels).max()
-            repeated = lambda c: np.resize(rng.permutation(np.flatnonzero(labels == c)), most)
+
+            def repeated(c):
+                return np.resize(rng.permutation(np.flatnonzero(labels == c)), most)
+
             return rng.permutation(np.concatenate([repeated(c) for c in np.unique(labels)]))
-        return rng.permutation(len(self.pieces)) if self.config.data.shuffle else np.arange(len(self.pieces))
+        if self.config.data.shuffle:
+            return rng.permutation(len(self.pieces))
+        return np.arange(len(self.pieces))
 
     def pack(self) -> list[list[int]]:
         """First fit into the rows that are still open; validation examples stay in order. Says how many are cut."""
-        d, rows = self.config.data, []
+        d = self.config.data
+        rows = []
         most = d.examples_per_row if d.pack else 1
         lengths = np.array([piece_lengths(piece) for piece in self.pieces]).reshape(-1, 2)
-        taken, space = np.minimum(lengths, (d.seq_len, d.enc_len)), np.zeros((OPEN, 2), int)
-        numbers, slot = np.zeros(OPEN, int), 0  # of the open rows; the one that was opened first gives way
+        taken = np.minimum(lengths, (d.seq_len, d.enc_len))
+        space = np.zeros((OPEN, 2), int)
+        # of the open rows; the one that was opened first gives way
+        numbers = np.zeros(OPEN, int)
+        slot = 0
         for i in self.order():
             fits = (space[:, 0] >= taken[i, 0]) & (space[:, 1] >= taken[i, 1])
             at = int(fits.argmax())
             if not fits[at]:
-                at, slot = slot, (slot + 1) % OPEN
-                numbers[at], space[at] = len(rows), (d.seq_len, d.enc_len)
+                at = slot
+                slot = (slot + 1) % OPEN
+                numbers[at] = len(rows)
+                space[at] = (d.seq_len, d.enc_len)
                 rows.append([])
             rows[numbers[at]].append(int(i))
             space[at] -= taken[i]
@@ -456,9 +544,15 @@ class Examples:
         for i in cut if self.config.task.name == "qa" else ():  # half an answer is none
             targets = self.pieces[i]["targets"]
             if not (targets[: d.seq_len] & STOP).any():
-                self.pieces[i] |= {"targets": targets & ALLOWED, "weights": np.zeros(len(targets), np.float32)}
+                self.pieces[i] |= {
+                    "targets": targets & ALLOWED,
+                    "weights": np.zeros(len(targets), np.float32),
+                }
         if len(cut):
-            source = f" (sources: data.enc_len={d.enc_len})" if lengths[:, 1].any() else ""
+            if lengths[:, 1].any():
+                source = f" (sources: data.enc_len={d.enc_len})"
+            else:
+                source = ""
             LOGGER.warning(
                 f"{len(cut):,} of {len(self.pieces):,} {self.split} examples are longer than data.seq_len={d.seq_len}"
                 f"{source} and are cut off there, the longest has {lengths.max():,} tokens"
@@ -467,18 +561,33 @@ class Examples:
 
     def read(self, rows: np.ndarray, keys: list[tuple]) -> dict[str, np.ndarray]:
         """The batch of these row numbers; one past the end is padding. keys: of what is random in each row."""
-        laid = [
-            lay_out([self.pieces[i] for i in self.rows[r]] if r < len(self.rows) else [], self.config) for r in rows
-        ]
-        batch = {key: np.stack([row[key] for row in laid]) for key in laid[0]}
+        laid = []
+        for r in rows:
+            laid.append(
+                lay_out(
+                    [self.pieces[i] for i in self.rows[r]] if r < len(self.rows) else [],
+                    self.config,
+                )
+            )
+        batch = {}
+        for key in laid[0]:
+            batch[key] = np.stack([row[key] for row in laid])
         if self.config.data.word_dropout and self.split == "train":
             name = "enc_tokens" if "enc_tokens" in batch else "tokens"
-            chance = np.stack([np.random.default_rng(key).random(batch[name].shape[1:]) for key in keys])
+            chance = np.stack(
+                [np.random.default_rng(key).random(batch[name].shape[1:]) for key in keys]
+            )
             real = batch["enc_segments" if name == "enc_tokens" else "segments"] > 0
-            hide = (chance < self.config.data.word_dropout) & (batch[name] < self.tokenizer.vocab_size) & real
+            hide = (
+                (chance < self.config.data.word_dropout)
+                & (batch[name] < self.tokenizer.vocab_size)
+                & real
+            )
             batch[name] = np.where(hide, self.vocab.mask, batch[name])
         return batch
 
     @property
     def unit(self) -> str:
-        return "labels" if self.config.task.name in LABELLED else "tokens"
+        if self.config.task.name in LABELLED:
+            return "labels"
+        return "tokens"

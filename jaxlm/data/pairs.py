@@ -22,7 +22,8 @@ from jaxlm.errors import DataError
 
 BLOCK = 1 << 18  # tokens whose pairs are sorted at once: at a window of 10 these take about 250 MB
 HELD = 1 << 25  # sums in memory, of 16 bytes; sorting takes as much again three times
-WORDS, COUNTS = np.dtype("<u4"), np.dtype("<f4")
+WORDS = np.dtype("<u4")
+COUNTS = np.dtype("<f4")
 LONG = 10_000_000  # tokens that take so long that it is said before
 
 Sums = tuple[np.ndarray, np.ndarray]  # (i x vocabulary + j, rising, int64 [n]; float64 [n])
@@ -36,12 +37,14 @@ def pairs_in(store: Store, start: int, stop: int, window: int) -> Sums:
     document[store.document_starts(start, end) - start] = 1
     document = np.cumsum(document)
     is_word = ids != (-1 if store.eos_id is None else store.eos_id)
-    keys, counts = [], []
+    keys = []
+    counts = []
     for distance in range(1, window + 1):
         first = np.arange(min(stop - start, len(ids) - distance))
         second = first + distance
         together = (document[first] == document[second]) & is_word[first] & is_word[second]
-        left, right = ids[first[together]], ids[second[together]]
+        left = ids[first[together]]
+        right = ids[second[together]]
         keys += [left * store.vocab_size + right, right * store.vocab_size + left]
         counts.append(np.full(2 * len(left), 1 / distance))
     return summed(np.concatenate(keys), np.concatenate(counts))
@@ -52,18 +55,24 @@ def summed(keys: np.ndarray, counts: np.ndarray) -> Sums:
     if not len(keys):
         return keys, counts
     order = np.argsort(keys, kind="stable")
-    keys, counts = keys[order], counts[order]
+    keys = keys[order]
+    counts = counts[order]
     first = np.flatnonzero(np.diff(keys, prepend=keys[0] - 1))
     return keys[first], np.add.reduceat(counts, first)
 
 
 def added(parts: list[Sums]) -> Sums:
-    return summed(np.concatenate([keys for keys, _ in parts]), np.concatenate([counts for _, counts in parts]))
+    return summed(
+        np.concatenate([keys for keys, _ in parts]), np.concatenate([counts for _, counts in parts])
+    )
 
 
-def count_pairs(store: Store, window: int, folder: Path, block: int = BLOCK, held: int = HELD) -> Iterator[Sums]:
+def count_pairs(
+    store: Store, window: int, folder: Path, block: int = BLOCK, held: int = HELD
+) -> Iterator[Sums]:
     """All sums of a split, in parts of rising keys. folder: for what does not fit into memory, `held` sums."""
-    runs, waiting = [], []
+    runs = []
+    waiting = []
     for start in range(0, store.num_tokens, block):
         waiting.append(pairs_in(store, start, min(start + block, store.num_tokens), window))
         if sum(len(keys) for keys, _ in waiting) > held:
@@ -89,7 +98,8 @@ def put_aside(sums: Sums, folder: Path, number: int) -> Sums:
 
 def merged(runs: list[Sums], held: int) -> Iterator[Sums]:
     """The sums over all runs, in parts of at most `held`, of rising keys."""
-    places, step = [0] * len(runs), max(held // len(runs), 1)
+    places = [0] * len(runs)
+    step = max(held // len(runs), 1)
     while True:
         open_runs = [n for n, (keys, _) in enumerate(runs) if places[n] < len(keys)]
         if not open_runs:
@@ -115,10 +125,15 @@ def kept_pairs(store: Store, window: int) -> Path:
         return folder
     tokens = f"{store.num_tokens:,} tokens of {store.path} ({store.split})"
     if store.num_tokens >= LONG:
-        print(f"counting the pairs of words in {tokens}, about a minute for every 10 million", file=sys.stderr)
+        print(
+            f"counting the pairs of words in {tokens}, about a minute for every 10 million",
+            file=sys.stderr,
+        )
     began = time.perf_counter()
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{PAIRS}-", dir=store.path, ignore_cleanup_errors=True) as work:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{PAIRS}-", dir=store.path, ignore_cleanup_errors=True
+        ) as work:
             number = write_pairs(store, window, Path(work))
             (Path(work) / "done").rename(folder)  # so that it is there as a whole or not at all
     except OSError as error:
@@ -169,7 +184,8 @@ class Pairs:
         folder = kept_pairs(store, config.task.window)
         self.words = read_flat(folder / "words", WORDS).reshape(-1, 2)
         self.counts = read_flat(folder / "counts", COUNTS)
-        self.num_pairs, self.length = len(self.counts), config.data.seq_len
+        self.num_pairs = len(self.counts)
+        self.length = config.data.seq_len
         if len(self.words) != self.num_pairs:
             raise DataError(f"{folder} is damaged; delete it, and it is counted again")
         if store.num_tokens and not self.num_pairs:
@@ -177,8 +193,10 @@ class Pairs:
                 f"{store.path}: no two words of its {store.split} split stand in one document; are its documents "
                 "single words?"
             )
-        self.num_rows, self.num_tokens = -(-self.num_pairs // self.length), store.num_tokens
-        self.stride, self.fingerprint = stride_of(self.num_pairs), store.fingerprint
+        self.num_rows = -(-self.num_pairs // self.length)
+        self.num_tokens = store.num_tokens
+        self.stride = stride_of(self.num_pairs)
+        self.fingerprint = store.fingerprint
         self.scale = store.manifest["splits"]["train"]["tokens"] / max(store.num_tokens, 1)
 
     def read(self, rows: np.ndarray, keys: list[tuple]) -> dict[str, np.ndarray]:
@@ -193,7 +211,9 @@ class Pairs:
             "positions": np.zeros(place.shape, np.int32),
             "segments": there.astype(np.int32),
             "weights": there.astype(np.float32),
-            "counts": np.where(there, self.counts[pair] * np.float32(self.scale), 0).astype(np.float32),
+            "counts": np.where(there, self.counts[pair] * np.float32(self.scale), 0).astype(
+                np.float32
+            ),
         }
 
 
@@ -203,6 +223,11 @@ def read_flat(file: Path, dtype: np.dtype) -> np.ndarray:
         size = file.stat().st_size
         if size % dtype.itemsize:
             raise DataError(f"{file} is cut off; delete {file.parent}, and it is counted again")
-        return np.memmap(file, dtype, mode="r") if size else np.zeros(0, dtype)  # which refuses an empty file
+        # which refuses an empty file
+        if size:
+            return np.memmap(file, dtype, mode="r")
+        return np.zeros(0, dtype)
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror}; delete {file.parent}, and it is counted again") from None
+        raise DataError(
+            f"{file}: {error.strerror}; delete {file.parent}, and it is counted again"
+        ) from None

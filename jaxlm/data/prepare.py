@@ -27,7 +27,12 @@ from jaxlm.data import shard_jobs as parts
 from jaxlm.data.shard_jobs import Job, Options
 from jaxlm.data.tokenization import fidelity, specials
 from jaxlm.data.tokenization.tokenizer import Bytes, Tokenizer, load
-from jaxlm.data.tokenization.vocabulary import SAMPLE_CHARS, chars_from, train_sentencepiece, words_from
+from jaxlm.data.tokenization.vocabulary import (
+    SAMPLE_CHARS,
+    chars_from,
+    train_sentencepiece,
+    words_from,
+)
 from jaxlm.errors import ConfigError, DataError, UserError
 
 SIZED = ("sentencepiece", "words")  # tokenizers that are trained to a size
@@ -73,7 +78,8 @@ def prepare(
     bos, eos: a given tokenizer's token, by its text or its id, or "none"; default: what it says by itself.
     Raises: ConfigError for options that are wrong or not those of an existing output, DataError for the input.
     """
-    output, inputs = Path(output), [inputs] if isinstance(inputs, str) else list(inputs)
+    output = Path(output)
+    inputs = [inputs] if isinstance(inputs, str) else list(inputs)
     if tokenizer not in TRAINED and not Path(tokenizer).exists():
         hint = cli.did_you_mean(str(tokenizer), TRAINED)
         raise ConfigError(f"--tokenizer={tokenizer} is not {', '.join(TRAINED)} or a file{hint}")
@@ -96,12 +102,16 @@ def prepare(
     if not _claim(output, identity, overwrite):
         return _already_prepared(output, given, console)
     _print(console, [*readers.formats_of(sources), *readers.left_out(inputs)])
-    jobs = [Job(i, spans, options, output / PARTIAL) for i, spans in enumerate(parts.plan(sources))]
+    jobs = []
+    for i, spans in enumerate(parts.plan(sources)):
+        jobs.append(Job(i, spans, options, output / PARTIAL))
     run = functools.partial(parts.run, workers=workers or os.cpu_count() or 1, console=console)
     try:
         return _passes(output, identity, jobs, given, run, allow_unknown)
     except UserError as error:
-        if not isinstance(error, parts.Interrupted):  # the next attempt will be with other options or another input
+        if not isinstance(
+            error, parts.Interrupted
+        ):  # the next attempt will be with other options or another input
             _clear(output)
         raise
 
@@ -116,7 +126,9 @@ def _given(tokenizer: str | Path, bos: str | None, eos: str | None) -> Tokenizer
         specials.of_flags(given, bos, eos)
         return given
     if (bos, eos) != (None, None):
-        raise ConfigError(f"--bos and --eos are for a tokenizer that is a path; --tokenizer={tokenizer} has its own")
+        raise ConfigError(
+            f"--bos and --eos are for a tokenizer that is a path; --tokenizer={tokenizer} has its own"
+        )
     return None
 
 
@@ -138,22 +150,31 @@ def _already_prepared(output: Path, given: Tokenizer | None, console: Console) -
 
 
 def _check(options: Options, workers: int | None) -> None:
-    wrong = [
-        f"{key}={value!r} must be {rule}"
-        for key, value, rule, right in (
-            ("val_fraction", options.val_fraction, "at least 0 and below 1", 0 <= options.val_fraction < 1),
-            ("val_split", options.val_split, " or ".join(VAL_SPLITS), options.val_split in VAL_SPLITS),
-            (
-                "on_bad_record",
-                options.on_bad_record,
-                " or ".join(ON_BAD_RECORD),
-                options.on_bad_record in ON_BAD_RECORD,
-            ),
-            ("workers", workers, "at least 1", workers is None or workers >= 1),
-            ("vocab_size", options.vocab_size, "at least 1", options.vocab_size is None or options.vocab_size >= 1),
-        )
-        if not right
-    ]
+    wrong = []
+    for key, value, rule, right in (
+        (
+            "val_fraction",
+            options.val_fraction,
+            "at least 0 and below 1",
+            0 <= options.val_fraction < 1,
+        ),
+        ("val_split", options.val_split, " or ".join(VAL_SPLITS), options.val_split in VAL_SPLITS),
+        (
+            "on_bad_record",
+            options.on_bad_record,
+            " or ".join(ON_BAD_RECORD),
+            options.on_bad_record in ON_BAD_RECORD,
+        ),
+        ("workers", workers, "at least 1", workers is None or workers >= 1),
+        (
+            "vocab_size",
+            options.vocab_size,
+            "at least 1",
+            options.vocab_size is None or options.vocab_size >= 1,
+        ),
+    ):
+        if not right:
+            wrong.append(f"{key}={value!r} must be {rule}")
     if options.vocab_size is not None and options.tokenizer not in SIZED:
         wrong.append(f"vocab_size is for tokenizer={' or '.join(SIZED)}, the others have their own")
     if wrong:
@@ -180,19 +201,30 @@ def _claim(output: Path, identity: dict, overwrite: bool) -> bool:
         parts.save(folder / IDENTITY, identity)
         return True
     except OSError as error:
-        raise ConfigError(f"--output={output} can't be written: {error.filename}: {error.strerror}") from None
+        raise ConfigError(
+            f"--output={output} can't be written: {error.filename}: {error.strerror}"
+        ) from None
 
 
 def _compare(found: dict, identity: dict, output: Path) -> None:
     """Raises: ConfigError that lists every option and source that is not what it was."""
-    there, now = found["options"], identity["options"]
+    there = found["options"]
+    now = identity["options"]
     if "bos_id" not in there:  # of an earlier version: its ids are in the manifest, and stay
         there = {**there, "bos_id": now["bos_id"], "eos_id": now["eos_id"]}
-    changes = [f"{key} was {there.get(key)!r}, is {now[key]!r}" for key in now if there.get(key) != now[key]]
-    there, now = ({source["path"]: source for source in side["sources"]} for side in (found, identity))
+    changes = []
+    for key in now:
+        if there.get(key) != now[key]:
+            changes.append(f"{key} was {there.get(key)!r}, is {now[key]!r}")
+    there, now = (
+        {source["path"]: source for source in side["sources"]} for side in (found, identity)
+    )
     names = [name for name in {**there, **now} if there.get(name) != now.get(name)]
     for name in names[:5]:
-        change = "is new" if name not in there else "is gone" if name not in now else "has changed"
+        if name not in there:
+            change = "is new"
+        else:
+            change = "is gone" if name not in now else "has changed"
         changes.append(f"the input {name} {change}")
     if len(names) > 5:
         changes.append(f"and {len(names) - 5:,} more inputs")
@@ -210,7 +242,13 @@ def _clear(output: Path) -> None:
     """Deletes what this program writes, and nothing else; the manifest first, so that the rest counts as unfinished."""
     if not output.is_dir():
         return
-    for pattern in (store.MANIFEST, "*-[0-9]*.tokens", "*-[0-9]*.offsets", "tokenizer.model", "tokenizer.json"):
+    for pattern in (
+        store.MANIFEST,
+        "*-[0-9]*.tokens",
+        "*-[0-9]*.offsets",
+        "tokenizer.model",
+        "tokenizer.json",
+    ):
         for file in output.glob(pattern):
             file.unlink()
     for folder in (output / PARTIAL, *output.glob(f"{store.PAIRS}-*")):
@@ -220,13 +258,22 @@ def _clear(output: Path) -> None:
 
 
 def _passes(
-    output: Path, identity: dict, jobs: list[Job], given: Tokenizer | None, run: Callable, allow_unknown: bool
+    output: Path,
+    identity: dict,
+    jobs: list[Job],
+    given: Tokenizer | None,
+    run: Callable,
+    allow_unknown: bool,
 ) -> dict:
     """Counts, makes the tokenizer, writes, and puts everything in its place. Returns the manifest."""
     total = max(1, sum(job.bytes for job in jobs))
-    options, folder = jobs[0].options, jobs[0].folder
+    options = jobs[0].options
+    folder = jobs[0].folder
     if options.tokenizer in SIZED:
-        jobs = [dataclasses.replace(job, sample_chars=1 + SAMPLE_CHARS * job.bytes // total) for job in jobs]
+        jobs = [
+            dataclasses.replace(job, sample_chars=1 + SAMPLE_CHARS * job.bytes // total)
+            for job in jobs
+        ]
     run(parts.count, jobs)
     counted = [json.loads(job.record("count").read_bytes()) for job in jobs]
     counts = parts.judge(counted, skip=options.on_bad_record == "skip")
@@ -240,7 +287,9 @@ def _passes(
     cut = int(sum(record["characters"] for record in counted) * (1 - options.val_fraction))
     for i, record in enumerate(counted):
         size = record["characters"]
-        jobs[i] = dataclasses.replace(jobs[i], tokenizer=file, characters=size, cut=cut, threshold=threshold)
+        jobs[i] = dataclasses.replace(
+            jobs[i], tokenizer=file, characters=size, cut=cut, threshold=threshold
+        )
         cut = cut - size if cut >= size else -1
     run(parts.write, jobs)
     written = [json.loads(job.record("write").read_bytes()) for job in jobs]
@@ -248,7 +297,9 @@ def _passes(
     # Words that are made here to a size leave out the rare ones on purpose.
     if not allow_unknown and options.tokenizer != "words":
         _refuse_unknown(kept)
-    return _finish(output, identity, jobs, {key: counts[key] for key in COUNTS}, tokenizer, written, kept)
+    return _finish(
+        output, identity, jobs, {key: counts[key] for key in COUNTS}, tokenizer, written, kept
+    )
 
 
 def _what_is_kept(written: list[dict], jobs: list[Job]) -> dict:
@@ -260,7 +311,11 @@ def _what_is_kept(written: list[dict], jobs: list[Job]) -> dict:
             older = {"unknown_tokens": entry.pop("unknown_tokens", 0)}
             records.append(entry.pop("kept", older))
     tokens = sum(entry["tokens"] for entries in written for entry in entries.values())
-    return {**fidelity.add(records), "tokens": tokens, "characters": sum(job.characters for job in jobs)}
+    return {
+        **fidelity.add(records),
+        "tokens": tokens,
+        "characters": sum(job.characters for job in jobs),
+    }
 
 
 def _refuse_unknown(kept: dict) -> None:
@@ -286,11 +341,22 @@ def _make_tokenizer(counted: list[dict], options: Options) -> Tokenizer:
 
 
 def _finish(
-    output: Path, identity: dict, jobs: list[Job], counts: dict, tokenizer: Tokenizer, written: list[dict], kept: dict
+    output: Path,
+    identity: dict,
+    jobs: list[Job],
+    counts: dict,
+    tokenizer: Tokenizer,
+    written: list[dict],
+    kept: dict,
 ) -> dict:
     """Numbers the shards, moves everything to where it belongs, and writes the manifest."""
-    counts = {**counts, UNKNOWN: kept["unknown_tokens"], "unknown_characters": kept["unknown_characters"]}
-    shards, splits = [], {}
+    counts = {
+        **counts,
+        UNKNOWN: kept["unknown_tokens"],
+        "unknown_characters": kept["unknown_characters"],
+    }
+    shards = []
+    splits = {}
     for split in ("train", "val"):
         mine = [(job, entries[split]) for job, entries in zip(jobs, written) if split in entries]
         for number, (job, entry) in enumerate(mine):
@@ -300,11 +366,15 @@ def _finish(
                 part = job.folder / f"{job.index:05d}.{split}.{kind}"
                 if part.exists():  # else it was moved before an interruption
                     os.replace(part, output / f"{name}.{kind}")
-        splits[split] = {key: sum(entry[key] for _, entry in mine) for key in ("tokens", "documents", "bytes")}
+        splits[split] = {
+            key: sum(entry[key] for _, entry in mine) for key in ("tokens", "documents", "bytes")
+        }
     if not splits["train"]["tokens"]:
         raise DataError("no text is left to train on: give more text, or a smaller --val_fraction")
     if broken := store.broken_files(output, shards):
-        raise DataError("\n  ".join(["files were damaged while they were written; start again:", *broken]))
+        raise DataError(
+            "\n  ".join(["files were damaged while they were written; start again:", *broken])
+        )
     (output / tokenizer.filename).write_bytes(tokenizer.to_bytes())
     manifest = {
         **identity,
@@ -339,7 +409,10 @@ def _begin_and_end(tokenizer: dict) -> str:
     """One line on the tokens around a document. tokenizer: the manifest's entry."""
     bos, eos = (_one_end(tokenizer, role) for role in specials.ROLES)
     if tokenizer["eos_id"] is None:
-        flag = _hint(tokenizer, "eos") if tokenizer["name"] in GIVEN else ""
+        if tokenizer["name"] in GIVEN:
+            flag = _hint(tokenizer, "eos")
+        else:
+            flag = ""
         return f"note: {bos}, {eos}: documents have no end, so that generation goes on to max_tokens{flag}"
     if tokenizer["bos_id"] is None:
         return f"note: {bos}, so that a prompt can't be empty, {eos}{_hint(tokenizer, 'bos')}"
@@ -347,12 +420,15 @@ def _begin_and_end(tokenizer: dict) -> str:
 
 
 def _hint(tokenizer: dict, role: str) -> str:
-    return "" if tokenizer.get(f"{role}_from") == f"--{role}" else f"; --{role}=TOKEN chooses one"
+    if tokenizer.get(f"{role}_from") == f"--{role}":
+        return ""
+    return f"; --{role}=TOKEN chooses one"
 
 
 def _one_end(tokenizer: dict, role: str) -> str:
     """In words, the token that is the tokenizer's bos or eos, and where that is from."""
-    id_, origin = tokenizer[f"{role}_id"], tokenizer.get(f"{role}_from")
+    id_ = tokenizer[f"{role}_id"]
+    origin = tokenizer.get(f"{role}_from")
     told = f" ({origin})" if origin else ""
     if id_ is None:
         return f"no {role}{told}"
@@ -362,20 +438,29 @@ def _one_end(tokenizer: dict, role: str) -> str:
 
 def summary(manifest: dict, output: str | Path) -> str:
     """What a person wants to know about a prepared directory, and what to type next."""
-    splits, tokenizer = manifest["splits"], manifest["tokenizer"]
+    splits = manifest["splits"]
+    tokenizer = manifest["tokenizer"]
     lines = [f"{'':10}{'documents':>14}{'bytes':>18}{'tokens':>18}{'bytes/token':>14}"]
     for name, split in splits.items():
         ratio = split["bytes"] / max(1, split["tokens"])
-        lines.append(f"{name:10}{split['documents']:14,}{split['bytes']:18,}{split['tokens']:18,}{ratio:14.3f}")
+        lines.append(
+            f"{name:10}{split['documents']:14,}{split['bytes']:18,}{split['tokens']:18,}{ratio:14.3f}"
+        )
     lines.append(f"tokenizer {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens")
     lines.append(_begin_and_end(tokenizer))
     wanted = manifest["options"]["vocab_size"]
     if wanted and wanted > tokenizer["vocab_size"]:
         lines.append(f"note: the text has no pieces for the {wanted:,} tokens that were asked for")
     if manifest["options"]["val_fraction"] and not splits["val"]["tokens"]:
-        lines.append("note: val is empty, since no two documents differ; --val_split=tail would cut one in two")
+        lines.append(
+            "note: val is empty, since no two documents differ; --val_split=tail would cut one in two"
+        )
     lines += _what_is_lost(manifest)
-    lines += [f"note: {manifest['counts'][key]:,} {name}" for key, name in COUNTS.items() if manifest["counts"][key]]
+    lines += [
+        f"note: {manifest['counts'][key]:,} {name}"
+        for key, name in COUNTS.items()
+        if manifest["counts"][key]
+    ]
     lines += [
         f"written to {output}",
         "next:",
@@ -388,8 +473,13 @@ def _what_is_lost(manifest: dict) -> list[str]:
     """Lines on the text that the tokens don't hold."""
     if "kept" not in manifest:  # of an earlier version, which counted tokens, or nothing
         unknown = manifest["counts"].get(UNKNOWN, 0)
-        return [f"note: {unknown:,} tokens are the tokenizer's unknown token: their text is lost"] if unknown else []
-    kept, lines = manifest["kept"], []
+        if unknown:
+            return [
+                f"note: {unknown:,} tokens are the tokenizer's unknown token: their text is lost"
+            ]
+        return []
+    kept = manifest["kept"]
+    lines = []
     if kept["unknown_tokens"] or kept["unknown_characters"]:
         lines.append(f"note: {fidelity.unknown_in_words(kept)}")
     if kept["give_back"]:
@@ -414,15 +504,34 @@ def main(argv: list[str]) -> None:
         help="default: sentencepiece. words: of letters and digits, and each punctuation mark by itself ('king,' is "
         "king and a comma); don't, well-known and 3.14 stay whole, and text without spaces is not split into words",
     )
-    parser.add_argument("--vocab_size", type=int, help=f"of {' or '.join(SIZED)} (default: {VOCAB_SIZE})")
-    parser.add_argument("--val_fraction", type=float, default=0.1, help="of the text to keep for validation (0.1)")
-    parser.add_argument("--val_split", choices=VAL_SPLITS, default="tail", help="the end of the text, or drawn by hash")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
-    parser.add_argument("--text_key", default="text", help="the key or column of a record that has the text (text)")
-    parser.add_argument("--on_bad_record", choices=ON_BAD_RECORD, default="error", help="skip: count them and go on")
-    parser.add_argument("--bos", metavar="TOKEN", help="what begins a text: a given tokenizer's token, its id, or none")
     parser.add_argument(
-        "--eos", metavar="TOKEN", help="what ends a document: a given tokenizer's token, its id, or none"
+        "--vocab_size", type=int, help=f"of {' or '.join(SIZED)} (default: {VOCAB_SIZE})"
+    )
+    parser.add_argument(
+        "--val_fraction", type=float, default=0.1, help="of the text to keep for validation (0.1)"
+    )
+    parser.add_argument(
+        "--val_split",
+        choices=VAL_SPLITS,
+        default="tail",
+        help="the end of the text, or drawn by hash",
+    )
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument(
+        "--text_key", default="text", help="the key or column of a record that has the text (text)"
+    )
+    parser.add_argument(
+        "--on_bad_record", choices=ON_BAD_RECORD, default="error", help="skip: count them and go on"
+    )
+    parser.add_argument(
+        "--bos",
+        metavar="TOKEN",
+        help="what begins a text: a given tokenizer's token, its id, or none",
+    )
+    parser.add_argument(
+        "--eos",
+        metavar="TOKEN",
+        help="what ends a document: a given tokenizer's token, its id, or none",
     )
     parser.add_argument(
         "--allow_unknown",

@@ -30,7 +30,15 @@ from jaxlm.errors import DataError
 
 # What a directory is searched for; a file that is named, or matches a glob, may be any.
 SUFFIXES = ".jsonl .ndjson .parquet .txt .md .rst .tex .html .py .c .h .cc .cpp .cu .js .ts .java .go .rs .sh".split()
-STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+STDLIB_SKIPS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "pydoc_data",
+}
 BLOCK_BYTES = 256 << 10  # of a file read at a time
 BAD_SHOWN = 10
 WRONG_SHOWN = 50  # files that are refused
@@ -85,7 +93,8 @@ def find(inputs: Iterable[str], key: str = "text") -> list[Source]:
 
     Raises: DataError that lists every input that names no file, or every file of a format that is not read.
     """
-    named, nothing = {}, []
+    named = {}
+    nothing = []
     for text in inputs:
         files = _stdlib() if text == "stdlib" else _matches(text)
         if not files:
@@ -102,7 +111,8 @@ def find(inputs: Iterable[str], key: str = "text") -> list[Source]:
             + ", ".join(f"--input={text!r}" for text in nothing)
             + f" (seen from {os.getcwd()}; a directory is searched for {known}){hint}{there}"
         )
-    sources, wrong = [], []
+    sources = []
+    wrong = []
     try:
         for name, path in named.values():
             source, reason = _look_at(name, path, key)
@@ -112,8 +122,13 @@ def find(inputs: Iterable[str], key: str = "text") -> list[Source]:
     except OSError as error:
         raise DataError(f"the input {error.filename} can't be read: {error.strerror}") from None
     if wrong:
-        more = [f"and {len(wrong) - WRONG_SHOWN:,} more"] if len(wrong) > WRONG_SHOWN else []
-        raise DataError("\n  ".join(["the input has files that can't be read:", *wrong[:WRONG_SHOWN], *more]))
+        if len(wrong) > WRONG_SHOWN:
+            more = [f"and {len(wrong) - WRONG_SHOWN:,} more"]
+        else:
+            more = []
+        raise DataError(
+            "\n  ".join(["the input has files that can't be read:", *wrong[:WRONG_SHOWN], *more])
+        )
     return sources
 
 
@@ -146,7 +161,9 @@ def left_out(inputs: Iterable[str]) -> list[str]:
             most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
             shown = ", ".join(f"{count:,} {kind}" for kind, count in most[:KINDS_SHOWN])
             more = ", and others" if len(kinds) > KINDS_SHOWN else ""
-            told.append(f"left out of {text}: {shown}{more}; a glob reads them: --input='{root}/**/*SUFFIX'")
+            told.append(
+                f"left out of {text}: {shown}{more}; a glob reads them: --input='{root}/**/*SUFFIX'"
+            )
     return told
 
 
@@ -168,9 +185,17 @@ def beginning(source: Source) -> str:
 def _matches(text: str) -> list[tuple[str, str]]:
     pattern = os.path.expanduser(text)
     files = []
-    for match in [pattern] if os.path.exists(pattern) else sorted(glob.glob(_pattern(pattern), recursive=True)):
+    for match in (
+        [pattern]
+        if os.path.exists(pattern)
+        else sorted(glob.glob(_pattern(pattern), recursive=True))
+    ):
         if os.path.isdir(match):
-            files += [(str(path), str(path)) for path in sorted(Path(match).rglob("*")) if _is_known(path, Path(match))]
+            files += [
+                (str(path), str(path))
+                for path in sorted(Path(match).rglob("*"))
+                if _is_known(path, Path(match))
+            ]
         else:
             files.append((match, match))
     return files
@@ -182,7 +207,9 @@ def _pattern(path: str) -> str:
     while not start.exists():
         start = start.parent
     folder = str(start)
-    return glob.escape(folder) + path.removeprefix(folder) if path.startswith(folder) else path
+    if path.startswith(folder):
+        return glob.escape(folder) + path.removeprefix(folder)
+    return path
 
 
 def _is_known(path: Path, root: Path) -> bool:
@@ -196,7 +223,11 @@ def _is_hidden(path: Path, root: Path) -> bool:
 def _stdlib() -> list[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    return [(f"stdlib/{name}", str(root / name)) for name in names if not STDLIB_SKIPS & set(name.split("/"))]
+    return [
+        (f"stdlib/{name}", str(root / name))
+        for name in names
+        if not STDLIB_SKIPS & set(name.split("/"))
+    ]
 
 
 def _suffix(path: str) -> str:
@@ -213,8 +244,12 @@ def _look_at(name: str, path: str, key: str) -> tuple[Source, str]:
     The hash is over all of a file of 1 MiB, and over 64 stretches of 16 KiB of a larger one.
     """
     if not os.path.isfile(path):
-        return Source(name, path, 0, ""), "a pipe or a device, which can't be read twice; write it into a file first"
-    digest, stretches, length = hashlib.sha256(), 64, 16 << 10
+        return Source(
+            name, path, 0, ""
+        ), "a pipe or a device, which can't be read twice; write it into a file first"
+    digest = hashlib.sha256()
+    stretches = 64
+    length = 16 << 10
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         compression = formats.compression(file.read(16))
@@ -228,7 +263,8 @@ def _look_at(name: str, path: str, key: str) -> tuple[Source, str]:
 
 def _with_format(source: Source, key: str) -> tuple[Source, str]:
     """(a file with what it is, why it is not read or "")."""
-    path, compression = source.path, source.compression
+    path = source.path
+    compression = source.compression
     head = formats.beginning(path, compression)
     suffix = _suffix(path)
     if head.startswith(formats.PARQUET):
@@ -237,7 +273,12 @@ def _with_format(source: Source, key: str) -> tuple[Source, str]:
     if reason:
         return source, reason
     layout = layouts.see(path, suffix, compression, head, key)
-    words = [layout.words, compression, formats.encoding_label(head).replace("UTF-8", ""), layout.documents]
+    words = [
+        layout.words,
+        compression,
+        formats.encoding_label(head).replace("UTF-8", ""),
+        layout.documents,
+    ]
     text = ", ".join(filter(None, words))
     if layout.kind != "text":
         text += f" ({layout.field} {json.dumps(key, ensure_ascii=False)})"
@@ -276,7 +317,8 @@ def _read_jsonl(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
 
 def _read_json(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
     """A JSON list, or objects that are not one a line."""
-    name, number = span.source.name, 0
+    name = span.source.name
+    number = 0
     try:
         for value in layouts.values(texts(_blocks(span, notes), notes)):
             number += 1
@@ -290,16 +332,20 @@ def _read_json(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
             notes.counts["replaced_surrogates"] += replaced
             yield from _document(text, notes)
     except (ValueError, RecursionError) as error:
-        if not any(broken[0] == name for broken in notes.broken):  # else the file breaks off, which is why
+        if not any(
+            broken[0] == name for broken in notes.broken
+        ):  # else the file breaks off, which is why
             _broken(notes, name, error)
 
 
 def _read_table(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
     """Each row but the first, which has the names of the columns. Its number is that of its first line."""
-    name, layout = span.source.name, span.source.layout
+    name = span.source.name
+    layout = span.source.layout
     ended = (line + "\n" for line in _decoded_lines(span, notes))
     rows = layouts.reader(ended, layout.delimiter, layout.quoted)
-    header, start = [], 1
+    header = []
+    start = 1
     while True:
         notes.records[name] = start - 1
         try:
@@ -308,7 +354,9 @@ def _read_table(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
             return
         except csv.Error as error:
             if "unexpected end of data" in str(error) or "field larger" in str(error):
-                _broken(notes, name, ValueError(f"the quote that opens in line {start} isn't closed"))
+                _broken(
+                    notes, name, ValueError(f"the quote that opens in line {start} isn't closed")
+                )
                 return
             _bad(notes, name, start, _reason(error))
             row = []
@@ -339,7 +387,8 @@ def _decoded_lines(span: Span, notes: Notes) -> Iterator[str]:
 
 
 def _read_parquet(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
-    name, number = span.source.name, 0
+    name = span.source.name
+    number = 0
     try:
         with pa.parquet.ParquetFile(span.source.path) as file:
             for batch in file.iter_batches(batch_size=256, columns=[key]):
@@ -349,13 +398,20 @@ def _read_parquet(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
                 kind = column.type
                 strings = layouts.is_text(kind)
                 if strings:
-                    column = column.cast(pa.large_binary())  # so that invalid UTF-8 is ours to replace
+                    column = column.cast(
+                        pa.large_binary()
+                    )  # so that invalid UTF-8 is ours to replace
                 for value in column.to_pylist():
                     number += 1
                     if strings and value is not None:
                         yield from _document(decode(value, notes), notes)
                     else:
-                        _bad(notes, name, number, f"{key!r} is {'null' if value is None else kind}, not a string")
+                        _bad(
+                            notes,
+                            name,
+                            number,
+                            f"{key!r} is {'null' if value is None else kind}, not a string",
+                        )
                     notes.records[name] = number
     except (OSError, pa.ArrowException) as error:
         _broken(notes, name, error)
@@ -383,9 +439,14 @@ def _text_under(record: object, key: str) -> str:
     if not isinstance(record, dict):
         raise ValueError(f"not an object but {type(record).__name__}")
     if key not in record:
-        raise ValueError(f"no key {key!r}; there are {', '.join(map(repr, list(record)[:8])) or 'none'}")
+        raise ValueError(
+            f"no key {key!r}; there are {', '.join(map(repr, list(record)[:8])) or 'none'}"
+        )
     if not isinstance(record[key], str):
-        found = "null" if record[key] is None else type(record[key]).__name__
+        if record[key] is None:
+            found = "null"
+        else:
+            found = type(record[key]).__name__
         raise ValueError(f"{key!r} is {found}, not a string")
     return record[key]
 

@@ -14,20 +14,26 @@ def piece_lengths(piece: dict) -> tuple[int, int]:
 
 def lay_out(pieces: list[dict], config: ConfigDict) -> dict[str, np.ndarray]:
     """One row of a batch: the pieces one after the other, those that do not fit cut off."""
-    task, d = config.task.name, config.data
-    row = {key: np.zeros(shape, dtype) for key, (shape, dtype) in row_shapes(config).items()}
+    task = config.task.name
+    d = config.data
+    row = {}
+    for key, (shape, dtype) in row_shapes(config).items():
+        row[key] = np.zeros(shape, dtype)
     at = enc_at = 0
     for number, piece in enumerate(pieces, 1):
-        n, enc_n = min(piece_lengths(piece)[0], d.seq_len - at), min(piece_lengths(piece)[1], d.enc_len - enc_at)
+        n = min(piece_lengths(piece)[0], d.seq_len - at)
+        enc_n = min(piece_lengths(piece)[1], d.enc_len - enc_at)
         if n <= 0 or (task in TWO_SIDED and enc_n <= 0):
             break
         here = slice(at, at + n)
         row["tokens"][..., here] = piece["tokens"][..., :n]
-        row["positions"][..., here], row["segments"][..., here] = np.arange(n), number
+        row["positions"][..., here] = np.arange(n)
+        row["segments"][..., here] = number
         if "targets" in row:
             row["targets"][..., here] = piece["targets"][..., :n]
         if "labels" in row:
-            row["labels"][number - 1], row["weights"][number - 1] = piece["label"], piece.get("weight", 1)
+            row["labels"][number - 1] = piece["label"]
+            row["weights"][number - 1] = piece.get("weight", 1)
         elif "weights" in piece:
             row["weights"][..., here] = piece["weights"][..., :n]
         else:
@@ -39,8 +45,10 @@ def lay_out(pieces: list[dict], config: ConfigDict) -> dict[str, np.ndarray]:
         if "enc_tokens" in row:
             there = slice(enc_at, enc_at + enc_n)
             row["enc_tokens"][there] = piece["enc_tokens"][:enc_n]
-            row["enc_positions"][there], row["enc_segments"][there] = np.arange(enc_n), number
-        at, enc_at = at + n, enc_at + enc_n
+            row["enc_positions"][there] = np.arange(enc_n)
+            row["enc_segments"][there] = number
+        at = at + n
+        enc_at = enc_at + enc_n
     if "reach" in row:
         row["reach"][at:] = np.arange(at, d.seq_len)
     return row
@@ -48,12 +56,16 @@ def lay_out(pieces: list[dict], config: ConfigDict) -> dict[str, np.ndarray]:
 
 def row_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], type]]:
     """{key: (shape, dtype)} of one row of a task's batches. config: resolved."""
-    task, d = config.task.name, config.data
-    T, M = (d.seq_len,), (d.examples_per_row,)
+    task = config.task.name
+    d = config.data
+    T = (d.seq_len,)
+    M = (d.examples_per_row,)
     T = (2, *T) if task == "dpo" else T
     keys = ["tokens", "positions", "segments"]
     keys += ["targets"] * (task not in LABELLED) + ["reach"] * (task == "prefix_lm")
-    shapes = dict.fromkeys(keys, (T, np.int32)) | {"weights": (M if task in LABELLED else T, np.float32)}
+    shapes = dict.fromkeys(keys, (T, np.int32)) | {
+        "weights": (M if task in LABELLED else T, np.float32)
+    }
     if task in LABELLED:
         kinds = {"classify": (M, np.int32), "regress": (M, np.float32)}
         shapes["labels"] = kinds.get(task, ((*M, config.model.num_labels), np.float32))
@@ -62,7 +74,9 @@ def row_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], type]]:
     if task == "glove":
         shapes["counts"] = (T, np.float32)
     if task in TWO_SIDED:
-        shapes |= dict.fromkeys(("enc_tokens", "enc_positions", "enc_segments"), ((d.enc_len,), np.int32))
+        shapes |= dict.fromkeys(
+            ("enc_tokens", "enc_positions", "enc_segments"), ((d.enc_len,), np.int32)
+        )
     return shapes
 
 
@@ -70,14 +84,23 @@ def documents_of(batch: dict, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(targets, inputs) of each document, or stretch of one, in a row of token batches."""
     segments = batch["segments"][row]
     return [
-        (batch["targets"][row][segments == s], batch["tokens"][row][segments == s]) for s in np.unique(segments) if s
+        (batch["targets"][row][segments == s], batch["tokens"][row][segments == s])
+        for s in np.unique(segments)
+        if s
     ]
 
 
-def from_tokens(batch: dict, keys: list[tuple], config: ConfigDict, vocab: Vocabulary) -> dict[str, np.ndarray]:
+def from_tokens(
+    batch: dict, keys: list[tuple], config: ConfigDict, vocab: Vocabulary
+) -> dict[str, np.ndarray]:
     """A batch of config.task from one of plain token rows; what is random in row i follows from keys[i] alone."""
-    make, rows = TOKENS[config.task.name], []
+    make = TOKENS[config.task.name]
+    rows = []
     for i, key in enumerate(keys):
         rng = np.random.default_rng(key)
-        rows.append(lay_out([make(*text, rng, config.task, vocab) for text in documents_of(batch, i)], config))
+        rows.append(
+            lay_out(
+                [make(*text, rng, config.task, vocab) for text in documents_of(batch, i)], config
+            )
+        )
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}

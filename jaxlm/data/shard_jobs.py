@@ -34,9 +34,13 @@ from jaxlm.errors import DataError
 
 PART_BYTES = 32 << 20  # of input in a part ...
 MAX_PARTS = 1024  # ... but about this many parts (and shards) at most
-KEY_CHARS = 1 << 12  # documents that agree this far are one document to val_split=documents; every first piece has it
+KEY_CHARS = (
+    1 << 12
+)  # documents that agree this far are one document to val_split=documents; every first piece has it
 NUM_KEYS = 1 << 64
-BAD_SHARE, BAD_COUNT = 0.01, 10  # on_bad_record=skip still refuses more than both of these
+# on_bad_record=skip still refuses more than both of these
+BAD_SHARE = 0.01
+BAD_COUNT = 10
 
 
 @functools.cache  # once per worker
@@ -90,12 +94,15 @@ def plan(sources: list[Source]) -> list[tuple[Span, ...]]:
     """Cuts the sources into parts, in order: whole small files together, or one stretch of a large file. It depends
     on nothing but the files, so that any number of workers writes the same shards."""
     size = max(PART_BYTES, sum(source.bytes for source in sources) // MAX_PARTS)
-    parts, group, room = [], [], size
+    parts = []
+    group = []
+    room = size
     for source in sources:
         spans = [Span(source, start, stop) for start, stop in pairwise(_cuts(source, size))]
         if len(spans) > 1 or source.bytes > room:
             parts.append(tuple(group))
-            group, room = [], size
+            group = []
+            room = size
         if len(spans) > 1:
             parts += [(span,) for span in spans]
         else:
@@ -113,9 +120,12 @@ def save(path: Path, value) -> None:
 
 def count(job: Job) -> None:
     """Leaves the record of what is in a part: the sums, what is wrong with it, and what the tokenizer is made from."""
-    notes, sample, alphabet = Notes(), Sample(job.sample_chars), set()
+    notes = Notes()
+    sample = Sample(job.sample_chars)
+    alphabet = set()
     characters = documents = 0
-    low, high = NUM_KEYS, 0
+    low = NUM_KEYS
+    high = 0
     for piece in read(job.spans, job.options.text_key, notes):
         characters += len(piece.text)
         documents += piece.first
@@ -124,7 +134,8 @@ def count(job: Job) -> None:
         if job.options.tokenizer == "chars":
             alphabet.update(piece.text)
         if job.options.val_split == "documents" and piece.first:
-            low, high = min(low, key := _key(piece.text)), max(high, key)
+            low = min(low, key := _key(piece.text))
+            high = max(high, key)
     save(
         job.record("count"),
         {
@@ -143,14 +154,24 @@ def count(job: Job) -> None:
 
 def judge(counted: list[dict], skip: bool) -> Counter:
     """The counts of all parts together. Raises: DataError that lists what is too broken to go on, even with `skip`."""
-    counts, before, bad, broken = Counter(), Counter(), [], []
+    counts = Counter()
+    before = Counter()
+    bad = []
+    broken = []
     for record in counted:
         counts.update(record["counts"])
-        bad += [f"  {name}:{before[name] + number}: {reason}" for name, number, reason in record["bad"]]
-        broken += [f"  {name}: {reason} (after {done:,} records)" for name, reason, done in record["broken"]]
+        bad += [
+            f"  {name}:{before[name] + number}: {reason}" for name, number, reason in record["bad"]
+        ]
+        broken += [
+            f"  {name}: {reason} (after {done:,} records)"
+            for name, reason, done in record["broken"]
+        ]
         before.update(record["records"])
-    documents, num_bad = sum(record["documents"] for record in counted), counts["bad_records"]
-    counts["broken_files"], records = len(broken), documents + counts["empty_documents"] + num_bad
+    documents = sum(record["documents"] for record in counted)
+    num_bad = counts["bad_records"]
+    counts["broken_files"] = len(broken)
+    records = documents + counts["empty_documents"] + num_bad
     lines = []
     if num_bad > (max(BAD_COUNT, BAD_SHARE * records) if skip else 0):
         more = num_bad - len(bad[:BAD_SHOWN])
@@ -162,21 +183,32 @@ def judge(counted: list[dict], skip: bool) -> Counter:
     if broken and not skip:
         lines += [f"broken files ({len(broken):,}):", *broken]
     if lines:
-        hint = f"even skip allows {BAD_SHARE:.0%} at most" if skip else "or pass --on_bad_record=skip to go on without"
+        if skip:
+            hint = f"even skip allows {BAD_SHARE:.0%} at most"
+        else:
+            hint = "or pass --on_bad_record=skip to go on without"
         raise DataError("\n".join([*lines, f"repair the input, {hint}"]))
     if not documents:
-        raise DataError(f"there is no text in the input ({counts['empty_documents']:,} empty documents)")
+        raise DataError(
+            f"there is no text in the input ({counts['empty_documents']:,} empty documents)"
+        )
     return counts
 
 
 def write(job: Job) -> None:
     """Writes a part's shards, at most one of each split, and leaves the record of them: {split: entry}."""
-    tokenizer, writers, characters = _load(job.tokenizer, job.tokenizer.stat().st_mtime_ns), {}, 0
-    dtype, eos = token_dtype(tokenizer.vocab_size), tokenizer.eos_id
+    tokenizer = _load(job.tokenizer, job.tokenizer.stat().st_mtime_ns)
+    writers = {}
+    characters = 0
+    dtype = token_dtype(tokenizer.vocab_size)
+    eos = tokenizer.eos_id
     kept = collections.defaultdict(lambda: Kept(tokenizer))
     before = _before(job.spans[0])
     pieces = read(job.spans, job.options.text_key, Notes())
-    routed = _by_tail(pieces, job.cut) if job.options.val_split == "tail" else _by_document(pieces, job)
+    if job.options.val_split == "tail":
+        routed = _by_tail(pieces, job.cut)
+    else:
+        routed = _by_document(pieces, job)
     for split, piece in routed:
         if split not in writers:
             writers[split] = ShardWriter(job.folder / f"{job.index:05d}.{split}", dtype)
@@ -189,8 +221,12 @@ def write(job: Job) -> None:
         characters += len(piece.text)
     if characters != job.characters:
         names = ", ".join(sorted({span.source.name for span in job.spans})[:5])
-        raise DataError(f"the input changed, or became unreadable, while it was being read: look at {names}")
-    entries = {split: {**writer.close(), "kept": kept[split].record()} for split, writer in writers.items()}
+        raise DataError(
+            f"the input changed, or became unreadable, while it was being read: look at {names}"
+        )
+    entries = {
+        split: {**writer.close(), "kept": kept[split].record()} for split, writer in writers.items()
+    }
     save(job.record("write"), entries)
 
 
@@ -206,7 +242,9 @@ def _before(span: Span) -> str:
 
 def num_bytes(text: str) -> int:
     """The length of the text in UTF-8."""
-    return len(text) if text.isascii() else len(text.encode())
+    if text.isascii():
+        return len(text)
+    return len(text.encode())
 
 
 def run(task: Callable[[Job], None], jobs: list[Job], workers: int, console: Console) -> None:
@@ -214,7 +252,9 @@ def run(task: Callable[[Job], None], jobs: list[Job], workers: int, console: Con
 
     Raises: DataError from the task, Interrupted where a worker was killed or the disk is full.
     """
-    total, done, shown = sum(job.bytes for job in jobs), 0, 0
+    total = sum(job.bytes for job in jobs)
+    done = 0
+    shown = 0
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(f"{task.__name__:5}", total=total)
@@ -222,7 +262,9 @@ def run(task: Callable[[Job], None], jobs: list[Job], workers: int, console: Con
             done += job.bytes
             progress.advance(bar, job.bytes)
             if not console.is_terminal and (done == total or 10 * (done - shown) >= total):
-                console.print(f"{task.__name__}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB", soft_wrap=True)
+                console.print(
+                    f"{task.__name__}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB", soft_wrap=True
+                )
                 shown = done
 
 
@@ -305,7 +347,10 @@ def _by_document(pieces: Iterable[Piece], job: Job) -> Iterator[tuple[str, Piece
     split = None
     for piece in pieces:
         if piece.first or split is None:
-            text = piece.text if piece.first else beginning(job.spans[0].source)
+            if piece.first:
+                text = piece.text
+            else:
+                text = beginning(job.spans[0].source)
             split = "val" if _key(text) < job.threshold else "train"
         yield split, piece
 

@@ -25,7 +25,17 @@ from jaxlm.errors import ConfigError, DataError
 VERSION = 1
 MANIFEST = "manifest.json"
 PAIRS = "pairs"  # how the folders begin that jaxlm.data.pairs keeps beside the shards
-KEYS = {"version", "input", "options", "sources", "splits", "shards", "counts", "tokenizer", "dtype"}
+KEYS = {
+    "version",
+    "input",
+    "options",
+    "sources",
+    "splits",
+    "shards",
+    "counts",
+    "tokenizer",
+    "dtype",
+}
 OFFSET = np.dtype("<i8")
 
 
@@ -49,19 +59,25 @@ def load_manifest(path: str | Path) -> dict:
         return manifest
     except OSError as error:
         if Path(path).is_file():
-            raise DataError(f"{path} is a file; needed is a directory that jaxlm.data.prepare has made") from None
+            raise DataError(
+                f"{path} is a file; needed is a directory that jaxlm.data.prepare has made"
+            ) from None
         why = f"{file}: {error.strerror}{near_path(path)}"
         raise DataError(f"{path} is not prepared data: {why}; make it with `{command}`") from None
     except (ValueError, KeyError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{file} is truncated or corrupt; make it again with `{command} --overwrite`") from None
+        raise DataError(
+            f"{file} is truncated or corrupt; make it again with `{command} --overwrite`"
+        ) from None
 
 
 def inside(directory: Path, name: str) -> Path:
     """directory / name, where a manifest may only name files that lie directly in its directory."""
     if name != os.path.basename(name) or name in ("", ".", ".."):
-        raise DataError(f"{directory / MANIFEST} names {name!r}, which is not a file of that directory")
+        raise DataError(
+            f"{directory / MANIFEST} names {name!r}, which is not a file of that directory"
+        )
     return directory / name
 
 
@@ -70,7 +86,8 @@ def broken_files(directory: Path, shards: list[dict]) -> list[str]:
     lines = []
     for shard in shards:
         for kind in ("tokens", "offsets"):
-            file, want = inside(directory, f"{shard['file']}.{kind}"), shard[f"{kind}_bytes"]
+            file = inside(directory, f"{shard['file']}.{kind}")
+            want = shard[f"{kind}_bytes"]
             have = file.stat().st_size if file.is_file() else None
             if have is None:
                 lines.append(f"{file} is missing")
@@ -89,15 +106,23 @@ class Store:
     """
 
     def __init__(self, path: str | Path, split: str):
-        self.path, self.split = Path(path), split
+        self.path = Path(path)
+        self.split = split
         self.manifest = manifest = load_manifest(path)
         if split not in manifest["splits"]:
-            raise ConfigError(f"{path} has no split {split!r}; it has {', '.join(manifest['splits'])}")
+            raise ConfigError(
+                f"{path} has no split {split!r}; it has {', '.join(manifest['splits'])}"
+            )
         self._shards = [shard for shard in manifest["shards"] if shard["split"] == split]
         self._refuse(broken_files(self.path, self._shards))
-        totals, tokenizer = manifest["splits"][split], manifest["tokenizer"]
-        self.num_tokens, self.num_documents, self.num_bytes = (totals[k] for k in ("tokens", "documents", "bytes"))
-        self.vocab_size, self.bos_id, self.eos_id = (tokenizer[k] for k in ("vocab_size", "bos_id", "eos_id"))
+        totals = manifest["splits"][split]
+        tokenizer = manifest["tokenizer"]
+        self.num_tokens, self.num_documents, self.num_bytes = (
+            totals[k] for k in ("tokens", "documents", "bytes")
+        )
+        self.vocab_size, self.bos_id, self.eos_id = (
+            tokenizer[k] for k in ("vocab_size", "bos_id", "eos_id")
+        )
         hashes = [tokenizer["sha256"]] + [
             shard[k] for shard in self._shards for k in ("tokens_sha256", "offsets_sha256")
         ]
@@ -131,7 +156,8 @@ class Store:
             )
         rows = np.empty((len(starts), length), np.int32)
         for row, start in zip(rows, starts.tolist()):
-            shard, done = bisect.bisect_right(self._bounds, start) - 1, 0
+            shard = bisect.bisect_right(self._bounds, start) - 1
+            done = 0
             while done < length:
                 begin = start + done - self._bounds[shard]
                 piece = self._shard(shard)[begin : begin + length - done]
@@ -151,20 +177,27 @@ class Store:
         """
         found = [(np.empty(0, np.int64),) * 2]
         first = np.searchsorted(self._bounds, windows, "right") - 1
-        most = (np.searchsorted(self._bounds, windows + length) - first).max(initial=0)  # shards of any window
+        most = (np.searchsorted(self._bounds, windows + length) - first).max(
+            initial=0
+        )  # shards of any window
         shards = sorted({shard + i for shard in first.tolist() for i in range(most)})
         for shard in shards:
             if 0 <= shard < len(self._shards):
                 begin, end = self._bounds[shard : shard + 2]
-                near, offsets = np.flatnonzero((windows < end) & (windows + length > begin)), self._shard_offsets(shard)
-                low, high = np.searchsorted(offsets, (windows[near] - begin, windows[near] + length - begin))
-                counts, number = high - low, np.repeat(near, high - low)
+                near = np.flatnonzero((windows < end) & (windows + length > begin))
+                offsets = self._shard_offsets(shard)
+                low, high = np.searchsorted(
+                    offsets, (windows[near] - begin, windows[near] + length - begin)
+                )
+                counts = high - low
+                number = np.repeat(near, high - low)
                 index = np.arange(len(number)) + np.repeat(low - np.cumsum(counts) + counts, counts)
                 found.append((number, offsets[index] + begin - windows[number]))
         number, place = (np.concatenate(part) for part in zip(*found))
         if len(found) > 2:
             order = np.argsort(number, kind="stable")
-            number, place = number[order], place[order]
+            number = number[order]
+            place = place[order]
         return number, place
 
     def _shard_offsets(self, index: int) -> np.ndarray:
@@ -174,20 +207,30 @@ class Store:
 
     def _shard(self, index: int) -> np.ndarray:
         if self._tokens[index] is None:
-            self._tokens[index] = self._map(f"{self._shards[index]['file']}.tokens", np.dtype(self.manifest["dtype"]))
+            self._tokens[index] = self._map(
+                f"{self._shards[index]['file']}.tokens", np.dtype(self.manifest["dtype"])
+            )
         return self._tokens[index]
 
     def _map(self, name: str, dtype: np.dtype) -> np.ndarray:
         # mmap and not np.memmap, whose slices cost 4 us each
         with open(self.path / name, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""  # mmap refuses empty files
+            # mmap refuses empty files
+            if size:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            else:
+                data = b""
         return np.frombuffer(data, dtype)
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:
-            shown = "\n  ".join(problems[:10] + [f"and {len(problems) - 10} more"] * (len(problems) > 10))
-            inputs = " ".join(f"--input={shlex.quote(pattern)}" for pattern in self.manifest["input"])
+            shown = "\n  ".join(
+                problems[:10] + [f"and {len(problems) - 10} more"] * (len(problems) > 10)
+            )
+            inputs = " ".join(
+                f"--input={shlex.quote(pattern)}" for pattern in self.manifest["input"]
+            )
             raise DataError(
                 f"the data in {self.path} is damaged:\n  {shown}\ncopy it again, or make it again with "
                 f"`python -m jaxlm.data.prepare {inputs} --output={shlex.quote(str(self.path))} --overwrite` and "
@@ -199,7 +242,9 @@ class ShardWriter:
     """Writes `stem`.tokens and `stem`.offsets."""
 
     def __init__(self, stem: Path, dtype: np.dtype):
-        self._dtype, self._tokens, self._offsets = dtype, _HashedFile(f"{stem}.tokens"), _HashedFile(f"{stem}.offsets")
+        self._dtype = dtype
+        self._tokens = _HashedFile(f"{stem}.tokens")
+        self._offsets = _HashedFile(f"{stem}.offsets")
         self._count = self._documents = self._bytes = 0
 
     def add(self, tokens: np.ndarray, num_bytes: int, starts_document: bool) -> None:
@@ -224,7 +269,8 @@ class ShardWriter:
 
 class _HashedFile:
     def __init__(self, path: str):
-        self._file, self._hash = open(path, "wb"), hashlib.sha256()  # noqa: SIM115 (close() closes it)
+        self._file = open(path, "wb")  # noqa: SIM115 (close() closes it)
+        self._hash = hashlib.sha256()
 
     def write(self, data: bytes) -> None:
         self._file.write(data)

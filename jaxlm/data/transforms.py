@@ -18,7 +18,9 @@ import numpy as np
 from jaxlm.cli import did_you_mean
 from jaxlm.config.keys import ROLES, VECTORS
 
-SPECIALS = "begin end mask user assistant system prefix suffix middle".split()  # ids after the tokenizer's, in order
+SPECIALS = (
+    "begin end mask user assistant system prefix suffix middle".split()
+)  # ids after the tokenizer's, in order
 MODES = "span_mode long_mode tail_mode".split()  # UL2's denoisers
 SENTINELS = 100  # T5: as many
 NOISE_POWER = 0.75  # of the counts by which negatives are drawn (Mikolov et al. 2013)
@@ -38,7 +40,10 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        spans = len(MODES) + SENTINELS if self.task in ("span_corruption", "ul2") else 0
+        if self.task in ("span_corruption", "ul2"):
+            spans = len(MODES) + SENTINELS
+        else:
+            spans = 0
         return self.tokenizer.vocab_size + (0 if self.task in PLAIN else len(SPECIALS) + spans)
 
     def __getattr__(self, name: str) -> int:
@@ -53,18 +58,25 @@ class Vocabulary:
     @property
     def end_id(self) -> int | None:
         """What ends a text that the model writes."""
-        return self.tokenizer.eos_id if self.task in PLAIN else self.end
+        if self.task in PLAIN:
+            return self.tokenizer.eos_id
+        return self.end
 
     @cached_property
     def spaces(self) -> np.ndarray:
         """bool [2, vocabulary]: whether a token begins a word, and ends one: a space goes with the word after it."""
-        decode, size = self.tokenizer.decode, self.tokenizer.vocab_size
+        decode = self.tokenizer.decode
+        size = self.tokenizer.vocab_size
         if self.tokenizer.name == "words":
             return np.ones((2, size), bool)
-        before = next((i for i in range(size) if decode([i]).strip()), 0)  # some decoders drop a space that comes first
+        before = next(
+            (i for i in range(size) if decode([i]).strip()), 0
+        )  # some decoders drop a space that comes first
         known = len(decode([before]))
         texts = [decode([before, i])[known:] for i in range(size)]
-        ends = [(text[:1].isspace(), text[-1:].isspace() and not text.isspace()) for text in texts]
+        ends = []
+        for text in texts:
+            ends.append((text[:1].isspace(), text[-1:].isspace() and not text.isspace()))
         spaces = np.array(ends, bool).T
         if self.tokenizer.eos_id is not None:
             spaces[:, self.tokenizer.eos_id] = True
@@ -87,7 +99,10 @@ class Vocabulary:
 
 def mlm(ids, inputs, rng, task, vocab) -> dict:
     """Masked tokens (Devlin et al. 2019): of those chosen 80% are hidden, 10% replaced, 10% left as they are."""
-    groups = vocab.words(ids) if task.whole_words else np.arange(len(ids))
+    if task.whole_words:
+        groups = vocab.words(ids)
+    else:
+        groups = np.arange(len(ids))
     _, group = np.unique(groups, return_inverse=True)
     chosen = (rng.random(group.max() + 1) < task.mask_rate)[group] & (ids != vocab.tokenizer.eos_id)
     fate = rng.random(len(ids))
@@ -114,7 +129,15 @@ def fim(ids, inputs, rng, task, vocab) -> dict:
     if len(ids) < 3 or rng.random() >= task.fim_rate:
         return {"tokens": inputs, "targets": ids}
     first, second = np.sort(rng.integers(0, len(ids) + 1, 2))
-    parts = (vocab.prefix, ids[:first], vocab.suffix, ids[second:], vocab.middle, ids[first:second], vocab.end)
+    parts = (
+        vocab.prefix,
+        ids[:first],
+        vocab.suffix,
+        ids[second:],
+        vocab.middle,
+        ids[first:second],
+        vocab.end,
+    )
     return shifted(join(*parts))
 
 
@@ -132,7 +155,12 @@ def spans(length: int, rate: float, mean: float, rng) -> np.ndarray:
     """bool [length]: hidden spans of about `mean` tokens, `rate` of all (T5: random_spans_noise_mask)."""
     hidden = min(max(round(length * rate), 1), max(length - 1, 1))
     count = min(max(round(hidden / mean), 1), hidden, max(length - hidden, 1), SENTINELS)
-    cut = lambda total: np.diff([0, *np.sort(rng.choice(np.arange(1, total), count - 1, replace=False)), total])
+
+    def cut(total):
+        return np.diff(
+            [0, *np.sort(rng.choice(np.arange(1, total), count - 1, replace=False)), total]
+        )
+
     if length - hidden < count:
         return np.ones(length, bool)
     lengths = np.stack([cut(length - hidden), cut(hidden)], 1).ravel()
@@ -145,7 +173,9 @@ def corrupt(ids, hidden, vocab) -> dict:
     begins[0] = hidden[0]
     source = np.where(hidden, vocab.sentinel(np.cumsum(begins) - 1), ids)[~hidden | begins]
     sentinels = vocab.sentinel(np.arange(begins.sum()))
-    return two_sided(source, np.insert(ids[hidden], np.flatnonzero(begins[hidden]), sentinels), vocab)
+    return two_sided(
+        source, np.insert(ids[hidden], np.flatnonzero(begins[hidden]), sentinels), vocab
+    )
 
 
 def two_sided(source, target, vocab) -> dict:
@@ -175,18 +205,23 @@ def skipgram(ids, inputs, rng, task, vocab) -> dict:
     task.subsample passes over common ones before distances are counted; those that are left then have several turns,
     so that the piece stays as long. negatives: int [task.negatives, tokens].
     """
-    length, turns = len(ids), 1
+    length = len(ids)
+    turns = 1
     if task.subsample:
         ids = thinned(ids, task.subsample, rng, vocab)
         turns = -(-length // len(ids))
     place = np.tile(np.arange(len(ids)), turns)[:length]
     furthest = np.minimum(np.maximum(place, len(ids) - 1 - place), task.window)
     distance = rng.integers(1, np.maximum(furthest, 1) + 1) * rng.choice([-1, 1], length)
-    there = np.where((place + distance >= 0) & (place + distance < len(ids)), place + distance, place - distance)
+    there = np.where(
+        (place + distance >= 0) & (place + distance < len(ids)), place + distance, place - distance
+    )
     inside = (there >= 0) & (there < len(ids))
     piece = {"tokens": ids[place], "targets": ids[np.where(inside, there, 0)], "weights": inside}
     if task.negatives:
-        piece["negatives"] = np.searchsorted(vocab.noise, rng.random((task.negatives, length)), side="right")
+        piece["negatives"] = np.searchsorted(
+            vocab.noise, rng.random((task.negatives, length)), side="right"
+        )
     return piece
 
 
@@ -194,17 +229,24 @@ def thinned(ids, subsample: float, rng, vocab) -> np.ndarray:
     """The ids without some of the common ones; where none would be left, the first."""
     chances = np.sqrt(subsample / np.maximum(vocab.shares[ids], subsample))
     kept = ids[rng.random(len(ids)) < chances]
-    return kept if len(kept) else ids[:1]
+    if len(kept):
+        return kept
+    return ids[:1]
 
 
-TOKENS: dict[str, Callable] = {f.__name__: f for f in (mlm, prefix_lm, fim, span_corruption, ul2, skipgram)}
+TOKENS: dict[str, Callable] = {
+    f.__name__: f for f in (mlm, prefix_lm, fim, span_corruption, ul2, skipgram)
+}
 
 
 # ---------------------------------------------------------------- of examples
 
 
 def classify(example, encode, vocab, labels) -> dict:
-    return {"tokens": texts_of(example, encode, vocab), "label": number_of(label_of(example["label"]), labels)}
+    return {
+        "tokens": texts_of(example, encode, vocab),
+        "label": number_of(label_of(example["label"]), labels),
+    }
 
 
 def texts_of(example, encode, vocab) -> np.ndarray:
@@ -237,7 +279,10 @@ def multilabel(example, encode, vocab, labels) -> dict:
 
 
 def split_names(value) -> list[str]:
-    value = value if isinstance(value, (list, tuple)) else label_of(value).split(",")
+    if isinstance(value, (list, tuple)):
+        value = value
+    else:
+        value = label_of(value).split(",")
     return [name for name in map(label_of, value) if name]
 
 
@@ -248,18 +293,24 @@ def regress(example, encode, vocab, labels) -> dict:
     except (ValueError, TypeError):
         label = math.nan
     if not math.isfinite(label):
-        hint = "; a decimal point is meant" if re.fullmatch(r"\s*[+-]?\d+,\d+\s*", given) else ""
+        if re.fullmatch(r"\s*[+-]?\d+,\d+\s*", given):
+            hint = "; a decimal point is meant"
+        else:
+            hint = ""
         raise ValueError(f"its label {given!r} is not a number{hint}")
     largest = float(np.finfo(np.float32).max)
     if abs(label) > largest:
-        raise ValueError(f"its label {given!r} is too large: a float32 holds up to {largest:.2g}; scale them all down")
+        raise ValueError(
+            f"its label {given!r} is too large: a float32 holds up to {largest:.2g}; scale them all down"
+        )
     label = np.float32(example["label"])
     return {"tokens": texts_of(example, encode, vocab), "label": label}
 
 
 def tag(example, encode, vocab, labels) -> dict:
     """The tag of a word is that of its first token. words, tags: lists, or joined by spaces."""
-    words, tags = words_of(example["words"]), words_of(example["tags"])
+    words = words_of(example["words"])
+    tags = words_of(example["tags"])
     if len(words) != len(tags) or not words:
         raise ValueError(f"{len(words)} words and {len(tags)} tags" if words else "it has no words")
     ids, owners = encode_words(words, encode, vocab.mask)
@@ -286,17 +337,23 @@ def encode_words(words: list[str], encode, missing: int) -> tuple[np.ndarray, np
 def without_spaces(text: str, offsets: np.ndarray) -> np.ndarray:
     """Offsets without the space that a token begins or ends with. text: has single spaces, and no others."""
     spaces = np.array([character == " " for character in text] + [False])
-    begin, end = offsets[:, 0], offsets[:, 1]
+    begin = offsets[:, 0]
+    end = offsets[:, 1]
     begin = begin + (spaces[begin] & (begin < end))
     end = end - (spaces[end - 1] & (begin < end))
     return np.stack([begin, end], axis=1)
 
 
 def words_of(value) -> list[str]:
-    return value.split() if isinstance(value, str) else [label_of(item) for item in value]
+    if isinstance(value, str):
+        return value.split()
+    return [label_of(item) for item in value]
 
 
-START, STOP, ALLOWED = 1, 2, 4  # bits of qa's targets: the answer's first and last token, and where it may lie
+# bits of qa's targets: the answer's first and last token, and where it may lie
+START = 1
+STOP = 2
+ALLOWED = 4
 
 
 def qa(example, encode, vocab, labels) -> dict:
@@ -313,11 +370,14 @@ def qa(example, encode, vocab, labels) -> dict:
     targets = np.zeros(len(tokens), np.int32)
     targets[0] = ALLOWED
     targets[len(question) :] = ALLOWED
-    first, last, exact = 0, 0, True
+    first = 0
+    last = 0
+    exact = True
     if answer:
         first, last = tokens_of(start, start + len(answer), offsets)
         exact = context[offsets[first, 0] : offsets[last, 1]] == answer
-        first, last = len(question) + first, len(question) + last
+        first = len(question) + first
+        last = len(question) + last
     targets[first] |= START
     targets[last] |= STOP
     weights = (targets & START != 0).astype(np.float32)
@@ -329,7 +389,8 @@ def tokens_of(start: int, stop: int, offsets: np.ndarray) -> tuple[int, int]:
     inside = np.flatnonzero((offsets[:, 0] < stop) & (offsets[:, 1] > start))
     if not len(inside):
         raise ValueError("the tokenizer has no token for its answer")
-    first, last = int(inside[0]), int(inside[-1])
+    first = int(inside[0])
+    last = int(inside[-1])
     while first > 0 and (offsets[first - 1] == offsets[first, 0]).all():
         first -= 1
     return first, last
@@ -337,7 +398,9 @@ def tokens_of(start: int, stop: int, offsets: np.ndarray) -> tuple[int, int]:
 
 def place_of_answer(example) -> tuple[str, int]:
     """(the answer without white space around it, its first character in the context); ("", 0) where there is none."""
-    context, answer, start = example["context"], first_of(example["answer"]), first_of(example.get("start", -1))
+    context = example["context"]
+    answer = first_of(example["answer"])
+    start = first_of(example.get("start", -1))
     if not answer or not answer.strip():
         return "", 0
     start = whole_number(-1 if start in ("", None) else start, "start")
@@ -365,7 +428,11 @@ def whole_number(value, name: str) -> int:
 
 
 def first_of(value):
-    return (value[0] if value else None) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        if value:
+            return value[0]
+        return None
+    return value
 
 
 def encode_context(context: str, encode) -> tuple[np.ndarray, np.ndarray]:
@@ -378,8 +445,11 @@ def encode_context(context: str, encode) -> tuple[np.ndarray, np.ndarray]:
     ids, offsets = encode.with_offsets(text)
     offsets = without_spaces(text, offsets)
     # The place of each character of `text` in the context; a space is at the end of the word before it.
-    places = np.concatenate([np.arange(begin, end + 1) for begin, end in spans] or [np.zeros(1, int)])
-    begin, end = offsets[:, 0], offsets[:, 1]
+    places = np.concatenate(
+        [np.arange(begin, end + 1) for begin, end in spans] or [np.zeros(1, int)]
+    )
+    begin = offsets[:, 0]
+    end = offsets[:, 1]
     after = np.where(begin < end, places[end - 1] + 1, places[begin])
     return ids, np.stack([places[begin], after], axis=1)
 
@@ -402,11 +472,15 @@ def chat(messages, encode, vocab) -> tuple[np.ndarray, np.ndarray]:
 
     Learned is what the assistant says, but for messages of weight 0.
     """
-    ids, written = [np.array([vocab.begin])], [np.zeros(1, bool)]
+    ids = [np.array([vocab.begin])]
+    written = [np.zeros(1, bool)]
     for message in messages:
         if not (isinstance(message, dict) and {"role", "content"} <= set(message)):
-            raise ValueError(f'a message is {{"role": ..., "content": ...}}, not {str(message)[:60]}')
-        role, content = message["role"], message["content"]
+            raise ValueError(
+                f'a message is {{"role": ..., "content": ...}}, not {str(message)[:60]}'
+            )
+        role = message["role"]
+        content = message["content"]
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"the role {role!r} is not system, user or assistant")
         if not isinstance(content, str):
@@ -414,7 +488,9 @@ def chat(messages, encode, vocab) -> tuple[np.ndarray, np.ndarray]:
         weight = message.get("weight")
         weight = 1 if weight is None else weight  # a table has None where there is none
         if weight not in (0, 1):
-            raise ValueError(f"the weight of a message is 0 (not learned) or 1, not {repr(weight)[:60]}")
+            raise ValueError(
+                f"the weight of a message is 0 (not learned) or 1, not {repr(weight)[:60]}"
+            )
         text = join(encode(content), vocab.end)
         ids += [np.array([getattr(vocab, role)]), text]
         written += [np.zeros(1, bool), np.full(len(text), role == "assistant" and weight == 1)]
@@ -425,7 +501,9 @@ def from_json(text: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"messages is a list of messages, or that in JSON, not {text[:60]!r}: {error}") from None
+        raise ValueError(
+            f"messages is a list of messages, or that in JSON, not {text[:60]!r}: {error}"
+        ) from None
 
 
 def messages_of(example) -> list[dict]:
@@ -449,7 +527,9 @@ def sft(example, encode, vocab, labels) -> dict:
     """Only what the assistant says is learned."""
     ids, written = chat(messages_of(example), encode, vocab)
     if not {"messages", "response"} & set(example):
-        raise ValueError(f"it has no messages, and its response is missing or empty; it has {', '.join(example)}")
+        raise ValueError(
+            f"it has no messages, and its response is missing or empty; it has {', '.join(example)}"
+        )
     if not written.any():
         silent = "all that the assistant says in it has weight 0"
         if not any(message["role"] == "assistant" for message in messages_of(example)):
@@ -460,14 +540,21 @@ def sft(example, encode, vocab, labels) -> dict:
 
 def dpo(example, encode, vocab, labels) -> dict:
     """Two dialogues with the same prompt, [2, tokens]: the chosen and the rejected; only these answers count."""
-    before = [message | {"weight": 0} for message in messages_of({"prompt": example["prompt"]})]
+    before = []
+    for message in messages_of({"prompt": example["prompt"]}):
+        before.append(message | {"weight": 0})
     both = []
     for name in ROLES["dpo"][1:]:
         answer = {"role": "assistant", "content": example[name]}
         both.append(sft({"messages": [*before, answer]}, encode, vocab, labels))
     length = max(len(side["tokens"]) for side in both)
-    pad = lambda x: np.pad(x, (0, length - len(x)))
+
+    def pad(x):
+        return np.pad(x, (0, length - len(x)))
+
     return {key: np.stack([pad(side[key]) for side in both]) for key in both[0]} | {"label": 0}
 
 
-EXAMPLES: dict[str, Callable] = {f.__name__: f for f in (classify, multilabel, regress, tag, qa, seq2seq, sft, dpo)}
+EXAMPLES: dict[str, Callable] = {
+    f.__name__: f for f in (classify, multilabel, regress, tag, qa, seq2seq, sft, dpo)
+}

@@ -30,38 +30,70 @@ def gzip_bits_per_byte(stores: list[Store], tokenizer) -> float:
     size = num_bytes = 0
     for store in stores:
         ids = store.read(0, store.num_tokens)
-        text = tokenizer.decode(ids[ids != store.eos_id] if store.eos_id is not None else ids).encode()
-        size, num_bytes = size + len(gzip.compress(text, 9)), num_bytes + len(text)
+        text = tokenizer.decode(
+            ids[ids != store.eos_id] if store.eos_id is not None else ids
+        ).encode()
+        size = size + len(gzip.compress(text, 9))
+        num_bytes = num_bytes + len(text)
     return 8 * size / num_bytes
 
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="jaxlm.evaluate", description=__doc__)
     parser.add_argument(
-        "--workdir", action="append", required=True, help="run directory of jaxlm.train; may be given again"
+        "--workdir",
+        action="append",
+        required=True,
+        help="run directory of jaxlm.train; may be given again",
     )
-    parser.add_argument("--data", help="a prepared directory, or files of examples (default: those of the run)")
-    parser.add_argument("--columns", help='of these files: "text=0 label=1" (default: as in training)')
-    parser.add_argument("--step", default="latest", help="latest, best or a number (default: latest)")
     parser.add_argument(
-        "--tasks", help=f"of {', '.join(REPORTS)}, with commas between (default: what the model is for)"
+        "--data", help="a prepared directory, or files of examples (default: those of the run)"
     )
-    parser.add_argument("--beams", type=int, help="hypotheses of a beam search, for texts (default: the run's)")
-    parser.add_argument("--length_penalty", type=float, help="of a beam search (default: the run's)")
+    parser.add_argument(
+        "--columns", help='of these files: "text=0 label=1" (default: as in training)'
+    )
+    parser.add_argument(
+        "--step", default="latest", help="latest, best or a number (default: latest)"
+    )
+    parser.add_argument(
+        "--tasks",
+        help=f"of {', '.join(REPORTS)}, with commas between (default: what the model is for)",
+    )
+    parser.add_argument(
+        "--beams", type=int, help="hypotheses of a beam search, for texts (default: the run's)"
+    )
+    parser.add_argument(
+        "--length_penalty", type=float, help="of a beam search (default: the run's)"
+    )
     parser.add_argument("--max_tokens", type=int, help="of an answer (default: the run's)")
     parser.add_argument(
-        "--bleu_tokenize", choices=BLEU_TOKENIZERS, help="sacrebleu's tokenizer for BLEU (default: the run's)"
+        "--bleu_tokenize",
+        choices=BLEU_TOKENIZERS,
+        help="sacrebleu's tokenizer for BLEU (default: the run's)",
     )
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamplings for intervals; 0: none")
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="resamplings for intervals; 0: none",
+    )
     parser.add_argument("--pictures", metavar="DIR", help="write pictures there, .png")
-    parser.add_argument("--answers", metavar="FILE", help="write every example with what the model says, .jsonl")
-    parser.add_argument("--gzip", action="store_true", help="also bits per byte of gzip -9 on the same text")
+    parser.add_argument(
+        "--answers", metavar="FILE", help="write every example with what the model says, .jsonl"
+    )
+    parser.add_argument(
+        "--gzip", action="store_true", help="also bits per byte of gzip -9 on the same text"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     hosts.add_flags(parser)
     args = parser.parse(argv)
     for flag in ("json", "answers"):
         cli.require_writable(f"--{flag}", getattr(args, flag))
-    asked = None if args.tasks is None else [word.strip() for word in args.tasks.split(",")]
+    if args.tasks is None:
+        asked = None
+    else:
+        asked = [word.strip() for word in args.tasks.split(",")]
     for word in asked or ():
         if word not in REPORTS:
             raise ConfigError(
@@ -104,16 +136,26 @@ def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
         if getattr(args, key) is not None:
             config.eval[key] = getattr(args, key)
             if config.task.name not in WRITTEN and len(args.workdir) == 1:
-                raise ConfigError(f"--{key}: not for a model of task {config.task.name}, which writes no answers")
+                raise ConfigError(
+                    f"--{key}: not for a model of task {config.task.name}, which writes no answers"
+                )
     if args.answers and config.task.name not in ROLES:
-        raise ConfigError(f"--answers={args.answers}: task {config.task.name} has no examples to answer")
+        raise ConfigError(
+            f"--answers={args.answers}: task {config.task.name} has no examples to answer"
+        )
     if args.columns and config.task.name not in ROLES:
-        raise ConfigError(f"--columns={args.columns}: task {config.task.name} has no files of examples")
-    config.data.columns = config.data.columns if args.columns is None else args.columns
+        raise ConfigError(
+            f"--columns={args.columns}: task {config.task.name} has no files of examples"
+        )
+    if args.columns is None:
+        config.data.columns = config.data.columns
+    else:
+        config.data.columns = args.columns
     if args.data and config.task.name in ROLES:
         config.data.val = args.data
     elif args.data:
-        config.data.path, config.data.mixture = args.data, ""
+        config.data.path = args.data
+        config.data.mixture = ""
     if config.task.name not in ROLES:
         require_tokenizer(config, lm.tokenizer)
     if args.gzip and lm.tokenizer.name == "words":
@@ -121,11 +163,22 @@ def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
     with jax.set_mesh(lm.mesh):
         if config.task.teacher_model:
             lm.teacher = read_teacher(config, lm.mesh)
-        data = config.data.val if config.task.name in ROLES else config.data.mixture or config.data.path
+        if config.task.name in ROLES:
+            data = config.data.val
+        else:
+            data = config.data.mixture or config.data.path
         result = {"data": data, "step": lm.step, **report(lm, config, asked, workdir, args)}
-    if args.gzip and not jax.process_index() and not why_none_of(stores := open_stores(config, "val"), lm.tokenizer):
+    if (
+        args.gzip
+        and not jax.process_index()
+        and not why_none_of(stores := open_stores(config, "val"), lm.tokenizer)
+    ):
         result["gzip_bits_per_byte"] = gzip_bits_per_byte(stores, lm.tokenizer)
-    return {"model": config.model.name, "task": config.task.name, "parameters": num_parameters(lm.params)} | result
+    return {
+        "model": config.model.name,
+        "task": config.task.name,
+        "parameters": num_parameters(lm.params),
+    } | result
 
 
 def require_tokenizer(config: ConfigDict, tokenizer) -> None:

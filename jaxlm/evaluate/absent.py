@@ -12,12 +12,17 @@ CORRELATIONS = ("pearson", "spearman")
 
 def of_classes(figures: dict) -> list[str]:
     """figures: what metrics.classification gives."""
-    rows, lines = figures["classes"], []
+    rows = figures["classes"]
+    lines = []
     occurring = [row["name"] for row in rows if row["count"]]
     if "auc" not in figures:
-        lines.append(f"auc is left out: every example is of the class {occurring[0]}, and it compares two")
+        lines.append(
+            f"auc is left out: every example is of the class {occurring[0]}, and it compares two"
+        )
     if len(rows) == 2 and "f1_positive" not in figures:
-        lines.append(f"f1_positive is left out: no example is of the class {rows[1]['name']}, and none is taken for it")
+        lines.append(
+            f"f1_positive is left out: no example is of the class {rows[1]['name']}, and none is taken for it"
+        )
     return lines
 
 
@@ -27,7 +32,9 @@ def of_sets(figures: dict) -> list[str]:
     if "f1" not in figures:
         lines.append("f1 and f1_micro are left out: no example has a label, and none is predicted")
     if "auc" not in figures:
-        lines.append("auc is left out: each label is true of every example or of none, and it compares both")
+        lines.append(
+            "auc is left out: each label is true of every example or of none, and it compares both"
+        )
     return lines
 
 
@@ -37,7 +44,9 @@ def of_numbers(figures: dict, predictions: Sequence[float], labels: Sequence[flo
     lines = []
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        lines.append(f"{' and '.join(missing)} {verb} left out: {why_uncorrelated(predictions, labels)}")
+        lines.append(
+            f"{' and '.join(missing)} {verb} left out: {why_uncorrelated(predictions, labels)}"
+        )
     lost = [name for name in ("mse", "mae") if name not in figures]
     if lost:
         lines.append(f"{' and '.join(lost)} left out: the errors are too large for a float64")
@@ -58,7 +67,9 @@ def of_tags(figures: dict, names: Sequence[str]) -> list[str]:
     """figures: what metrics.tagging gives. names: of all tags that the model knows."""
     entities = any(name.startswith(("B-", "I-")) for name in names)
     if entities and "entity_f1" not in figures:
-        return ["entity_precision, entity_recall and entity_f1 are left out: there is no entity, and none is predicted"]
+        return [
+            "entity_precision, entity_recall and entity_f1 are left out: there is no entity, and none is predicted"
+        ]
     return []
 
 

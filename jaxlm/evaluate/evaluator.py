@@ -16,7 +16,15 @@ from jaxlm.data.bits_per_byte import predicted_bytes, why_none_of
 from jaxlm.data.tokenization import tokenizer as tokenizers
 from jaxlm.errors import DataError
 from jaxlm.evaluate.metrics import bleu_scorer
-from jaxlm.evaluate.score import SCORED, attempt, bleu_options, left_out, score, score_texts, warn_once
+from jaxlm.evaluate.score import (
+    SCORED,
+    attempt,
+    bleu_options,
+    left_out,
+    score,
+    score_texts,
+    warn_once,
+)
 from jaxlm.generate.answer import of_examples
 from jaxlm.parallel import hosts
 from jaxlm.step.state import eval_step
@@ -29,10 +37,15 @@ class Evaluator:
         """tokenizer: the model's, where that is not config.data's own."""
         if config.task.name in WRITTEN and config.eval.generate:
             bleu_scorer(**bleu_options(config))  # so that what is missing is told before step 1
-        self.config, self.mesh = config, mesh
+        self.config = config
+        self.mesh = mesh
         self.sources = open_sources(config, "val", tokenizer)
-        self.batches = validation_batches(config, hosts.local_rows(mesh, eval_rows(config)), self.sources)
-        self.step = jax.jit(partial(eval_step, config=config), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self.batches = validation_batches(
+            config, hosts.local_rows(mesh, eval_rows(config)), self.sources
+        )
+        self.step = jax.jit(
+            partial(eval_step, config=config), out_shardings=NamedSharding(mesh, PartitionSpec())
+        )
         self.num_bytes = self.bytes_of_text() if config.task.name == "lm" else None
 
     def bytes_of_text(self) -> int | None:
@@ -46,10 +59,14 @@ class Evaluator:
 
     def leaves_out(self) -> str:
         """In words, what an evaluation leaves out of the split; empty where nothing."""
-        e, whole, said = self.config.eval, len(self.batches), []
+        e = self.config.eval
+        whole = len(self.batches)
+        said = []
         if 0 < e.batches < whole:
             said.append(f"the first {e.batches:,} of {whole:,} batches (eval.batches)")
-        if self.config.task.name in WRITTEN and 0 < e.generate < (total := len(self.sources[0].examples)):
+        if self.config.task.name in WRITTEN and 0 < e.generate < (
+            total := len(self.sources[0].examples)
+        ):
             said.append(f"texts for the first {e.generate:,} of {total:,} examples (eval.generate)")
         return ", and ".join(said)
 
@@ -79,27 +96,43 @@ class Evaluator:
 
     def figures(self, sums: dict, complete: bool) -> dict:
         """Means of the sums; of text also perplexity and tokens, and of all of a text bits_per_byte and bytes."""
-        result = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
+        result = {}
+        for name, value in sums.items():
+            if name != "weight":
+                result[name] = value / sums["weight"]
         if self.config.task.name in (*SCORED, "dpo"):
-            return result | ({"pairs": int(sums["weight"])} if self.config.task.name == "dpo" else {})
+            return result | (
+                {"pairs": int(sums["weight"])} if self.config.task.name == "dpo" else {}
+            )
         if self.config.task.name == "glove":
             return result | {"pairs": int(sums["weight"])}
         if not self.config.task.negatives:  # whose nats are of no distribution over the vocabulary
             result["perplexity"] = math.exp(min(result["loss"], 700.0))
         result["tokens"] = int(sums["weight"])
         if complete and self.num_bytes:
-            result |= {"bits_per_byte": sums["loss"] / math.log(2) / self.num_bytes, "bytes": self.num_bytes}
+            result |= {
+                "bits_per_byte": sums["loss"] / math.log(2) / self.num_bytes,
+                "bytes": self.num_bytes,
+            }
         return result
 
     def run(self, params, teacher=None) -> tuple[dict, dict | None, bool]:
         """(float64 sums over the batches, {example: its scores} where the task has them, whether that was all)."""
-        whole, B = len(self.batches), eval_rows(self.config)
+        whole = len(self.batches)
+        B = eval_rows(self.config)
         stop = min(self.config.eval.batches or whole, whole)
-        place = lambda rows: hosts.to_global(rows, self.mesh, B)
-        sums, rows = {}, []
+
+        def place(rows):
+            return hosts.to_global(rows, self.mesh, B)
+
+        sums = {}
+        rows = []
         for batch in Prefetch(self.batches, 0, stop, self.config.data.prefetch, place):
             part, scores = self.step(params, batch, teacher)
-            sums = {key: sums.get(key, 0.0) + float(value) for key, value in jax.device_get(part).items()}
+            sums = {
+                key: sums.get(key, 0.0) + float(value)
+                for key, value in jax.device_get(part).items()
+            }
             if self.config.task.name in SCORED:
                 rows += list(hosts.fetch(scores))
         if not sums["weight"]:
@@ -115,5 +148,7 @@ def installed() -> bool:
     """Whether the libraries of jaxlm/evaluate/metrics.py are here; training goes on without."""
     here = importlib.util.find_spec("scipy") is not None
     if not here:
-        logging.getLogger("jaxlm").warning('F1, AUC and other figures in training need: pip install -e ".[eval]"')
+        logging.getLogger("jaxlm").warning(
+            'F1, AUC and other figures in training need: pip install -e ".[eval]"'
+        )
     return here

@@ -15,18 +15,31 @@ from jaxlm.evaluate.metrics import less_is_better
 
 # Okabe and Ito's colours, which the colour-blind tell apart, without the yellow, too pale for lines
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-FEW, PALE = 10, "#BFE3F7"  # of so few examples, accuracy is mostly chance
+# of so few examples, accuracy is mostly chance
+FEW = 10
+PALE = "#BFE3F7"
 
 
 @contextmanager
 def drawing(path, width: float, height: float):
     """A figure of these inches and what sets its title; written at the end. `$` in a name begins no formula."""
-    asian = [name for name in metrics.library("matplotlib.font_manager").get_font_names() if "CJK" in name]
-    style = {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8}
+    asian = []
+    for name in metrics.library("matplotlib.font_manager").get_font_names():
+        if "CJK" in name:
+            asian.append(name)
+    style = {
+        "text.parse_math": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.fontsize": 8,
+    }
     style |= {"font.size": 9, "legend.frameon": False, "font.family": ["DejaVu Sans", *asian]}
     with metrics.library("matplotlib").rc_context(style):
         figure = metrics.library("matplotlib.figure").Figure((width, height), layout="constrained")
-        wrap = lambda text: "\n".join(textwrap.fill(line, int(12 * width)) for line in text.splitlines())
+
+        def wrap(text):
+            return "\n".join(textwrap.fill(line, int(12 * width)) for line in text.splitlines())
+
         yield figure, lambda text: figure.suptitle(wrap(text), x=0.01, ha="left", fontsize=11)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, format="png")
@@ -34,74 +47,126 @@ def drawing(path, width: float, height: float):
 
 def short(name, most: int = 24) -> str:
     name = " ".join(str(name).split()) or "(empty)"
-    return name if len(name) <= most else name[: most - 1] + "…"
+    if len(name) <= most:
+        return name
+    return name[: most - 1] + "…"
 
 
 def roc(path, scores_NC, labels_N, names: Sequence[str] | None = None) -> None:
     """Of two classes the curve of class 1; of more, each against the rest, the 6 of the lowest AUC in colour."""
-    result, labels = metrics.classification(scores_NC, labels_N, names), np.asarray(labels_N)
-    table, curve = result["classes"], metrics.library("sklearn.metrics").roc_curve
-    shown = sorted((row["auc"], k) for k, row in enumerate(table) if "auc" in row and (k == 1 or len(table) != 2))
+    result = metrics.classification(scores_NC, labels_N, names)
+    labels = np.asarray(labels_N)
+    table = result["classes"]
+    curve = metrics.library("sklearn.metrics").roc_curve
+    shown = sorted(
+        (row["auc"], k)
+        for k, row in enumerate(table)
+        if "auc" in row and (k == 1 or len(table) != 2)
+    )
     only = short(table[1 if shown else int(labels[0])]["name"], 40)
     with drawing(path, 5.6, 5.9) as (figure, title):
         axes = figure.add_subplot(aspect="equal", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
         for rank, (area, k) in reversed([*enumerate(shown)]):
-            colour, width, name = (COLOURS[rank], 1.5, short(table[k]["name"])) if rank < 6 else ("#C4C4C4", 0.7, "")
+            colour, width, name = (
+                (COLOURS[rank], 1.5, short(table[k]["name"])) if rank < 6 else ("#C4C4C4", 0.7, "")
+            )
             x, y, _ = curve(labels == k, np.asarray(scores_NC)[:, k])
-            axes.plot(x, y, color=colour, linewidth=width, label=name and f"{area:.3f}, class {name}")
+            axes.plot(
+                x, y, color=colour, linewidth=width, label=name and f"{area:.3f}, class {name}"
+            )
         axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1, label="0.500 chance")
         axes.legend(title="AUC", loc="lower right", alignment="left")
-        of = f" for the class {only}" if len(table) == 2 else f", mean of {len(shown)} classes, each against the rest"
+        if len(table) == 2:
+            of = f" for the class {only}"
+        else:
+            of = f", mean of {len(shown)} classes, each against the rest"
         of += f"; {len(table) - len(shown)} absent" if 2 < len(table) > len(shown) else ""
         of += "\nin colour: the 6 lowest" if len(shown) > 6 else ""
-        title(f"AUC {result['auc']:.3f}{of}" if shown else f"AUC is not defined: all are of the class {only}")
-        axes.set(xlabel="false positive rate (of all negatives)", ylabel="true positive rate (of all positives)")
+        title(
+            f"AUC {result['auc']:.3f}{of}"
+            if shown
+            else f"AUC is not defined: all are of the class {only}"
+        )
+        axes.set(
+            xlabel="false positive rate (of all negatives)",
+            ylabel="true positive rate (of all positives)",
+        )
 
 
 def confusion(path, matrix: Sequence[Sequence[int]], names: Sequence[str] | None = None) -> None:
     """matrix[i][j]: examples of class i that were taken for class j. Colours are shares of each row."""
     counts = metrics.numbers("confusion", matrix, 2).astype(int)
     names = [short(name) for name in (range(len(counts)) if names is None else names)]
-    classes, total = metrics.count(names=names, rows=counts, columns=counts.T), max(counts.sum(), 1)
+    classes = metrics.count(names=names, rows=counts, columns=counts.T)
+    total = max(counts.sum(), 1)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    few, every = classes <= 16, range(0, classes, -(-classes // 100))
-    size, side = 8 if few else 6, np.clip(classes * (0.5 if few else 0.14), 3, 14)
+    few = classes <= 16
+    every = range(0, classes, -(-classes // 100))
+    size = 8 if few else 6
+    side = np.clip(classes * (0.5 if few else 0.14), 3, 14)
     room = 0.01 * size * max(map(len, names))  # inches of the longest name
-    norm = metrics.library("matplotlib.colors").PowerNorm(1 if few else 0.5, 0, 100)  # among many, few are visible
+    norm = metrics.library("matplotlib.colors").PowerNorm(
+        1 if few else 0.5, 0, 100
+    )  # among many, few are visible
     with drawing(path, side + room + 1.6, side + room + 1.2) as (figure, title):
         axes = figure.add_subplot()
         picture = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
-        figure.colorbar(picture, label="share of the true class (%)", shrink=0.6, fraction=0.04, aspect=30)
+        figure.colorbar(
+            picture, label="share of the true class (%)", shrink=0.6, fraction=0.04, aspect=30
+        )
         axes.set_xticks(every, names[:: every.step], rotation=90, fontsize=size)
         axes.set_yticks(every, names[:: every.step], fontsize=size)
         for (i, j), n in np.ndenumerate(counts if few else counts[:0]):
             colour = "white" if shares[i, j] > 55 else "black"
-            axes.text(j, i, f"{n:,}", ha="center", va="center", fontsize=8 if n < 1e5 else 6, color=colour)
+            axes.text(
+                j, i, f"{n:,}", ha="center", va="center", fontsize=8 if n < 1e5 else 6, color=colour
+            )
         wrong = np.where(np.eye(classes), 0, counts)
         i, j = np.unravel_index(wrong.argmax(), wrong.shape)
         worst = f"most often {names[i]} is taken for {names[j]}: {wrong[i, j]:,} times"
-        title(f"accuracy {counts.trace() / total:.1%} of {total:,} examples\n{worst if wrong.any() else 'no mistakes'}")
+        title(
+            f"accuracy {counts.trace() / total:.1%} of {total:,} examples\n{worst if wrong.any() else 'no mistakes'}"
+        )
         axes.set(xlabel="predicted class", ylabel="true class")
 
 
 def calibration(path, result: Mapping) -> None:
     """The reliability diagram of metrics.calibration's result, over the share of examples at each confidence."""
-    bins = {key: np.array([row[key] for row in result["bins"]]) for key in result["bins"][0]}
-    weights, place = bins["count"] / bins["count"].sum(), (bins["low"] + bins["high"]) / 2
+    bins = {}
+    for key in result["bins"][0]:
+        bins[key] = np.array([row[key] for row in result["bins"]])
+    weights = bins["count"] / bins["count"].sum()
+    place = (bins["low"] + bins["high"]) / 2
     (x, y), width = (bins["confidence"], bins["accuracy"]), bins["high"] - bins["low"]
-    sure, right = weights @ x, weights @ y
+    sure = weights @ x
+    right = weights @ y
     with drawing(path, 5.6, 6.6) as (figure, title):
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         colours = np.where(bins["count"] < FEW, PALE, COLOURS[5])
-        above.bar(place, y, width, color=colours, edgecolor="white", label=f"accuracy (pale: under {FEW} examples)")
+        above.bar(
+            place,
+            y,
+            width,
+            color=colours,
+            edgecolor="white",
+            label=f"accuracy (pale: under {FEW} examples)",
+        )
         above.vlines(x, np.minimum(x, y), np.maximum(x, y), color=COLOURS[1], label="gap")
-        above.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1, label="accuracy = confidence")
+        above.plot(
+            [0, 1], [0, 1], color="black", linestyle=":", linewidth=1, label="accuracy = confidence"
+        )
         figure.legend(loc="outside lower center", ncols=3)
-        verdict = ", overconfident" if sure > right + 0.01 else ", underconfident" if sure < right - 0.01 else ""
+        if sure > right + 0.01:
+            verdict = ", overconfident"
+        else:
+            verdict = ", underconfident" if sure < right - 0.01 else ""
         title(f"ECE {result['ece']:.1%}: confidence {sure:.1%}, accuracy {right:.1%}{verdict}")
         above.set(ylabel="accuracy (fraction)", xlim=(0, 1), ylim=(0, 1.02))
         below.bar(place, 100 * weights, width, color="grey", edgecolor="white")
-        below.set(xlabel="confidence (probability of the prediction)", ylabel=f"% of {bins['count'].sum():,}")
+        below.set(
+            xlabel="confidence (probability of the prediction)",
+            ylabel=f"% of {bins['count'].sum():,}",
+        )
 
 
 class Curve(NamedTuple):
@@ -130,10 +195,15 @@ def losses(path, runs: str | PurePath | Sequence[tuple[str, str | PurePath]]) ->
     Circled is the step that eval.metric chooses (config.json beside the file), else the lowest loss. What is above the
     picture, such as the first steps of a long run, is told in its title.
     """
-    runs = [("", runs)] if isinstance(runs, str | PurePath) else list(runs)
+    if isinstance(runs, str | PurePath):
+        runs = [("", runs)]
+    else:
+        runs = list(runs)
     curves = curves_of(runs)
     if not curves:
-        raise DataError(f"{', '.join(str(file) for _, file in runs)}: no row has a finite loss; wait for the first")
+        raise DataError(
+            f"{', '.join(str(file) for _, file in runs)}: no row has a finite loss; wait for the first"
+        )
     mark, notes = mark_of(runs, curves)
     low, high = limits(curves, mark)
     notes += beyond(curves, high)
@@ -141,7 +211,15 @@ def losses(path, runs: str | PurePath | Sequence[tuple[str, str | PurePath]]) ->
         axes = figure.add_subplot(xlabel="step", ylabel="loss (nats)")
         for curve in curves:
             draw(axes, curve)
-        axes.plot(mark.step, mark.height, "o", color="black", fillstyle="none", markersize=10, label=mark.label)
+        axes.plot(
+            mark.step,
+            mark.height,
+            "o",
+            color="black",
+            fillstyle="none",
+            markersize=10,
+            label=mark.label,
+        )
         title("\n".join([mark.text, *notes]))
         axes.set(xlim=(0, None), ylim=(low, high))
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -180,10 +258,14 @@ def draw(axes, curve: Curve) -> None:
     style = "-" if curve.key == "loss" else "--o"
     if len(curve.steps) == 1:
         style = "o"
-    axes.plot(curve.steps, curve.values, style, color=curve.colour, markersize=3.5, label=curve.name)
+    axes.plot(
+        curve.steps, curve.values, style, color=curve.colour, markersize=3.5, label=curve.name
+    )
 
 
-def mark_of(runs: Sequence[tuple[str, str | PurePath]], curves: list[Curve]) -> tuple[Mark, list[str]]:
+def mark_of(
+    runs: Sequence[tuple[str, str | PurePath]], curves: list[Curve]
+) -> tuple[Mark, list[str]]:
     """The best step by the eval.metric that led the runs, and notes; the lowest loss where that is not known."""
     led = {metric_of(file) for _, file in runs}
     metric = led.pop() if len(led) == 1 else "loss"
@@ -193,7 +275,10 @@ def mark_of(runs: Sequence[tuple[str, str | PurePath]], curves: list[Curve]) -> 
     for run, file in runs:
         steps, values = read(file, f"eval/{metric}")
         if len(steps):
-            best = values.argmin() if less_is_better(metric) else values.argmax()
+            if less_is_better(metric):
+                best = values.argmin()
+            else:
+                best = values.argmax()
             found.append((values[best], steps[best], run))
     if not found:
         return lowest(curves), [f"no evaluation gave eval.metric={metric}"]
@@ -217,7 +302,8 @@ def lowest(curves: list[Curve]) -> Mark:
     of_validation = [curve for curve in curves if curve.key == "eval/loss"]
     curve = min(of_validation or curves, key=lambda curve: curve.values.min())
     place = curve.values.argmin()
-    value, step = curve.values[place], curve.steps[place]
+    value = curve.values[place]
+    step = curve.steps[place]
     return Mark(step, value, "lowest", f"lowest {curve.name}: {value:.4f}, at step {step:,.0f}")
 
 
@@ -232,7 +318,9 @@ def height_at(curves: list[Curve], step: float, of: str) -> float:
 
 def limits(curves: list[Curve], mark: Mark) -> tuple[float, float]:
     """Of the losses shown. In a long run the first 3% may be above, which else would flatten the rest."""
-    tops = [np.quantile(curve.values, 0.97 if len(curve.values) > 50 else 1) for curve in curves]
+    tops = []
+    for curve in curves:
+        tops.append(np.quantile(curve.values, 0.97 if len(curve.values) > 50 else 1))
     top = max(*tops, mark.height)
     least = min(drawn(curve).min() for curve in curves)
     margin = max(top - least, 0.1)
@@ -241,12 +329,15 @@ def limits(curves: list[Curve], mark: Mark) -> tuple[float, float]:
 
 def drawn(curve: Curve) -> np.ndarray:
     """All values of a curve that are seen."""
-    return curve.values if curve.raw is None else np.append(curve.values, curve.raw)
+    if curve.raw is None:
+        return curve.values
+    return np.append(curve.values, curve.raw)
 
 
 def beyond(curves: list[Curve], high: float) -> list[str]:
     """A note on the losses that are off the picture, if any are."""
-    above, most = 0, (high, 0.0)
+    above = 0
+    most = (high, 0.0)
     for curve in curves:
         values = curve.values if curve.raw is None else curve.raw
         above += int(np.sum(values > high))
@@ -254,7 +345,9 @@ def beyond(curves: list[Curve], high: float) -> list[str]:
     if not above:
         return []
     values = "1 value" if above == 1 else f"{above:,} values"
-    return [f"off the picture: {values} above {high:.4g}, up to {most[0]:.4g} at step {most[1]:,.0f}"]
+    return [
+        f"off the picture: {values} above {high:.4g}, up to {most[0]:.4g} at step {most[1]:,.0f}"
+    ]
 
 
 class Curves(NamedTuple):
@@ -276,7 +369,8 @@ def fitting(path, runs: Sequence[Curves], headline: str) -> None:
         axes = figure.add_subplot(xlabel="step", ylabel="loss (nats)", ymargin=0.06)
         legend = []
         for run, colour in zip(runs, COLOURS if len(runs) <= len(COLOURS) else shades):
-            best, known = run.val_N.argmin(), np.isfinite(run.train_N)
+            best = run.val_N.argmin()
+            known = np.isfinite(run.train_N)
             axes.plot(run.steps_N[known], run.train_N[known], "--", color=colour, linewidth=1.2)
             axes.plot(run.steps_N, run.val_N, "-", color=colour, linewidth=1.6)
             axes.plot(run.steps_N[best], run.val_N[best], "o", color=colour, markersize=8, zorder=3)
@@ -287,7 +381,10 @@ def fitting(path, runs: Sequence[Curves], headline: str) -> None:
         if any(run.stopped for run in runs):
             marks |= {"stopped early": "X"}
         for name, style in marks.items():
-            line = {"linestyle": style} if "-" in style else {"linestyle": "", "marker": style, "markersize": 8}
+            if "-" in style:
+                line = {"linestyle": style}
+            else:
+                line = {"linestyle": "", "marker": style, "markersize": 8}
             legend.append(lines.Line2D([], [], color="dimgrey", label=name, **line))
         axes.legend(handles=legend, loc="upper left", bbox_to_anchor=(1.01, 1))
         title(headline)
@@ -311,8 +408,11 @@ def read(file: str | PurePath, key: str) -> np.ndarray:
 
 def bars(path, named_values: Mapping[str, float], label: str) -> None:
     """A bar for each name, in their order; `label` says what the values are, and in what unit."""
-    names, values = [short(name, 32) for name in named_values], metrics.numbers(label, [*named_values.values()], 1)
-    written = [f" {value:,.0f} " if abs(value) >= 1000 else f" {value:.4g} " for value in values]
+    names = [short(name, 32) for name in named_values]
+    values = metrics.numbers(label, [*named_values.values()], 1)
+    written = []
+    for value in values:
+        written.append(f" {value:,.0f} " if abs(value) >= 1000 else f" {value:.4g} ")
     low, high = (f"{written[i]}({names[i]})" for i in (values.argmin(), values.argmax()))
     with drawing(path, 7, 1.2 + 0.26 * len(names)) as (figure, title):
         axes = figure.add_subplot(xlabel=label, xmargin=0.12)
@@ -323,17 +423,28 @@ def bars(path, named_values: Mapping[str, float], label: str) -> None:
         title(f"{label}: from{low} to{high}" if len(names) > 1 else f"{label}:{low}")
 
 
-def growth(path, name: str, sizes: Sequence[float], milliseconds: Sequence[float], flops: Sequence[float]) -> None:
+def growth(
+    path, name: str, sizes: Sequence[float], milliseconds: Sequence[float], flops: Sequence[float]
+) -> None:
     """A step's time against what it grows with, both axes logarithmic, beside the growth of its FLOPs."""
     sizes, times, flops = (np.array(values, float) for values in (sizes, milliseconds, flops))
     over = (times[1:] / times[:-1]) / (flops[1:] / flops[:-1]) - 1
     with drawing(path, 5.6, 4.4) as (figure, title):
         axes = figure.add_subplot(xlabel=name, ylabel="step (ms)", xscale="log", yscale="log")
         axes.plot(sizes, times, "-o", color=COLOURS[0], markersize=4, label="measured")
-        axes.plot(sizes, times[-1] * flops / flops[-1], ":", color="black", label="as its FLOPs, from the largest")
+        axes.plot(
+            sizes,
+            times[-1] * flops / flops[-1],
+            ":",
+            color="black",
+            label="as its FLOPs, from the largest",
+        )
         axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
         axes.minorticks_off()
         axes.set_yticks(times, [f"{time:,.0f}" if time >= 100 else f"{time:.3g}" for time in times])
         axes.legend(loc="upper left")
         more = over.max(initial=0)
-        title(f"{name}: time grows " + (f"up to {more:.0%} faster than FLOPs" if more > 0 else "no faster than FLOPs"))
+        title(
+            f"{name}: time grows "
+            + (f"up to {more:.0%} faster than FLOPs" if more > 0 else "no faster than FLOPs")
+        )

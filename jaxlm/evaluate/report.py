@@ -43,9 +43,12 @@ class Reporter:
     """Its `run` passes the examples through the model, once for all reports. args: those of jaxlm.evaluate."""
 
     def __init__(self, lm, config: ConfigDict, args):
-        self.lm, self.config, self.args = lm, config, args
+        self.lm = lm
+        self.config = config
+        self.args = args
         self.evaluator = Evaluator(config, lm.mesh, lm.tokenizer)
-        self.source, self.files = self.evaluator.sources[0], []
+        self.source = self.evaluator.sources[0]
+        self.files = []
 
     def run(self) -> None:
         self.sums, self.scores, self.complete = self.evaluator.run(self.lm.params, self.lm.teacher)
@@ -55,7 +58,8 @@ class Reporter:
 
     def labels(self) -> dict:
         """The figures of the task, each with its interval; an ROC curve and a confusion matrix."""
-        config, source = self.config, self.source
+        config = self.config
+        source = self.source
         result = {"examples": len(self.scores), **score(config, source, self.scores)}
         for line in left_out(config, source, self.scores, result):
             warn_once(line)
@@ -64,15 +68,21 @@ class Reporter:
         if self.args.bootstrap:
             result |= self.intervals(result)
         if config.task.name == "classify" and self.args.pictures:
-            scores, labels, names = np.stack(list(self.scores.values())), self.gold(), list(label_names(config))
+            scores = np.stack(list(self.scores.values()))
+            labels = self.gold()
+            names = list(label_names(config))
             pictures.roc(self.picture("roc"), scores, labels, names)
             pictures.confusion(self.picture("confusion"), result["confusion"], names)
         return result
 
     def of_classes(self, figures: dict) -> dict:
         """What says nothing but the commonest class is right so often; and which classes the means leave out."""
-        counts, names = np.bincount(self.gold()), label_names(self.config)
-        result = {"commonest_class": names[counts.argmax()], "commonest_share": counts.max() / counts.sum()}
+        counts = np.bincount(self.gold())
+        names = label_names(self.config)
+        result = {
+            "commonest_class": names[counts.argmax()],
+            "commonest_share": counts.max() / counts.sum(),
+        }
         if "f1_positive" in figures:
             result["positive_class"] = names[1]
         predicted = np.sum(figures["confusion"], axis=0)
@@ -122,7 +132,9 @@ class Reporter:
         """Three texts: answers to the first examples, or what follows nothing."""
         if self.config.task.name in WRITTEN:
             said, wanted = self.written()
-            return {"samples": [f"{text!r} (wanted: {want!r})" for text, want in zip(said[:3], wanted)]}
+            return {
+                "samples": [f"{text!r} (wanted: {want!r})" for text, want in zip(said[:3], wanted)]
+            }
         start = "" if self.lm.tokenizer.bos_id is not None else "\n"
         return {"samples": self.lm.generate(start, max_tokens=100, num_samples=3)}
 
@@ -131,8 +143,11 @@ class Reporter:
         parts = {}
         for path, _ in mixture(self.config):
             alone = self.config.copy_and_resolve_references()
-            alone.data.path, alone.data.mixture = path, ""
-            parts[path] = Evaluator(alone, self.lm.mesh, self.lm.tokenizer)(self.lm.params, self.lm.teacher)
+            alone.data.path = path
+            alone.data.mixture = ""
+            parts[path] = Evaluator(alone, self.lm.mesh, self.lm.tokenizer)(
+                self.lm.params, self.lm.teacher
+            )
         return {"sources": parts}
 
     def groups(self) -> dict:
@@ -144,9 +159,12 @@ class Reporter:
         for name, numbers in sorted(groups.items(), key=lambda item: -len(item[1])):
             chosen = {i: self.scores[i] for i in numbers}
             figures = attempt(
-                f"the figures of group {name} are left out", partial(score, self.config, self.source, chosen)
+                f"the figures of group {name} are left out",
+                partial(score, self.config, self.source, chosen),
             )
-            parts[name] = {"count": len(numbers)} | {k: v for k, v in figures.items() if isinstance(v, float)}
+            parts[name] = {"count": len(numbers)} | {
+                k: v for k, v in figures.items() if isinstance(v, float)
+            }
         for line in of_groups(parts):
             warn_once(line)
         return {"groups": parts}
@@ -187,15 +205,21 @@ REPORTS = ("loss", "labels", "calibration", "texts", "samples", "sources", "grou
 
 def usual(config: ConfigDict, source) -> list[str]:
     """The reports that a task's model is for."""
-    task, words = config.task.name, ["loss"]
-    words += ["labels"] * (task in SCORED) + ["calibration"] * (task == "classify") + ["texts"] * (task in WRITTEN)
+    task = config.task.name
+    words = ["loss"]
+    words += (
+        ["labels"] * (task in SCORED)
+        + ["calibration"] * (task == "classify")
+        + ["texts"] * (task in WRITTEN)
+    )
     words += ["groups"] * (task in SCORED and any(GROUP in example for example in source.examples))
     return words + ["sources"] * (task not in ROLES and len(mixture(config)) > 1)
 
 
 def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) -> dict:
     """The figures of all reports, one flat dict; what does not go with the task is told, and left out."""
-    reporter, result = Reporter(lm, config, args), {}
+    reporter = Reporter(lm, config, args)
+    result = {}
     fits = {
         "labels": config.task.name in SCORED,
         "groups": "groups" in usual(config, reporter.source),
@@ -207,22 +231,31 @@ def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) 
     words = asked or usual(config, reporter.source)
     if not any(fits.get(word, True) for word in words):
         fit = ", ".join(word for word in REPORTS if fits.get(word, True))
-        raise ConfigError(f"--tasks={','.join(words)}: not for task {config.task.name} on these data; {fit} are")
+        raise ConfigError(
+            f"--tasks={','.join(words)}: not for task {config.task.name} on these data; {fit} are"
+        )
     reporter.run()
     for word in words:
         if not fits.get(word, True):
             print(f"--tasks: {word} is not for task {config.task.name}")
             continue
-        result |= attempt(f"the report {word} is left out", getattr(reporter, word), passes=(ConfigError, OSError))
+        result |= attempt(
+            f"the report {word} is left out", getattr(reporter, word), passes=(ConfigError, OSError)
+        )
     if not result:
         result = reporter.loss()
     if args.pictures and jax.process_index() == 0 and (Path(workdir) / "metrics.jsonl").is_file():
         pictures.losses(reporter.picture("losses"), Path(workdir) / "metrics.jsonl")
     if args.answers and jax.process_index() == 0:
         rows = answers_of(
-            config, reporter.source, reporter.scores, reporter.written if config.task.name in WRITTEN else None
+            config,
+            reporter.source,
+            reporter.scores,
+            reporter.written if config.task.name in WRITTEN else None,
         )
-        Path(args.answers).write_text("".join(cli.readable_json(row) + "\n" for row in rows), "utf-8")
+        Path(args.answers).write_text(
+            "".join(cli.readable_json(row) + "\n" for row in rows), "utf-8"
+        )
     if reporter.files and jax.process_index() == 0:
         print(f"wrote {', '.join(reporter.files)} to {args.pictures}")
     return result
@@ -231,8 +264,12 @@ def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) 
 def in_digits(value: int | float | str) -> str:
     """To be read: four decimals, of numbers that would be a line of digits four digits."""
     if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 1e9 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else value
+        if abs(value) < 1e9:
+            return f"{value:.4f}"
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value
 
 
 def leave_out_absent(rows: list[dict], predicted_C) -> list[str]:
@@ -250,7 +287,8 @@ def leave_out_absent(rows: list[dict], predicted_C) -> list[str]:
 def table(result: dict) -> list[str]:
     """The lines that are printed: figures, then tables of classes, sources and groups, then texts."""
     plain = {key: value for key, value in result.items() if isinstance(value, (int, float, str))}
-    width, lines = max(map(len, plain)), []
+    width = max(map(len, plain))
+    lines = []
     for key, value in plain.items():
         shown = in_digits(value)
         if f"{key}_interval" in result:
@@ -259,23 +297,41 @@ def table(result: dict) -> list[str]:
         lines.append(f"{key:{width}}  {shown}")
     for name in ("classes", "tags", "entities", "sources", "groups"):
         if rows := result.get(name):
-            rows = [{name: key, **row} for key, row in rows.items()] if isinstance(rows, dict) else rows
+            if isinstance(rows, dict):
+                rows = [{name: key, **row} for key, row in rows.items()]
+            else:
+                rows = rows
             lines += ["", *columns(rows)]
-    return lines + [f"\n--- sample {i} ---\n{text}" for i, text in enumerate(result.get("samples", ()), 1)]
+    return lines + [
+        f"\n--- sample {i} ---\n{text}" for i, text in enumerate(result.get("samples", ()), 1)
+    ]
 
 
 def comparison(results: dict[str, dict]) -> list[str]:
     """A column for each run, a line for each figure that any of them has, and one for its interval."""
-    keys = dict.fromkeys(k for r in results.values() for k, x in r.items() if isinstance(x, (int, float, str)))
+    keys = dict.fromkeys(
+        k for r in results.values() for k, x in r.items() if isinstance(x, (int, float, str))
+    )
     last = {workdir: PurePath(workdir).name for workdir in results}
-    names = last if len(set(last.values())) == len(last) else {workdir: workdir for workdir in results}
-    row = lambda name, cell: {"": name} | {names[workdir]: cell(result) for workdir, result in results.items()}
+    if len(set(last.values())) == len(last):
+        names = last
+    else:
+        names = {workdir: workdir for workdir in results}
+
+    def row(name, cell):
+        return {"": name} | {names[workdir]: cell(result) for workdir, result in results.items()}
+
     rows = []
     for key in keys:
         shown = short_path if key == "data" else lambda x: x
-        between = lambda r, key=f"{key}_interval": " to ".join(map(in_digits, r.get(key, ())))
+
+        def between(r, key=f"{key}_interval"):
+            return " to ".join(map(in_digits, r.get(key, ())))
+
         rows.append(row(key, lambda r, key=key, shown=shown: shown(r.get(key, ""))))
-        rows += [row("  95% interval", between)] * any(f"{key}_interval" in r for r in results.values())
+        rows += [row("  95% interval", between)] * any(
+            f"{key}_interval" in r for r in results.values()
+        )
     classes = dict.fromkeys(each["name"] for r in results.values() for each in r.get("classes", ()))
     for name in classes if len(classes) <= MANY else ():
         rows.append(row(f"f1 of {name}", partial(f1_of, name)))
@@ -297,10 +353,17 @@ def short_path(files: str) -> str:
 
 def columns(rows: list[dict]) -> list[str]:
     """Lines of a table, a row under the names of all that any row has."""
-    keys = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, (int, float, str)))
+    keys = dict.fromkeys(
+        key for row in rows for key, value in row.items() if isinstance(value, (int, float, str))
+    )
     cells = [list(keys)] + [[in_digits(r.get(k, "")) for k in keys] for r in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(keys))]
+    widths = []
+    for i in range(len(keys)):
+        widths.append(max(len(row[i]) for row in cells))
     return [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths))
+        )
         for row in cells
     ]

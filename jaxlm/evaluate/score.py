@@ -15,7 +15,13 @@ from jaxlm.generate.answer import span_said, write
 
 SCORED = ("classify", "multilabel", "regress", "tag", "qa")  # whose examples have scores
 # Faults that no evaluation may hide: no memory, a device or another host that is lost, a run that diverged.
-FAULTS = (MemoryError, jax.errors.JaxRuntimeError, FloatingPointError, CheckpointError, NumericsError)
+FAULTS = (
+    MemoryError,
+    jax.errors.JaxRuntimeError,
+    FloatingPointError,
+    CheckpointError,
+    NumericsError,
+)
 
 
 def attempt(what: str, figures: Callable[[], dict], passes: tuple = ()) -> dict:
@@ -33,11 +39,16 @@ def attempt(what: str, figures: Callable[[], dict], passes: tuple = ()) -> dict:
 
 
 def in_a_line(error: Exception) -> str:
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    if isinstance(error, UserError):
+        kind = ""
+    else:
+        kind = f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())
 
 
-def score(config: ConfigDict, source, scores: dict[int, np.ndarray] | None, pairs: list | None = None) -> dict:
+def score(
+    config: ConfigDict, source, scores: dict[int, np.ndarray] | None, pairs: list | None = None
+) -> dict:
     """Metrics of the examples {number: scores} of a source, or of pairs (number, scores), in which one may repeat."""
     numbers, values = zip(*(pairs or scores.items()))
     return MEASURES[config.task.name](config, source, list(numbers), list(values))
@@ -65,23 +76,31 @@ def of_classes(config, source, numbers, scores) -> dict:
 
 
 def of_sets(config, source, numbers, scores) -> dict:
-    return metrics.multilabel(np.stack(scores), np.stack([source.pieces[i]["label"] for i in numbers]))
+    return metrics.multilabel(
+        np.stack(scores), np.stack([source.pieces[i]["label"] for i in numbers])
+    )
 
 
 def of_numbers(config, source, numbers, scores) -> dict:
-    return metrics.regression(np.array(scores)[:, 0], np.array([source.pieces[i]["label"] for i in numbers]))
+    return metrics.regression(
+        np.array(scores)[:, 0], np.array([source.pieces[i]["label"] for i in numbers])
+    )
 
 
 def refuse_nan(scores: list[np.ndarray]) -> None:
     """Raises DataError: the largest of NaN would be the first tag, or the first word."""
     bad = [place for place, each in enumerate(scores) if np.isnan(each).any()]
     if bad:
-        raise DataError(f"the scores of {len(bad):,} of {len(scores):,} examples are NaN; the first is {bad[0] + 1:,}")
+        raise DataError(
+            f"the scores of {len(bad):,} of {len(scores):,} examples are NaN; the first is {bad[0] + 1:,}"
+        )
 
 
 def of_tags(config, source, numbers, scores) -> dict:
     refuse_nan(scores)
-    names, predicted, gold = label_names(config), [], []
+    names = label_names(config)
+    predicted = []
+    gold = []
     for i, score in zip(numbers, scores):
         piece = source.pieces[i]
         counts = piece["weights"][: len(score)] > 0
@@ -92,7 +111,8 @@ def of_tags(config, source, numbers, scores) -> dict:
 
 def of_spans(config, source, numbers, scores) -> dict:
     refuse_nan(scores)
-    predicted, answers = [], []
+    predicted = []
+    answers = []
     for i, score in zip(numbers, scores):
         predicted.append(span_said(source, i, score))
         given = source.examples[i]["answer"]
@@ -100,7 +120,13 @@ def of_spans(config, source, numbers, scores) -> dict:
     return metrics.question_answering(predicted, answers)
 
 
-MEASURES = {"classify": of_classes, "multilabel": of_sets, "regress": of_numbers, "tag": of_tags, "qa": of_spans}
+MEASURES = {
+    "classify": of_classes,
+    "multilabel": of_sets,
+    "regress": of_numbers,
+    "tag": of_tags,
+    "qa": of_spans,
+}
 
 
 def answers_of(config: ConfigDict, source, scores: dict | None, written=None) -> list[dict]:
@@ -109,7 +135,10 @@ def answers_of(config: ConfigDict, source, scores: dict | None, written=None) ->
         return [{**example, "answer": text} for example, text in zip(source.examples, written()[0])]
     names = label_names(config)
     say = {
-        "classify": lambda i, x: {"answer": names[int(x.argmax())], "scores": [float(f"{p:.12g}") for p in x]},
+        "classify": lambda i, x: {
+            "answer": names[int(x.argmax())],
+            "scores": [float(f"{p:.12g}") for p in x],
+        },
         "multilabel": lambda i, x: {"answer": [n for n, p in zip(names, x) if p >= 0.5]},
         "regress": lambda i, x: {"answer": float(x[0])},
         "qa": lambda i, x: {"answer": span_said(source, i, x)},
@@ -118,9 +147,12 @@ def answers_of(config: ConfigDict, source, scores: dict | None, written=None) ->
     return [{**source.examples[i], **speak(i, x)} for i, x in (scores or {}).items()]
 
 
-def write_answers(config: ConfigDict, source, params, count: int = 0, **more) -> tuple[list[str], list[str]]:
+def write_answers(
+    config: ConfigDict, source, params, count: int = 0, **more
+) -> tuple[list[str], list[str]]:
     """(what the model writes to the first `count` examples, or all; what they say). more: of respond.write."""
-    examples, e = source.examples[: count or None], config.eval
+    examples = source.examples[: count or None]
+    e = config.eval
     options = {"beams": e.beams, "max_tokens": e.max_tokens, "length_penalty": e.length_penalty}
     said = write(config, params, source.vocab, source.encode, examples, **options, **more)
     return said, [reference_of(example, config) for example in examples]
@@ -131,7 +163,9 @@ def reference_of(example: dict, config: ConfigDict) -> str:
         text = example["messages"][-1]["content"]
     else:
         text = example[next(role for role in ("target", "response", "chosen") if role in example)]
-    return text.lower() if config.data.lowercase else text
+    if config.data.lowercase:
+        return text.lower()
+    return text
 
 
 def score_texts(config: ConfigDict, source, params, count: int = 0) -> dict:
@@ -147,9 +181,13 @@ def of_texts(config: ConfigDict, said: list[str], references: list[str]) -> dict
         warn_once("BLEU, chrF and ROUGE are left out: every reference is empty")
         return {}
     if not any(text.strip() for text in said):
-        warn_once(f"the model wrote nothing for any of {total:,} examples: BLEU, chrF and ROUGE are of empty texts")
+        warn_once(
+            f"the model wrote nothing for any of {total:,} examples: BLEU, chrF and ROUGE are of empty texts"
+        )
     options = bleu_options(config)
-    result = attempt("BLEU and chrF are left out", lambda: metrics.translation(said, references, **options))
+    result = attempt(
+        "BLEU and chrF are left out", lambda: metrics.translation(said, references, **options)
+    )
     if result and "bleu" not in result:
         warn_once(
             f"BLEU is left out: no reference has the four words that it counts runs of (tokenizer {options['tokenize']}"

@@ -23,9 +23,19 @@ from jaxlm.run.workdir import run_directory
 from jaxlm.step.costs import num_parameters
 from jaxlm.step.state import abstract_state
 
-SAME = ("task.name", "data.path", "data.mixture", "data.train", "data.val")  # else losses cannot be compared
+SAME = (
+    "task.name",
+    "data.path",
+    "data.mixture",
+    "data.train",
+    "data.val",
+)  # else losses cannot be compared
 CLOSE = 0.01  # nats: losses that are nearer to each other are taken to be the same
-FITS, AS_WELL, UNDER, OVER, NOT_DONE = "fits best", "fits as well", "underfits", "overfits", "not done"
+FITS = "fits best"
+AS_WELL = "fits as well"
+UNDER = "underfits"
+OVER = "overfits"
+NOT_DONE = "not done"
 
 
 class Fit(NamedTuple):
@@ -34,7 +44,9 @@ class Fit(NamedTuple):
     name: str
     parameters: int
     steps_N: np.ndarray  # of its evaluations
-    train_N: np.ndarray  # mean training loss since the evaluation before; NaN where no row was written
+    train_N: (
+        np.ndarray
+    )  # mean training loss since the evaluation before; NaN where no row was written
     val_N: np.ndarray
     planned: int  # the step at which it ends
     patience: int  # evaluations; 0: it does not stop early
@@ -48,7 +60,9 @@ class Fit(NamedTuple):
     def training(self) -> float:
         """The last training loss."""
         known = self.train_N[np.isfinite(self.train_N)]
-        return float(known[-1]) if len(known) else np.nan
+        if len(known):
+            return float(known[-1])
+        return np.nan
 
     @property
     def last(self) -> int:
@@ -75,15 +89,21 @@ def require_same_data(configs: dict[str, ConfigDict]) -> None:
     for key in SAME:
         values = {workdir: flatten(config)[key] for workdir, config in configs.items()}
         if len(set(values.values())) > 1:
-            problems.append(f"{key}: " + ", ".join(f"{value!r} in {workdir}" for workdir, value in values.items()))
+            problems.append(
+                f"{key}: "
+                + ", ".join(f"{value!r} in {workdir}" for workdir, value in values.items())
+            )
     if problems:
         said = "\n".join(f"  - {problem}" for problem in problems)
-        raise ConfigError(f"these runs did not learn the same, so that their losses cannot be compared:\n{said}")
+        raise ConfigError(
+            f"these runs did not learn the same, so that their losses cannot be compared:\n{said}"
+        )
 
 
 def mean_since(ends_N, steps_M, losses_M) -> np.ndarray:
     """[N]: the mean loss of the steps after one end and up to the next; NaN where there are none."""
-    means, start = [], 0
+    means = []
+    start = 0
     for end in ends_N:
         between = losses_M[(steps_M > start) & (steps_M <= end)]
         means.append(between.mean() if len(between) else np.nan)
@@ -96,11 +116,15 @@ def read_fit(workdir: str, name: str, config: ConfigDict) -> Fit:
     file = run_directory(workdir) / "metrics.jsonl"
     steps_N, val_N = pictures.read(file, "eval/loss")
     if not len(steps_N):
-        raise DataError(f"{file}: no row has a finite eval/loss; set eval.every, or wait for the first evaluation")
+        raise DataError(
+            f"{file}: no row has a finite eval/loss; set eval.every, or wait for the first evaluation"
+        )
     train_N = mean_since(steps_N, *pictures.read(file, "loss"))
     state, _ = abstract_state(config)
     parameters = num_parameters(state.params)
-    return Fit(name, parameters, steps_N, train_N, val_N, config.train.stop_at, config.eval.patience)
+    return Fit(
+        name, parameters, steps_N, train_N, val_N, config.train.stop_at, config.eval.patience
+    )
 
 
 def verdicts(fits: list[Fit]) -> list[str]:
@@ -126,7 +150,10 @@ def rows_of(fits: list[Fit]) -> list[dict]:
     rows = []
     for fit, shows in zip(fits, verdicts(fits)):
         row = {"run": fit.name, "parameters": fit.parameters, "training loss": fit.training}
-        row |= {"best validation loss": float(fit.val_N.min()), "at step": int(fit.steps_N[fit.best])}
+        row |= {
+            "best validation loss": float(fit.val_N.min()),
+            "at step": int(fit.steps_N[fit.best]),
+        }
         row |= {"last validation loss": float(fit.val_N[-1]), "ended": fit.ended, "shows": shows}
         rows.append(row)
     return rows
@@ -135,13 +162,16 @@ def rows_of(fits: list[Fit]) -> list[dict]:
 def draw(path: Path, fits: list[Fit]) -> None:
     shown = verdicts(fits)
     best = fits[shown.index(FITS)]
-    curves, said = [], []
+    curves = []
+    said = []
     for fit, shows in zip(fits, shown):
         label = f"{pictures.short(fit.name)}: {shows}\n{fit.parameters:,} parameters"
         curves.append(pictures.Curves(label, fit.steps_N, fit.train_N, fit.val_N, fit.stopped))
         said += [f"{pictures.short(fit.name)} {shows}"] * (fit is not best)
     where = f"validation loss {best.val_N.min():.3f} at step {best.steps_N[best.best]:,.0f}"
-    pictures.fitting(path, curves, f"{pictures.short(best.name)} {FITS}: {where}\n{', '.join(said)}")
+    pictures.fitting(
+        path, curves, f"{pictures.short(best.name)} {FITS}: {where}\n{', '.join(said)}"
+    )
 
 
 def require_file(flag: str, path: str | None) -> None:
@@ -156,20 +186,28 @@ def require_file(flag: str, path: str | None) -> None:
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="jaxlm.fitting", description=__doc__)
-    parser.add_argument("--workdir", action="append", required=True, help="run directory of jaxlm.train; several")
-    parser.add_argument("--picture", metavar="FILE", help="also draw training and validation loss there, .png")
+    parser.add_argument(
+        "--workdir", action="append", required=True, help="run directory of jaxlm.train; several"
+    )
+    parser.add_argument(
+        "--picture", metavar="FILE", help="also draw training and validation loss there, .png"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the table there")
     args = parser.parse(argv)
     workdirs = list(dict.fromkeys(args.workdir))
     if len(workdirs) < 2:
-        raise ConfigError("--workdir: one run has nothing to be compared with; give two or more, of different sizes")
+        raise ConfigError(
+            "--workdir: one run has nothing to be compared with; give two or more, of different sizes"
+        )
     for flag, path in {"json": args.json, "picture": args.picture}.items():
         require_file(flag, path)
     configs = {workdir: read_config(workdir) for workdir in workdirs}
     require_same_data(configs)
     last = [Path(workdir).name for workdir in workdirs]
     names = last if len(set(last)) == len(last) else workdirs
-    fits = [read_fit(workdir, name, configs[workdir]) for workdir, name in zip(workdirs, names)]
+    fits = []
+    for workdir, name in zip(workdirs, names):
+        fits.append(read_fit(workdir, name, configs[workdir]))
     rows = rows_of(fits)
     print("\n".join(columns(rows)))
     if args.json:

@@ -35,23 +35,41 @@ RECORDS = (".jsonl", ".ndjson", ".json")  # names of --input that holds examples
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="jaxlm.generate", description=__doc__)
     parser.add_argument("--workdir", required=True, help="run directory of jaxlm.train")
-    parser.add_argument("--prompt", action="append", help="how the text begins (repeat for several; default: nothing)")
     parser.add_argument(
-        "--input", metavar="FILE", help="prompts, one a line; FILE.jsonl, FILE.json: examples and dialogues (see above)"
+        "--prompt",
+        action="append",
+        help="how the text begins (repeat for several; default: nothing)",
     )
-    parser.add_argument("--output", metavar="FILE", help="write the answers there, one a line; FILE.jsonl: as JSON")
     parser.add_argument(
-        "--beams", type=int, default=1, help="hypotheses of a beam search; 1: greedy (translation, chat)"
+        "--input",
+        metavar="FILE",
+        help="prompts, one a line; FILE.jsonl, FILE.json: examples and dialogues (see above)",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="write the answers there, one a line; FILE.jsonl: as JSON"
+    )
+    parser.add_argument(
+        "--beams",
+        type=int,
+        default=1,
+        help="hypotheses of a beam search; 1: greedy (translation, chat)",
     )
     parser.add_argument("--length_penalty", type=float, default=0.6, help="of the beam search")
     parser.add_argument("--max_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0: always the most likely token"
+    )
     parser.add_argument("--top_k", type=int, default=0, help="choose among the k likeliest; 0: all")
-    parser.add_argument("--top_p", type=float, default=0.0, help="choose among the likeliest of this mass; 0: all")
+    parser.add_argument(
+        "--top_p", type=float, default=0.0, help="choose among the likeliest of this mass; 0: all"
+    )
     parser.add_argument("--num_samples", type=int, default=1, help="texts for each prompt")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     parser.add_argument(
-        "--stop", action="append", default=[], help="cut the text before this string (repeat for several)"
+        "--stop",
+        action="append",
+        default=[],
+        help="cut the text before this string (repeat for several)",
     )
     parser.add_argument("--step", default="latest", help="checkpoint: latest, best or a number")
     hosts.add_flags(parser)
@@ -87,22 +105,40 @@ def main(argv: list[str]) -> None:
 
 def refuse_useless(task: str, args, parser: cli.Parser) -> None:
     """Raises ConfigError where a flag was given that says nothing to a model of this task."""
-    follows = SAMPLING if task not in ANSWERING else SEARCH if task in WRITTEN else ["output"]
+    if task not in ANSWERING:
+        follows = SAMPLING
+    else:
+        follows = SEARCH if task in WRITTEN else ["output"]
     if task in WRITTEN and task != "seq2seq":  # which is searched, not sampled
         follows = [*follows, "temperature", "top_k", "top_p", "seed"]
-    given = {name for name in (*SAMPLING, *SEARCH) if getattr(args, name) != parser.get_default(name)}
+    given = set()
+    for name in (*SAMPLING, *SEARCH):
+        if getattr(args, name) != parser.get_default(name):
+            given.add(name)
     if useless := sorted(given - {*follows}):
-        say = lambda names: ", ".join(f"--{name}" for name in names)
-        raise ConfigError(f"{say(useless)}: not for a model of task {task}; of these flags it takes {say(follows)}")
+
+        def say(names):
+            return ", ".join(f"--{name}" for name in names)
+
+        raise ConfigError(
+            f"{say(useless)}: not for a model of task {task}; of these flags it takes {say(follows)}"
+        )
 
 
 def answer(lm, prompts: list[str], args) -> None:
     options = {}
     if lm.config.task.name in WRITTEN:
-        options = {"beams": args.beams, "length_penalty": args.length_penalty, "max_tokens": args.max_tokens}
+        options = {
+            "beams": args.beams,
+            "length_penalty": args.length_penalty,
+            "max_tokens": args.max_tokens,
+        }
         options["stop"] = args.stop
         options |= {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-        options["temperature"] = 0.0 if lm.config.task.name == "seq2seq" else args.temperature
+        if lm.config.task.name == "seq2seq":
+            options["temperature"] = 0.0
+        else:
+            options["temperature"] = args.temperature
     answers = lm.answer(prompts, **options)
     if jax.process_index():
         return
@@ -135,9 +171,13 @@ def read_records(path: str) -> tuple[list[str], list]:
         except json.JSONDecodeError:
             pass  # one a line, then
         else:
-            records = whole if isinstance(whole, list) and not all(map(is_message, whole)) else [whole]
+            if isinstance(whole, list) and not all(map(is_message, whole)):
+                records = whole
+            else:
+                records = [whole]
             return [f"item {number}" for number in range(1, len(records) + 1)], records
-    names, records = [], []
+    names = []
+    records = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -169,7 +209,9 @@ def question_of(prompt: str) -> dict | str:
     if isinstance(example, dict):
         return example
     like = '{"question": "Who wrote it?", "context": "Ann wrote it."}'
-    raise ConfigError(f"--prompt={prompt}: a model of task qa is asked about a context: --prompt='{like}'")
+    raise ConfigError(
+        f"--prompt={prompt}: a model of task qa is asked about a context: --prompt='{like}'"
+    )
 
 
 def read_prompts(path: str) -> list[str]:
@@ -194,7 +236,10 @@ def read_sentences(path: str, config: ConfigDict) -> list[dict]:
     sentences = conll.words_of(path, text_of(path), suffix_of(path), given, label_names(config))
     if sentences:
         words = sum(map(len, sentences))
-        print(f"--input={path}: {len(sentences):,} sentences, {words:,} words, read as a word a line", file=sys.stderr)
+        print(
+            f"--input={path}: {len(sentences):,} sentences, {words:,} words, read as a word a line",
+            file=sys.stderr,
+        )
     return [{"words": words} for words in sentences]
 
 
@@ -202,7 +247,9 @@ def write_answers(path: str, prompts: list[str], answers: list) -> None:
     """One line an answer: objects {"prompt", "answer"} to FILE.jsonl, else texts whose line ends are escaped."""
     if path.endswith(".jsonl"):
         pairs = zip(prompts, answers, strict=True)
-        lines = [cli.readable_json({"prompt": prompt, "answer": said}) for prompt, said in pairs]
+        lines = []
+        for prompt, said in pairs:
+            lines.append(cli.readable_json({"prompt": prompt, "answer": said}))
     else:
         lines = [escaped(said) if isinstance(said, str) else spelled(said) for said in answers]
         changed = sum(isinstance(said, str) and said != line for said, line in zip(answers, lines))
@@ -216,7 +263,9 @@ def write_answers(path: str, prompts: list[str], answers: list) -> None:
 
 
 def spelled(said) -> str:
-    return said if isinstance(said, str) else cli.readable_json(said)
+    if isinstance(said, str):
+        return said
+    return cli.readable_json(said)
 
 
 def escaped(text: str) -> str:

@@ -28,7 +28,13 @@ def of_examples(source, rows: list[np.ndarray]) -> dict[int, np.ndarray]:
             labelled = "label" in source.pieces[number]
             found[number] = scores[place] if labelled else scores[at : at + length]
             at += length
-    exact = one_less_others if source.config.task.name == "classify" else lambda x: x
+    if source.config.task.name == "classify":
+        exact = one_less_others
+    else:
+
+        def exact(x):
+            return x
+
     return {number: exact(found[number]) for number in sorted(found)}
 
 
@@ -59,7 +65,8 @@ def read_scores(config: ConfigDict, params, source) -> dict[int, np.ndarray]:
 
 def label(config: ConfigDict, params, tokenizer, examples: list[dict]) -> list:
     """See jaxlm.generate.lm.LM.answer. What is to be foretold need not be there."""
-    names, task = label_names(config), config.task.name
+    names = label_names(config)
+    task = config.task.name
     dummy = {
         "classify": lambda e: {"label": names[0]},
         "multilabel": lambda e: {"label": ""},
@@ -67,8 +74,11 @@ def label(config: ConfigDict, params, tokenizer, examples: list[dict]) -> list:
         "tag": lambda e: {"tags": [names[0]] * len(words_of(e["words"]))},
         "qa": lambda e: {"answer": ""},
     }
-    source = Examples(config, "val", tokenizer, [{**example, **dummy[task](example)} for example in examples])
-    scores, said = read_scores(config, params, source), []
+    source = Examples(
+        config, "val", tokenizer, [{**example, **dummy[task](example)} for example in examples]
+    )
+    scores = read_scores(config, params, source)
+    said = []
     for number, score in scores.items():
         piece = source.pieces[number]
         if task == "regress":
@@ -76,7 +86,9 @@ def label(config: ConfigDict, params, tokenizer, examples: list[dict]) -> list:
         elif task == "qa":
             said.append(span_said(source, number, score))
         elif task == "tag":
-            said.append([names[c] for c in score.argmax(axis=-1)[piece["weights"][: len(score)] > 0]])
+            said.append(
+                [names[c] for c in score.argmax(axis=-1)[piece["weights"][: len(score)] > 0]]
+            )
         else:
             said.append({name: round(float(p), 6) for name, p in zip(names, score)})
     return said
@@ -101,22 +113,36 @@ def write(
     Sources and prompts are cut at config.data.enc_len and seq_len, as in training; long ones are written first.
     tell: is told how many are written, of how many.
     """
-    model, max_tokens = build(config), max_tokens or config.eval.max_tokens
+    model = build(config)
+    max_tokens = max_tokens or config.eval.max_tokens
     asked = [prompt_of(example, encode, vocab) for example in examples]
-    size = lambda i: sum(len(ids) for ids in asked[i] if ids is not None)
+
+    def size(i):
+        return sum(len(ids) for ids in asked[i] if ids is not None)
+
     order = sorted(range(len(asked)), key=size, reverse=True)
     texts = [""] * len(examples)
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
         B = BATCH if len(order) > BATCH else len(order)
         filled = chosen + [chosen[0]] * (B - len(chosen))
-        source = sources([asked[i][1] for i in filled], config.data.enc_len) if asked[0][1] is not None else None
+        if asked[0][1] is not None:
+            source = sources([asked[i][1] for i in filled], config.data.enc_len)
+        else:
+            source = None
         least = 1 if source else 16  # what is written after a source begins with one token
         prompts, lengths = pad_prompts([asked[i][0][-config.data.seq_len :] for i in filled], least)
         options = {"max_tokens": max_tokens, "eos_id": vocab.end_id, "vocab_size": vocab.size}
         if beams > 1:
             out, _ = beam_search(
-                model, params, prompts, lengths, source, beams=beams, length_penalty=length_penalty, **options
+                model,
+                params,
+                prompts,
+                lengths,
+                source,
+                beams=beams,
+                length_penalty=length_penalty,
+                **options,
             )
             out = out[:, 0]
         else:
@@ -166,5 +192,9 @@ def best_span(scores_T2: np.ndarray, allowed: np.ndarray, longest: int = 30) -> 
     total = first[:, None] + last[None]
     place = np.arange(len(first))
     apart = place[None] - place[:, None]
-    inside = (apart >= 0) & (apart < longest) & (place[:, None] > 0) | (place[:, None] + place[None] == 0)
-    return tuple(int(i) for i in np.unravel_index(np.argmax(np.where(inside, total, -np.inf)), total.shape))
+    inside = (apart >= 0) & (apart < longest) & (place[:, None] > 0) | (
+        place[:, None] + place[None] == 0
+    )
+    return tuple(
+        int(i) for i in np.unravel_index(np.argmax(np.where(inside, total, -np.inf)), total.shape)
+    )

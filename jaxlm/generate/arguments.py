@@ -35,11 +35,17 @@ class Arguments:
     def must(self, name: str, value, rule: str) -> None:
         self.problems.append(f"{name}={shown(value)}: must be {rule}")
 
-    def whole(self, name: str, value, low: int | None, rule: str, high: int | None = None) -> int | None:
+    def whole(
+        self, name: str, value, low: int | None, rule: str, high: int | None = None
+    ) -> int | None:
         """An int of any integer type, or of a float such as 5.0."""
         number = number_of(value)
         is_whole = number is not None and math.isfinite(number) and number == int(number)
-        if not is_whole or (low is not None and number < low) or (high is not None and number > high):
+        if (
+            not is_whole
+            or (low is not None and number < low)
+            or (high is not None and number > high)
+        ):
             self.must(name, value, f"a whole number, {rule}")
             return None
         return int(number)
@@ -60,7 +66,10 @@ class Arguments:
             array = np.asarray(None)
         numeric = array.dtype.kind in "iuf" and np.isfinite(array).all() and not np.any(array % 1)
         if not numeric and array.size:
-            hint = " (lm.tokenizer.encode(text) gives them)" if is_text(value) else ""
+            if is_text(value):
+                hint = " (lm.tokenizer.encode(text) gives them)"
+            else:
+                hint = ""
             self.must(name, value, f"{rule}{hint}")
             return None
         if array.size and np.abs(array.astype(np.float64)).max() > INT32:
@@ -82,7 +91,9 @@ class Arguments:
         """A list of str, of a str alone or of anything that gives them in order."""
         if isinstance(value, str):
             text = self.text(name, value)
-            return None if text is None else [text]
+            if text is None:
+                return None
+            return [text]
         items = self.items(name, value, "a text or a list of texts")
         if items is None:
             return None
@@ -117,7 +128,11 @@ def columns_of(task: str) -> tuple[str, ...]:
 
 
 def examples_of(
-    task: str, columns: tuple[str, ...], given, where: str = "lm.answer", names: list[str] | None = None
+    task: str,
+    columns: tuple[str, ...],
+    given,
+    where: str = "lm.answer",
+    names: list[str] | None = None,
 ) -> list[dict]:
     """The examples in what was given to lm.answer, dicts of the task's columns. Raises ConfigError of all faults.
 
@@ -150,7 +165,9 @@ def examples_of(
     return examples
 
 
-def faults_of(task: str, columns: tuple[str, ...], asked: tuple[str, ...], example: dict) -> list[str]:
+def faults_of(
+    task: str, columns: tuple[str, ...], asked: tuple[str, ...], example: dict
+) -> list[str]:
     """What an example of lm.answer has that its task does not know, and what it lacks."""
     rule = f"a model of task {task} knows {', '.join(columns)}"
     unknown = [name for name in example if name not in columns]
@@ -165,7 +182,9 @@ def faults_of(task: str, columns: tuple[str, ...], asked: tuple[str, ...], examp
         elif isinstance(example[name], NO_WORDS if name == "words" else NO_TEXT):
             problems.append(f"[{name!r}]={shown(example[name])}: must be a text")
         elif half_character(str(example[name])) is not None:
-            problems.append(f"[{name!r}]={shown(example[name])}: it has half a character (a lone surrogate)")
+            problems.append(
+                f"[{name!r}]={shown(example[name])}: it has half a character (a lone surrogate)"
+            )
     return problems
 
 
@@ -186,7 +205,9 @@ def dialogue_faults(messages) -> list[str]:
             problems.append(f"{where}={shown(message)}: {rule}")
         elif message["role"] not in SPEAKERS:
             hint = did_you_mean(str(message["role"]), SPEAKERS)
-            problems.append(f"{where} has the role {message['role']!r}: roles are {', '.join(SPEAKERS)}{hint}")
+            problems.append(
+                f"{where} has the role {message['role']!r}: roles are {', '.join(SPEAKERS)}{hint}"
+            )
         elif not isinstance(message["content"], str):
             problems.append(f"{where} has the content {shown(message['content'])}: must be a text")
         elif half_character(message["content"]) is not None:
@@ -210,7 +231,16 @@ NUMBERS = {  # name: (whether whole, the least, the most, the rule), of lm.gener
     "beams": (True, 1, 1024, "from 1 (no search) to 1,024"),
     "length_penalty": (False, 0, 1000, "0 (none) or positive"),
 }
-OF_ANSWERS = ("beams", "length_penalty", "max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+OF_ANSWERS = (
+    "beams",
+    "length_penalty",
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "stop",
+)
 
 
 def number_by(read: Arguments, name: str, value) -> int | float | None:
@@ -222,7 +252,9 @@ def number_by(read: Arguments, name: str, value) -> int | float | None:
 
 
 def stops_of(read: Arguments, stop) -> list[str] | None:
-    return [] if stop is None else read.texts("stop", stop)
+    if stop is None:
+        return []
+    return read.texts("stop", stop)
 
 
 def sampling_of(prompts, stop, given: dict) -> tuple[list[str], list[str], dict]:
@@ -243,9 +275,13 @@ def options_of(task: str, given: dict) -> tuple[list[str], dict]:
     for name, value in given.items():
         if name not in OF_ANSWERS:
             known = f"a model of task {task} knows {', '.join(OF_ANSWERS)}"
-            read.problems.append(f"there is no option {name}: {known}{did_you_mean(name, OF_ANSWERS)}")
+            read.problems.append(
+                f"there is no option {name}: {known}{did_you_mean(name, OF_ANSWERS)}"
+            )
         elif task not in WRITTEN:
-            read.problems.append(f"{name}={shown(value)}: not for a model of task {task}, which writes no text")
+            read.problems.append(
+                f"{name}={shown(value)}: not for a model of task {task}, which writes no text"
+            )
         elif name == "stop":
             stop = stops_of(read, value)
         else:
@@ -262,13 +298,17 @@ def number_of(value) -> float | int | None:
         return None
     if isinstance(value, Integral):
         return index(value)
-    return float(value) if isinstance(value, Real) else None
+    if isinstance(value, Real):
+        return float(value)
+    return None
 
 
 def scalar_of(value):
     """The Python object in an array of no dimensions, else None."""
     array = np.asarray(value)
-    return array.item() if array.ndim == 0 else None
+    if array.ndim == 0:
+        return array.item()
+    return None
 
 
 def is_text(value) -> bool:
@@ -297,4 +337,6 @@ def hint_of(value) -> str:
 
 def shown(value, longest: int = 60) -> str:
     text = repr(value)
-    return text if len(text) <= longest else text[:longest] + "..."
+    if len(text) <= longest:
+        return text
+    return text[:longest] + "..."

@@ -118,14 +118,19 @@ def start(
     offset_BP = jnp.arange(P) - (P - lengths_B)[:, None]
 
     def forward(tokens_BT, segments_BT, positions_BT, cache, **seen):
-        x_BTD, cache = model.apply({"params": params}, tokens_BT, segments_BT, positions_BT, cache=cache, **seen)
+        x_BTD, cache = model.apply(
+            {"params": params}, tokens_BT, segments_BT, positions_BT, cache=cache, **seen
+        )
         logits_BV = next_logits(model, params, x_BTD[:, -1:])[:, 0]
         return only_tokens(logits_BV, vocab_size), cache
 
     sizes = (source["enc_tokens"].shape[1],) if source else ()
     seen = source or ({"reach_BT": jnp.full((B, P), P - 1)} if whole else {})
-    segments_BP, positions_BP = (offset_BP >= 0).astype(jnp.int32), jnp.maximum(offset_BP, 0)
-    logits_BV, cache = forward(prompts_BP, segments_BP, positions_BP, model.init_cache(B, P + length, *sizes), **seen)
+    segments_BP = (offset_BP >= 0).astype(jnp.int32)
+    positions_BP = jnp.maximum(offset_BP, 0)
+    logits_BV, cache = forward(
+        prompts_BP, segments_BP, positions_BP, model.init_cache(B, P + length, *sizes), **seen
+    )
     return logits_BV, forward, cache
 
 
@@ -142,7 +147,12 @@ def generate_tokens(
     temperature, top_p = as_float32(temperature, top_p)
     rows = fill_rows(prompts_BP, lengths_B, seeds_B, source)
     numbers = np.int32(max_tokens), temperature, np.int32(top_k), top_p
-    fixed = {"room": size_for(max_tokens, 64), "eos_id": eos_id, "whole": whole, "vocab_size": vocab_size}
+    fixed = {
+        "room": size_for(max_tokens, 64),
+        "eos_id": eos_id,
+        "whole": whole,
+        "vocab_size": vocab_size,
+    }
     out = sampled(model, params, *rows, *numbers, **fixed)
     return fetch(out)[:B, :max_tokens]
 
@@ -153,9 +163,12 @@ def sampled(
     eos_id, whole, vocab_size,
 ):  # fmt: skip
     """int32 [B, room]: generate_tokens, of which the first max_tokens count."""
-    B, end = len(prompts_BP), 0 if eos_id is None else eos_id
+    B = len(prompts_BP)
+    end = 0 if eos_id is None else eos_id
     keys_B = jax.vmap(jax.random.key)(seeds_B)
-    logits_BV, forward, cache = start(model, params, prompts_BP, lengths_B, room, source, whole, vocab_size)
+    logits_BV, forward, cache = start(
+        model, params, prompts_BP, lengths_B, room, source, whole, vocab_size
+    )
 
     def more(carry):
         i, _, _, done_B, _ = carry
@@ -163,14 +176,19 @@ def sampled(
 
     def step(carry):
         i, logits_BV, cache, done_B, out_BM = carry
-        token_B = sample(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, i), temperature, top_k, top_p)
+        token_B = sample(
+            logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, i), temperature, top_k, top_p
+        )
         token_B = jnp.where(done_B, end, token_B)
         done_B |= (token_B == eos_id) if eos_id is not None else False
         out_BM = jax.lax.dynamic_update_slice_in_dim(out_BM, token_B[:, None], i, axis=1)
-        logits_BV, cache = forward(token_B[:, None], jnp.ones((B, 1), jnp.int32), (lengths_B + i)[:, None], cache)
+        logits_BV, cache = forward(
+            token_B[:, None], jnp.ones((B, 1), jnp.int32), (lengths_B + i)[:, None], cache
+        )
         return i + 1, logits_BV, cache, done_B, out_BM
 
-    zero, out_BM = jnp.zeros((), jnp.int32), jnp.full((B, room), end, jnp.int32)
+    zero = jnp.zeros((), jnp.int32)
+    out_BM = jnp.full((B, room), end, jnp.int32)
     return jax.lax.while_loop(more, step, (zero, logits_BV, cache, jnp.zeros(B, bool), out_BM))[-1]
 
 
@@ -199,48 +217,83 @@ def searched(
     vocab_size,
 ):  # fmt: skip
     """(int32 [B, K, room], scores [B, K]): beam_search, of which the first max_tokens count."""
-    B, K, M = len(prompts_BP), beams, room
-    logits_BV, forward, cache = start(model, params, prompts_BP, lengths_B, M, source, whole, vocab_size)
+    B = len(prompts_BP)
+    K = beams
+    M = room
+    logits_BV, forward, cache = start(
+        model, params, prompts_BP, lengths_B, M, source, whole, vocab_size
+    )
     V = logits_BV.shape[1]
-    flat = lambda x: x.reshape(B * K, *x.shape[2:])
-    pick = lambda x, index_BJ: jnp.take_along_axis(x, index_BJ.reshape(B, -1, *[1] * (x.ndim - 2)), axis=1)
-    penalty = lambda length: ((5.0 + length) / 6.0) ** length_penalty
+
+    def flat(x):
+        return x.reshape(B * K, *x.shape[2:])
+
+    def pick(x, index_BJ):
+        return jnp.take_along_axis(x, index_BJ.reshape(B, -1, *[1] * (x.ndim - 2)), axis=1)
+
+    def penalty(length):
+        return ((5.0 + length) / 6.0) ** length_penalty
 
     def best(score_BJ, *others):
         order_BK = jnp.argsort(-score_BJ)[:, :K]
         return [pick(x, order_BK) for x in (score_BJ, *others)]
 
     every_row = jnp.repeat(jnp.arange(B), K)
-    lengths_R, cache = lengths_B[every_row], model.take_rows(cache, every_row)
+    lengths_R = lengths_B[every_row]
+    cache = model.take_rows(cache, every_row)
 
     def more(carry):
         i, _, _, alive_BK, _, done_BK, _ = carry
-        hope_B = alive_BK.max(axis=1) / penalty(max_tokens)  # log-probabilities only fall: none can end better
+        hope_B = alive_BK.max(axis=1) / penalty(
+            max_tokens
+        )  # log-probabilities only fall: none can end better
         return (i < max_tokens) & jnp.any(hope_B > done_BK.min(axis=1))
 
     def step(carry):
         i, logits_BKV, cache, alive_BK, alive_BKM, done_BK, done_BKM = carry
         total_BKV = alive_BK[..., None] + jax.nn.log_softmax(logits_BKV.astype(jnp.float32))
         score_BJ, index_BJ = jax.lax.top_k(total_BKV.reshape(B, -1), 2 * K)
-        beam_BJ, token_BJ = index_BJ // V, (index_BJ % V).astype(jnp.int32)
-        text_BJM = jax.lax.dynamic_update_slice_in_dim(pick(alive_BKM, beam_BJ), token_BJ[..., None], i, axis=2)
-        ended_BJ = (token_BJ == eos_id) if eos_id is not None else jnp.zeros_like(token_BJ, bool)
+        beam_BJ = index_BJ // V
+        token_BJ = (index_BJ % V).astype(jnp.int32)
+        text_BJM = jax.lax.dynamic_update_slice_in_dim(
+            pick(alive_BKM, beam_BJ), token_BJ[..., None], i, axis=2
+        )
+        if eos_id is not None:
+            ended_BJ = token_BJ == eos_id
+        else:
+            ended_BJ = jnp.zeros_like(token_BJ, bool)
         ended_BJ |= i + 1 == max_tokens  # what is cut off counts too
         counts_BJ = ended_BJ & (jnp.arange(2 * K) < K)  # of the K best: so that one beam is greedy
         done_BK, done_BKM = best(
-            jnp.concatenate([done_BK, jnp.where(counts_BJ, score_BJ / penalty(i + 1), NEVER)], axis=1),
+            jnp.concatenate(
+                [done_BK, jnp.where(counts_BJ, score_BJ / penalty(i + 1), NEVER)], axis=1
+            ),
             jnp.concatenate([done_BKM, text_BJM], axis=1),
         )
-        alive_BK, alive_BKM, beam_BK, token_BK = best(jnp.where(ended_BJ, NEVER, score_BJ), text_BJM, beam_BJ, token_BJ)
+        alive_BK, alive_BKM, beam_BK, token_BK = best(
+            jnp.where(ended_BJ, NEVER, score_BJ), text_BJM, beam_BJ, token_BJ
+        )
         rows = (jnp.arange(B)[:, None] * K + beam_BK).reshape(-1)
         ones = jnp.ones((B * K, 1), jnp.int32)
-        logits, cache = forward(flat(token_BK)[:, None], ones, (lengths_R + i)[:, None], model.take_rows(cache, rows))
+        logits, cache = forward(
+            flat(token_BK)[:, None], ones, (lengths_R + i)[:, None], model.take_rows(cache, rows)
+        )
         return i + 1, logits.reshape(B, K, V), cache, alive_BK, alive_BKM, done_BK, done_BKM
 
-    first_BK = jnp.where(jnp.arange(K) == 0, 0.0, NEVER) + jnp.zeros((B, 1))  # one hypothesis, not K alike
+    first_BK = jnp.where(jnp.arange(K) == 0, 0.0, NEVER) + jnp.zeros(
+        (B, 1)
+    )  # one hypothesis, not K alike
     nothing = jnp.full((B, K, M), 0 if eos_id is None else eos_id, jnp.int32)
     logits_BKV = jnp.broadcast_to(logits_BV[:, None], (B, K, V))
-    carry = (jnp.zeros((), jnp.int32), logits_BKV, cache, first_BK, nothing, jnp.full((B, K), NEVER), nothing)
+    carry = (
+        jnp.zeros((), jnp.int32),
+        logits_BKV,
+        cache,
+        first_BK,
+        nothing,
+        jnp.full((B, K), NEVER),
+        nothing,
+    )
     *_, done_BK, done_BKM = jax.lax.while_loop(more, step, carry)
     return done_BKM, done_BK
 

@@ -12,7 +12,16 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.cli import did_you_mean
-from jaxlm.config.keys import ANSWERING, HEADED, MESH_AXES, ROLES, SILENT, TWO_SIDED, VECTORS, WRITTEN
+from jaxlm.config.keys import (
+    ANSWERING,
+    HEADED,
+    MESH_AXES,
+    ROLES,
+    SILENT,
+    TWO_SIDED,
+    VECTORS,
+    WRITTEN,
+)
 from jaxlm.config.mesh_rules import fits
 from jaxlm.config.recipe import mesh_sizes
 from jaxlm.data.batches import eval_rows
@@ -52,11 +61,18 @@ class LM:
     """config: resolved. params: tree of arrays on `mesh`, from step `step`. tokenizer: encode and decode."""
 
     def __init__(self, config: ConfigDict, params, tokenizer, mesh, step: int):
-        self.config, self.params, self.tokenizer, self.mesh, self.step = config, params, tokenizer, mesh, step
-        self.model, self.teacher = build(config), None
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+        self.mesh = mesh
+        self.step = step
+        self.model = build(config)
+        self.teacher = None
 
     def __repr__(self):
-        return f"<jaxlm.LM {self.config.model.name}, step {self.step}, {self.tokenizer.name} tokens>"
+        return (
+            f"<jaxlm.LM {self.config.model.name}, step {self.step}, {self.tokenizer.name} tokens>"
+        )
 
     def logits(self, tokens, segments=None, positions=None) -> np.ndarray:
         """Logits of what follows each token. tokens, segments, positions: int [B, T]; returns float32 [B, T, V].
@@ -82,7 +98,8 @@ class LM:
         texts = read.texts("texts", texts)
         read.refuse()
         T = self.config.data.seq_len
-        rows, owners = [], []
+        rows = []
+        owners = []
         num_bytes = self._predicted_bytes(texts)
         for owner, text in enumerate(texts):
             ids = self.tokenizer.encode(text)
@@ -95,9 +112,16 @@ class LM:
             for start in range(0, len(rows), B):
                 chunk = rows[start : start + B]
                 chunk = chunk + [chunk[0]] * (B - len(chunk))
-                batch = {key: np.stack([row[key] for row in chunk]) for key in chunk[0]}
+                batch = {}
+                for key in chunk[0]:
+                    batch[key] = np.stack([row[key] for row in chunk])
                 losses = fetch(
-                    row_losses(self.model, self.params, to_global(batch, self.mesh, B), FrozenConfigDict(self.config))
+                    row_losses(
+                        self.model,
+                        self.params,
+                        to_global(batch, self.mesh, B),
+                        FrozenConfigDict(self.config),
+                    )
                 )
                 for owner, row, nats in zip(owners[start : start + B], chunk, losses):
                     sums[owner] += nats, row["weights"].sum()
@@ -112,7 +136,16 @@ class LM:
         ]
 
     def generate(
-        self, prompts, *, max_tokens=200, temperature=0.8, top_k=0, top_p=0.0, num_samples=1, seed=0, stop=()
+        self,
+        prompts,
+        *,
+        max_tokens=200,
+        temperature=0.8,
+        top_k=0,
+        top_p=0.0,
+        num_samples=1,
+        seed=0,
+        stop=(),
     ) -> list[str]:
         """Continuations, without the prompts: num_samples for each of `prompts` (str or list of str), in their order.
 
@@ -122,12 +155,23 @@ class LM:
         self._require_text("generate")
         task = self.config.task.name
         if task in WRITTEN:  # a plain continuation would not be what it was tuned to write
-            raise UserError(f"lm.generate: a model of task {task} answers prompts and dialogues; use lm.answer")
-        given = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+            raise UserError(
+                f"lm.generate: a model of task {task} answers prompts and dialogues; use lm.answer"
+            )
+        given = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
         given |= {"num_samples": num_samples, "seed": seed}
         prompts, stop, numbers = sampling_of(prompts, stop, given)
-        num_samples, seed = numbers.pop("num_samples"), numbers.pop("seed")
-        ids = [self._prompt(prompt) for prompt in prompts for _ in range(num_samples)]
+        num_samples = numbers.pop("num_samples")
+        seed = numbers.pop("seed")
+        ids = []
+        for prompt in prompts:
+            for _ in range(num_samples):
+                ids.append(self._prompt(prompt))
         if not ids:
             return []
         padded, lengths = pad_prompts(ids)
@@ -200,11 +244,14 @@ class LM:
         return Neighbors(fetch(word_vectors(self.params)), self.tokenizer, where)
 
     def _fill(self, text: str) -> list[list[tuple[str, float]]]:
-        vocab, parts = Vocabulary(self.tokenizer, "mlm"), text.split("[MASK]")
+        vocab = Vocabulary(self.tokenizer, "mlm")
+        parts = text.split("[MASK]")
         if self.tokenizer.name not in SPELLED:  # the space before a hidden token is of that token
             parts[:-1] = [part.rstrip(" ") for part in parts[:-1]]
         if len(parts) < 2:
-            raise ConfigError(f"lm.answer: a model of task mlm foretells hidden tokens: {text!r} has no [MASK] in it")
+            raise ConfigError(
+                f"lm.answer: a model of task mlm foretells hidden tokens: {text!r} has no [MASK] in it"
+            )
         first, *rest = parts
         ids = [self.tokenizer.encode(first)]
         for part in rest:
@@ -213,7 +260,10 @@ class LM:
         logits = self._logits_of(ids)[ids == vocab.mask, : self.tokenizer.vocab_size]
         chances = np.asarray(jax.nn.softmax(logits))
         best = np.argsort(-chances)[:, :5]
-        return [[(self.tokenizer.decode([i]), round(float(p[i]), 6)) for i in five] for five, p in zip(best, chances)]
+        return [
+            [(self.tokenizer.decode([i]), round(float(p[i]), 6)) for i in five]
+            for five, p in zip(best, chances)
+        ]
 
     def _logits_of(self, ids: np.ndarray) -> np.ndarray:
         """float32 [len(ids), V]: `logits` of one text, padded to a size so that few lengths are compiled."""
@@ -233,15 +283,20 @@ class LM:
                 'in the text, as in lm.answer("to [MASK] or not to be")'
             )
         if task in HEADED:
-            raise UserError(f"lm.{what}: a model of task {task} foretells no tokens that follow; use lm.answer")
+            raise UserError(
+                f"lm.{what}: a model of task {task} foretells no tokens that follow; use lm.answer"
+            )
         if task in TWO_SIDED:
             use = "; use lm.answer" * (task in ROLES)
             raise UserError(f"lm.{what}: a model of task {task} reads a source first{use}")
         if task in VECTORS:
-            raise UserError(f"lm.{what}: a model of task {task} has vectors of words; use lm.neighbors or lm.analogy")
+            raise UserError(
+                f"lm.{what}: a model of task {task} has vectors of words; use lm.neighbors or lm.analogy"
+            )
 
     def _prompt(self, prompt: str) -> np.ndarray:
-        ids, bos = self.tokenizer.encode(prompt), self.tokenizer.bos_id
+        ids = self.tokenizer.encode(prompt)
+        bos = self.tokenizer.bos_id
         if bos is not None:
             return np.concatenate([[bos], ids]).astype(np.int32)
         if not len(ids):
@@ -256,23 +311,32 @@ class LM:
         ends = np.flatnonzero(ids == eos) if eos is not None else []
         ids = ids[: ends[0]] if len(ends) else ids
         # Decoded together: some tokenizers drop a space at the beginning of a text.
-        text = self.tokenizer.decode(np.concatenate([prompt, ids]))[len(self.tokenizer.decode(prompt)) :]
+        text = self.tokenizer.decode(np.concatenate([prompt, ids]))[
+            len(self.tokenizer.decode(prompt)) :
+        ]
         return cut_before(text, stop)
 
     def _require_next(self) -> None:
         """Raises UserError where there are no logits of tokens, or none without a source."""
         task = self.config.task.name
         if task in HEADED:
-            raise UserError(f"lm.logits: a model of task {task} is {HEADS[task]}, not of tokens; use lm.answer")
+            raise UserError(
+                f"lm.logits: a model of task {task} is {HEADS[task]}, not of tokens; use lm.answer"
+            )
         if task in VECTORS:
-            raise UserError(f"lm.logits: a model of task {task} has embeddings, no logits; use lm.neighbors")
+            raise UserError(
+                f"lm.logits: a model of task {task} has embeddings, no logits; use lm.neighbors"
+            )
         if self.config.model.name in ("encoder_decoder", "lstm_seq2seq"):
             use = "; use lm.answer" * (task in ROLES)
             raise UserError(f"lm.logits: a model of task {task} reads a source first{use}")
 
     def _predicted_bytes(self, texts: list[str]) -> list[float]:
         """UTF-8 bytes of what is foretold of each text; nan, and that is told, where it has unknown tokens."""
-        sizes, flawed, unknown, total = [], 0, 0, 0
+        sizes = []
+        flawed = 0
+        unknown = 0
+        total = 0
         dropped = 0
         for text in texts:
             ids = self.tokenizer.encode(text)
@@ -280,7 +344,9 @@ class LM:
             if self.tokenizer.bos_id is None:
                 size -= len(self.tokenizer.decode(ids[:1]).encode())
             if here := int(np.sum(ids == self.tokenizer.unknown_id)):
-                flawed, unknown, total = flawed + 1, unknown + here, total + len(ids)
+                flawed = flawed + 1
+                unknown = unknown + here
+                total = total + len(ids)
                 size = math.nan
             elif self.tokenizer.may_lose(ids) and (lost := self.tokenizer.lost(text)):
                 dropped += len("".join(lost))
@@ -296,20 +362,31 @@ class LM:
         """The batch row whose targets are ids[start : start + T]."""
         targets = ids[start : start + T]
         bos = self.tokenizer.bos_id
-        first = ids[start - 1] if start else targets[0] if bos is None else bos
-        tokens, padding = np.concatenate([[first], targets[:-1]]), (0, T - len(targets))
+        if start:
+            first = ids[start - 1]
+        else:
+            first = targets[0] if bos is None else bos
+        tokens = np.concatenate([[first], targets[:-1]])
+        padding = (0, T - len(targets))
         weights = np.ones(len(targets), np.float32)
         segments = np.ones(len(targets), np.int32)
         if bos is None and not start:
             weights[0] = segments[0] = 0
         row = {"tokens": tokens, "targets": targets, "segments": segments, "weights": weights}
-        row = {key: np.pad(value, padding) for key, value in row.items()} | {"positions": np.arange(T, dtype=np.int32)}
-        return {key: value.astype(np.float32 if key == "weights" else np.int32) for key, value in row.items()}
+        row = {key: np.pad(value, padding) for key, value in row.items()} | {
+            "positions": np.arange(T, dtype=np.int32)
+        }
+        return {
+            key: value.astype(np.float32 if key == "weights" else np.int32)
+            for key, value in row.items()
+        }
 
     def _require_range(self, tokens: np.ndarray) -> None:
         vocab = self.config.model.vocab_size
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab:
-            raise ConfigError(f"lm.logits: tokens must be in [0, {vocab}), not {tokens.min()} ... {tokens.max()}")
+            raise ConfigError(
+                f"lm.logits: tokens must be in [0, {vocab}), not {tokens.min()} ... {tokens.max()}"
+            )
 
     def _require_length(self, length: int, more: int = 0) -> None:
         """Raises ConfigError where there are no positions for `length` tokens, and `more` that are to be written."""
@@ -320,10 +397,14 @@ class LM:
         if not more:
             raise ConfigError(f"{said}{length:,} tokens are too many")
         if length >= limit:
-            raise ConfigError(f"{said}a prompt of {length:,} tokens leaves none to write; shorten it")
+            raise ConfigError(
+                f"{said}a prompt of {length:,} tokens leaves none to write; shorten it"
+            )
         room = limit - length
         said += f"a prompt of {length:,} tokens and max_tokens={more:,} are too many"
-        raise ConfigError(f"{said}; say max_tokens={room} (on the command line: --max_tokens={room}), or fewer")
+        raise ConfigError(
+            f"{said}; say max_tokens={room} (on the command line: --max_tokens={room}), or fewer"
+        )
 
 
 def words_of(where: str, words: dict, count) -> tuple[list[str], int]:
@@ -352,7 +433,9 @@ def arrays_of(tokens, segments, positions) -> tuple:
         raise ConfigError(f"lm.logits: tokens must be [batch, length], not of shape {tokens.shape}")
     for name, value in (("segments", segments), ("positions", positions)):
         if value is not None and value.shape != tokens.shape:
-            raise ConfigError(f"lm.logits: {name} must have the shape of tokens {tokens.shape}, not {value.shape}")
+            raise ConfigError(
+                f"lm.logits: {name} must have the shape of tokens {tokens.shape}, not {value.shape}"
+            )
     if positions is not None and positions.min() < 0:
         raise ConfigError(f"lm.logits: positions must be 0 or more, not {positions.min()}")
     return tokens, segments, positions
@@ -387,7 +470,11 @@ def require_loadable(path, step, mesh) -> int | str:
     if mesh is not None and not isinstance(mesh, Mapping):
         read.must("mesh", mesh, 'sizes of axes, such as {"tensor": 4}, or None')
     elif mesh is not None and not all(map(is_axis_size, mesh.values())):
-        read.must("mesh", mesh, "of sizes that are whole numbers from 1 on, or -1 for the devices that are left")
+        read.must(
+            "mesh",
+            mesh,
+            "of sizes that are whole numbers from 1 on, or -1 for the devices that are left",
+        )
     read.refuse()
     return step
 
@@ -396,7 +483,9 @@ def is_axis_size(size) -> bool:
     return type(size) is int and (size > 0 or size == -1)
 
 
-def load(path: str | PurePath, *, step: str | int = "latest", mesh: dict[str, int] | None = None) -> LM:
+def load(
+    path: str | PurePath, *, step: str | int = "latest", mesh: dict[str, int] | None = None
+) -> LM:
     """The model of a run directory. step: latest, best or a number. mesh: sizes of axes, such as {"tensor": 4}.
 
     Without `mesh`: the run's own where it fits the devices, else the parameters sharded over all of them. Raises
@@ -408,20 +497,33 @@ def load(path: str | PurePath, *, step: str | int = "latest", mesh: dict[str, in
     meta = checkpoints.meta(step)
     config = config_of(meta)
     # What a pipeline and slices ask of a batch is not for inference: rows come in any number.
-    config.mesh.slices, config.model.pipeline_rounds, config.model.pipeline_microbatches = 1, 1, 0
+    config.mesh.slices = 1
+    config.model.pipeline_rounds = 1
+    config.model.pipeline_microbatches = 0
     if config.task.distill:  # a pupil can do without its teacher, which may be gone
-        config.task.distill, config.task.teacher, config.task.teacher_model = 0.0, "", ()
-    sizes = mesh_sizes(config) if mesh is None else dict.fromkeys(MESH_AXES, 1) | mesh
+        config.task.distill = 0.0
+        config.task.teacher = ""
+        config.task.teacher_model = ()
+    if mesh is None:
+        sizes = mesh_sizes(config)
+    else:
+        sizes = dict.fromkeys(MESH_AXES, 1) | mesh
     for axis in set(sizes) - set(MESH_AXES):
         hint = did_you_mean(axis, MESH_AXES)
         raise ConfigError(f"mesh: there is no axis {axis}{hint} (they are {', '.join(MESH_AXES)})")
     if mesh is None and (sizes["stage"] != 1 or not fits(sizes, jax.device_count())):
-        sizes = dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1}  # a pipeline has nothing to gain from single tokens
+        sizes = dict.fromkeys(MESH_AXES, 1) | {
+            "fsdp": -1
+        }  # a pipeline has nothing to gain from single tokens
         config.mesh.across = "fsdp"
     elif not fits(sizes, jax.device_count()):
-        raise ConfigError(f"mesh={mesh} does not fit the {jax.device_count()} devices: its sizes must multiply to that")
+        raise ConfigError(
+            f"mesh={mesh} does not fit the {jax.device_count()} devices: its sizes must multiply to that"
+        )
     config.mesh.update(sizes)
     mesh = make_mesh(config)
-    params = checkpoints.restore_params(step, abstract_state(config)[0], state_shardings(config, mesh))
+    params = checkpoints.restore_params(
+        step, abstract_state(config)[0], state_shardings(config, mesh)
+    )
     checkpoints.close()
     return LM(config, params, tokenizer_of(meta), mesh, step)

@@ -8,7 +8,10 @@ from jaxlm.cli import did_you_mean
 from jaxlm.data.tokenization.tokenizer import Tokenizer, Words
 from jaxlm.errors import UserError
 
-SPELLED = ("bytes", "chars")  # tokenizers whose tokens are not words, nor parts of words, with the space before them
+SPELLED = (
+    "bytes",
+    "chars",
+)  # tokenizers whose tokens are not words, nor parts of words, with the space before them
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -24,14 +27,18 @@ class Neighbors:
 
     def __init__(self, table_VD: np.ndarray, tokenizer: Tokenizer, where: str):
         self.table_VD = unit(table_VD[: tokenizer.vocab_size].astype(np.float32))
-        self.tokenizer, self.where = tokenizer, where
+        self.tokenizer = tokenizer
+        self.where = where
 
     def ids_of(self, word: str) -> np.ndarray:
         """The tokens of a word. Where it is fewer of them after a space, as most are to sentencepiece, these are meant.
 
         Raises UserError where it is not in the vocabulary; says so where it is several tokens.
         """
-        texts = (word,) if self.tokenizer.name in SPELLED else (word, f" {word}")
+        if self.tokenizer.name in SPELLED:
+            texts = (word,)
+        else:
+            texts = (word, f" {word}")
         ids = min(map(self.tokenizer.encode, texts), key=len)
         unknown = self.tokenizer.unknown_id
         is_text = self.tokenizer.decode(ids).strip() or unknown in ids
@@ -48,9 +55,14 @@ class Neighbors:
 
     def unknown(self, text: str) -> str:
         """What of a text is not in the vocabulary, each word with what is spelled nearly so."""
-        known = self.tokenizer.words if isinstance(self.tokenizer, Words) else ()
+        if isinstance(self.tokenizer, Words):
+            known = self.tokenizer.words
+        else:
+            known = ()
         missing = self.tokenizer.lost(text)
-        hints = [f"{word!r} is not in the vocabulary{self.near(word, known)}" for word in missing]
+        hints = []
+        for word in missing:
+            hints.append(f"{word!r} is not in the vocabulary{self.near(word, known)}")
         return "; ".join(hints)
 
     def near(self, word: str, known) -> str:

@@ -46,12 +46,16 @@ def reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, softcap):
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
     logits = capped(einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH), softcap)
-    weights = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], logits, NEVER), axis=-1).astype(v_BSKH.dtype)
+    weights = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], logits, NEVER), axis=-1).astype(
+        v_BSKH.dtype
+    )
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
 
 
 def capped(logits, softcap):
-    return softcap * jnp.tanh(logits / softcap) if softcap else logits
+    if softcap:
+        return softcap * jnp.tanh(logits / softcap)
+    return logits
 
 
 def library(implementation):
@@ -76,14 +80,20 @@ def choose(q_BTNH, S: int, *, plain: bool, in_order: bool, causal: bool, softcap
     in_order: queries and keys are at the places 0, 1, ...; plain: and each sees all of them up to its own, or all.
     """
     (B, T, N, H), chip = q_BTNH.shape, platform()
-    fits = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and H % 8 == 0 and H <= 128  # what cuDNN takes on every GPU
-    return (
-        "splash" if chip == "tpu" and in_order and T % LANES == 0 else
-        "cudnn" if chip == "gpu" and plain and fits and not softcap else
-        "tokamax" if chip == "gpu" and causal and in_order and takes(q_BTNH) else
-        "blockwise" if 4 * B * N * T * S > MAX_LOGITS else
-        "dense" if chip == "cpu" and not softcap else "reference"
-    )  # fmt: skip
+    fits = (
+        q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and H % 8 == 0 and H <= 128
+    )  # what cuDNN takes on every GPU
+    if chip == "tpu" and in_order and T % LANES == 0:
+        return "splash"
+    if chip == "gpu" and plain and fits and not softcap:
+        return "cudnn"
+    if chip == "gpu" and causal and in_order and takes(q_BTNH):
+        return "tokamax"
+    if 4 * B * N * T * S > MAX_LOGITS:
+        return "blockwise"
+    if chip == "cpu" and not softcap:
+        return "dense"
+    return "reference"
 
 
 def attention(
@@ -101,16 +111,23 @@ def attention(
     needs is named "attention"; of the kernels for GPUs only the result is, and their forward pass runs again.
     """
     if softcap and implementation in ("xla", "cudnn", "dense"):
-        raise ValueError(f"model.attention={implementation} has no soft-cap: set reference, blockwise or auto")
-    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+        raise ValueError(
+            f"model.attention={implementation} has no soft-cap: set reference, blockwise or auto"
+        )
+    T = q_BTNH.shape[1]
+    S = k_BSKH.shape[1]
     in_order = places_T is None and places_S is None and T == S
     plain = in_order and segments_BS is None and (window >= S or not causal)
     if not causal:
         window = LAST
     if implementation == "auto":
-        implementation = choose(q_BTNH, S, plain=plain, in_order=in_order, causal=causal, softcap=softcap)
+        implementation = choose(
+            q_BTNH, S, plain=plain, in_order=in_order, causal=causal, softcap=softcap
+        )
     if implementation == "splash":
-        return splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window=window, causal=causal, softcap=softcap)
+        return splash(
+            q_BTNH, k_BSKH, v_BSKH, segments_BT, window=window, causal=causal, softcap=softcap
+        )
     if implementation == "tokamax" and causal and in_order:  # else, as in generation, by blocks
         out_BTNH = hopper(q_BTNH, k_BSKH, v_BSKH, segments_BT, window=window, softcap=softcap)
         return checkpoint_name(out_BTNH, "attention")
@@ -124,9 +141,13 @@ def attention(
     if implementation in ("blockwise", "tokamax"):
         return blockwise(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap)
     if implementation == "cudnn" and plain and not softcap:
-        out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=causal, implementation="cudnn")
+        out_BTNH = jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, is_causal=causal, implementation="cudnn"
+        )
     else:
-        out_BTNH = ATTENTION[implementation](q_BTNH, k_BSKH, v_BSKH, visible(at_T, at_S, window), softcap)
+        out_BTNH = ATTENTION[implementation](
+            q_BTNH, k_BSKH, v_BSKH, visible(at_T, at_S, window), softcap
+        )
     return checkpoint_name(out_BTNH, "attention")
 
 
@@ -136,13 +157,23 @@ def attention(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def blockwise(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap):
     """[B, T, N, H]. For the backward pass only the arguments, the result and its log-sum-exp [B, T, N] are kept."""
-    return flash_forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap)[0].astype(q_BTNH.dtype)
+    return flash_forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap)[0].astype(
+        q_BTNH.dtype
+    )
 
 
 def blockwise_forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap):
     out, lse_BTN = flash_forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap)
     out_BTNH = checkpoint_name(out.astype(q_BTNH.dtype), "attention")
-    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, at_T, at_S, out_BTNH, checkpoint_name(lse_BTN, "attention"))
+    return out_BTNH, (
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        at_T,
+        at_S,
+        out_BTNH,
+        checkpoint_name(lse_BTN, "attention"),
+    )
 
 
 def blockwise_backward(window, softcap, kept, dout_BTNH):
@@ -181,13 +212,17 @@ def flash_forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap):
         acc = jnp.zeros_like(q_BTKGH.transpose(0, 2, 3, 1, 4), jnp.float32)
         (acc, top, total), _ = jax.lax.scan(step, (acc, acc[..., 0] + NEVER, acc[..., 0]), keys)
         total = jnp.where(total == 0, 1, total)
-        return (acc / total[..., None]).transpose(0, 3, 1, 2, 4), (top + jnp.log(total)).transpose(0, 3, 1, 2)
+        return (acc / total[..., None]).transpose(0, 3, 1, 2, 4), (top + jnp.log(total)).transpose(
+            0, 3, 1, 2
+        )
 
     out, lse = jax.lax.map(row, (split_queries(q_BTNH, k_BSKH.shape[2]), split_marks(at_T, -1)))
     return join(out, T).reshape(q_BTNH.shape), join(lse, T).reshape(-1, T, N)
 
 
-def flash_backward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, lse_BTN, delta_BTN, dout_BTNH, window, softcap):
+def flash_backward(
+    q_BTNH, k_BSKH, v_BSKH, at_T, at_S, lse_BTN, delta_BTN, dout_BTNH, window, softcap
+):
     """float32 gradients of q, k and v (FlashAttention, algorithm 4).
 
     lse_BTN: over all keys that the queries see, also those that are not among these. delta_BTN: sum over H of
@@ -195,7 +230,10 @@ def flash_backward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, lse_BTN, delta_BTN, dout_
     """
     (T, S), H, K = (q_BTNH.shape[1], k_BSKH.shape[1]), q_BTNH.shape[3], k_BSKH.shape[2]
     q_BTNH, at_T, at_S = tie(q_BTNH, at_T, at_S)
-    queries = (*(split_queries(x, K) for x in (q_BTNH, lse_BTN, delta_BTN, dout_BTNH)), split_marks(at_T, -1))
+    queries = (
+        *(split_queries(x, K) for x in (q_BTNH, lse_BTN, delta_BTN, dout_BTNH)),
+        split_marks(at_T, -1),
+    )
 
     def column(dq, key):
         k_BSKH, v_BSKH, at_S = key
@@ -205,7 +243,10 @@ def flash_backward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, lse_BTN, delta_BTN, dout_
 
             def add(dq_BTKGH, dk_BSKH, dv_BSKH):
                 logits, mask = block_logits(q_BTKGH, k_BSKH, at_T, at_S, window, softcap)
-                rows = lambda x_BTKG: x_BTKG.transpose(0, 2, 3, 1)[..., None]
+
+                def rows(x_BTKG):
+                    return x_BTKG.transpose(0, 2, 3, 1)[..., None]
+
                 weights = jnp.where(mask, jnp.exp(logits - rows(lse)), 0)
                 dv_BSKH += einsum("BKGTS,BTKGH->BSKH", weights.astype(dout_BTKGH.dtype), dout_BTKGH)
                 dweights = einsum("BTKGH,BSKH->BKGTS", dout_BTKGH, v_BSKH)
@@ -216,7 +257,9 @@ def flash_backward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, lse_BTN, delta_BTN, dout_
                 dk_BSKH += einsum("BKGTS,BTKGH->BSKH", dlogits, q_BTKGH)
                 return dq_BTKGH + einsum("BKGTS,BSKH->BTKGH", dlogits, k_BSKH), dk_BSKH, dv_BSKH
 
-            dq_BTKGH, *dkv = jax.lax.cond(may_see(at_T, at_S, window), add, lambda *sums: sums, dq_BTKGH, *dkv)
+            dq_BTKGH, *dkv = jax.lax.cond(
+                may_see(at_T, at_S, window), add, lambda *sums: sums, dq_BTKGH, *dkv
+            )
             return dkv, dq_BTKGH
 
         zeros = [jnp.zeros_like(x, jnp.float32) for x in (k_BSKH, v_BSKH)]
@@ -253,14 +296,19 @@ def may_see(at_T, at_S, window) -> jax.Array:
 
 def num_blocks(length: int) -> int:
     """Even, so that no block lies across the two parts of a shard in zig-zag order."""
-    return 2 * math.ceil(length / (2 * BLOCK)) if length > 1 else 1
+    if length > 1:
+        return 2 * math.ceil(length / (2 * BLOCK))
+    return 1
 
 
 def split(x, axis=1, fill=0):
     """[B, T, ...] -> [blocks, B, T of a block, ...], padded where the blocks do not divide T."""
     blocks = num_blocks(x.shape[axis])
     padding = [(0, -x.shape[axis] % blocks if i == axis else 0) for i in range(x.ndim)]
-    x = jnp.pad(x, padding, constant_values=fill) if any(after for _, after in padding) else x
+    if any(after for _, after in padding):
+        x = jnp.pad(x, padding, constant_values=fill)
+    else:
+        x = x
     return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, -1, *x.shape[axis + 1 :]), axis, 0)
 
 

@@ -11,8 +11,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-BLOCKS, LEAST = 8, 64  # of queries, at most; the shortest worth it
-HIDDEN, NOTHING = -1e30, -1e29  # the logit of a hidden key; the maximum where all are: its exponential is 0, not 1
+# of queries, at most; the shortest worth it
+BLOCKS = 8
+LEAST = 64
+# the logit of a hidden key; the maximum where all are: its exponential is 0, not 1
+HIDDEN = -1e30
+NOTHING = -1e29
 
 
 def contract(a, b, i: int, j: int):
@@ -26,7 +30,10 @@ def blocks(T: int, S: int, window: int, ordered: bool) -> list[tuple[slice, slic
     if not ordered or T < 2 * LEAST:
         return [(slice(0, T), slice(0, S))]
     size = max(-(-T // BLOCKS), LEAST)
-    return [(slice(i, min(i + size, T)), slice(max(0, i - window + 1), min(i + size, T))) for i in range(0, T, size)]
+    return [
+        (slice(i, min(i + size, T)), slice(max(0, i - window + 1), min(i + size, T)))
+        for i in range(0, T, size)
+    ]
 
 
 def heads_first(x_BTN, K: int):
@@ -55,19 +62,29 @@ def forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, visible, window, ordered):
     (T, H), (S, K), dtype = q_BTNH.shape[1::2], k_BSKH.shape[1:3], q_BTNH.dtype
     q_BKGTH = heads_first(q_BTNH * H**-0.5, K)
     k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
-    part = lambda at, here: (at[0][..., here], None if at[1] is None else at[1][:, here])
-    weights, totals, outputs = [], [], []
+
+    def part(at, here):
+        return (at[0][..., here], None if at[1] is None else at[1][:, here])
+
+    weights = []
+    totals = []
+    outputs = []
     for rows, keys in blocks(T, S, window, ordered):
         q_BKGtH = q_BKGTH[:, :, :, rows]
-        logits = contract(merged(q_BKGtH), k_BKSH[:, :, keys], 3, 3).reshape(*q_BKGtH.shape[:-1], -1)
+        logits = contract(merged(q_BKGtH), k_BKSH[:, :, keys], 3, 3).reshape(
+            *q_BKGtH.shape[:-1], -1
+        )
         mask_BtS = visible(part(at_T, rows), part(at_S, keys), window)
         logits = jnp.where(mask_BtS[:, None, None], logits, HIDDEN)
         top = jnp.maximum(logits.max(axis=-1, keepdims=True), NOTHING)
         weights.append(jnp.exp(logits - top).astype(dtype))
-        totals.append(jnp.maximum(weights[-1].sum(axis=-1, keepdims=True, dtype=jnp.float32), 1e-37))
+        totals.append(
+            jnp.maximum(weights[-1].sum(axis=-1, keepdims=True, dtype=jnp.float32), 1e-37)
+        )
         sums = contract(merged(weights[-1]), v_BKSH[:, :, keys], 3, 2).reshape(q_BKGtH.shape)
         outputs.append((sums / totals[-1]).astype(dtype))
-    out_BKGTH, total_BKGT1 = jnp.concatenate(outputs, axis=3), jnp.concatenate(totals, axis=3)
+    out_BKGTH = jnp.concatenate(outputs, axis=3)
+    total_BKGT1 = jnp.concatenate(totals, axis=3)
     return heads_last(out_BKGTH), (q_BKGTH, k_BKSH, v_BKSH, weights, total_BKGT1, out_BKGTH)
 
 
@@ -76,11 +93,19 @@ def backward(visible, window, ordered, kept, dout_BTNH):
     (_, K, _, T, H), S, dtype = q_BKGTH.shape, k_BKSH.shape[2], q_BKGTH.dtype
     dout = heads_first(dout_BTNH, K) / total_BKGT1
     delta_BKGT1 = jnp.sum(dout * out_BKGTH, axis=-1, keepdims=True)
-    dout, delta_BKGT1 = jax.lax.optimization_barrier((dout.astype(dtype), delta_BKGT1))  # not made in a product
-    dq, dk, dv = [], [], []
+    dout, delta_BKGT1 = jax.lax.optimization_barrier(
+        (dout.astype(dtype), delta_BKGT1)
+    )  # not made in a product
+    dq = []
+    dk = []
+    dv = []
     for (rows, keys), p_BKGtS in zip(blocks(T, S, window, ordered), weights):
-        fill = lambda x, keys=keys: jnp.pad(x, ((0, 0), (0, 0), (keys.start, S - keys.stop), (0, 0)))
-        p, do = merged(p_BKGtS), merged(dout[:, :, :, rows])
+
+        def fill(x, keys=keys):
+            return jnp.pad(x, ((0, 0), (0, 0), (keys.start, S - keys.stop), (0, 0)))
+
+        p = merged(p_BKGtS)
+        do = merged(dout[:, :, :, rows])
         dweights = contract(do, v_BKSH[:, :, keys], 3, 3) - merged(delta_BKGT1[:, :, :, rows])
         dlogits = (p * dweights).astype(dtype)
         dv.append(fill(contract(p, do, 2, 2)))

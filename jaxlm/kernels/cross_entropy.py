@@ -55,7 +55,9 @@ class Options(NamedTuple):
 
 def logits_of(x_BTD: jax.Array, unembed_VD: jax.Array, softcap: float) -> jax.Array:
     """float32 [B, T, V]."""
-    logits = jnp.einsum("BTD,VD->BTV", x_BTD, unembed_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "BTD,VD->BTV", x_BTD, unembed_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32
+    )
     return capped(logits, softcap)
 
 
@@ -66,12 +68,20 @@ def chunk_length(batch: int, length: int, table: tuple[int, int], limit: int = 0
     CPU_CACHE where that is larger.
     """
     (vocab, dim), most = table, AUTO_CHUNK_BYTES[platform()]
-    best = min(most, max(CPU_CACHE, 4 * vocab * dim)) if platform() == "cpu" else most
+    if platform() == "cpu":
+        best = min(most, max(CPU_CACHE, 4 * vocab * dim))
+    else:
+        best = most
     fit, best = (limit or n // (4 * batch * vocab) or 1 for n in (most, best))
-    return min((d for d in range(1, min(fit, length) + 1) if length % d == 0), key=lambda d: abs(math.log(d / best)))
+    return min(
+        (d for d in range(1, min(fit, length) + 1) if length % d == 0),
+        key=lambda d: abs(math.log(d / best)),
+    )
 
 
-def cross_entropy(x_BTD, unembed_VD, targets_BT, *, softcap=0.0, chunk=0) -> tuple[jax.Array, jax.Array]:
+def cross_entropy(
+    x_BTD, unembed_VD, targets_BT, *, softcap=0.0, chunk=0
+) -> tuple[jax.Array, jax.Array]:
     """(loss, log_z), both float32 [B, T]: nats of each target, and log of the softmax's denominator.
 
     x: final hidden states. chunk: positions whose logits a device has at one time; 0 chooses. Any chunk and any mesh
@@ -98,8 +108,11 @@ def on_mesh(f, options: Options, x_BTD, unembed_VD, *arrays):
     spec = partition_spec(("vocab", "embed"), unembed_VD.shape, mesh)
     batch, _, between, extra = activation_specs(*x_BTD.shape[:2], mesh)
     vocab = split_axes("vocab", unembed_VD.shape[0], mesh)
-    options = options._replace(vocab=vocab, scattered=tuple(name for name in vocab if name in extra))
-    tokens, everywhere = PartitionSpec(batch, between), names_of(batch) + names_of(between)
+    options = options._replace(
+        vocab=vocab, scattered=tuple(name for name in vocab if name in extra)
+    )
+    tokens = PartitionSpec(batch, between)
+    everywhere = names_of(batch) + names_of(between)
 
     def local(x, unembed, *arrays):
         out = f(options, x, gather_weight(unembed, spec[1:], x, start=1), *arrays)
@@ -115,7 +128,9 @@ def on_mesh(f, options: Options, x_BTD, unembed_VD, *arrays):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def nats(options: Options, x_BTD, unembed_VD, targets_BT):
-    step = lambda _, x_BCD, targets_BC: (None, forward(options, unembed_VD, x_BCD, targets_BC)[0])
+    def step(_, x_BCD, targets_BC):
+        return (None, forward(options, unembed_VD, x_BCD, targets_BC)[0])
+
     return scan_chunks(options, unembed_VD, step, None, x_BTD, targets_BT)[1]
 
 
@@ -124,11 +139,15 @@ def nats_backward(options, kept, slopes):
 
     def step(dunembed_VD, x_BCD, targets_BC, *slopes):
         (_, log_z_BC), logits_BCV = forward(options, unembed_VD, x_BCD, targets_BC)
-        dx_BCD, more = backward(options, unembed_VD, x_BCD, targets_BC, logits_BCV, log_z_BC, *slopes)
+        dx_BCD, more = backward(
+            options, unembed_VD, x_BCD, targets_BC, logits_BCV, log_z_BC, *slopes
+        )
         return dunembed_VD + more, (dx_BCD,)
 
     zeros = jnp.zeros_like(unembed_VD, jnp.float32)
-    dunembed_VD, (dx_BTD,) = scan_chunks(options, unembed_VD, step, zeros, x_BTD, targets_BT, *slopes)
+    dunembed_VD, (dx_BTD,) = scan_chunks(
+        options, unembed_VD, step, zeros, x_BTD, targets_BT, *slopes
+    )
     return dx_BTD, dunembed_VD.astype(unembed_VD.dtype), None
 
 
@@ -145,12 +164,16 @@ def weighted_forward(mix, options, x_BTD, unembed_VD, targets_BT, weights_BT):
     def step(dunembed_VD, x_BCD, targets_BC, weights_BC):
         (loss_BC, log_z_BC), logits_BCV = forward(options, unembed_VD, x_BCD, targets_BC)
         slopes = weights_BC * mix.loss, weights_BC * (mix.log_z + 2 * mix.z_loss * log_z_BC)
-        dx_BCD, more = backward(options, unembed_VD, x_BCD, targets_BC, logits_BCV, log_z_BC, *slopes)
+        dx_BCD, more = backward(
+            options, unembed_VD, x_BCD, targets_BC, logits_BCV, log_z_BC, *slopes
+        )
         return (dunembed_VD + more).astype(dunembed_VD.dtype), (loss_BC, log_z_BC, dx_BCD)
 
     few = x_BTD.shape[1] <= FEW * chunk_of(options, unembed_VD, x_BTD)
     zeros = jnp.zeros_like(unembed_VD, unembed_VD.dtype if few and current_mesh() else jnp.float32)
-    dunembed_VD, found = scan_chunks(options, unembed_VD, step, zeros, x_BTD, targets_BT, weights_BT)
+    dunembed_VD, found = scan_chunks(
+        options, unembed_VD, step, zeros, x_BTD, targets_BT, weights_BT
+    )
     loss_BT, log_z_BT, dx_BTD = found
     return (total(mix, weights_BT, loss_BT, log_z_BT), loss_BT, log_z_BT), (dx_BTD, dunembed_VD)
 
@@ -164,12 +187,19 @@ weighted_nats.defvjp(weighted_forward, weighted_backward)
 
 
 def total(mix: Mix, weights_BT, loss_BT, log_z_BT) -> jax.Array:
-    return jnp.sum(weights_BT * (mix.loss * loss_BT + mix.log_z * log_z_BT + mix.z_loss * jnp.square(log_z_BT)))
+    return jnp.sum(
+        weights_BT * (mix.loss * loss_BT + mix.log_z * log_z_BT + mix.z_loss * jnp.square(log_z_BT))
+    )
 
 
 def chunk_of(options: Options, unembed_VD, x_BTD) -> int:
-    peers = jax.lax.axis_size(options.scattered) if options.scattered else 1
-    return chunk_length(x_BTD.shape[0] * peers, x_BTD.shape[1], unembed_VD.shape, -(-options.chunk // peers))
+    if options.scattered:
+        peers = jax.lax.axis_size(options.scattered)
+    else:
+        peers = 1
+    return chunk_length(
+        x_BTD.shape[0] * peers, x_BTD.shape[1], unembed_VD.shape, -(-options.chunk // peers)
+    )
 
 
 def scan_chunks(options: Options, unembed_VD, step, carry, *arrays):
@@ -177,28 +207,41 @@ def scan_chunks(options: Options, unembed_VD, step, carry, *arrays):
     (B, T), chunk = arrays[0].shape[:2], chunk_of(options, unembed_VD, arrays[0])
     if chunk == T:
         return step(carry, *arrays)
-    split = lambda a: jnp.moveaxis(a.reshape(B, T // chunk, chunk, *a.shape[2:]), 1, 0)
-    join = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, T, *a.shape[3:])
-    carry, out = jax.lax.scan(lambda carry, parts: step(carry, *parts), carry, [split(a) for a in arrays])
+
+    def split(a):
+        return jnp.moveaxis(a.reshape(B, T // chunk, chunk, *a.shape[2:]), 1, 0)
+
+    def join(a):
+        return jnp.moveaxis(a, 0, 1).reshape(B, T, *a.shape[3:])
+
+    carry, out = jax.lax.scan(
+        lambda carry, parts: step(carry, *parts), carry, [split(a) for a in arrays]
+    )
     return carry, tuple(join(a) for a in out)
 
 
 def forward(options: Options, unembed_VD, x_BCD, targets_BC):
     """((nats, log Z) of this device's positions, float32 [B, C]; logits of those of all in `scattered`)."""
-    vocab, scattered = options.vocab, options.scattered
+    vocab = options.vocab
+    scattered = options.scattered
     chunk, (x_BCD, targets_BC) = x_BCD.shape[1], whole(options, x_BCD, targets_BC)
     logits_BCV = logits_of(x_BCD, unembed_VD, options.softcap)
     top_BC, sums_BC = top_and_sum(logits_BCV)
     if vocab:  # of all positions: the sums of the devices need one maximum
-        own_BC, top_BC = top_BC, jax.lax.pmax(top_BC, vocab)
+        own_BC = top_BC
+        top_BC = jax.lax.pmax(top_BC, vocab)
         sums_BC *= jnp.exp(own_BC - top_BC)
     local = local_targets(options, unembed_VD, targets_BC)
     mine = (local >= 0) & (local < logits_BCV.shape[-1])
-    found_BC = jnp.take_along_axis(logits_BCV, jnp.where(mine, local, 0)[..., None], axis=-1)[..., 0]
+    found_BC = jnp.take_along_axis(logits_BCV, jnp.where(mine, local, 0)[..., None], axis=-1)[
+        ..., 0
+    ]
     log_sum = jnp.log(sum_parts(sums_BC, vocab, scattered))
     target_BC = sum_parts(jnp.where(mine, found_BC - top_BC, 0.0), vocab, scattered)
     if scattered:
-        top_BC = jax.lax.dynamic_slice_in_dim(top_BC, jax.lax.axis_index(scattered) * chunk, chunk, axis=1)
+        top_BC = jax.lax.dynamic_slice_in_dim(
+            top_BC, jax.lax.axis_index(scattered) * chunk, chunk, axis=1
+        )
     return (log_sum - target_BC, log_sum + top_BC), logits_BCV
 
 
@@ -214,14 +257,20 @@ def top_and_sum(logits_BCV) -> tuple[jax.Array, jax.Array]:
         return top, sum_a * jnp.exp(top_a - top) + sum_b * jnp.exp(top_b - top)
 
     start = jnp.float32(NEVER), jnp.float32(0)
-    return jax.lax.reduce((logits_BCV, jnp.ones_like(logits_BCV)), start, join, (logits_BCV.ndim - 1,))
+    return jax.lax.reduce(
+        (logits_BCV, jnp.ones_like(logits_BCV)), start, join, (logits_BCV.ndim - 1,)
+    )
 
 
-def backward(options: Options, unembed_VD, x_BCD, targets_BC, logits_BCV, log_z_BC, dloss_BC, dlog_z_BC):
+def backward(
+    options: Options, unembed_VD, x_BCD, targets_BC, logits_BCV, log_z_BC, dloss_BC, dlog_z_BC
+):
     """(dx, of this device's positions; dunembed, float32); the logits' gradient is rounded as x is."""
     given = whole(options, x_BCD, targets_BC, log_z_BC, dloss_BC, dlog_z_BC)
     x_BCD, targets_BC, log_z_BC, dloss_BC, dlog_z_BC = given
-    hit_BCV = jnp.arange(unembed_VD.shape[0]) == local_targets(options, unembed_VD, targets_BC)[..., None]
+    hit_BCV = (
+        jnp.arange(unembed_VD.shape[0]) == local_targets(options, unembed_VD, targets_BC)[..., None]
+    )
     dlogits_BCV = (dloss_BC + dlog_z_BC)[..., None] * jnp.exp(logits_BCV - log_z_BC[..., None])
     dlogits_BCV -= jnp.where(hit_BCV, dloss_BC[..., None], 0)
     if options.softcap:
@@ -239,7 +288,9 @@ def whole(options: Options, *arrays) -> list[jax.Array]:
 
 def local_targets(options: Options, unembed_VD, targets_BC) -> jax.Array:
     """Rows of this device's part of the table."""
-    return targets_BC - (jax.lax.axis_index(options.vocab) * unembed_VD.shape[0] if options.vocab else 0)
+    return targets_BC - (
+        jax.lax.axis_index(options.vocab) * unembed_VD.shape[0] if options.vocab else 0
+    )
 
 
 def divergence(student: tuple, teacher: tuple, temperature: float) -> jax.Array:
@@ -261,5 +312,8 @@ def divergence(student: tuple, teacher: tuple, temperature: float) -> jax.Array:
 
     if chunk == T:
         return one((x_BTD, y_BTE))
-    split = lambda a: jnp.moveaxis(a.reshape(B, T // chunk, chunk, -1), 1, 0)
+
+    def split(a):
+        return jnp.moveaxis(a.reshape(B, T // chunk, chunk, -1), 1, 0)
+
     return jnp.moveaxis(jax.lax.map(one, (split(x_BTD), split(y_BTE))), 0, 1).reshape(B, T)

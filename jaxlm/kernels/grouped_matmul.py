@@ -19,7 +19,9 @@ def reference(rows_MD, kernel_EDF, sizes_E):
     ends_E = jnp.cumsum(sizes_E)
     index_M = jnp.arange(rows_MD.shape[0])[:, None]
     mine_ME = (index_M < ends_E) & (index_M >= ends_E - sizes_E)
-    return sum(jnp.where(mine_ME[:, e, None], rows_MD @ kernel, 0) for e, kernel in enumerate(kernel_EDF))
+    return sum(
+        jnp.where(mine_ME[:, e, None], rows_MD @ kernel, 0) for e, kernel in enumerate(kernel_EDF)
+    )
 
 
 def multiply_each(rows_EMD, kernel_EDF, quantize: str) -> jax.Array:
@@ -36,11 +38,17 @@ def blocks(rows_MD, kernel_EDF, sizes_E, quantize="none"):
     R = -(-M // (2 * E))
     N = -(-M // R) + E
     counts_E = -(-sizes_E // R)
-    ends_E, block_ends_E = jnp.cumsum(sizes_E), jnp.cumsum(counts_E)
-    starts_E, block_starts_E = ends_E - sizes_E, block_ends_E - counts_E
-    group = lambda ends_E, index: jnp.sum(index[:, None] >= ends_E, axis=1)  # E after the last
+    ends_E = jnp.cumsum(sizes_E)
+    block_ends_E = jnp.cumsum(counts_E)
+    starts_E = ends_E - sizes_E
+    block_starts_E = block_ends_E - counts_E
 
-    index_N, index_M = jnp.arange(N), jnp.arange(M)
+    # E after the last
+    def group(ends_E, index):
+        return jnp.sum(index[:, None] >= ends_E, axis=1)
+
+    index_N = jnp.arange(N)
+    index_M = jnp.arange(M)
     group_N = group(block_ends_E, index_N)
     row_N = starts_E[group_N] + (index_N - block_starts_E[group_N]) * R
     row_NR = row_N[:, None] + jnp.arange(R)
@@ -64,16 +72,22 @@ def megablox(rows_MD, kernel_EDF, sizes_E):
     """
     (M, D), F = rows_MD.shape, kernel_EDF.shape[2]
     tile = [min(size, -(-whole // LANES) * LANES) for size, whole in zip(TILE, (M, D, F))]
-    inside_M1 = (jnp.arange(M) < jnp.sum(sizes_E))[:, None]  # the kernels leave what is after the last group undefined
+    inside_M1 = (jnp.arange(M) < jnp.sum(sizes_E))[
+        :, None
+    ]  # the kernels leave what is after the last group undefined
     rows_MD = jnp.pad(jnp.where(inside_M1, rows_MD, 0), ((0, -M % tile[0]), (0, 0)))
-    y_MF = gmm(rows_MD, kernel_EDF, sizes_E, rows_MD.dtype, tuple(tile), interpret=platform() != "tpu")[:M]
+    y_MF = gmm(
+        rows_MD, kernel_EDF, sizes_E, rows_MD.dtype, tuple(tile), interpret=platform() != "tpu"
+    )[:M]
     return jnp.where(inside_M1, y_MF, 0)
 
 
 GROUPED_MATMUL = {"reference": reference, "blocks": blocks, "megablox": megablox}
 
 
-def grouped_matmul(rows_MD, kernel_EDF, sizes_E, *, implementation="auto", quantize="none") -> jax.Array:
+def grouped_matmul(
+    rows_MD, kernel_EDF, sizes_E, *, implementation="auto", quantize="none"
+) -> jax.Array:
     """[M, F]: the first sizes[0] rows times kernel[0], the next sizes[1] times kernel[1], ... sizes: int32.
 
     auto: megablox on TPUs, elsewhere blocks: XLA's ragged_dot would multiply all rows, masked, with every matrix.

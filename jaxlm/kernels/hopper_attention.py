@@ -18,7 +18,13 @@ from jax.extend import backend
 ROWS = 128  # positions are multiples: of the blocks below, two of queries at a time
 HEAD_DIMS = (64, 128)
 FORWARD = {"block_q": 64, "block_kv": 128, "num_stages": 2}
-BACKWARD = {"block_q_dq": 64, "block_kv_dq": 64, "block_q_dkv": 64, "block_kv_dkv": 64, "num_stages": 2}
+BACKWARD = {
+    "block_q_dq": 64,
+    "block_kv_dq": 64,
+    "block_q_dkv": 64,
+    "block_kv_dkv": 64,
+    "num_stages": 2,
+}
 
 
 def hopper(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, window: int, softcap: float) -> jax.Array:
@@ -55,7 +61,9 @@ def takes(q_BTNH) -> bool:
     """Whether there is a kernel: for Hopper GPUs (jax's default device, here or not), where tokamax is installed."""
     device, (_, T, _, H) = backend.get_default_device(), q_BTNH.shape
     fits = T % ROWS == 0 and H in HEAD_DIMS and q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-    return fits and device.platform == "gpu" and device.compute_capability == "9.0" and has_tokamax()
+    return (
+        fits and device.platform == "gpu" and device.compute_capability == "9.0" and has_tokamax()
+    )
 
 
 @functools.cache

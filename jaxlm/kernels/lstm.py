@@ -41,9 +41,11 @@ def run(reverse, kernel_HGH, steps, mask_BH, h_BH, c_BH):
     def step(state, now: Steps):
         h_BH, c_BH = state
         if now.keep_TB1 is not None:
-            h_BH, c_BH = h_BH * now.keep_TB1.astype(h_BH.dtype), c_BH * now.keep_TB1
+            h_BH = h_BH * now.keep_TB1.astype(h_BH.dtype)
+            c_BH = c_BH * now.keep_TB1
         if now.start_TBH is not None:
-            h_BH, c_BH = h_BH + now.start_TBH[0], c_BH + now.start_TBH[1]
+            h_BH = h_BH + now.start_TBH[0]
+            c_BH = c_BH + now.start_TBH[1]
         m_BH = constrain(h_BH if mask_BH is None else h_BH * mask_BH, "batch", None)
         round_BGH = jnp.einsum("BK,KGH->BGH", m_BH, kernel_HGH, preferred_element_type=jnp.float32)
         z_BGH = constrain(now.x_TBGH + round_BGH, "batch", None, "mlp")
@@ -63,7 +65,9 @@ def recur_forward(reverse, kernel_HGH, steps, mask_BH, h_BH, c_BH):
 def recur_backward(reverse, residuals, cotangents):
     kernel_HGH, given, mask_BH, (m_TBH, z_TBGH, c_TBH) = residuals
     dh_TBH, dh_BH, dc_BH = cotangents
-    kernel_GHK = jax.lax.optimization_barrier(kernel_HGH.transpose(1, 2, 0))  # twice as fast on a CPU than in the loop
+    kernel_GHK = jax.lax.optimization_barrier(
+        kernel_HGH.transpose(1, 2, 0)
+    )  # twice as fast on a CPU than in the loop
 
     def step(cotangent, now):
         dh_BH, dc_BH = cotangent
@@ -75,7 +79,8 @@ def recur_backward(reverse, residuals, cotangents):
         dh_BH = dh_BH if mask_BH is None else dh_BH * mask_BH
         start = None if given.start_TBH is None else (dh_BH, dc_BH)
         if keep_B1 is not None:
-            dh_BH, dc_BH = dh_BH * keep_B1.astype(dh_BH.dtype), dc_BH * keep_B1
+            dh_BH = dh_BH * keep_B1.astype(dh_BH.dtype)
+            dc_BH = dc_BH * keep_B1
         return (dh_BH, dc_BH), (dz_BGH, start)
 
     each = dh_TBH, z_TBGH, c_TBH, given.keep_TB1

@@ -20,7 +20,10 @@ def normalize(x, scale_D, bias_D, eps: float, center: bool) -> jax.Array:
 
 def forward(x, scale_D, bias_D, eps, center):
     wide = x.astype(jnp.float32)
-    mean_1 = wide.mean(axis=-1, keepdims=True) if center else jnp.zeros((*x.shape[:-1], 1))
+    if center:
+        mean_1 = wide.mean(axis=-1, keepdims=True)
+    else:
+        mean_1 = jnp.zeros((*x.shape[:-1], 1))
     variance_1 = jnp.square(wide).mean(axis=-1, keepdims=True) - jnp.square(mean_1)
     factor_1 = jax.lax.rsqrt(jnp.maximum(variance_1, 0) + eps)
     y = (wide - mean_1) * factor_1 * scale_D
@@ -31,12 +34,17 @@ def forward(x, scale_D, bias_D, eps, center):
 def backward(eps, center, kept, dy):
     x, scale_D, bias_D, mean_1, factor_1 = kept
     rows = tuple(range(x.ndim - 1))
-    unit, dy = (x.astype(jnp.float32) - mean_1) * factor_1, dy.astype(jnp.float32)
+    unit = (x.astype(jnp.float32) - mean_1) * factor_1
+    dy = dy.astype(jnp.float32)
     dunit = dy * scale_D
     dx = dunit - unit * (dunit * unit).mean(axis=-1, keepdims=True)
     dx = factor_1 * (dx - dunit.mean(axis=-1, keepdims=True) if center else dx)
     dscale_D = (dy * unit).sum(axis=rows).astype(scale_D.dtype)
-    return dx.astype(x.dtype), dscale_D, None if bias_D is None else dy.sum(axis=rows).astype(bias_D.dtype)
+    return (
+        dx.astype(x.dtype),
+        dscale_D,
+        None if bias_D is None else dy.sum(axis=rows).astype(bias_D.dtype),
+    )
 
 
 normalize.defvjp(forward, backward)

@@ -25,14 +25,19 @@ import jax.numpy as jnp
 from jaxlm.errors import ConfigError
 
 DTYPES = {  # model.quantize: of both factors; of the gradient that comes back
-    "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2),  # gradients need range more than digits (Micikevicius et al. 2022)
+    "fp8": (
+        jnp.float8_e4m3fn,
+        jnp.float8_e5m2,
+    ),  # gradients need range more than digits (Micikevicius et al. 2022)
     "int8": (jnp.int8, jnp.int8),
 }
 
 
 def tensordot(quantize: str) -> Callable:
     """What stands for jnp.tensordot(x, kernel, axes), axes being a number. quantize: none, or a key of DTYPES."""
-    return jnp.tensordot if quantize == "none" else partial(rounded, quantize)
+    if quantize == "none":
+        return jnp.tensordot
+    return partial(rounded, quantize)
 
 
 def rounded(quantize: str, x, kernel, axes: int) -> jax.Array:

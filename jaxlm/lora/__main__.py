@@ -25,14 +25,18 @@ from jaxlm.run.workdir import Hold, run_directory, write_whole
 def merged_config(config: ConfigDict, section: ConfigDict) -> ConfigDict:
     """The config of a merged run. Its parameters are what evaluation used, so it keeps no average of them."""
     config = config.copy_and_resolve_references()
-    config.model, config.train.ema = section, 0.0
+    config.model = section
+    config.train.ema = 0.0
     config.optim = base().optim  # its patterns may name adapters, which are no more
     return resolve(config)
 
 
-def write_run(workdir: PurePath, step: int, params: dict, meta: dict, config: ConfigDict, tokenizer) -> None:
+def write_run(
+    workdir: PurePath, step: int, params: dict, meta: dict, config: ConfigDict, tokenizer
+) -> None:
     """A run directory of these parameters alone: config.json, the tokenizer and checkpoints/STEP."""
-    hold, checkpoints = Hold(workdir), Checkpoints(workdir, config)
+    hold = Hold(workdir)
+    checkpoints = Checkpoints(workdir, config)
     told = {"config": flatten(config), "tokenizer": describe_tokenizer(tokenizer)}
     checkpoints.save_params(step, params, meta | told)
     checkpoints.close()
@@ -44,9 +48,13 @@ def write_run(workdir: PurePath, step: int, params: dict, meta: dict, config: Co
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="jaxlm.lora", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="run directory of a training with model.lora_rank")
+    parser.add_argument(
+        "--workdir", required=True, help="run directory of a training with model.lora_rank"
+    )
     parser.add_argument("--output", required=True, help="run directory to make")
-    parser.add_argument("--step", default="latest", help="checkpoint: latest, best or a number (default: latest)")
+    parser.add_argument(
+        "--step", default="latest", help="checkpoint: latest, best or a number (default: latest)"
+    )
     hosts.add_flags(parser)
     args = parser.parse(argv)
     hosts.connect(args)
@@ -58,7 +66,9 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"--output={args.output}: there is a run already; give another directory")
     lm = jaxlm.load(args.workdir, step=args.step)
     if not lm.config.model.lora_rank:
-        raise ConfigError(f"--workdir={args.workdir}: this model has no adapters (model.lora_rank=0); use it as it is")
+        raise ConfigError(
+            f"--workdir={args.workdir}: this model has no adapters (model.lora_rank=0); use it as it is"
+        )
     with jax.set_mesh(lm.mesh):
         params, section = merge(lm.params, lm.config.model)
         # An average is float32: what takes the parameters' place has their dtype.
@@ -68,7 +78,9 @@ def main(argv: list[str]) -> None:
     source.close()
     config = merged_config(lm.config, section)
     write_run(output, lm.step, params, meta, config, lm.tokenizer)
-    print(f"step {lm.step} without adapters is in {output}; {proposal(config, output, lm.tokenizer)}")
+    print(
+        f"step {lm.step} without adapters is in {output}; {proposal(config, output, lm.tokenizer)}"
+    )
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ def nats_of(model: nn.Module, params, x, targets_BT, chunk: int = 0) -> tuple[ja
     """(nats of each target, log of the softmax's denominator), float32 [B, T]; the logits are not kept."""
     if isinstance(model, ngram.NGram):
         return -ngram.log_probs_of(params, x, targets_BT), targets_BT * 0.0
-    return cross_entropy(x, unembedding(params), targets_BT, softcap=model.config.logit_softcap, chunk=chunk)
+    return cross_entropy(
+        x, unembedding(params), targets_BT, softcap=model.config.logit_softcap, chunk=chunk
+    )
 
 
 def weighted_nats_of(model: nn.Module, params, x, targets_BT, weights_BT, mix: Mix, chunk: int = 0):
@@ -62,4 +64,6 @@ def weighted_nats_of(model: nn.Module, params, x, targets_BT, weights_BT, mix: M
         nats_BT, log_z_BT = nats_of(model, params, x, targets_BT)
         return jax.numpy.sum(weights_BT * nats_BT), nats_BT, log_z_BT
     softcap = model.config.logit_softcap
-    return weighted(x, unembedding(params), targets_BT, weights_BT, mix, softcap=softcap, chunk=chunk)
+    return weighted(
+        x, unembedding(params), targets_BT, weights_BT, mix, softcap=softcap, chunk=chunk
+    )

@@ -6,7 +6,15 @@ from flax import linen as nn
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.models.layers import Embed, embedding_dropout, norm
-from jaxlm.models.transformer import Cache, Context, heads, init_cache, self_context, stack, take_rows
+from jaxlm.models.transformer import (
+    Cache,
+    Context,
+    heads,
+    init_cache,
+    self_context,
+    stack,
+    take_rows,
+)
 
 
 class Encoder(nn.Module):
@@ -17,9 +25,13 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD, segments_BS, positions_BS) -> jax.Array:
-        context = self_context(self.config, segments_BS, segments_BS, positions_BS, None, None, None)
+        context = self_context(
+            self.config, segments_BS, segments_BS, positions_BS, None, None, None
+        )
         x_BSD, _ = stack(self.config, self.train, causal=False, name="layers")(x_BSD, context, None)
-        return norm(self.config, "final_norm")(x_BSD) if self.config.norm_place == "pre" else x_BSD
+        if self.config.norm_place == "pre":
+            return norm(self.config, "final_norm")(x_BSD)
+        return x_BSD
 
 
 class CausalDecoder(nn.Module):
@@ -30,8 +42,12 @@ class CausalDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, context: Context, caches):
-        x_BTD, caches = stack(self.config, self.train, cross=True, name="layers")(x_BTD, context, caches)
-        return norm(self.config, "final_norm")(x_BTD) if self.config.norm_place == "pre" else x_BTD, caches
+        x_BTD, caches = stack(self.config, self.train, cross=True, name="layers")(
+            x_BTD, context, caches
+        )
+        return norm(self.config, "final_norm")(
+            x_BTD
+        ) if self.config.norm_place == "pre" else x_BTD, caches
 
 
 class EncoderDecoder(nn.Module):
@@ -60,19 +76,33 @@ class EncoderDecoder(nn.Module):
         """
         c = self.config
         B, T = tokens_BT.shape
-        embed, drop = Embed(c, name="embed"), embedding_dropout(c, train)
+        embed = Embed(c, name="embed")
+        drop = embedding_dropout(c, train)
         if enc_tokens is None and cache is None:  # to make the parameters
             enc_tokens = jnp.zeros((B, 1), jnp.int32)
-        memory_BSD, segments_BS, index = None, segments_BT, None
+        memory_BSD = None
+        segments_BS = segments_BT
+        index = None
         if enc_tokens is not None:
             place_S = jnp.arange(enc_tokens.shape[1])
-            enc_positions = jnp.broadcast_to(place_S, enc_tokens.shape) if enc_positions is None else enc_positions
+            if enc_positions is None:
+                enc_positions = jnp.broadcast_to(place_S, enc_tokens.shape)
+            else:
+                enc_positions = enc_positions
             x_BSD = drop(embed(enc_tokens, enc_positions))
-            memory_BSD = Encoder(of_encoder(c), train, name="encoder")(x_BSD, enc_segments, enc_positions)
+            memory_BSD = Encoder(of_encoder(c), train, name="encoder")(
+                x_BSD, enc_segments, enc_positions
+            )
         if cache is not None:
-            segments_BT = jnp.ones((B, T), jnp.int32) if segments_BT is None else segments_BT
-            index, places_T = cache.index, cache.index + jnp.arange(T)
-            segments_BS = jax.lax.dynamic_update_slice_in_dim(cache.segments_BS, segments_BT, index, axis=1)
+            if segments_BT is None:
+                segments_BT = jnp.ones((B, T), jnp.int32)
+            else:
+                segments_BT = segments_BT
+            index = cache.index
+            places_T = cache.index + jnp.arange(T)
+            segments_BS = jax.lax.dynamic_update_slice_in_dim(
+                cache.segments_BS, segments_BT, index, axis=1
+            )
             if enc_tokens is None:
                 enc_segments = cache.enc_segments_BS
             elif enc_segments is None:
@@ -82,7 +112,9 @@ class EncoderDecoder(nn.Module):
         context = self_context(c, segments_BT, segments_BS, positions_BT, None, places_T, index)
         context = context._replace(memory_BSD=memory_BSD, enc_segments_BS=enc_segments)
         caches = None if cache is None else cache.blocks
-        x_BTD, caches = CausalDecoder(c, train, name="decoder")(drop(embed(tokens_BT, positions_BT)), context, caches)
+        x_BTD, caches = CausalDecoder(c, train, name="decoder")(
+            drop(embed(tokens_BT, positions_BT)), context, caches
+        )
         heads(self, c)
         if cache is not None:
             cache = Cache(caches, segments_BS, index + T, enc_segments)

@@ -17,8 +17,12 @@ from jaxlm.parallel.linear import columns, lookup, rows
 from jaxlm.parallel.mesh import constrain, current_mesh
 
 
-def parameter(module: nn.Module, name: str, init, axes: tuple[str | None, ...], shape: tuple[int, ...], config):
-    value = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(config.param_dtype))
+def parameter(
+    module: nn.Module, name: str, init, axes: tuple[str | None, ...], shape: tuple[int, ...], config
+):
+    value = module.param(
+        name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(config.param_dtype)
+    )
     return value.astype(config.dtype)
 
 
@@ -45,20 +49,39 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self) -> Weights:
         std = self.scale / math.sqrt(math.prod(self.shape[: self.inputs]))
-        kernel = parameter(self, "kernel", nn.initializers.normal(std), self.axes, self.shape, self.config)
+        kernel = parameter(
+            self, "kernel", nn.initializers.normal(std), self.axes, self.shape, self.config
+        )
         if self.config.lora_rank and re.fullmatch(self.config.lora_targets, self.name):
             kernel += self.adapter()
         bias = None
         if self.config.bias:
-            axes, shape = self.axes[self.inputs :], self.shape[self.inputs :]
+            axes = self.axes[self.inputs :]
+            shape = self.shape[self.inputs :]
             bias = parameter(self, "bias", nn.initializers.zeros, axes, shape, self.config)
         return Weights(kernel, bias, self.axes, self.config.quantize)
 
     def adapter(self) -> jax.Array:
-        c, n, rank = self.config, self.inputs, self.config.lora_rank
+        c = self.config
+        n = self.inputs
+        rank = self.config.lora_rank
         std = 1 / math.sqrt(math.prod(self.shape[:n]))
-        a = parameter(self, "lora_a", nn.initializers.normal(std), (*self.axes[:n], None), (*self.shape[:n], rank), c)
-        b = parameter(self, "lora_b", nn.initializers.zeros, (None, *self.axes[n:]), (rank, *self.shape[n:]), c)
+        a = parameter(
+            self,
+            "lora_a",
+            nn.initializers.normal(std),
+            (*self.axes[:n], None),
+            (*self.shape[:n], rank),
+            c,
+        )
+        b = parameter(
+            self,
+            "lora_b",
+            nn.initializers.zeros,
+            (None, *self.axes[n:]),
+            (rank, *self.shape[n:]),
+            c,
+        )
         return (c.lora_alpha / rank) * jnp.tensordot(a, b, 1)
 
 
@@ -69,14 +92,22 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self) -> Weights:
-        c, axes = self.config, ("embed", None)
+        c = self.config
+        axes = ("embed", None)
         init = nn.initializers.normal(c.embed_dim**-0.5)
         kernel = parameter(self, "kernel", init, axes, (c.embed_dim, c.num_labels), c)
-        return Weights(kernel, parameter(self, "bias", nn.initializers.zeros, (None,), (c.num_labels,), c), axes)
+        return Weights(
+            kernel,
+            parameter(self, "bias", nn.initializers.zeros, (None,), (c.num_labels,), c),
+            axes,
+        )
 
 
 def embedding_dropout(config: FrozenConfigDict, train: bool, **options) -> nn.Module:
-    rate = config.dropout if config.embed_dropout < 0 else config.embed_dropout
+    if config.embed_dropout < 0:
+        rate = config.dropout
+    else:
+        rate = config.embed_dropout
     return nn.Dropout(rate, deterministic=not train, **options)
 
 
@@ -87,7 +118,8 @@ def product(tree):
 
 def into(x_BTD, *weights: Weights) -> list[jax.Array]:
     """x kernel + bias for each, kernels [D, ...], whose input is gathered once for all."""
-    kernels, axes = [w.kernel for w in weights], [w.axes for w in weights]
+    kernels = [w.kernel for w in weights]
+    axes = [w.axes for w in weights]
     outputs = product(columns(x_BTD, kernels, axes, tensordot(weights[0].quantize)))
     return [y if w.bias is None else y + w.bias for y, w in zip(outputs, weights)]
 
@@ -95,7 +127,9 @@ def into(x_BTD, *weights: Weights) -> list[jax.Array]:
 def back(h, weights: Weights) -> jax.Array:
     """h kernel + bias, kernel [..., D]: to the residual stream, [B, T, D]."""
     y_BTD = product(rows(h, weights.kernel, weights.axes, tensordot(weights.quantize)))
-    return y_BTD if weights.bias is None else y_BTD + weights.bias
+    if weights.bias is None:
+        return y_BTD
+    return y_BTD + weights.bias
 
 
 class Norm(nn.Module):
@@ -105,12 +139,22 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        c, center = self.config, self.config.norm == "layer"
-        param = lambda name, init: self.param(
-            name, nn.with_logical_partitioning(init, ("norm",)), x.shape[-1:], jnp.dtype(c.param_dtype)
-        )
+        c = self.config
+        center = self.config.norm == "layer"
+
+        def param(name, init):
+            return self.param(
+                name,
+                nn.with_logical_partitioning(init, ("norm",)),
+                x.shape[-1:],
+                jnp.dtype(c.param_dtype),
+            )
+
         scale = param("scale", nn.initializers.ones)
-        bias = param("bias", nn.initializers.zeros) if center and c.bias else None
+        if center and c.bias:
+            bias = param("bias", nn.initializers.zeros)
+        else:
+            bias = None
         return normalize(x, scale, bias, c.norm_eps, center)
 
 
@@ -150,16 +194,23 @@ class Embed(nn.Module):
     def __call__(self, tokens_BT, positions_BT, ngrams=None):
         c, (B, T) = self.config, tokens_BT.shape
         init = nn.initializers.normal(c.embed_std)
-        table_VD = parameter(self, "tokens", init, ("vocab", "embed"), (c.vocab_size, c.embed_dim), c)
+        table_VD = parameter(
+            self, "tokens", init, ("vocab", "embed"), (c.vocab_size, c.embed_dim), c
+        )
         x_BTD = lookup(table_VD, tokens_BT, ("vocab", "embed"))
         if ngrams is not None:
-            table_VD = parameter(self, "ngrams", init, ("vocab", "embed"), (c.buckets, c.embed_dim), c)
-            x_BTGD = lookup(table_VD, ngrams[0].reshape(B, -1), ("vocab", "embed")).reshape(B, T, -1, c.embed_dim)
+            table_VD = parameter(
+                self, "ngrams", init, ("vocab", "embed"), (c.buckets, c.embed_dim), c
+            )
+            x_BTGD = lookup(table_VD, ngrams[0].reshape(B, -1), ("vocab", "embed")).reshape(
+                B, T, -1, c.embed_dim
+            )
             x_BTD += jnp.einsum("BTG,BTGD->BTD", ngrams[1].astype(c.dtype), x_BTGD)
         if c.scale_embeddings:
             x_BTD *= math.sqrt(c.embed_dim)
         if c.positions == "learned":
-            axes, shape = (None, "embed"), (c.context_length, c.embed_dim)
+            axes = (None, "embed")
+            shape = (c.context_length, c.embed_dim)
             x_BTD += lookup(parameter(self, "positions", init, axes, shape, c), positions_BT, axes)
         elif c.positions == "sinusoidal":
             x_BTD += sinusoidal(positions_BT, c.embed_dim).astype(x_BTD.dtype)
@@ -176,7 +227,9 @@ ACTIVATIONS = {
 
 def activated(activation, factors: tuple) -> jax.Array:
     up_BTF, *gate_BTF = factors
-    return activation(gate_BTF[0]) * up_BTF if gate_BTF else activation(up_BTF)
+    if gate_BTF:
+        return activation(gate_BTF[0]) * up_BTF
+    return activation(up_BTF)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -186,15 +239,20 @@ def activate(activation, factors: tuple) -> jax.Array:
 
 
 def activate_backward(activation, factors, dh_BTF):
-    given, mesh = (dh_BTF, factors), current_mesh()
-    if mesh is None or mesh.shape["sequence"] == 1:  # rows as one, each of which the TPU compiler would transpose
+    given = (dh_BTF, factors)
+    mesh = current_mesh()
+    if (
+        mesh is None or mesh.shape["sequence"] == 1
+    ):  # rows as one, each of which the TPU compiler would transpose
         given = jax.tree.map(lambda x: x.reshape(1, -1, x.shape[-1]), given)
     dh, given = jax.lax.optimization_barrier(given)  # else XLA would keep what is made again
     (dfactors,) = jax.vjp(partial(activated, activation), given)[1](dh)
     return (jax.tree.map(lambda d, x: d.reshape(x.shape), dfactors, factors),)
 
 
-activate.defvjp(lambda activation, factors: (activated(activation, factors), factors), activate_backward)
+activate.defvjp(
+    lambda activation, factors: (activated(activation, factors), factors), activate_backward
+)
 
 
 class MLP(nn.Module):
@@ -203,9 +261,14 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        c, F = self.config, self.mlp_dim
+        c = self.config
+        F = self.mlp_dim
         names = ("up", "gate") if c.mlp == "swiglu" else ("up",)
-        up_BTF, *gate_BTF = into(x_BTD, *(Linear(c, (c.embed_dim, F), ("embed", "mlp"), name=name)() for name in names))
+        up_BTF, *gate_BTF = into(
+            x_BTD, *(Linear(c, (c.embed_dim, F), ("embed", "mlp"), name=name)() for name in names)
+        )
         h_BTF = activate(ACTIVATIONS[c.mlp], (up_BTF, *gate_BTF))
         scale = (2 * c.num_layers) ** -0.5
-        return back(h_BTF, Linear(c, (F, c.embed_dim), ("mlp", "embed"), scale=scale, name="down")())
+        return back(
+            h_BTF, Linear(c, (F, c.embed_dim), ("mlp", "embed"), scale=scale, name="down")()
+        )

@@ -38,7 +38,9 @@ def borders_of(segments_BT, positions_BT, cache: Cache | None = None):
         return None, None
     same_BT = True
     if segments_BT is not None:
-        before_BT = jnp.roll(segments_BT, 1, axis=1).at[:, 0].set(0 if cache is None else cache.segments_B)
+        before_BT = (
+            jnp.roll(segments_BT, 1, axis=1).at[:, 0].set(0 if cache is None else cache.segments_B)
+        )
         same_BT = (segments_BT != 0) & (segments_BT == before_BT)
     if positions_BT is not None:
         same_BT &= positions_BT != 0
@@ -62,8 +64,12 @@ class Direction(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, keep_BT, start_BTH=None, state=None):
         """(h [B, T, H], the last (h, c)). start: c at the beginning of the document that a position is of; None: 0."""
-        c, B, D, H = self.config, x_BTD.shape[0], x_BTD.shape[-1], self.width
-        axes, normal = ("embed", None, "mlp"), nn.initializers.normal
+        c = self.config
+        B = x_BTD.shape[0]
+        D = x_BTD.shape[-1]
+        H = self.width
+        axes = ("embed", None, "mlp")
+        normal = nn.initializers.normal
         kernel_DGH = parameter(self, "input_kernel", normal(D**-0.5), axes, (D, 4, H), c)
         kernel_HGH = parameter(self, "recurrent_kernel", normal(H**-0.5), axes, (H, 4, H), c)
         bias_GH = parameter(self, "bias", forget_one, axes[1:], (4, H), c)
@@ -71,15 +77,20 @@ class Direction(nn.Module):
         x_TBGH = constrain(x_BTGH.swapaxes(0, 1), None, "batch", None, "mlp")
         kernel_HGH = constrain(kernel_HGH, None, None, "mlp")  # gathered once, not at each step
 
-        keep_TB1, start = None if keep_BT is None else keep_BT.T[..., None], None
+        keep_TB1 = None if keep_BT is None else keep_BT.T[..., None]
+        start = None
         if start_BTH is not None:
             start_TBH = (1 - keep_TB1) * start_BTH.swapaxes(0, 1)
             start = jnp.tanh(start_TBH).astype(c.dtype), start_TBH
         mask_BH = None
         if self.train and c.recurrent_dropout:
-            mask_BH = nn.Dropout(c.recurrent_dropout, deterministic=False)(jnp.ones((B, H), c.dtype))
+            mask_BH = nn.Dropout(c.recurrent_dropout, deterministic=False)(
+                jnp.ones((B, H), c.dtype)
+            )
         h_BH, c_BH = (jnp.zeros((B, H), c.dtype), jnp.zeros((B, H))) if state is None else state
-        h_TBH, *state = recur(self.reverse, kernel_HGH, Steps(x_TBGH, keep_TB1, start), mask_BH, h_BH, c_BH)
+        h_TBH, *state = recur(
+            self.reverse, kernel_HGH, Steps(x_TBGH, keep_TB1, start), mask_BH, h_BH, c_BH
+        )
         return constrain(h_TBH.swapaxes(0, 1), "batch", None, None), state
 
 
@@ -103,12 +114,16 @@ class Layers(nn.Module):
         for i in range(self.num_layers):
             if self.both:
                 left, _ = Direction(c, c.hidden_dim // 2, self.train, name=f"left_{i}")(y, left_BT)
-                right, _ = Direction(c, c.hidden_dim // 2, self.train, True, name=f"right_{i}")(y, right_BT)
+                right, _ = Direction(c, c.hidden_dim // 2, self.train, True, name=f"right_{i}")(
+                    y, right_BT
+                )
                 y = jnp.concatenate([left, right], axis=-1)
             else:
                 start_BTH = None if start_BTLH is None else start_BTLH[:, :, i]
                 state = None if cache is None else (cache.h[i], cache.c[i])
-                y, state = Direction(c, c.hidden_dim, self.train, name=f"left_{i}")(y, left_BT, start_BTH, state)
+                y, state = Direction(c, c.hidden_dim, self.train, name=f"left_{i}")(
+                    y, left_BT, start_BTH, state
+                )
                 states.append(state)
             y = drop(y)
         if c.hidden_dim != c.embed_dim:
@@ -131,7 +146,8 @@ def bilinear(c: FrozenConfigDict, q_BTD, k_BSD):
 
 def additive(c: FrozenConfigDict, q_BTD, k_BSD):
     """v tanh(W q + U k) (Bahdanau et al. 2015), a position of T at a time: [B, T, S, D] would be large."""
-    q_BTD, k_BSD = square(c, "query", q_BTD), square(c, "key", k_BSD)
+    q_BTD = square(c, "query", q_BTD)
+    k_BSD = square(c, "key", k_BSD)
     v_D1 = Linear(c, (c.embed_dim, 1), ("mlp", None), name="score")().kernel
     one = jax.checkpoint(lambda q_BD: (jnp.tanh(q_BD[:, None] + k_BSD) @ v_D1)[..., 0])
     return jax.lax.map(one, q_BTD.swapaxes(0, 1)).swapaxes(0, 1)
@@ -149,8 +165,12 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, keys_BSD, same_BTS):
         c = self.config
         scores_BTS = SCORES[c.cross_attention](c, constrain(x_BTD, "batch", None, None), keys_BSD)
-        weights_BTS = jax.nn.softmax(jnp.where(same_BTS, scores_BTS.astype(jnp.float32), -1e30), axis=-1)
-        weights_BTS = jnp.where(same_BTS, weights_BTS, 0).astype(c.dtype)  # a document without a source: no context
+        weights_BTS = jax.nn.softmax(
+            jnp.where(same_BTS, scores_BTS.astype(jnp.float32), -1e30), axis=-1
+        )
+        weights_BTS = jnp.where(same_BTS, weights_BTS, 0).astype(
+            c.dtype
+        )  # a document without a source: no context
         context_BTD = jnp.einsum("BTS,BSD->BTD", weights_BTS, keys_BSD)
         out = Linear(c, (2 * c.embed_dim, c.embed_dim), ("embed", "mlp"), name="out")()
         return jnp.tanh(into(jnp.concatenate([context_BTD, x_BTD], axis=-1), out)[0])
@@ -170,8 +190,15 @@ class Model(nn.Module):
         """Empty; a state has no length. enc_length: of the source."""
         c = self.config
         h_LBH = jnp.zeros((c.num_layers, batch, c.hidden_dim), c.dtype)
-        keys_BSD, segments_B = jnp.zeros((batch, enc_length, c.embed_dim), c.dtype), jnp.zeros(batch, jnp.int32)
-        return Cache(h_LBH, h_LBH.astype(jnp.float32), segments_B, keys_BSD, jnp.zeros((batch, enc_length), jnp.int32))
+        keys_BSD = jnp.zeros((batch, enc_length, c.embed_dim), c.dtype)
+        segments_B = jnp.zeros(batch, jnp.int32)
+        return Cache(
+            h_LBH,
+            h_LBH.astype(jnp.float32),
+            segments_B,
+            keys_BSD,
+            jnp.zeros((batch, enc_length), jnp.int32),
+        )
 
     def take_rows(self, cache: Cache, rows_B) -> Cache:
         """The cache of these rows of the batch, in their order."""
@@ -188,7 +215,15 @@ class LSTM(Model):
 
     @nn.compact
     def __call__(
-        self, tokens_BT, segments_BT=None, positions_BT=None, *, cache=None, places_T=None, reach_BT=None, train=False
+        self,
+        tokens_BT,
+        segments_BT=None,
+        positions_BT=None,
+        *,
+        cache=None,
+        places_T=None,
+        reach_BT=None,
+        train=False,
     ):
         """(x [B, T, D], the cache after these tokens)."""
         c = self.config
@@ -196,7 +231,9 @@ class LSTM(Model):
             segments_BT = jnp.ones_like(tokens_BT)
         x_BTD = Embed(c, name="embed")(tokens_BT, positions_BT)
         borders = borders_of(segments_BT, positions_BT, cache)
-        x_BTD, states = Layers(c, c.num_layers, train, self.both, name="layers")(x_BTD, borders, cache=cache)
+        x_BTD, states = Layers(c, c.num_layers, train, self.both, name="layers")(
+            x_BTD, borders, cache=cache
+        )
         return self.outputs(x_BTD), cache and Cache(*states, segments_BT[:, -1], *cache[3:])
 
 
@@ -219,24 +256,37 @@ class LSTMSeq2Seq(Model):
         enc_positions=None, cache=None, places_T=None, reach_BT=None, train=False,
     ):  # fmt: skip
         """(x [B, T, D], the cache after these tokens). enc_*: [B, S]; not needed once the cache has them."""
-        c, embed = self.config, Embed(self.config, name="embed")
-        segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
+        c = self.config
+        embed = Embed(self.config, name="embed")
+        if segments_BT is None:
+            segments_BT = jnp.ones_like(tokens_BT)
+        else:
+            segments_BT = segments_BT
         if enc_tokens is None and self.is_initializing():
             enc_tokens = tokens_BT
         if enc_tokens is not None:
-            segments_BS = jnp.ones_like(enc_tokens) if enc_segments is None else enc_segments
+            if enc_segments is None:
+                segments_BS = jnp.ones_like(enc_tokens)
+            else:
+                segments_BS = enc_segments
             encoder = Layers(c, c.encoder_layers, train, both=True, name="encoder")
-            keys_BSD, _ = encoder(embed(enc_tokens, enc_positions), borders_of(segments_BS, enc_positions))
+            keys_BSD, _ = encoder(
+                embed(enc_tokens, enc_positions), borders_of(segments_BS, enc_positions)
+            )
             keys_BSD = constrain(keys_BSD, "batch", None, None)
         elif cache is not None:
             keys_BSD, segments_BS = cache[3:]
         else:
-            raise ValueError("an encoder-decoder needs enc_tokens, or the cache of an earlier call that had them")
+            raise ValueError(
+                "an encoder-decoder needs enc_tokens, or the cache of an earlier call that had them"
+            )
         same_BTS = (segments_BT[:, :, None] == segments_BS[:, None]) & (segments_BS != 0)[:, None]
 
         share_BTS = same_BTS / jnp.maximum(same_BTS.sum(axis=-1, keepdims=True), 1)
         mean_BTD = jnp.einsum("BTS,BSD->BTD", share_BTS.astype(c.dtype), keys_BSD)
-        start = Linear(c, (c.embed_dim, c.num_layers, c.hidden_dim), ("embed", None, "mlp"), name="start")()
+        start = Linear(
+            c, (c.embed_dim, c.num_layers, c.hidden_dim), ("embed", None, "mlp"), name="start"
+        )()
         (start_BTLH,) = into(mean_BTD, start)
         borders = borders_of(segments_BT, positions_BT, cache)
         decoder = Layers(c, c.num_layers, train, name="decoder")

@@ -35,10 +35,17 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
         c = self.config
-        make = lambda name, init, *shape: self.param(
-            name, nn.with_logical_partitioning(init, ROUTER_AXES[name]), shape, jnp.float32
-        )
-        weights = {"kernel": make("kernel", nn.initializers.normal(c.embed_dim**-0.5), c.embed_dim, c.num_experts)}
+
+        def make(name, init, *shape):
+            return self.param(
+                name, nn.with_logical_partitioning(init, ROUTER_AXES[name]), shape, jnp.float32
+            )
+
+        weights = {
+            "kernel": make(
+                "kernel", nn.initializers.normal(c.embed_dim**-0.5), c.embed_dim, c.num_experts
+            )
+        }
         if c.balance_rate or c.router == "sigmoid":
             weights["bias"] = make("bias", nn.initializers.zeros, c.num_experts)
         return weights
@@ -52,11 +59,22 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
         c = self.config
-        D, F, depth = c.embed_dim, c.expert_dim, 2 * c.num_layers
-        kernels = {"up": ((D, F), 1 / D), "gate": ((D, F), 1 / D), "down": ((F, D), 1 / (F * depth))}
+        D = c.embed_dim
+        F = c.expert_dim
+        depth = 2 * c.num_layers
+        kernels = {
+            "up": ((D, F), 1 / D),
+            "gate": ((D, F), 1 / D),
+            "down": ((F, D), 1 / (F * depth)),
+        }
         return {
             name: parameter(
-                self, name, nn.initializers.normal(math.sqrt(variance)), EXPERT_AXES[name], (c.num_experts, *shape), c
+                self,
+                name,
+                nn.initializers.normal(math.sqrt(variance)),
+                EXPERT_AXES[name],
+                (c.num_experts, *shape),
+                c,
             )
             for name, (shape, variance) in kernels.items()
             if name != "gate" or c.mlp == "swiglu"
@@ -77,9 +95,14 @@ class MoE(nn.Module):
     train: bool  # only then does an expert's capacity count: what is written must not depend on what stands beside it
 
     @nn.compact
-    def __call__(self, x_BTD, segments_BT=None, places_T=None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, x_BTD, segments_BT=None, places_T=None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         c = self.config
-        segments_BT = jnp.ones(x_BTD.shape[:2], jnp.int32) if segments_BT is None else segments_BT
+        if segments_BT is None:
+            segments_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
+        else:
+            segments_BT = segments_BT
         places_T = jnp.arange(x_BTD.shape[1]) if places_T is None else places_T
         slots = capacity(c, x_BTD.shape[1]) if self.train else 0
         y_BTD, sums = mixture(
@@ -103,7 +126,10 @@ def route(config: FrozenConfigDict, x_BTD, segments_BT, router: dict):
     The bias decides who is chosen, not what they weigh (Wang et al. 2024; DeepSeek-V3, eq. 13-16).
     """
     logits_BTE = jnp.einsum(
-        "BTD,DE->BTE", x_BTD.astype(jnp.float32), router["kernel"], precision=jax.lax.Precision.HIGHEST
+        "BTD,DE->BTE",
+        x_BTD.astype(jnp.float32),
+        router["kernel"],
+        precision=jax.lax.Precision.HIGHEST,
     )
     scores_BTE = SCORES[config.router](logits_BTE)
     preference_BTE = jax.lax.stop_gradient(scores_BTE + router.get("bias", 0))
@@ -128,17 +154,28 @@ def route(config: FrozenConfigDict, x_BTD, segments_BT, router: dict):
 def expert_mlp(config: FrozenConfigDict, kernels: dict, rows, sizes_E) -> jax.Array:
     """rows: [M, D] sorted by expert, sizes [E] of them each; or [E, M, D] and None."""
     if sizes_E is None:
-        multiply = lambda rows, kernel: product(multiply_each(rows, kernel, config.quantize))
+
+        def multiply(rows, kernel):
+            return product(multiply_each(rows, kernel, config.quantize))
+
     else:
-        multiply = lambda rows, kernel: product(grouped_matmul(rows, kernel, sizes_E, quantize=config.quantize))
-    h, activation = multiply(rows, kernels["up"]), ACTIVATIONS[config.mlp]
-    h = activation(multiply(rows, kernels["gate"])) * h if "gate" in kernels else activation(h)
+
+        def multiply(rows, kernel):
+            return product(grouped_matmul(rows, kernel, sizes_E, quantize=config.quantize))
+
+    h = multiply(rows, kernels["up"])
+    activation = ACTIVATIONS[config.mlp]
+    if "gate" in kernels:
+        h = activation(multiply(rows, kernels["gate"])) * h
+    else:
+        h = activation(h)
     return multiply(h, kernels["down"])
 
 
 def auxiliary(sums: dict, experts_per_token: int, slots: int) -> dict[str, jax.Array]:
     """What MoE returns besides its output. sums: of the whole rows."""
-    load_BE, tokens_B = sums["load_BE"], jnp.maximum(sums["tokens_B"], 1)
+    load_BE = sums["load_BE"]
+    tokens_B = jnp.maximum(sums["tokens_B"], 1)
     even = load_BE.shape[1] / experts_per_token
     return {
         "balance_B": even * jnp.sum(load_BE * sums["chance_BE"], axis=1) / jnp.square(tokens_B),
@@ -170,6 +207,9 @@ def balance(params: dict, routing: dict, config) -> tuple[dict, dict]:
             bias = update_bias(mlp["router"]["bias"], load, config.model.balance_rate)
             mlp["router"] = mlp["router"] | {"bias": bias}
         layers[block] = layers[block] | {"mlp": mlp}
-    fullest = [jnp.max(load / jnp.maximum(jnp.mean(load, -1, keepdims=True), 1)) for load in routing["load"].values()]
+    fullest = [
+        jnp.max(load / jnp.maximum(jnp.mean(load, -1, keepdims=True), 1))
+        for load in routing["load"].values()
+    ]
     metrics = {"expert_load": jnp.max(jnp.stack(fullest)), "dropped_tokens": routing["dropped"]}
     return params | {"layers": layers}, metrics

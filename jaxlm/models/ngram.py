@@ -27,7 +27,11 @@ from jaxlm.errors import DataError
 
 
 def fit(
-    documents: Iterable[np.ndarray], order: int, vocab_size: int, bos_id: int | None = None, discount: float = 0.0
+    documents: Iterable[np.ndarray],
+    order: int,
+    vocab_size: int,
+    bos_id: int | None = None,
+    discount: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """The parameters of the model of these documents: int [length] each, bos in front where there is a bos_id.
 
@@ -43,26 +47,41 @@ def fit(
     Raises DataError for documents that have other tokens than these or are all shorter than the order.
     """
     if order < 1 or not 0 <= discount < 1:
-        raise ValueError(f"order={order} discount={discount}: order must be 1 or more, discount below 1, 0 to estimate")
+        raise ValueError(
+            f"order={order} discount={discount}: order must be 1 or more, discount below 1, 0 to estimate"
+        )
     documents = list(documents)
     lengths = np.array([len(document) for document in documents], np.int64)
     if lengths.max(initial=0) < order:
-        raise DataError(f"no document has {order} tokens, the order of the n-gram model: choose a lower order")
+        raise DataError(
+            f"no document has {order} tokens, the order of the n-gram model: choose a lower order"
+        )
     tokens = np.concatenate(documents, dtype=np.int32, casting="unsafe")
     if tokens.min() < 0 or tokens.max() >= vocab_size:
-        raise DataError(f"documents with tokens {tokens.min()} ... {tokens.max()}, of a vocabulary of {vocab_size}")
+        raise DataError(
+            f"documents with tokens {tokens.min()} ... {tokens.max()}, of a vocabulary of {vocab_size}"
+        )
     ends = np.cumsum(lengths)
     if bos_id is not None and np.any(tokens[(ends - lengths)[lengths > 0]] != bos_id):
-        raise DataError(f"a document does not begin with bos ({bos_id}): put it in front of every document")
+        raise DataError(
+            f"a document does not begin with bos ({bos_id}): put it in front of every document"
+        )
     left = np.repeat(ends, lengths) - np.arange(len(tokens))
 
-    params, prob = {}, np.array([1 / vocab_size])
-    for k, (token, parent, suffix, count) in enumerate(grams(tokens, left, order, vocab_size, bos_id), 1):
-        removed = (np.array([0, *[discount] * 3]) if discount else discounts(count))[np.minimum(count, 3)]
+    params = {}
+    prob = np.array([1 / vocab_size])
+    for k, (token, parent, suffix, count) in enumerate(
+        grams(tokens, left, order, vocab_size, bos_id), 1
+    ):
+        removed = (np.array([0, *[discount] * 3]) if discount else discounts(count))[
+            np.minimum(count, 3)
+        ]
         total, freed = (np.bincount(parent, x, minlength=len(prob)) for x in (count, removed))
         total, backoff = np.maximum(total, 1), np.where(total > 0, freed / np.maximum(total, 1), 1)
         if k > 1:
-            params[f"start_{k - 1}"] = np.searchsorted(parent, np.arange(len(prob) + 1)).astype(np.int32)
+            params[f"start_{k - 1}"] = np.searchsorted(parent, np.arange(len(prob) + 1)).astype(
+                np.int32
+            )
             params[f"backoff_{k - 1}"] = backoff.astype(np.float32)
             params[f"token_{k}"] = token
         prob = (count - removed) / total[parent] + backoff[parent] * prob[suffix]
@@ -70,14 +89,20 @@ def fit(
     return params
 
 
-def grams(tokens: np.ndarray, left: np.ndarray, order: int, vocab_size: int, bos_id: int | None) -> Iterator[tuple]:
+def grams(
+    tokens: np.ndarray, left: np.ndarray, order: int, vocab_size: int, bos_id: int | None
+) -> Iterator[tuple]:
     """(last token, index without the last token, index without the first, a) of the k-grams, for k = 1 ... order.
 
     tokens: documents in a row; left: how many tokens of its document begin at each. The k-gram at a place is the
     (k-1)-gram there and a token more: one sort of the places for each order, and the result is sorted by tokens.
     """
-    node, token, parent = tokens, np.arange(vocab_size, dtype=np.int32), np.zeros(vocab_size, np.int32)
-    suffix, after_bos, occurs = parent, np.zeros(vocab_size, bool), np.bincount(tokens, minlength=vocab_size)
+    node = tokens
+    token = np.arange(vocab_size, dtype=np.int32)
+    parent = np.zeros(vocab_size, np.int32)
+    suffix = parent
+    after_bos = np.zeros(vocab_size, bool)
+    occurs = np.bincount(tokens, minlength=vocab_size)
     if bos_id is not None:
         occurs[bos_id] -= np.sum(left == 1)  # documents
     for k in range(1, order):
@@ -86,9 +111,17 @@ def grams(tokens: np.ndarray, left: np.ndarray, order: int, vocab_size: int, bos
         keys, inverse, times = np.unique(keys, return_inverse=True, return_counts=True)
         inner = np.empty(len(keys), np.int32)
         inner[inverse] = node[here + 1]
-        yield token, parent, suffix, np.where(after_bos, occurs, np.bincount(inner, minlength=len(occurs)))
-        token, parent, suffix = (keys % vocab_size).astype(np.int32), (keys // vocab_size).astype(np.int32), inner
-        after_bos, occurs = parent == bos_id if k == 1 else after_bos[parent], times
+        yield (
+            token,
+            parent,
+            suffix,
+            np.where(after_bos, occurs, np.bincount(inner, minlength=len(occurs))),
+        )
+        token = (keys % vocab_size).astype(np.int32)
+        parent = (keys // vocab_size).astype(np.int32)
+        suffix = inner
+        after_bos = parent == bos_id if k == 1 else after_bos[parent]
+        occurs = times
         node = np.full(len(tokens), -1, np.int32)
         node[here] = inverse
     yield token, parent, suffix, occurs
@@ -100,7 +133,8 @@ def discounts(count: np.ndarray) -> np.ndarray:
     n_j: how many are j. D(j) = j - (j + 1) Y n_(j+1) / n_j with Y = n_1 / (n_1 + 2 n_2). The n_j of a small or uniform
     text may put a D(j) outside of (0, j): then all three are Y, or 0.75 where Y is not in (0, 1) either.
     """
-    n, j = np.bincount(np.minimum(count, 5), minlength=5), np.arange(1, 4)
+    n = np.bincount(np.minimum(count, 5), minlength=5)
+    j = np.arange(1, 4)
     Y = n[1] / max(n[1] + 2 * n[2], 1)
     D = j - (j + 1) * Y * n[2:5] / np.maximum(n[1:4], 1)
     if not np.all((D > 0) & (D / j < 1)):
@@ -110,7 +144,8 @@ def discounts(count: np.ndarray) -> np.ndarray:
 
 def child(params: dict, k: int, node: jax.Array, token: jax.Array) -> jax.Array:
     """int32: which k-gram is the (k-1)-gram `node` with `token` after it, -1 for none. Broadcasts."""
-    start, tokens = jnp.asarray(params[f"start_{k - 1}"]), jnp.asarray(params[f"token_{k}"])
+    start = jnp.asarray(params[f"start_{k - 1}"])
+    tokens = jnp.asarray(params[f"token_{k}"])
     node, token = jnp.broadcast_arrays(node, token)
     end = start[node + 1]
 
@@ -143,7 +178,8 @@ def log_probs_of(params: dict, x_C: jax.Array, tokens: jax.Array) -> jax.Array:
     tokens = jnp.broadcast_to(tokens, jnp.broadcast_shapes(tokens.shape, x_C.shape[:-1]))
     prob = jnp.asarray(params["prob_1"])[tokens]
     for k in range(1, x_C.shape[-1] + 1):
-        node, backoff = x_C[..., k - 1], jnp.asarray(params[f"backoff_{k}"])
+        node = x_C[..., k - 1]
+        backoff = jnp.asarray(params[f"backoff_{k}"])
         found = child(params, k + 1, node, tokens)
         shorter = jnp.where(node >= 0, backoff[node], 1) * prob
         prob = jnp.where(found >= 0, jnp.asarray(params[f"prob_{k + 1}"])[found], shorter)
@@ -155,7 +191,9 @@ def log_probs(params: dict, x_BTC: jax.Array) -> jax.Array:
     return log_probs_of(params, x_BTC[:, :, None], jnp.arange(params["prob_1"].shape[0]))
 
 
-def target_log_probs(params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+def target_log_probs(
+    params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, targets_BT: jax.Array
+) -> jax.Array:
     """float32 [B, T], in nats: what log_probs has for each target, without the array of all tokens."""
     return log_probs_of(params, find_contexts(params, tokens_BT, positions_BT), targets_BT)
 
@@ -177,36 +215,63 @@ class NGram(nn.Module):
 
     def init_cache(self, batch: int, length: int = 0) -> Cache:
         """An empty cache, the same for any length."""
-        return Cache(jnp.zeros((batch, len(self.config.ngrams) - 1), jnp.int32), jnp.zeros(batch, jnp.int32))
+        return Cache(
+            jnp.zeros((batch, len(self.config.ngrams) - 1), jnp.int32), jnp.zeros(batch, jnp.int32)
+        )
 
     def take_rows(self, cache: Cache, rows_B) -> Cache:
         return Cache(*(jnp.take(x, rows_B, axis=0) for x in cache))
 
     @nn.compact
     def __call__(
-        self, tokens_BT, segments_BT=None, positions_BT=None, *, cache=None, places_T=None, reach_BT=None, train=False
+        self,
+        tokens_BT,
+        segments_BT=None,
+        positions_BT=None,
+        *,
+        cache=None,
+        places_T=None,
+        reach_BT=None,
+        train=False,
     ):
         """(contexts [B, T, C], the cache with these tokens added). Arguments as those of the Transformer."""
         params = self.tables()
         (B, T), C = tokens_BT.shape, len(self.config.ngrams) - 1
-        segments_BT = jnp.ones((B, T), jnp.int32) if segments_BT is None else segments_BT
-        positions_BT = jnp.full((B, T), jnp.iinfo(jnp.int32).max) if positions_BT is None else positions_BT
-        if cache is None and places_T is not None:  # back to their order, and the contexts to that of places
+        if segments_BT is None:
+            segments_BT = jnp.ones((B, T), jnp.int32)
+        else:
+            segments_BT = segments_BT
+        if positions_BT is None:
+            positions_BT = jnp.full((B, T), jnp.iinfo(jnp.int32).max)
+        else:
+            positions_BT = positions_BT
+        if (
+            cache is None and places_T is not None
+        ):  # back to their order, and the contexts to that of places
             order_T = jnp.argsort(places_T)
-            tokens_BT, segments_BT, positions_BT = (x[:, order_T] for x in (tokens_BT, segments_BT, positions_BT))
+            tokens_BT, segments_BT, positions_BT = (
+                x[:, order_T] for x in (tokens_BT, segments_BT, positions_BT)
+            )
         old = self.init_cache(B) if cache is None else cache
         begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
-        begin_BT = jax.lax.cummax(jnp.where(begins_BT, jnp.arange(T), -old.count_B[:, None]), axis=1)
-        positions_BT = jnp.where(segments_BT > 0, jnp.minimum(positions_BT, jnp.arange(T) - begin_BT), -1)
+        begin_BT = jax.lax.cummax(
+            jnp.where(begins_BT, jnp.arange(T), -old.count_B[:, None]), axis=1
+        )
+        positions_BT = jnp.where(
+            segments_BT > 0, jnp.minimum(positions_BT, jnp.arange(T) - begin_BT), -1
+        )
         tokens_BS = jnp.concatenate([old.tokens_BC, tokens_BT], axis=1)
-        positions_BS = jnp.concatenate([old.count_B[:, None] - C + jnp.arange(C), positions_BT], axis=1)
+        positions_BS = jnp.concatenate(
+            [old.count_B[:, None] - C + jnp.arange(C), positions_BT], axis=1
+        )
         x_BTC = find_contexts(params, tokens_BS, positions_BS)[:, C:]
         if cache is None:
             return x_BTC if places_T is None else x_BTC[:, places_T], None
         return x_BTC, Cache(tokens_BS[:, T:], positions_BT[:, -1] + 1)
 
     def tables(self) -> dict:
-        params, sizes = {}, self.config.ngrams
+        params = {}
+        sizes = self.config.ngrams
         for k, size in enumerate(sizes, 1):
             shapes = {"prob": (size, jnp.float32)} | ({"token": (size, jnp.int32)} if k > 1 else {})
             if k < len(sizes):

@@ -11,7 +11,19 @@ from ml_collections import FrozenConfigDict
 
 from jaxlm.config.recipe import pipeline_microbatches
 from jaxlm.kernels.attention import ANYWHERE, FLASH, attention
-from jaxlm.models.layers import MLP, Embed, Head, Linear, back, embedding_dropout, into, norm, parameter, rotary, rotate
+from jaxlm.models.layers import (
+    MLP,
+    Embed,
+    Head,
+    Linear,
+    back,
+    embedding_dropout,
+    into,
+    norm,
+    parameter,
+    rotary,
+    rotate,
+)
 from jaxlm.models.moe import MoE
 from jaxlm.models.ngram_hash import runs
 from jaxlm.parallel.context_parallel import sharded_attention
@@ -49,7 +61,9 @@ class Context(NamedTuple):
     segments_BT: jax.Array | None
     segments_BS: jax.Array | None  # of the keys: those of the queries, or the cache's
     rotary: tuple[jax.Array, jax.Array] | None
-    places_T: jax.Array | None  # in the sequence, where that is not 0, 1, ...; [B, T]: the last that each query sees
+    places_T: (
+        jax.Array | None
+    )  # in the sequence, where that is not 0, 1, ...; [B, T]: the last that each query sees
     places_S: jax.Array | None  # of the keys, in the same order
     index: jax.Array | None  # where the cache is written
     memory_BSD: jax.Array | None = None  # the encoder's output, where it is not in the cache
@@ -60,9 +74,18 @@ def init_cache(config: FrozenConfigDict, batch: int, length: int, enc_length: in
     """An empty cache for `length` positions. config: the resolved `model` section. enc_length: of an encoder's."""
     blocks = len(config.layers) if config.scan else config.num_layers
     lead = (config.num_layers // blocks,) if config.scan else ()
-    zeros = lambda size: jnp.zeros((*lead, batch, size, config.num_kv_heads, config.head_dim), config.dtype)
-    lengths = (length, length, enc_length, enc_length) if enc_length else (length, length)
-    integers = lambda size: jnp.zeros((batch, size), jnp.int32)
+
+    def zeros(size):
+        return jnp.zeros((*lead, batch, size, config.num_kv_heads, config.head_dim), config.dtype)
+
+    if enc_length:
+        lengths = (length, length, enc_length, enc_length)
+    else:
+        lengths = (length, length)
+
+    def integers(size):
+        return jnp.zeros((batch, size), jnp.int32)
+
     return Cache(
         tuple(tuple(map(zeros, lengths)) for _ in range(blocks)), integers(length), jnp.zeros((), jnp.int32),
         integers(enc_length) if enc_length else None, integers(length) if config.embed_ngrams > 1 else None,
@@ -86,9 +109,14 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, context: Context, cache):
         c = self.config
-        D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+        D = c.embed_dim
+        N = c.num_heads
+        K = c.num_kv_heads
+        H = c.head_dim
         query = Linear(c, (D, N, H), ("embed", "heads", "head_dim"), name="query")()
-        keys = [Linear(c, (D, K, H), ("embed", "kv_heads", "head_dim"), name=name)() for name in ("key", "value")]
+        keys = []
+        for name in ("key", "value"):
+            keys.append(Linear(c, (D, K, H), ("embed", "kv_heads", "head_dim"), name=name)())
         if not self.cross:
             q_BTNH, k_BSKH, v_BSKH = into(x_BTD, query, *keys)
         elif context.memory_BSD is not None:
@@ -98,21 +126,44 @@ class Attention(nn.Module):
         if c.qk_norm:
             q_BTNH = norm(c, "query_norm")(q_BTNH)
             key_norm = norm(c, "key_norm")
-            k_BSKH = k_BSKH if self.cross and context.memory_BSD is None else key_norm(k_BSKH)
-        options = {"window": self.window, "softcap": c.attention_softcap, "implementation": c.attention}
-        segments_BS, places_T, places_S = context.segments_BS, context.places_T, context.places_S
+            if self.cross and context.memory_BSD is None:
+                k_BSKH = k_BSKH
+            else:
+                k_BSKH = key_norm(k_BSKH)
+        options = {
+            "window": self.window,
+            "softcap": c.attention_softcap,
+            "implementation": c.attention,
+        }
+        segments_BS = context.segments_BS
+        places_T = context.places_T
+        places_S = context.places_S
         if self.cross:
-            segments_BS, places_T, places_S = context.enc_segments_BS, None, None
+            segments_BS = context.enc_segments_BS
+            places_T = None
+            places_S = None
             cache = None if cache is None else (k_BSKH, v_BSKH)
         else:
             if context.rotary:
-                q_BTNH, k_BSKH = rotate(q_BTNH, context.rotary), rotate(k_BSKH, context.rotary)
+                q_BTNH = rotate(q_BTNH, context.rotary)
+                k_BSKH = rotate(k_BSKH, context.rotary)
             if cache is not None:
-                write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, context.index, axis=1)
+
+                def write(old, new):
+                    return jax.lax.dynamic_update_slice_in_dim(old, new, context.index, axis=1)
+
                 k_BSKH, v_BSKH = cache = write(cache[0], k_BSKH), write(cache[1], v_BSKH)
         options |= {"causal": self.causal and not self.cross}
         if cache is not None:
-            y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, context.segments_BT, segments_BS, places_T=places_T, **options)
+            y_BTNH = attention(
+                q_BTNH,
+                k_BSKH,
+                v_BSKH,
+                context.segments_BT,
+                segments_BS,
+                places_T=places_T,
+                **options,
+            )
         else:
             y_BTNH = sharded_attention(
                 q_BTNH, k_BSKH, v_BSKH, context.segments_BT, segments_BS, places_T, places_S, attend=attention,
@@ -120,7 +171,12 @@ class Attention(nn.Module):
                 context_parallel="all_gather" if self.cross else c.context_parallel, **options,
             )  # fmt: skip
         out = Linear(
-            c, (N, H, D), ("heads", "head_dim", "embed"), inputs=2, scale=(2 * c.num_layers) ** -0.5, name="out"
+            c,
+            (N, H, D),
+            ("heads", "head_dim", "embed"),
+            inputs=2,
+            scale=(2 * c.num_layers) ** -0.5,
+            name="out",
         )
         return back(y_BTNH, out()), cache
 
@@ -136,7 +192,10 @@ class Block(nn.Module):
     def __call__(self, x_BTD, context: Context, cache):
         c = self.config
         drop = nn.Dropout(c.dropout, deterministic=not self.train)
-        window = min(c.window, c.context_length) if self.kind == "S" else c.context_length
+        if self.kind == "S":
+            window = min(c.window, c.context_length)
+        else:
+            window = c.context_length
         caches = [None, None] if cache is None else [cache[:2], cache[2:]]
 
         def residual(x_BTD, name, function):
@@ -144,22 +203,32 @@ class Block(nn.Module):
             before = c.norm_place == "pre"
             y_BTD = function(norm(c, name)(x_BTD) if before else x_BTD)
             x_BTD = constrain(x_BTD + drop(y_BTD), "batch", "residual", None)
-            return x_BTD if before else norm(c, name)(x_BTD)
+            if before:
+                return x_BTD
+            return norm(c, name)(x_BTD)
 
         def attend(y_BTD, i, **options):
-            y_BTD, caches[i] = Attention(c, window, self.causal, **options)(y_BTD, context, caches[i])
+            y_BTD, caches[i] = Attention(c, window, self.causal, **options)(
+                y_BTD, context, caches[i]
+            )
             return y_BTD
 
         def mlp(y_BTD):
             if not c.num_experts:
                 return MLP(c, c.mlp_dim, name="mlp")(y_BTD)
-            y_BTD, routing = MoE(c, self.train, name="mlp")(y_BTD, context.segments_BT, context.places_S)
+            y_BTD, routing = MoE(c, self.train, name="mlp")(
+                y_BTD, context.segments_BT, context.places_S
+            )
             self.sow("aux", "routing", routing, init_fn=dict, reduce_fn=lambda _, new: new)
             return y_BTD
 
         x_BTD = residual(x_BTD, "attention_norm", partial(attend, i=0, name="attention"))
         if self.cross:
-            x_BTD = residual(x_BTD, "cross_attention_norm", partial(attend, i=1, cross=True, name="cross_attention"))
+            x_BTD = residual(
+                x_BTD,
+                "cross_attention_norm",
+                partial(attend, i=1, cross=True, name="cross_attention"),
+            )
         x_BTD = residual(x_BTD, "mlp_norm", mlp)
         return x_BTD, None if cache is None else (*caches[0], *(caches[1] or ()))
 
@@ -176,9 +245,10 @@ class Pattern(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, context: Context, caches):
         remat = self.config.remat
-        block = Block if remat == "none" and current_mesh() is None else nn.remat(
-            Block, policy=REMAT[remat], prevent_cse=not self.config.scan
-        )  # fmt: skip
+        if remat == "none" and current_mesh() is None:
+            block = Block
+        else:
+            block = nn.remat(Block, policy=REMAT[remat], prevent_cse=not self.config.scan)
         new = []
         for i, kind in enumerate(self.kinds):
             cache = None if caches is None else caches[i]
@@ -217,28 +287,49 @@ class Transformer(nn.Module):
         """
         c = self.config
         B, T = tokens_BT.shape
-        segments_BS, tokens_BS, index = segments_BT, tokens_BT, None
+        segments_BS = segments_BT
+        tokens_BS = tokens_BT
+        index = None
         if cache is not None:
-            segments_BT = jnp.ones((B, T), jnp.int32) if segments_BT is None else segments_BT
-            index, places_T = cache.index, cache.index + jnp.arange(T)
+            if segments_BT is None:
+                segments_BT = jnp.ones((B, T), jnp.int32)
+            else:
+                segments_BT = segments_BT
+            index = cache.index
+            places_T = cache.index + jnp.arange(T)
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=1)
             segments_BS = write(cache.segments_BS, segments_BT)
-            tokens_BS = None if cache.tokens_BS is None else write(cache.tokens_BS, tokens_BT)
+            if cache.tokens_BS is None:
+                tokens_BS = None
+            else:
+                tokens_BS = write(cache.tokens_BS, tokens_BT)
         here_T = jnp.arange(T) if places_T is None else places_T
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(here_T, (B, T))
 
         zigzag = cache is None and places_T is not None
-        ngrams = runs(c, tokens_BS, segments_BS, here_T, zigzag) if c.embed_ngrams > 1 else None
+        if c.embed_ngrams > 1:
+            ngrams = runs(c, tokens_BS, segments_BS, here_T, zigzag)
+        else:
+            ngrams = None
         x_BTD = Embed(c, name="embed")(tokens_BT, positions_BT, ngrams)
         x_BTD = embedding_dropout(c, train)(x_BTD)
         mesh = even_mesh(B, T)
         caches = None if cache is None else cache.blocks
-        if mesh is not None and mesh.shape["stage"] > 1 and cache is None and not self.is_initializing():
+        if (
+            mesh is not None
+            and mesh.shape["stage"] > 1
+            and cache is None
+            and not self.is_initializing()
+        ):
             x_BTD = self.staged(x_BTD, (segments_BT, positions_BT, reach_BT), places_T, train, mesh)
         else:
-            context = self_context(c, segments_BT, segments_BS, positions_BT, reach_BT, places_T, index)
-            x_BTD, caches = stack(c, train, causal=self.causal, name="layers")(x_BTD, context, caches)
+            context = self_context(
+                c, segments_BT, segments_BS, positions_BT, reach_BT, places_T, index
+            )
+            x_BTD, caches = stack(c, train, causal=self.causal, name="layers")(
+                x_BTD, context, caches
+            )
         if c.norm_place == "pre":
             x_BTD = norm(c, "final_norm")(x_BTD)
         heads(self, c)
@@ -251,14 +342,20 @@ class Transformer(nn.Module):
 
         rows: (segments, positions, reach), each [B, T] or None.
         """
-        c, stages = self.config, mesh.shape["stage"]
+        c = self.config
+        stages = mesh.shape["stage"]
         key = self.make_rng("dropout") if train and c.dropout else None
         microbatches = pipeline_microbatches(c, x_BTD.shape[0] // batch_shards(mesh), stages)
 
         def apply(layers, x_BTD, rows, number):
             segments_BT, positions_BT, reach_BT = rows
-            context = self_context(c, segments_BT, segments_BT, positions_BT, reach_BT, places_T, None)
-            rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
+            context = self_context(
+                c, segments_BT, segments_BT, positions_BT, reach_BT, places_T, None
+            )
+            if key is None:
+                rngs = None
+            else:
+                rngs = {"dropout": jax.random.fold_in(key, number)}
             length = jax.tree.leaves(layers)[0].shape[0]
             (x_BTD, _), made = stack(c, train, length, causal=self.causal, parent=None).apply(
                 {"params": layers}, x_BTD, context, None, rngs=rngs, mutable=["aux"]
@@ -270,16 +367,25 @@ class Transformer(nn.Module):
             microbatches=microbatches, rounds=c.pipeline_rounds,
         )  # fmt: skip
         if self.is_mutable_collection("aux") and made:
-            self.put_variable("aux", "layers", jax.tree_util.tree_map_with_path(of_all_layers, made["aux"]))
+            self.put_variable(
+                "aux", "layers", jax.tree_util.tree_map_with_path(of_all_layers, made["aux"])
+            )
         return x_BTD
 
 
-def self_context(config, segments_BT, segments_BS, positions_BT, reach_BT, places_T, index) -> Context:
+def self_context(
+    config, segments_BT, segments_BS, positions_BT, reach_BT, places_T, index
+) -> Context:
     """The context of layers whose queries see the tokens of their own row."""
-    rope = rotary(positions_BT, config.head_dim, config.rope_theta) if config.positions == "rope" else None
+    if config.positions == "rope":
+        rope = rotary(positions_BT, config.head_dim, config.rope_theta)
+    else:
+        rope = None
     last = places_T
     if reach_BT is not None:
-        last = jnp.maximum(reach_BT, jnp.arange(reach_BT.shape[1]) if places_T is None else places_T)
+        last = jnp.maximum(
+            reach_BT, jnp.arange(reach_BT.shape[1]) if places_T is None else places_T
+        )
     return Context(segments_BT, segments_BS, rope, last, places_T, index)
 
 
@@ -305,7 +411,13 @@ def of_all_layers(path, leaf):
 
 
 def stack(
-    config: FrozenConfigDict, train: bool, length: int | None = None, *, causal=True, cross=False, **place
+    config: FrozenConfigDict,
+    train: bool,
+    length: int | None = None,
+    *,
+    causal=True,
+    cross=False,
+    **place,
 ) -> nn.Module:
     """All layers (there may be none), or `length` rounds of their pattern; one compiled round where config.scan.
 

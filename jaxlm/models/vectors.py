@@ -25,7 +25,8 @@ class Words(nn.Module):
     @nn.compact
     def __call__(self, tokens_BT):
         c = self.config
-        init, shape = nn.initializers.normal(c.embed_std), (c.vocab_size, c.embed_dim)
+        init = nn.initializers.normal(c.embed_std)
+        shape = (c.vocab_size, c.embed_dim)
         table_VD = parameter(self, "tokens", init, AXES, shape, c)
         if c.bias:
             parameter(self, "bias", nn.initializers.zeros, AXES[:1], shape[:1], c)
@@ -39,12 +40,21 @@ class Vectors(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT, segments_BT=None, positions_BT=None, *, cache=None, places_T=None, reach_BT=None, train=False
+        self,
+        tokens_BT,
+        segments_BT=None,
+        positions_BT=None,
+        *,
+        cache=None,
+        places_T=None,
+        reach_BT=None,
+        train=False,
     ):
         """(x [B, T, D], None)."""
         c = self.config
         x_BTD = Words(c, name="embed")(tokens_BT)
-        init, shape = nn.initializers.normal(c.embed_std), (c.vocab_size, c.embed_dim)
+        init = nn.initializers.normal(c.embed_std)
+        shape = (c.vocab_size, c.embed_dim)
         parameter(self, "unembed", init, AXES, shape, c)
         if c.bias:
             parameter(self, "unembed_bias", nn.initializers.zeros, AXES[:1], shape[:1], c)
@@ -59,7 +69,10 @@ def pair_scores(params, x_BTD, tokens_BT, contexts_BTN) -> jax.Array:
     scores_BTN = jnp.einsum("BTD,BTND->BTN", x_BTD.astype(jnp.float32), y_BTND.astype(jnp.float32))
     if "unembed_bias" not in params:
         return scores_BTN
-    number_of = lambda table_V, ids: lookup(table_V[:, None].astype(jnp.float32), ids, (AXES[0], None))
+
+    def number_of(table_V, ids):
+        return lookup(table_V[:, None].astype(jnp.float32), ids, (AXES[0], None))
+
     own_BT1 = number_of(params["embed"]["bias"], tokens_BT)
     return scores_BTN + own_BT1 + number_of(params["unembed_bias"], flat).reshape(B, T, N)
 
@@ -67,4 +80,6 @@ def pair_scores(params, x_BTD, tokens_BT, contexts_BTN) -> jax.Array:
 def word_vectors(params) -> jax.Array:
     """[V, D]: of each word, its vector; of a model with biases (GloVe) the sum of both, as published."""
     own_VD = params["embed"]["tokens"]
-    return own_VD + params["unembed"] if "unembed_bias" in params else own_VD
+    if "unembed_bias" in params:
+        return own_VD + params["unembed"]
+    return own_VD

@@ -5,7 +5,8 @@ Figures of one device as jax counts them (a chip; of TPU v4 and v5p both cores t
 
 from typing import NamedTuple
 
-GB, GIB = 1e9, 2**30
+GB = 1e9
+GIB = 2**30
 
 
 class Chip(NamedTuple):
@@ -23,9 +24,15 @@ class Chip(NamedTuple):
 CHIPS = {
     # cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); links and DCN: jax-ml.github.io/scaling-book
     "v4": Chip(("TPU v4",), 275e12, 32 * GIB, 1228 * GB, 45 * GB, 6.25 * GB, 1.05e9, 3, 4),
-    "v5p": Chip(("TPU v5p", "TPU v5"), 459e12, 95 * GIB, 2765 * GB, 90 * GB, 6.25 * GB, 1.75e9, 3, 4),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819 * GB, 45 * GB, 3.125 * GB, 1.5e9, 2, 4),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1640 * GB, 90 * GB, 12.5 * GB, 1.75e9, 2, 4),
+    "v5p": Chip(
+        ("TPU v5p", "TPU v5"), 459e12, 95 * GIB, 2765 * GB, 90 * GB, 6.25 * GB, 1.75e9, 3, 4
+    ),
+    "v5e": Chip(
+        ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819 * GB, 45 * GB, 3.125 * GB, 1.5e9, 2, 4
+    ),
+    "v6e": Chip(
+        ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1640 * GB, 90 * GB, 12.5 * GB, 1.75e9, 2, 4
+    ),
     # nvidia.com data sheets; network: one 400 Gb/s adapter for each GPU (A100: 200 Gb/s)
     "a100": Chip(("A100",), 312e12, 80 * GIB, 2039 * GB, 300 * GB, 25 * GB),
     "h100": Chip(("H100",), 989e12, 79 * GIB, 3352 * GB, 450 * GB, 50 * GB),
@@ -33,16 +40,34 @@ CHIPS = {
 }
 # What the compiler is told, {option: (value, reason)}; by train and by plan alike, so a refusal is found before a run.
 TPU_OPTIONS = {
-    "xla_tpu_enable_data_parallel_all_reduce_opt": (True, "sums over DCN run beside the next layers' work"),
+    "xla_tpu_enable_data_parallel_all_reduce_opt": (
+        True,
+        "sums over DCN run beside the next layers' work",
+    ),
     "xla_tpu_data_parallel_opt_different_sized_ops": (True, "also where layers differ in size"),
 }
 GPU_OPTIONS = {
-    "xla_gpu_enable_triton_gemm": (False, "cuBLAS: adds and GELU inside products, and no minutes of choosing kernels"),
-    "xla_gpu_dot_merger_threshold_mb": (0, "of products joined into one, the parts would be copied out again"),
-    "xla_gpu_enable_latency_hiding_scheduler": (True, "collectives start early and end late, beside products"),
-    "xla_gpu_all_gather_combine_threshold_bytes": (512 << 20, "one gather for a layer, not one for each matrix"),
+    "xla_gpu_enable_triton_gemm": (
+        False,
+        "cuBLAS: adds and GELU inside products, and no minutes of choosing kernels",
+    ),
+    "xla_gpu_dot_merger_threshold_mb": (
+        0,
+        "of products joined into one, the parts would be copied out again",
+    ),
+    "xla_gpu_enable_latency_hiding_scheduler": (
+        True,
+        "collectives start early and end late, beside products",
+    ),
+    "xla_gpu_all_gather_combine_threshold_bytes": (
+        512 << 20,
+        "one gather for a layer, not one for each matrix",
+    ),
     "xla_gpu_reduce_scatter_combine_threshold_bytes": (512 << 20, "the same for its gradients"),
-    "xla_gpu_all_reduce_combine_threshold_bytes": (512 << 20, "and for those that are summed over copies"),
+    "xla_gpu_all_reduce_combine_threshold_bytes": (
+        512 << 20,
+        "and for those that are summed over copies",
+    ),
 }
 COMPILER_OPTIONS = {"tpu": TPU_OPTIONS, "gpu": GPU_OPTIONS, "cpu": {}}
 GPU_MEMORY_FRACTION = 0.92  # that XLA takes when it starts; its own default is 0.75
@@ -51,8 +76,14 @@ PCIE = {"H100 PCIe": 756e12}  # slower cards of the same name
 
 def find_chip(device_kind: str) -> str | None:
     """The key of CHIPS for jax's word for a device, or None."""
-    words = [(kind, name) for name, chip in CHIPS.items() for kind in chip.kinds if kind in device_kind]
-    return max(words, key=lambda item: len(item[0]))[1] if words else None
+    words = []
+    for name, chip in CHIPS.items():
+        for kind in chip.kinds:
+            if kind in device_kind:
+                words.append((kind, name))
+    if words:
+        return max(words, key=lambda item: len(item[0]))[1]
+    return None
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -61,4 +92,6 @@ def peak_flops(device_kind: str) -> float | None:
         if kind in device_kind:
             return flops
     chip = find_chip(device_kind)
-    return CHIPS[chip].flops if chip else None
+    if chip:
+        return CHIPS[chip].flops
+    return None

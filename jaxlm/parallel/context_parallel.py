@@ -24,7 +24,9 @@ def zigzag(length: int, parts: int) -> np.ndarray:
     An early one and a late one: under the causal mask all shards have the same work (Llama 3: Dubey et al. 2024).
     """
     if length % (2 * parts):
-        raise ValueError(f"zigzag: {length} positions are not a multiple of 2 x {parts}, two chunks for each part")
+        raise ValueError(
+            f"zigzag: {length} positions are not a multiple of 2 x {parts}, two chunks for each part"
+        )
     chunks = np.arange(length, dtype=np.int32).reshape(2 * parts, -1)
     return np.concatenate([chunks[[i, 2 * parts - 1 - i]].ravel() for i in range(parts)])
 
@@ -45,40 +47,82 @@ def sharded_attention(
     options["causal"] = causal
     mesh = even_mesh(B, T)
     if mesh is None or even_mesh(B, S) is None:
-        return attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, places_T=places_T, places_S=places_S, **options)
+        return attend(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            segments_BT,
+            segments_BS,
+            places_T=places_T,
+            places_S=places_S,
+            **options,
+        )
     rows, inside, between, extra = activation_specs(B, T, mesh)
-    heads, kv_heads = partition_spec(("heads",), (N,), mesh)[0], partition_spec(("kv_heads",), (K,), mesh)[0]
-    length_T, length_S = (inside if set(extra) <= set(names_of(entry)) else between for entry in (heads, kv_heads))
+    heads = partition_spec(("heads",), (N,), mesh)[0]
+    kv_heads = partition_spec(("kv_heads",), (K,), mesh)[0]
+    length_T, length_S = (
+        inside if set(extra) <= set(names_of(entry)) else between for entry in (heads, kv_heads)
+    )
     if length_T is not None and causal:
         places_T = jnp.arange(T) if places_T is None else places_T
         places_S = jnp.arange(S) if places_S is None else places_S
     ring_axis = inside if context_parallel == "ring" else None
     if ring_axis and not causal:
-        places_T, places_S, options["window"] = jnp.full(T, anywhere), jnp.arange(S), anywhere + 1
+        places_T = jnp.full(T, anywhere)
+        places_S = jnp.arange(S)
+        options["window"] = anywhere + 1
     gathered = () if ring_axis else names_of(inside)
 
     def f(q_BTNH, k_BSKH, v_BSKH, at_T, at_S):
         if length_S != inside:
-            k_BSKH, v_BSKH = gather(k_BSKH, 1, extra), gather(v_BSKH, 1, extra)
+            k_BSKH = gather(k_BSKH, 1, extra)
+            v_BSKH = gather(v_BSKH, 1, extra)
         if heads != kv_heads:
             index = own_kv_heads(q_BTNH.shape[2], N // K, jax.lax.axis_index(names_of(heads)))
-            k_BSKH, v_BSKH = k_BSKH[:, :, index], v_BSKH[:, :, index]
+            k_BSKH = k_BSKH[:, :, index]
+            v_BSKH = v_BSKH[:, :, index]
         if ring_axis:
-            return ring(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, flash, ring_axis, options["window"], options["softcap"])
-        k_BSKH, v_BSKH = gather(k_BSKH, 1, gathered), gather(v_BSKH, 1, gathered)
+            return ring(
+                q_BTNH,
+                k_BSKH,
+                v_BSKH,
+                at_T,
+                at_S,
+                flash,
+                ring_axis,
+                options["window"],
+                options["softcap"],
+            )
+        k_BSKH = gather(k_BSKH, 1, gathered)
+        v_BSKH = gather(v_BSKH, 1, gathered)
         places_S, segments_BS = jax.tree.map(lambda x: gather(x, x.ndim - 1, gathered), at_S)
-        return attend(q_BTNH, k_BSKH, v_BSKH, at_T[1], segments_BS, places_T=at_T[0], places_S=places_S, **options)
+        return attend(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            at_T[1],
+            segments_BS,
+            places_T=at_T[0],
+            places_S=places_S,
+            **options,
+        )
 
     # Unchecked: the check cannot follow places, the same in all stages, into the vmap over stages of a pipeline. Axes
     # that no spec names are then summed over in the backward pass: all of size 1 are named, for the rows.
     rows = (*names_of(rows), *(name for name in mesh.axis_names if mesh.shape[name] == 1))
-    q_spec, k_spec = PartitionSpec(rows, length_T, heads), PartitionSpec(rows, length_S, kv_heads)
-    of_rows = (rows,) if places_T is not None and places_T.ndim == 2 else ()
+    q_spec = PartitionSpec(rows, length_T, heads)
+    k_spec = PartitionSpec(rows, length_S, kv_heads)
+    if places_T is not None and places_T.ndim == 2:
+        of_rows = (rows,)
+    else:
+        of_rows = ()
     at_specs = (
         (PartitionSpec(*of_rows, length_T), PartitionSpec(rows, length_T)),
         (PartitionSpec(inside), PartitionSpec(rows, inside)),
     )
-    call = jax.shard_map(f, in_specs=(q_spec, k_spec, k_spec, *at_specs), out_specs=q_spec, check_vma=False)
+    call = jax.shard_map(
+        f, in_specs=(q_spec, k_spec, k_spec, *at_specs), out_specs=q_spec, check_vma=False
+    )
     return call(q_BTNH, k_BSKH, v_BSKH, (places_T, segments_BT), (places_S, segments_BS))
 
 
@@ -106,12 +150,17 @@ def ring_forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, flash, axis, window, softca
     def step(carry, _):
         sums, held = carry
         coming = shift(held, axis)  # before the work, which hides it
-        return (merge(sums, forward(q_BTNH, *held[:2], at_T, held[2], window, softcap)), coming), None
+        return (
+            merge(sums, forward(q_BTNH, *held[:2], at_T, held[2], window, softcap)),
+            coming,
+        ), None
 
     zeros = jnp.zeros_like(q_BTNH, jnp.float32)
     carry = (zeros, zeros[..., 0] - jnp.inf), (k_BSKH, v_BSKH, at_S)  # no key has been seen yet
     ((out, lse_BTN), _), _ = jax.lax.scan(step, carry, length=jax.lax.axis_size(axis))
-    out_BTNH, lse_BTN = (checkpoint_name(x, "attention") for x in (out.astype(q_BTNH.dtype), lse_BTN))
+    out_BTNH, lse_BTN = (
+        checkpoint_name(x, "attention") for x in (out.astype(q_BTNH.dtype), lse_BTN)
+    )
     return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, at_T, at_S, out_BTNH, lse_BTN)
 
 
@@ -123,7 +172,9 @@ def ring_backward(flash, axis, window, softcap, kept, dout_BTNH):
     def step(carry, _):
         dq, dkv, held = carry
         coming, dkv = shift((held, dkv), axis)
-        parts = backward(q_BTNH, *held[:2], at_T, held[2], lse_BTN, delta_BTN, dout_BTNH, window, softcap)
+        parts = backward(
+            q_BTNH, *held[:2], at_T, held[2], lse_BTN, delta_BTN, dout_BTNH, window, softcap
+        )
         return (dq + parts[0], (dkv[0] + parts[1], dkv[1] + parts[2]), coming), None
 
     dq, *dkv = (jnp.zeros_like(x, jnp.float32) for x in (q_BTNH, k_BSKH, v_BSKH))

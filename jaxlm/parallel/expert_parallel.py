@@ -26,7 +26,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlm.parallel.linear import activation_specs, sum_parts
-from jaxlm.parallel.mesh import even_mesh, gather, gather_weight, names_of, partition_spec, scatter_sum
+from jaxlm.parallel.mesh import (
+    even_mesh,
+    gather,
+    gather_weight,
+    names_of,
+    partition_spec,
+    scatter_sum,
+)
 
 
 class Axes(NamedTuple):
@@ -39,7 +46,16 @@ class Axes(NamedTuple):
 
 
 def mixture(
-    x_BTD, segments_BT, places_T, router, kernels, logical, *, route: Callable, mlp: Callable, slots: int
+    x_BTD,
+    segments_BT,
+    places_T,
+    router,
+    kernels,
+    logical,
+    *,
+    route: Callable,
+    mlp: Callable,
+    slots: int,
 ) -> tuple[jax.Array, dict]:
     """(y, sums): residual activations [B, T, D], and `route`'s sums over each whole row, [B, ...].
 
@@ -52,7 +68,10 @@ def mixture(
 
     def compute(x, segments, places, router, run, axes):
         ids, weights, sums = route(x, segments, router)
-        exchange = partial(by_slots, places_T=places, slots=slots) if slots else by_sorting
+        if slots:
+            exchange = partial(by_slots, places_T=places, slots=slots)
+        else:
+            exchange = by_sorting
         y = exchange(x, ids, weights, run, axes)
         return y, jax.lax.psum(sums, axes.positions) if axes.positions else sums
 
@@ -61,7 +80,10 @@ def mixture(
         axes = Axes((), (), (), len(kernels["up"]))
         return compute(x_BTD, segments_BT, places_T, router, partial(mlp, kernels), axes)
     batch, _, between, _ = activation_specs(*x_BTD.shape[:2], mesh)
-    specs = {name: partition_spec(logical[name], value.shape, mesh) for name, value in (router | kernels).items()}
+    specs = {
+        name: partition_spec(logical[name], value.shape, mesh)
+        for name, value in (router | kernels).items()
+    }
     up = dict(zip(logical["up"], map(names_of, specs["up"])))
 
     def on_shard(x, segments, places, router, kernels):
@@ -79,22 +101,32 @@ def mixture(
 
     residual = PartitionSpec(batch, between)
     own = [{name: specs[name] for name in weights} for weights in (router, kernels)]
-    in_specs, out_specs = (residual, residual, PartitionSpec(), *own), (residual, PartitionSpec(batch))
+    in_specs = (residual, residual, PartitionSpec(), *own)
+    out_specs = (residual, PartitionSpec(batch))
     call = jax.shard_map(on_shard, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return call(x_BTD, segments_BT, places_T, router, kernels)
 
 
 def by_sorting(x_BTD, ids_BTX, weights_BTX, run: Callable, axes: Axes) -> jax.Array:
     """The weighted sum of each token's experts, none left out. run(rows [M, D], sizes) -> [M, D]."""
-    shared = tuple(name for name in axes.positions if name in axes.mlp)  # devices with parts of F need the same tokens
-    meet = lambda a: gather(gather(a, 0, axes.experts), 1, shared)
-    x_BTD, ids_BTX, weights_BTX = meet(x_BTD), meet(ids_BTX), meet(weights_BTX)
-    X, E = ids_BTX.shape[-1], axes.count
+    shared = tuple(
+        name for name in axes.positions if name in axes.mlp
+    )  # devices with parts of F need the same tokens
+
+    def meet(a):
+        return gather(gather(a, 0, axes.experts), 1, shared)
+
+    x_BTD = meet(x_BTD)
+    ids_BTX = meet(ids_BTX)
+    weights_BTX = meet(weights_BTX)
+    X = ids_BTX.shape[-1]
+    E = axes.count
     ids = ids_BTX.reshape(-1) - (jax.lax.axis_index(axes.experts) * E if axes.experts else 0)
     ids = jnp.where((ids >= 0) & (ids < E), ids, E)  # those of other devices last
     order = jnp.argsort(ids)
     sizes_E = jnp.sum(ids[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
-    used, rows = jnp.sum(sizes_E), len(ids) // X * min(X, E)
+    used = jnp.sum(sizes_E)
+    rows = len(ids) // X * min(X, E)
     source_M = jnp.where(jnp.arange(rows) < used, order[:rows], nowhere(rows, len(ids)))
     target = jnp.where(ids < E, jnp.argsort(order), nowhere(len(ids), rows))
     y_MD = run(permute(repeat(x_BTD, X), source_M), sizes_E)
@@ -102,10 +134,17 @@ def by_sorting(x_BTD, ids_BTX, weights_BTX, run: Callable, axes: Axes) -> jax.Ar
     return scatter_sum(sum_parts(y_BTD, axes.mlp, shared), 0, axes.experts)
 
 
-def by_slots(x_BTD, ids_BTX, weights_BTX, run: Callable, axes: Axes, *, places_T, slots: int) -> jax.Array:
+def by_slots(
+    x_BTD, ids_BTX, weights_BTX, run: Callable, axes: Axes, *, places_T, slots: int
+) -> jax.Array:
     """The same of the first `slots` tokens of a row that chose an expert. run(rows [E, M, D], None) -> [E, M, D]."""
-    meet = lambda a: gather(a, 1, axes.positions)
-    x_BTD, ids_BTX, weights_BTX = meet(x_BTD), meet(ids_BTX), meet(weights_BTX)
+
+    def meet(a):
+        return gather(a, 1, axes.positions)
+
+    x_BTD = meet(x_BTD)
+    ids_BTX = meet(ids_BTX)
+    weights_BTX = meet(weights_BTX)
     (B, _, X), count = ids_BTX.shape, ids_BTX.size
     E = axes.count * math.prod(map(jax.lax.axis_size, axes.experts))
     split = tuple(name for name in axes.positions if name not in axes.mlp)
@@ -117,7 +156,12 @@ def by_slots(x_BTD, ids_BTX, weights_BTX, run: Callable, axes: Axes, *, places_T
     target = jnp.where(here_BTX.reshape(-1), target_BTX.reshape(-1), nowhere(count, E * B * C))
     source_M = nowhere(E * B * C, count).at[target].set(jnp.arange(count), mode="drop")
     rows_EBCD = permute(repeat(x_BTD, X), source_M).reshape(E, B, C, -1)
-    send = lambda a, cut, join: jax.lax.all_to_all(a, axes.experts, cut, join, tiled=True) if axes.experts else a
+
+    def send(a, cut, join):
+        if axes.experts:
+            return jax.lax.all_to_all(a, axes.experts, cut, join, tiled=True)
+        return a
+
     rows_EBCD = send(rows_EBCD, 0, 1)
     y_EMD = run(rows_EBCD.reshape(axes.count, -1, rows_EBCD.shape[-1]), None)
     y_EBCD = send(y_EMD.reshape(rows_EBCD.shape), 1, 0)

@@ -37,11 +37,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "On Cloud TPU, SLURM and Open MPI 4 they find each other. Elsewhere start the same command in each, with these "
         "three flags; which GPUs each of them has is up to CUDA_VISIBLE_DEVICES.",
     )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="host of process 0, and a port that is free there")
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="host of process 0, and a port that is free there",
+    )
     group.add_argument("--num_processes", metavar="N", help="how many there are")
     group.add_argument("--process_id", metavar="I", help="which one this is, from 0")
     group.add_argument(
-        "--connect_timeout", metavar="SECONDS", default="300", help="how long to wait for the others (default: 300)"
+        "--connect_timeout",
+        metavar="SECONDS",
+        default="300",
+        help="how long to wait for the others (default: 300)",
     )
     # jax's own 100 s bear longer pauses, but all that time every other device does nothing. Heartbeats come from a
     # thread of the runtime: compiling, saving or waiting for data does not delay them.
@@ -65,7 +72,10 @@ def connect(args: argparse.Namespace) -> None:
     if flags.get("process_id") == 0:
         require_free_port(flags["coordinator_address"])
     # A process that fails alone waits at its end for the others, which wait for it in a collective: not longer either.
-    timeouts = {"heartbeat_timeout_seconds": heartbeat_timeout, "shutdown_timeout_seconds": heartbeat_timeout}
+    timeouts = {
+        "heartbeat_timeout_seconds": heartbeat_timeout,
+        "shutdown_timeout_seconds": heartbeat_timeout,
+    }
     meet(connect_timeout, cluster_detection_method=method, **timeouts, **flags)
     if method in ("slurm", "ompi") and alone_on_node(os.environ):
         # jax has given this process the one GPU that has its number on the node.
@@ -82,21 +92,34 @@ def parse_flags(args: argparse.Namespace) -> tuple[dict, int, int]:
     """
     names = ("coordinator", "num_processes", "process_id")
     missing = [f"--{name}" for name in names if getattr(args, name) is None]
-    problems, numbers = [], {}
+    problems = []
+    numbers = {}
     if 0 < len(missing) < len(names):
-        problems.append(f"{' and '.join(missing)}: missing; give each process all of --{', --'.join(names)}, or none")
-    for name, least in (("num_processes", 1), ("process_id", 0), ("connect_timeout", 1), ("heartbeat_timeout", 1)):
+        problems.append(
+            f"{' and '.join(missing)}: missing; give each process all of --{', --'.join(names)}, or none"
+        )
+    for name, least in (
+        ("num_processes", 1),
+        ("process_id", 0),
+        ("connect_timeout", 1),
+        ("heartbeat_timeout", 1),
+    ):
         text = getattr(args, name)
         if text is not None and (not text.isdecimal() or int(text) < least):
             problems.append(f"--{name}={text}: must be a whole number from {least} on")
         elif text is not None:
             numbers[name] = int(text)
-    count, process = numbers.get("num_processes"), numbers.get("process_id")
+    count = numbers.get("num_processes")
+    process = numbers.get("process_id")
     if count is not None and process is not None and process >= count:
-        problems.append(f"--process_id={process}: must be from 0 to {count - 1}, --num_processes being {count}")
+        problems.append(
+            f"--process_id={process}: must be from 0 to {count - 1}, --num_processes being {count}"
+        )
     match = ADDRESS.fullmatch(args.coordinator or "")
     if args.coordinator is not None and not (match and 0 < int(match[2]) < 2**16):
-        problems.append(f"--coordinator={args.coordinator}: must be HOST:PORT of process 0, such as node0:8476")
+        problems.append(
+            f"--coordinator={args.coordinator}: must be HOST:PORT of process 0, such as node0:8476"
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     flags = {"coordinator_address": args.coordinator, "num_processes": count, "process_id": process}
@@ -109,7 +132,10 @@ def cluster(environ: Mapping[str, str]) -> str | None:
     Looks in jax's order, and at nothing but the environment: 'gcetpu' is every TPU machine of Google Compute Engine,
     whose metadata server jax asks for the others. Raises ConfigError for a launcher that names no coordinator.
     """
-    number = lambda name, default: int(environ.get(name, default))
+
+    def number(name, default):
+        return int(environ.get(name, default))
+
     if number("OMPI_COMM_WORLD_SIZE", 1) > 1:
         if "OMPI_MCA_orte_hnp_uri" in environ:
             return "ompi"
@@ -117,23 +143,35 @@ def cluster(environ: Mapping[str, str]) -> str | None:
             "this launcher (Open MPI 5 or later) names no host that all processes can meet at; start each of them with "
             "--coordinator=HOST:PORT --num_processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK"
         )
-    if all(name in environ for name in SLURM_TASK):  # not in a batch script itself, only in what srun starts
-        tasks = min(number("SLURM_NTASKS", 1), number("SLURM_STEP_NUM_TASKS", environ["SLURM_NTASKS"]))
-        return "slurm" if tasks > 1 else None
+    if all(
+        name in environ for name in SLURM_TASK
+    ):  # not in a batch script itself, only in what srun starts
+        tasks = min(
+            number("SLURM_NTASKS", 1), number("SLURM_STEP_NUM_TASKS", environ["SLURM_NTASKS"])
+        )
+        if tasks > 1:
+            return "slurm"
+        return None
     # jax sets the first where it finds TPU chips and their library.
     if "TPU_ML_PLATFORM" not in environ or "tpu" not in environ.get("JAX_PLATFORMS", "tpu"):
         return None
     hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
     if hosts is not None:  # Google Kubernetes Engine
-        return "gketpu" if len(hosts.split(",")) * number("MEGASCALE_NUM_SLICES", 1) > 1 else None
-    return None if "TPU_SKIP_MDS_QUERY" in environ else "gcetpu"
+        if len(hosts.split(",")) * number("MEGASCALE_NUM_SLICES", 1) > 1:
+            return "gketpu"
+        return None
+    if "TPU_SKIP_MDS_QUERY" in environ:
+        return None
+    return "gcetpu"
 
 
 def alone_on_node(environ: Mapping[str, str]) -> bool:
     """True where SLURM or Open MPI started one process on each node, so that it should have all of the node's GPUs."""
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in environ:
         return environ["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
-    return environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS")) == environ.get("SLURM_STEP_NUM_NODES")
+    return environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS")) == environ.get(
+        "SLURM_STEP_NUM_NODES"
+    )
 
 
 def require_free_port(address: str) -> None:
@@ -142,7 +180,9 @@ def require_free_port(address: str) -> None:
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
-        raise ConfigError(f"--coordinator={address}: port {port} cannot be used ({error.strerror})") from None
+        raise ConfigError(
+            f"--coordinator={address}: port {port} cannot be used ({error.strerror})"
+        ) from None
 
 
 def meet(timeout: int, **options) -> None:
@@ -162,14 +202,19 @@ def meet(timeout: int, **options) -> None:
     thread.start()
     thread.join(timeout)
     if thread.is_alive():
-        where = f" at {options['coordinator_address']}" if "coordinator_address" in options else ""
+        if "coordinator_address" in options:
+            where = f" at {options['coordinator_address']}"
+        else:
+            where = ""
         raise ConfigError(
             f"the processes of this run have not met{where} in {timeout} s. Start all of them, process 0 on the host "
             "that --coordinator names, with one --num_processes and each its own --process_id; firewalls must let the "
             "port through; --connect_timeout waits longer"
         )
     if failures:
-        raise ConfigError(f"cannot join the other processes of this run: {failures[0]}") from failures[0]
+        raise ConfigError(
+            f"cannot join the other processes of this run: {failures[0]}"
+        ) from failures[0]
 
 
 # ---------------------------------------------------------------- agreeing
@@ -179,10 +224,14 @@ def require_same(text: str, problem: str) -> None:
     """Raises ConfigError that begins with `problem`, on every process, where `text` is not the same on all of them."""
     if jax.process_count() == 1:
         return
-    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8))
+    digests = multihost_utils.process_allgather(
+        np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    )
     others = [str(i) for i, digest in enumerate(digests) if (digest != digests[0]).any()]
     if others:
-        raise ConfigError(f"{problem} (process 0 is not as {', '.join(others)}); give all processes the same")
+        raise ConfigError(
+            f"{problem} (process 0 is not as {', '.join(others)}); give all processes the same"
+        )
 
 
 def require_shared(directory: PurePath) -> None:
@@ -193,7 +242,10 @@ def require_shared(directory: PurePath) -> None:
     if jax.process_index() == 0:
         note.write_text(uuid.uuid4().hex)
     multihost_utils.sync_global_devices("written")
-    require_same(read_if_there(note), f"{directory}: not one directory, on a file system that all hosts share")
+    require_same(
+        read_if_there(note),
+        f"{directory}: not one directory, on a file system that all hosts share",
+    )
     if jax.process_index() == 0:
         note.unlink()
 
@@ -225,7 +277,8 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh, num_rows: int) -> dict[s
     here = local_rows(mesh, num_rows)
 
     def one(x):
-        shape, rows = (num_rows, *x.shape[1:]), here if len(x) == len(here) else np.arange(num_rows)
+        shape = (num_rows, *x.shape[1:])
+        rows = here if len(x) == len(here) else np.arange(num_rows)
         spec = partition_spec(("batch",) + (None,) * (x.ndim - 1), shape, mesh)
 
         def shard(index):

@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxlm.parallel.mesh import even_mesh, gather, gather_weight, names_of, partition_spec, scatter_sum, split_axes
+from jaxlm.parallel.mesh import (
+    even_mesh,
+    gather,
+    gather_weight,
+    names_of,
+    partition_spec,
+    scatter_sum,
+    split_axes,
+)
 
 
 def activation_specs(batch: int, length: int, mesh):
@@ -36,15 +44,20 @@ def product(x_BTK: jax.Array, kernel_KN: jax.Array) -> jax.Array:
 
 def product_backward(kept, dy_BTN):
     x_BTK, kernel_KN = kept
-    x, dy = x_BTK.reshape(-1, x_BTK.shape[-1]), dy_BTN.reshape(-1, dy_BTN.shape[-1])
+    x = x_BTK.reshape(-1, x_BTK.shape[-1])
+    dy = dy_BTN.reshape(-1, dy_BTN.shape[-1])
     dx = jax.lax.dot_general(dy, kernel_KN, (((1,), (1,)), ((), ())))
     return dx.reshape(x_BTK.shape), jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
 
 
-product.defvjp(lambda x_BTK, kernel_KN: (product(x_BTK, kernel_KN), (x_BTK, kernel_KN)), product_backward)
+product.defvjp(
+    lambda x_BTK, kernel_KN: (product(x_BTK, kernel_KN), (x_BTK, kernel_KN)), product_backward
+)
 
 
-def columns(x_BTD: jax.Array, kernels: list[jax.Array], axes: list[tuple], tensordot=jnp.tensordot) -> list[jax.Array]:
+def columns(
+    x_BTD: jax.Array, kernels: list[jax.Array], axes: list[tuple], tensordot=jnp.tensordot
+) -> list[jax.Array]:
     """x kernel for each kernel [D, ...]: residual activations -> [B, T, ...], the last sharded as the kernel's."""
     mesh = even_mesh(*x_BTD.shape[:2])
     if mesh is None:
@@ -52,22 +65,34 @@ def columns(x_BTD: jax.Array, kernels: list[jax.Array], axes: list[tuple], tenso
             return [tensordot(x_BTD, kernel, 1) for kernel in kernels]
         outputs = [product(x_BTD, kernel.reshape(kernel.shape[0], -1)) for kernel in kernels]
         return [y.reshape(*y.shape[:2], *kernel.shape[1:]) for y, kernel in zip(outputs, kernels)]
-    specs = [partition_spec(names, kernel.shape, mesh) for names, kernel in zip(axes, kernels, strict=True)]
+    specs = [
+        partition_spec(names, kernel.shape, mesh)
+        for names, kernel in zip(axes, kernels, strict=True)
+    ]
     rows, inside, between, extra = activation_specs(*x_BTD.shape[:2], mesh)
     # A kernel that the tensor axis does not divide meets only this device's positions.
-    parts = [set(extra) <= {name for entry in spec[1:] for name in names_of(entry)} for spec in specs]
+    parts = [
+        set(extra) <= {name for entry in spec[1:] for name in names_of(entry)} for spec in specs
+    ]
 
     def f(x, *kernels):
         whole = gather(x, 1, extra) if any(parts) else x
         return [multiply(whole if part else x, *pair) for part, *pair in zip(parts, kernels, specs)]
 
-    def multiply(x, kernel, spec):  # of two dimensions: the TPU compiler would copy a gathered [D, N, H], transposed
+    def multiply(
+        x, kernel, spec
+    ):  # of two dimensions: the TPU compiler would copy a gathered [D, N, H], transposed
         flat = gather_weight(kernel.reshape(kernel.shape[0], -1), spec[:1], x)
         return tensordot(x, flat, 1).reshape(*x.shape[:2], *kernel.shape[1:])
 
-    out = [PartitionSpec(rows, inside if part else between, *spec[1:]) for part, spec in zip(parts, specs)]
+    out = [
+        PartitionSpec(rows, inside if part else between, *spec[1:])
+        for part, spec in zip(parts, specs)
+    ]
     in_specs = PartitionSpec(rows, between), *specs
-    return jax.shard_map(f, in_specs=in_specs, out_specs=out, check_vma=can_check(mesh, tensordot))(x_BTD, *kernels)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out, check_vma=can_check(mesh, tensordot))(
+        x_BTD, *kernels
+    )
 
 
 def rows(h: jax.Array, kernel: jax.Array, axes: tuple, tensordot=jnp.tensordot) -> jax.Array:
@@ -87,8 +112,11 @@ def rows(h: jax.Array, kernel: jax.Array, axes: tuple, tensordot=jnp.tensordot) 
         return sum_parts(y, summed, extra)
 
     length = inside if set(extra) <= set(summed) else between
-    in_specs, out = (PartitionSpec(batch, length, *spec[:-1]), spec), PartitionSpec(batch, between)
-    return jax.shard_map(f, in_specs=in_specs, out_specs=out, check_vma=can_check(mesh, tensordot))(h, kernel)
+    in_specs = (PartitionSpec(batch, length, *spec[:-1]), spec)
+    out = PartitionSpec(batch, between)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out, check_vma=can_check(mesh, tensordot))(
+        h, kernel
+    )
 
 
 def can_check(mesh, tensordot) -> bool:
@@ -103,7 +131,9 @@ def sum_parts(y, summed: tuple[str, ...], positions: tuple[str, ...]):
     """Within shard_map: y [B, T, ...] summed over `summed`; of them, the axes of `positions` keep their own alone."""
     y = scatter_sum(y, 1, tuple(name for name in summed if name in positions))
     rest = tuple(name for name in summed if name not in positions)
-    return jax.lax.psum(y, rest) if rest else y
+    if rest:
+        return jax.lax.psum(y, rest)
+    return y
 
 
 @jax.custom_vjp
@@ -114,7 +144,9 @@ def take(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
 
 def take_backward(kept, dy):
     table_VD, ids = kept
-    return jnp.zeros_like(table_VD, jnp.float32).at[ids].add(dy.astype(jnp.float32)).astype(table_VD.dtype), None
+    return jnp.zeros_like(table_VD, jnp.float32).at[ids].add(dy.astype(jnp.float32)).astype(
+        table_VD.dtype
+    ), None
 
 
 take.defvjp(lambda table_VD, ids: (take(table_VD, ids), (table_VD, ids)), take_backward)
@@ -131,9 +163,12 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array, axes: tuple) -> jax.Array:
         return take(table_VD, ids_BT)
     spec = partition_spec(axes, table_VD.shape, mesh)
     batch, inside, between, extra = activation_specs(*ids_BT.shape, mesh)
-    summed, parts = split_axes(axes[0], table_VD.shape[0], mesh), names_of(spec[1])
+    summed = split_axes(axes[0], table_VD.shape[0], mesh)
+    parts = names_of(spec[1])
     length = inside if set(extra) <= set(summed) else between
-    in_rows, in_length = (tuple(name for name in names_of(entry) if name in parts) for entry in (batch, inside))
+    in_rows, in_length = (
+        tuple(name for name in names_of(entry) if name in parts) for entry in (batch, inside)
+    )
 
     def f(table, ids):
         send = parts and in_rows + in_length == parts and ids.size < table.shape[0]
@@ -148,10 +183,13 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array, axes: tuple) -> jax.Array:
             y = exchange(exchange(y, 1, in_length), 0, in_rows)
         return sum_parts(y, summed, extra)
 
-    in_specs, out_spec = (spec, PartitionSpec(batch, length)), PartitionSpec(batch, between)
+    in_specs = (spec, PartitionSpec(batch, length))
+    out_spec = PartitionSpec(batch, between)
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_spec)(table_VD, ids_BT)
 
 
 def exchange(y, axis: int, names: tuple[str, ...]):
     """Within shard_map: from a part of D for all along `axis` to all of D for this device's part of it."""
-    return jax.lax.all_to_all(y, names, axis, y.ndim - 1, tiled=True) if names else y
+    if names:
+        return jax.lax.all_to_all(y, names, axis, y.ndim - 1, tiled=True)
+    return y

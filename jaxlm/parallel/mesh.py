@@ -33,15 +33,22 @@ PARAMETERS = {  # logical axis -> mesh axes, the outer first; one that is not he
 ACTIVATIONS = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
-    "residual": ("sequence", "tensor"),  # positions between the layers' matrix products (Korthikanti et al. 2022)
+    "residual": (
+        "sequence",
+        "tensor",
+    ),  # positions between the layers' matrix products (Korthikanti et al. 2022)
     "stage": ("stage",),
 }
 RULES = PARAMETERS | ACTIVATIONS
 # Sharded by a mesh axis that no other dimension has taken (fewer key heads than devices, an odd vocabulary).
 SPARE = {"embed": ("tensor",), "expert_embed": ("tensor",)}
 # ZeRO-1 (Rajbhandari et al. 2020): the optimizer's state is split over the copies of the parameters.
-ZERO1_RULES = RULES | {axis: ("data", *RULES.get(axis, ())) for axis in ("embed", "expert_embed", "norm")}
-OPTIMIZER_RULES = {strategy: ZERO1_RULES if strategy == "zero1" else RULES for strategy in STRATEGIES}
+ZERO1_RULES = RULES | {
+    axis: ("data", *RULES.get(axis, ())) for axis in ("embed", "expert_embed", "norm")
+}
+OPTIMIZER_RULES = {
+    strategy: ZERO1_RULES if strategy == "zero1" else RULES for strategy in STRATEGIES
+}
 MAX_REPLICATED = 0.02  # part of the parameters
 
 
@@ -69,7 +76,9 @@ def make_mesh(config: ConfigDict, devices=None) -> Mesh:
             f"config.mesh.{across}={shape[across]}: must be a multiple of the {slices} slices that it spans "
             "(config.mesh.across names the axis)"
         )
-    devices.sort(key=lambda device: getattr(device, "slice_index", 0))  # stable: the order within a slice is kept
+    devices.sort(
+        key=lambda device: getattr(device, "slice_index", 0)
+    )  # stable: the order within a slice is kept
     inner = shape | {across: shape[across] // slices}
     size = len(devices) // slices
     groups = [devices[i * size : (i + 1) * size] for i in range(slices)]
@@ -83,12 +92,15 @@ def make_mesh(config: ConfigDict, devices=None) -> Mesh:
 def abstract_mesh(config: ConfigDict, num_devices: int) -> AbstractMesh:
     """A mesh without devices, for arithmetic."""
     shape = mesh_shape(config, num_devices)
-    return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    return AbstractMesh(
+        tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)
+    )
 
 
 def split_axes(axis: str | None, size: int, mesh, rules=RULES) -> tuple[str, ...]:
     """The mesh axes that shard a dimension of this size: those of its rule that have devices and divide it."""
-    names, parts = [], 1
+    names = []
+    parts = 1
     for name in rules.get(axis, ()):
         if mesh.shape[name] > 1 and size % (parts * mesh.shape[name]) == 0:
             names.append(name)
@@ -96,7 +108,9 @@ def split_axes(axis: str | None, size: int, mesh, rules=RULES) -> tuple[str, ...
     return tuple(names)
 
 
-def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh, rules=RULES) -> PartitionSpec:
+def partition_spec(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh, rules=RULES
+) -> PartitionSpec:
     """PartitionSpec of an array whose dimensions have these logical axes.
 
     A mesh axis that does not divide a dimension leaves it unsharded. Raises ValueError where one mesh axis would
@@ -111,7 +125,9 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh, r
             parts = math.prod(mesh.shape[other] for other in entries[i]) * mesh.shape[name]
             if name not in used and mesh.shape[name] > 1 and shape[i] % parts == 0:
                 entries[i] += (name,)
-    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in entries))
+    return PartitionSpec(
+        *(names if len(names) > 1 else names[0] if names else None for names in entries)
+    )
 
 
 def batch_shards(mesh) -> int:
@@ -122,19 +138,25 @@ def batch_shards(mesh) -> int:
 def current_mesh():
     """The mesh in force, or None where there is none or it is one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
+    if mesh.empty or mesh.size == 1:
+        return None
+    return mesh
 
 
 def platform() -> str:
     """cpu, gpu or tpu: what the mesh in force is made of (it may be of chips that are not here), else the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else {"cuda": "gpu"}.get(device.platform, device.platform)
+    if device is None:
+        return jax.default_backend()
+    return {"cuda": "gpu"}.get(device.platform, device.platform)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation's sharding; one logical axis, or None, for each dimension. No mesh in force: x as it is."""
     mesh = current_mesh()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
 
 
 # ---------------------------------------------------------------- code that sees one device's shards
@@ -146,29 +168,48 @@ def even_mesh(batch: int, length: int):
     if mesh is None:
         return None
     sizes = {"batch": batch, "residual": length}
-    sharded = [name for axis, size in sizes.items() for name in split_axes(axis, size, mesh)]
-    wanted = [name for axis in sizes for name in RULES[axis] if mesh.shape[name] > 1]
-    return mesh if sharded == wanted else None
+    sharded = []
+    for axis, size in sizes.items():
+        for name in split_axes(axis, size, mesh):
+            sharded.append(name)
+    wanted = []
+    for axis in sizes:
+        for name in RULES[axis]:
+            if mesh.shape[name] > 1:
+                wanted.append(name)
+    if sharded == wanted:
+        return mesh
+    return None
 
 
 def names_of(entry) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+    if entry is None:
+        return ()
+    if isinstance(entry, str):
+        return (entry,)
+    return tuple(entry)
 
 
 def gather(x: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
     """Within shard_map: all the shards along these mesh axes. The transpose is `scatter_sum`."""
     if names and wrong_scatters() and jnp.issubdtype(x.dtype, jnp.floating):
         return gather_by_sums(x, axis, names)
-    return jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
+    if names:
+        return jax.lax.all_gather(x, names, axis=axis, tiled=True)
+    return x
 
 
 def scatter_sum(x: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
     """Within shard_map: this device's part, along `axis`, of the sum over these mesh axes."""
     if names and wrong_scatters():
         size = x.shape[axis] // jax.lax.axis_size(names)
-        return jax.lax.dynamic_slice_in_dim(jax.lax.psum(x, names), jax.lax.axis_index(names) * size, size, axis)
-    return jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True) if names else x
+        return jax.lax.dynamic_slice_in_dim(
+            jax.lax.psum(x, names), jax.lax.axis_index(names) * size, size, axis
+        )
+    if names:
+        return jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True)
+    return x
 
 
 def wrong_scatters() -> bool:
@@ -197,9 +238,15 @@ def gather_weight(kernel: jax.Array, entries, like: jax.Array, start: int = 0) -
     like: the activation that it will meet. Copies along axes that only shard the activation are made first, so that
     the gradient is reduce-scattered before its shard alone is summed over them.
     """
-    varies = lambda x: jax.typeof(x).manual_axis_type.varying
+
+    def varies(x):
+        return jax.typeof(x).manual_axis_type.varying
+
     copies = tuple(sorted(varies(like) - varies(kernel)))
-    kernel = jax.lax.pcast(kernel, copies, to="varying") if copies else kernel
+    if copies:
+        kernel = jax.lax.pcast(kernel, copies, to="varying")
+    else:
+        kernel = kernel
     for i, entry in enumerate(entries):
         kernel = gather(kernel, start + i, names_of(entry))
     return kernel
@@ -224,23 +271,39 @@ def shardings(abstract, axes, mesh, rules=RULES):
 
 @functools.cache  # once, although a parameter's moments are told of too
 def say_unsharded(axis: str, size: int, name: str, parts: int) -> None:
-    logging.getLogger("jaxlm").warning("axis %s of %d is not divided by %s=%d: whole there", axis, size, name, parts)
+    logging.getLogger("jaxlm").warning(
+        "axis %s of %d is not divided by %s=%d: whole there", axis, size, name, parts
+    )
 
 
 def replicated_share(params, places) -> tuple[float, list[str]]:
     """(part of the parameters that every device holds whole, their names, the largest first)."""
     whole = []
-    for (path, leaf), place in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(places), strict=True):
+    for (path, leaf), place in zip(
+        jax.tree.leaves_with_path(params), jax.tree.leaves(places), strict=True
+    ):
         if place.is_fully_replicated:
-            whole.append((math.prod(leaf.shape), jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape))
+            whole.append(
+                (
+                    math.prod(leaf.shape),
+                    jax.tree_util.keystr(path, simple=True, separator="/"),
+                    leaf.shape,
+                )
+            )
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     whole.sort(key=lambda item: -item[0])
-    return sum(size for size, _, _ in whole) / total, [f"{name} {shape}" for _, name, shape in whole]
+    return sum(size for size, _, _ in whole) / total, [
+        f"{name} {shape}" for _, name, shape in whole
+    ]
 
 
 def require_sharded(params, places, mesh) -> None:
     """Raises ConfigError naming the worst five where a mesh that should shard the parameters leaves many whole."""
-    sharding = {name for names in PARAMETERS.values() for name in names if mesh.shape[name] > 1}
+    sharding = set()
+    for names in PARAMETERS.values():
+        for name in names:
+            if mesh.shape[name] > 1:
+                sharding.add(name)
     share, whole = replicated_share(params, places)
     if sharding and share > MAX_REPLICATED:
         given = " x ".join(f"{name}={mesh.shape[name]}" for name in MESH_AXES if name in sharding)

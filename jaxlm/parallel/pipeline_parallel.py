@@ -28,12 +28,17 @@ def pipeline(apply: Callable, layers, x_BTD, rows, *, stages: int, microbatches:
     batch is in microbatch i % microbatches, so that every device keeps its own rows. Needs microbatches >= stages where
     rounds > 1: a microbatch must be back before its next round.
     """
-    S, M, V = stages, microbatches, rounds
+    S = stages
+    M = microbatches
+    V = rounds
     if V > 1 and M < S:
         raise ValueError(
             f"{rounds} rounds over {stages} stages need at least {stages} microbatches, not {microbatches}"
         )
-    split = lambda a: a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1)
+
+    def split(a):
+        return a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1)
+
     stage_S = jnp.arange(S)
 
     def own_layers(a):  # [R, ...] -> [S, V, R / (S V), ...]
@@ -44,13 +49,19 @@ def pipeline(apply: Callable, layers, x_BTD, rows, *, stages: int, microbatches:
     def run(stage, layers, x, i):
         unit = i - stage  # microbatches of all rounds, in the order in which they enter
         place = jnp.clip(unit // M, 0, V - 1)
-        layers = jax.tree.map(lambda a: a[0] if V == 1 else jax.lax.dynamic_index_in_dim(a, place, 0, False), layers)
+        layers = jax.tree.map(
+            lambda a: a[0] if V == 1 else jax.lax.dynamic_index_in_dim(a, place, 0, False), layers
+        )
         mine = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, unit % M, 0, False), micro)
         return apply(layers, x, mine, i * S + stage)
 
-    def store(buffer_SM, x_S, i):  # what comes round to stage 0 waits there for its next round, or for the end
+    def store(
+        buffer_SM, x_S, i
+    ):  # what comes round to stage 0 waits there for its next round, or for the end
         return jax.vmap(
-            lambda b, x: jnp.where(i >= S, jax.lax.dynamic_update_index_in_dim(b, x, (i - S) % M, 0), b),
+            lambda b, x: jnp.where(
+                i >= S, jax.lax.dynamic_update_index_in_dim(b, x, (i - S) % M, 0), b
+            ),
             spmd_axis_name="stage",
         )(buffer_SM, x_S)
 
@@ -64,7 +75,8 @@ def pipeline(apply: Callable, layers, x_BTD, rows, *, stages: int, microbatches:
         x_S, extra = jax.vmap(run, (0, 0, 0, None), spmd_axis_name="stage")(stage_S, layers, x_S, i)
         return (constrain(x_S, "stage", "batch", "residual", None), buffer_SM), extra
 
-    layers, micro = jax.tree.map(own_layers, layers), jax.tree.map(split, rows)
+    layers = jax.tree.map(own_layers, layers)
+    micro = jax.tree.map(split, rows)
     x_MBTD = split(x_BTD)
     buffer_SM = jnp.where((stage_S == 0)[:, None, None, None, None], x_MBTD[None], 0)
     buffer_SM = constrain(buffer_SM, "stage", None, "batch", "residual", None)

@@ -33,46 +33,81 @@ from jaxlm.run.process import manage_memory, quick_random_numbers
 from jaxlm.run.warm_start import inherit, look_at_data, not_told
 from jaxlm.step import costs
 from jaxlm.step.costs import human
-from jaxlm.step.state import abstract_inputs, abstract_state, check_sharding, jit_train_step, state_shardings
+from jaxlm.step.state import (
+    abstract_inputs,
+    abstract_state,
+    check_sharding,
+    jit_train_step,
+    state_shardings,
+)
 
 STATE = {"parameters": "params", "optimizer": "opt_state", "EMA": "ema"}
 
 
 def make_plan(config: ConfigDict, pod: Topology) -> Plan:
     """config: resolved, for as many devices as the pod has. Raises ConfigError where the mesh leaves too much whole."""
-    began, mesh = time.perf_counter(), make_mesh(config, pod.devices)
+    began = time.perf_counter()
+    mesh = make_mesh(config, pod.devices)
     check_sharding(config, mesh)
-    with jax.set_mesh(mesh), jax.default_device(pod.devices[0]):  # of which kernels ask what it can do
+    with (
+        jax.set_mesh(mesh),
+        jax.default_device(pod.devices[0]),
+    ):  # of which kernels ask what it can do
         traced = jit_train_step(config, mesh).trace(*abstract_inputs(config, mesh))
         flops = {
-            "model": float(costs.flops_per_token(config, abstract_state(config)[0].params) * tokens_per_step(config)),
+            "model": float(
+                costs.flops_per_token(config, abstract_state(config)[0].params)
+                * tokens_per_step(config)
+            ),
             "executed": matmul_flops(traced.jaxpr, visited(config)),
             "kernels": matmul_flops(traced.jaxpr, visited(config), "kernels"),
         }
-        narrow = matmul_flops(traced.jaxpr, 1.0, "8 bits") if config.model.quantize != "none" else 0.0
-        flops["recomputed"] = flops["executed"] - kept_flops(config, mesh) if config.model.remat != "none" else 0.0
+        if config.model.quantize != "none":
+            narrow = matmul_flops(traced.jaxpr, 1.0, "8 bits")
+        else:
+            narrow = 0.0
+        if config.model.remat != "none":
+            flops["recomputed"] = flops["executed"] - kept_flops(config, mesh)
+        else:
+            flops["recomputed"] = 0.0
         memory = state_memory(config, mesh) | {"available": pod.memory}
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            memory["needed"] = max(needed_by(str(error)), pod.memory + 1)  # told in three digits; it did not fit
-            memory["gradients and activations"] = memory["needed"] - sum(memory[kind] for kind in STATE)
+            memory["needed"] = max(
+                needed_by(str(error)), pod.memory + 1
+            )  # told in three digits; it did not fit
+            memory["gradients and activations"] = memory["needed"] - sum(
+                memory[kind] for kind in STATE
+            )
             return Plan(config, pod, memory, flops, None, None, time.perf_counter() - began, None)
-    text, found = compiled.as_text(), compiled.memory_analysis()
+    text = compiled.as_text()
+    found = compiled.memory_analysis()
     memory["batch"] = found.argument_size_in_bytes - sum(memory[kind] for kind in STATE)
     memory["gradients and activations"] = found.temp_size_in_bytes
     memory["code"] = found.generated_code_size_in_bytes
     kept = found.output_size_in_bytes - found.alias_size_in_bytes
     whole = found.argument_size_in_bytes + found.temp_size_in_bytes + kept
-    peak = found.peak_memory_in_bytes if pod.spec.dims else 0  # TPUs: some temporaries lie where arguments were
-    if pod.chip == "cpu":  # there a product's factors are packed into blocks, which the compiler does not tell of
+    peak = (
+        found.peak_memory_in_bytes if pod.spec.dims else 0
+    )  # TPUs: some temporaries lie where arguments were
+    if (
+        pod.chip == "cpu"
+    ):  # there a product's factors are packed into blocks, which the compiler does not tell of
         memory["packed factors"] = largest_factor(text)
     memory["needed"] = min(peak or whole, whole) + memory["code"] + memory.get("packed factors", 0)
-    program, devices = count(text, mesh, pod.slices, config.mesh.across), len(pod.devices)
+    program = count(text, mesh, pod.slices, config.mesh.across)
+    devices = len(pod.devices)
     if not (pod.spec.dims or pod.estimate) and pod.spec.flops:
         program = program._replace(traffic=traffic(text))
-    each = (flops["executed"] - narrow / 2) / devices, flops["kernels"] / devices  # 8 bits: at twice the rate
-    times = step_times(program, *each, mesh, pod) if pod.spec.flops else None
+    each = (
+        (flops["executed"] - narrow / 2) / devices,
+        flops["kernels"] / devices,
+    )  # 8 bits: at twice the rate
+    if pod.spec.flops:
+        times = step_times(program, *each, mesh, pod)
+    else:
+        times = None
     return Plan(config, pod, memory, flops, program, times, time.perf_counter() - began, compiled)
 
 
@@ -86,16 +121,23 @@ def kept_flops(config: ConfigDict, mesh) -> float:
 
 def visited(config: ConfigDict) -> float:
     """Part of the blocks of attention that some query of the block sees, over the pattern of layers."""
-    m, T = config.model, config.data.seq_len
+    m = config.model
+    T = config.data.seq_len
     n = -(-T // BLOCK)
-    seen = lambda window: sum(min(i + 1, -(-window // BLOCK) + 1) for i in range(n)) / n**2
+
+    def seen(window):
+        return sum(min(i + 1, -(-window // BLOCK) + 1) for i in range(n)) / n**2
+
     return sum(seen(costs.reach(config)[kind]) for kind in m.layers) / len(m.layers)
 
 
 def state_memory(config: ConfigDict, mesh) -> dict[str, int]:
     """Bytes on a device, by arithmetic."""
     (shapes, _), places = abstract_state(config), state_shardings(config, mesh)
-    of = lambda name: costs.bytes_per_device(getattr(shapes, name), getattr(places, name))
+
+    def of(name):
+        return costs.bytes_per_device(getattr(shapes, name), getattr(places, name))
+
     return {kind: of(name) for kind, name in STATE.items()}
 
 
@@ -105,7 +147,10 @@ def needed_by(error: str) -> int:
         r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm",
         r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds",
     )
-    found = [match for match in (re.search(pattern, error) for pattern in patterns) if match]
+    found = []
+    for match in (re.search(pattern, error) for pattern in patterns):
+        if match:
+            found.append(match)
     if not found:
         raise UserError(f"the compiler refused this step: {error[:2000]}")
     return int(float(found[0][1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[0][2]])
@@ -119,7 +164,9 @@ def advise(config: ConfigDict, plan: Plan, count: int = 2) -> list[dict]:
     rows = []
     print("\nwhat would fit, each compiled:")
     for overrides in remedies(config, plan.topology, plan.memory["needed"]):
-        rows.append(row_of(overrides, make_plan(resolve(changed(config, overrides)), plan.topology)))
+        rows.append(
+            row_of(overrides, make_plan(resolve(changed(config, overrides)), plan.topology))
+        )
         print(line_of(rows[-1]), flush=True)
         if sum(row["fits"] for row in rows) == count:
             break
@@ -134,7 +181,9 @@ def suggest(config: ConfigDict, pod: Topology) -> list[dict]:
     if rows:
         print("\nfaster, by arithmetic alone (--search=3 compiles the likeliest of all):")
     for row in rows:
-        print(f"            {-row['saves']:.0%} time, about {human(row['needs'])}  {flags_of(row['overrides'])}")
+        print(
+            f"            {-row['saves']:.0%} time, about {human(row['needs'])}  {flags_of(row['overrides'])}"
+        )
     return rows
 
 
@@ -148,7 +197,9 @@ def frontier(config: ConfigDict, plan: Plan, count: int) -> list[dict]:
     rows = [row_of({}, plan), *(row_of(*one) for one in found)]
     rows.sort(key=lambda row: row.get("step", math.inf))
     smallest = math.inf
-    print(f"\nof all tensor sizes, remat and microbatches the {count} that arithmetic prefers, compiled (* frontier):")
+    print(
+        f"\nof all tensor sizes, remat and microbatches the {count} that arithmetic prefers, compiled (* frontier):"
+    )
     for row in rows:
         row["frontier"] = row["fits"] and row["needed"] < smallest
         smallest = min(smallest, row["needed"]) if row["fits"] else smallest
@@ -165,9 +216,13 @@ def row_of(overrides: dict, plan: Plan) -> dict:
 
 
 def line_of(row: dict) -> str:
-    speed = f"{duration(row['step']):>10}, MFU {row['mfu']:5.1%}" if "step" in row else " " * 20
+    if "step" in row:
+        speed = f"{duration(row['step']):>10}, MFU {row['mfu']:5.1%}"
+    else:
+        speed = " " * 20
     verdict = "fits" if row["fits"] else "doesn't fit"
-    star, flags = "*" if row.get("frontier") else " ", flags_of(row["overrides"]) or "(as given)"
+    star = "*" if row.get("frontier") else " "
+    flags = flags_of(row["overrides"]) or "(as given)"
     return f"{star} {verdict:11}  {human(row['needed']):>11} {speed}  {flags}"
 
 
@@ -177,12 +232,22 @@ def line_of(row: dict) -> str:
 def main(argv: list[str]) -> int:
     parser = cli.Parser(prog="jaxlm.plan", description=__doc__)
     parser.add_config()
-    parser.add_argument("--topology", required=True, help="v5p:4x4x4, v5p-128, v5e:16x16, h100:1x8x8, local")
-    parser.add_argument("--slices", type=int, help="this many of them, joined by the slower network")
-    parser.add_argument("--price_per_chip_hour", type=float, default=0.0, help="then the run's cost is printed too")
-    parser.add_argument("--search", type=int, default=0, metavar="N", help="compile the N likeliest others too")
+    parser.add_argument(
+        "--topology", required=True, help="v5p:4x4x4, v5p-128, v5e:16x16, h100:1x8x8, local"
+    )
+    parser.add_argument(
+        "--slices", type=int, help="this many of them, joined by the slower network"
+    )
+    parser.add_argument(
+        "--price_per_chip_hour", type=float, default=0.0, help="then the run's cost is printed too"
+    )
+    parser.add_argument(
+        "--search", type=int, default=0, metavar="N", help="compile the N likeliest others too"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
-    parser.add_argument("--save_hlo", metavar="FILE", help="write the compiled program there, as text")
+    parser.add_argument(
+        "--save_hlo", metavar="FILE", help="write the compiled program there, as text"
+    )
     args = parser.parse(argv)
     for flag in ("json", "save_hlo"):
         cli.require_writable(f"--{flag}", getattr(args, flag))
@@ -193,10 +258,14 @@ def main(argv: list[str]) -> int:
         quick_random_numbers()
     pod = find(args.topology, config.mesh.slices if args.slices is None else args.slices)
     if config.mesh.slices not in (1, pod.slices):
-        problems.append(f"config.mesh.slices={config.mesh.slices}: --topology and --slices give {pod.slices}")
+        problems.append(
+            f"config.mesh.slices={config.mesh.slices}: --topology and --slices give {pod.slices}"
+        )
     config.mesh.slices = pod.slices
     if args.search < 0 or (args.search and not pod.spec.flops):
-        problems.append(f"--search={args.search}: of a chip with a data sheet, how many options to compile")
+        problems.append(
+            f"--search={args.search}: of a chip with a data sheet, how many options to compile"
+        )
     problems += inherit(config)
     vocab_size, _, data_problem = look_at_data(config)
     problems += not_told(config, vocab_size, data_problem)
@@ -204,12 +273,20 @@ def main(argv: list[str]) -> int:
     config.model.vocab_size = config.model.vocab_size or vocab_size
     plan = make_plan(resolve(config), pod)
     here = args.topology == "local" and fits(plan)
-    measured = measure(plan.config, make_mesh(plan.config, pod.devices), plan.compiled) if here else None
+    if here:
+        measured = measure(plan.config, make_mesh(plan.config, pod.devices), plan.compiled)
+    else:
+        measured = None
     found = figures(plan, args.price_per_chip_hour, measured)
     print(page(plan, found), flush=True)
     if args.save_hlo and plan.compiled:
         Path(args.save_hlo).write_text(plan.compiled.as_text())
-    write = lambda: Path(args.json).write_text(json.dumps(found, indent=1) + "\n") if args.json else None
+
+    def write():
+        if args.json:
+            return Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        return None
+
     write()
     if not found["fits"]:
         found["remedies"] = advise(config, plan)
@@ -218,7 +295,9 @@ def main(argv: list[str]) -> int:
     if args.search:
         found["search"] = frontier(config, plan, args.search)
     write()
-    return 0 if found["fits"] else 1
+    if found["fits"]:
+        return 0
+    return 1
 
 
 def find(text: str, slices: int) -> Topology:

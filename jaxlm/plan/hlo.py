@@ -19,23 +19,36 @@ class Collective(NamedTuple):
     bytes: int  # of its result on one device; of a reduce-scatter of what it takes in
     size: int  # devices of a group
     times: int
-    overlapped: bool  # it has a start and an end, or is spread over fusions: other work may run beside it
+    overlapped: (
+        bool  # it has a start and an end, or is spread over fusions: other work may run beside it
+    )
     inside: bool = False  # of one slice, although its axes may lie across slices
 
 
 class Program(NamedTuple):
     collectives: list[Collective]
     cycles: float  # of everything that the TPU compiler estimates, kernels in Pallas apart; 0 from other compilers
-    traffic: float = 0.0  # of a GPU: bytes that all but products and attention read and write; else 0
+    traffic: float = (
+        0.0  # of a GPU: bytes that all but products and attention read and write; else 0
+    )
 
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
          "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+)
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 
-MEGASCALE = "_xla_megascale_transfer_type"  # TPU slices: each has its own program, and sends to the others
+MEGASCALE = (
+    "_xla_megascale_transfer_type"  # TPU slices: each has its own program, and sends to the others
+)
 
 
 def count(text: str, mesh, slices: int = 1, across: str = "data") -> Program:
@@ -44,21 +57,27 @@ def count(text: str, mesh, slices: int = 1, across: str = "data") -> Program:
     across: the axis that lies over the slices, if there are several.
     """
     bodies, entry = computations(text)
-    shape, apart = dict(mesh.shape), MEGASCALE in text
+    shape = dict(mesh.shape)
+    apart = MEGASCALE in text
     if apart:
         shape[across] //= slices
     program = Program([], 0.0)
     cycles = walk(bodies, entry, 1, axes_of_groups(shape), program)
-    found = [
-        one._replace(axes=(across,), size=slices) if one.axes == (MEGASCALE,) else one._replace(inside=apart)
-        for one in program.collectives
-    ]
+    found = []
+    for one in program.collectives:
+        found.append(
+            one._replace(axes=(across,), size=slices)
+            if one.axes == (MEGASCALE,)
+            else one._replace(inside=apart)
+        )
     return program._replace(cycles=cycles, collectives=found)
 
 
 def computations(text: str) -> tuple[dict[str, list[str]], str]:
     """({computation: its instructions}, the name of the entry)."""
-    bodies, current, entry = {}, None, ""
+    bodies = {}
+    current = None
+    entry = ""
     for line in text.splitlines():
         head = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{\s*$", line)
         if head:
@@ -71,19 +90,26 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def walk(bodies, name: str, times: int, axes: dict, program: Program, fused: dict | None = None) -> float:
+def walk(
+    bodies, name: str, times: int, axes: dict, program: Program, fused: dict | None = None
+) -> float:
     """Cycles of one run of a computation; adds to `program` what it does in all of its `times`.
 
     fused: of a fusion's body, the channels that fusions beside it have told of, and where in `program`: a collective
     may be spread over several, each with the whole instruction.
     """
-    total, in_fusion, channels = 0.0, fused is not None, {} if fused is None else fused
+    total = 0.0
+    in_fusion = fused is not None
+    channels = {} if fused is None else fused
     for line in bodies.get(name, []):
         found = re.search(r" = (\(.*?\)|\S+) ([a-z][\w\-]*)\(", line)
         if not found:
             continue
         result, op = found.groups()
-        called = lambda key, line=line: re.search(rf"\b{key}=%?([\w.\-]+)", line)[1]
+
+        def called(key, line=line):
+            return re.search(rf"\b{key}=%?([\w.\-]+)", line)[1]
+
         if op == "while":
             n = trips(line, bodies)
             total += n * walk(bodies, called("body"), times * n, axes, program, fused)
@@ -91,11 +117,15 @@ def walk(bodies, name: str, times: int, axes: dict, program: Program, fused: dic
             names = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
             for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
                 names += re.findall(r"%?([\w.\-]+)", group)
-            total += max((walk(bodies, branch, times, axes, program, fused) for branch in names), default=0)
+            total += max(
+                (walk(bodies, branch, times, axes, program, fused) for branch in names), default=0
+            )
         elif op in ("call", "async-start"):
             key = "to_apply" if "to_apply=" in line else "calls"
             total += walk(bodies, called(key), times, axes, program, fused)
-        elif op == "fusion":  # collectives may be fused with what feeds them, or with a slice of their result
+        elif (
+            op == "fusion"
+        ):  # collectives may be fused with what feeds them, or with a slice of their result
             walk(bodies, called("calls"), times, axes, program, channels)
         elif op.removesuffix("-start") in KINDS:
             channel = re.search(r"channel_id=(\d+)", line)
@@ -121,9 +151,12 @@ def traffic(text: str) -> float:
     bodies, entry = computations(text)
 
     def of(name: str) -> float:
-        total, sizes = 0.0, {}
+        total = 0.0
+        sizes = {}
         for line in bodies.get(name, []):
-            found = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*?)\)(.*)", line)
+            found = re.match(
+                r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*?)\)(.*)", line
+            )
             if not found:
                 continue
             name, result, op, operands, rest = found.groups()
@@ -133,9 +166,19 @@ def traffic(text: str) -> float:
                 total += trips(line, bodies) * of(called[1])
             elif op in ("call", "async-start"):
                 total += of(called[1])
-            elif (op == "fusion" and "kind=kCustom" not in rest) or op in ("copy", "transpose", "scatter", "sort"):
-                read = [sizes.get(operand.split(" ")[-1].strip().lstrip("%"), 0) for operand in operands.split(",")]
-                body = "\n".join(bodies.get(called[1], [])) if op == "fusion" else ""
+            elif (op == "fusion" and "kind=kCustom" not in rest) or op in (
+                "copy",
+                "transpose",
+                "scatter",
+                "sort",
+            ):
+                read = []
+                for operand in operands.split(","):
+                    read.append(sizes.get(operand.split(" ")[-1].strip().lstrip("%"), 0))
+                if op == "fusion":
+                    body = "\n".join(bodies.get(called[1], []))
+                else:
+                    body = ""
                 if "dynamic-update-slice(" in body:  # in place: what is put in is read, and written
                     read = [size for size in read if size != written]
                     written = sum(read)
@@ -149,13 +192,19 @@ def traffic(text: str) -> float:
 
 def largest_factor(text: str) -> int:
     """Bytes of the largest matrix that a product of the program reads, of a batch of products one alone."""
-    arrays = {name: (dtype, shape) for name, dtype, shape in re.findall(r"%(\S+) = ([a-z]\w*)\[([\d,]*)\]", text)}
+    arrays = {
+        name: (dtype, shape)
+        for name, dtype, shape in re.findall(r"%(\S+) = ([a-z]\w*)\[([\d,]*)\]", text)
+    }
     largest = 0
     for *factors, how in re.findall(r" dot\(%([^\s,]+), %([^\s)]+)\)(.*)", text):
         _, shape = arrays[factors[0]]
         batch = re.search(r"lhs_batch_dims=\{([\d,]+)\}", how)
         sizes = shape.split(",")
-        parts = math.prod(int(sizes[int(dim)]) for dim in batch[1].split(",")) if batch else 1
+        if batch:
+            parts = math.prod(int(sizes[int(dim)]) for dim in batch[1].split(","))
+        else:
+            parts = 1
         largest = max(largest, *(array_bytes(*arrays[name]) // parts for name in factors))
     return largest
 
@@ -167,24 +216,32 @@ def trips(line: str, bodies: dict) -> int:
         return int(known[1])
     condition = bodies.get(re.search(r"condition=%?([\w.\-]+)", line)[1], [])
     bounds = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", "\n".join(condition))
-    return int(bounds[0]) if len(bounds) == 1 else 1
+    if len(bounds) == 1:
+        return int(bounds[0])
+    return 1
 
 
 def collective(line: str, result: str, op: str, times: int, axes: dict, name: str) -> Collective:
     kind = op.removesuffix("-start")
-    sizes = [array_bytes(*found) for found in ARRAY.findall(result) if found[1] or kind == "all-reduce"]
+    sizes = []
+    for found in ARRAY.findall(result):
+        if found[1] or kind == "all-reduce":
+            sizes.append(array_bytes(*found))
     if op.endswith("-start") and kind != "all-reduce":  # what goes in, then what comes out
         sizes = sizes[len(sizes) // 2 :]
     number = sum(sizes)
-    groups = groups_of(line) or [sorted(group) for group in next((g for g in axes if len(g) == 1), [])]  # {}: all
+    groups = groups_of(line) or [
+        sorted(group) for group in next((g for g in axes if len(g) == 1), [])
+    ]  # {}: all
     size = len(groups[0]) if groups else 1
     if kind == "reduce-scatter":
         number *= size
     elif kind == "all-reduce" and "all-reduce-scatter" in name:
         kind = "reduce-scatter"
-    along = axes.get(frozenset(frozenset(group) for group in groups)) if kind != "collective-permute" else (
-        axes_of_pairs(groups, axes)
-    )  # fmt: skip
+    if kind != "collective-permute":
+        along = axes.get(frozenset(frozenset(group) for group in groups))
+    else:
+        along = axes_of_pairs(groups, axes)
     return Collective(kind, along or ("?",), number, size, times, op.endswith("-start"))
 
 
@@ -197,19 +254,31 @@ def groups_of(line: str) -> list[list[int]]:
     pairs = re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", line)
     listed = re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", line)
     if pairs or listed:
-        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", (pairs or listed)[1])]
+        return [
+            [int(n) for n in group.split(",")]
+            for group in re.findall(r"\{([\d, ]+)\}", (pairs or listed)[1])
+        ]
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if iota:
         shape, dims = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
-        order = [int(n) for n in iota[3].split(",")] if iota[3] else range(len(dims))
+        if iota[3]:
+            order = [int(n) for n in iota[3].split(",")]
+        else:
+            order = range(len(dims))
         return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:\s*(?:device_ids=)?\([^)]*\))?\s*\{([^}]*)\}", line)
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:\s*(?:device_ids=)?\([^)]*\))?\s*\{([^}]*)\}", line
+    )
     if named:
         sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
         along = re.findall(r"'(\w+)'", named[2])
         kept = [i for i, axis in enumerate(sizes) if axis not in along]
         over = [list(sizes).index(axis) for axis in along]
-        grid = np.arange(math.prod(sizes.values())).reshape(list(sizes.values())).transpose(kept + over)
+        grid = (
+            np.arange(math.prod(sizes.values()))
+            .reshape(list(sizes.values()))
+            .transpose(kept + over)
+        )
         return grid.reshape(-1, math.prod(sizes[axis] for axis in along)).tolist()
     return []
 
@@ -230,7 +299,10 @@ def axes_of_groups(shape: dict[str, int]) -> dict[frozenset, tuple[str, ...]]:
 def axes_of_pairs(pairs: list[list[int]], axes: dict) -> tuple[str, ...] | None:
     """The fewest axes whose groups contain every pair."""
     for groups, names in sorted(axes.items(), key=lambda item: len(item[1])):
-        group_of = {device: i for i, group in enumerate(groups) for device in group}
+        group_of = {}
+        for i, group in enumerate(groups):
+            for device in group:
+                group_of[device] = i
         if all(group_of.get(a) == group_of.get(b) for a, b in pairs):
             return names
     return None

@@ -15,7 +15,9 @@ from ml_collections import ConfigDict
 from jaxlm.data.batches import Prefetch
 from jaxlm.step.state import State, abstract_inputs, init_state
 
-WARM_UP, STEPS = 3, 10  # the first steps load programs and choose among kernels
+# the first steps load programs and choose among kernels
+WARM_UP = 3
+STEPS = 10
 
 
 class Times(NamedTuple):
@@ -34,7 +36,9 @@ def time_steps(
     step: Callable, state: State, batches: Prefetch, steps: int, warm_up: int = WARM_UP
 ) -> tuple[Times, State, list[float]]:
     """(times, the last state, the loss of each step) of a train step, as train runs it: metrics come a step late."""
-    rows, losses, pending = [], [], None
+    rows = []
+    losses = []
+    pending = None
     asynchronous = jax.config.read("jax_cpu_enable_async_dispatch") or jax.device_count() > 1
     inline = jax.default_backend() == "cpu" and not asynchronous
     for _ in range(warm_up + steps + 1):
@@ -48,14 +52,22 @@ def time_steps(
             losses.append(float(jax.device_get(pending)["loss"]))
         pending = metrics
         whole = time.perf_counter() - began
-        rows.append((whole, batches.waited, (whole - (sent - called) if inline else sent - began) - batches.waited))
+        rows.append(
+            (
+                whole,
+                batches.waited,
+                (whole - (sent - called) if inline else sent - began) - batches.waited,
+            )
+        )
     jax.block_until_ready(state)
     return Times(*np.array(rows[warm_up + 1 :]).T), state, losses[warm_up:]
 
 
 class Measured(NamedTuple):
     seconds: float  # of a step, the mean of STEPS after WARM_UP
-    memory: int | None  # bytes of the fullest device at its peak; of CPUs what the process grew by, shared by them
+    memory: (
+        int | None
+    )  # bytes of the fullest device at its peak; of CPUs what the process grew by, shared by them
 
 
 def measure(config: ConfigDict, mesh, compiled: jax.stages.Compiled) -> Measured:
@@ -67,7 +79,9 @@ def measure(config: ConfigDict, mesh, compiled: jax.stages.Compiled) -> Measured
     return Measured(float(times.step.mean()), peak_memory(mesh, before))
 
 
-def begin(config: ConfigDict, mesh, compiled: jax.stages.Compiled, batch: dict) -> tuple[State, int]:
+def begin(
+    config: ConfigDict, mesh, compiled: jax.stages.Compiled, batch: dict
+) -> tuple[State, int]:
     """(the initial state, on a CPU the bytes of this process without it): what peak_memory measures from.
 
     There a step is run before, and its memory given back: what XLA and Python allocate once and keep, 0.1 GiB or so, is
@@ -77,7 +91,8 @@ def begin(config: ConfigDict, mesh, compiled: jax.stages.Compiled, batch: dict) 
         return init_state(config, mesh), 0
     jax.block_until_ready(compiled(init_state(config, mesh), batch))
     gc.collect()
-    before, state = resident("VmRSS", forget_peak=True), jax.block_until_ready(init_state(config, mesh))
+    before = resident("VmRSS", forget_peak=True)
+    state = jax.block_until_ready(init_state(config, mesh))
     resident("VmRSS", forget_peak=True)
     return state, before
 
@@ -88,8 +103,13 @@ def peak_memory(mesh, before: int) -> int | None:
     A GPU's or TPU's peak is that since the process began: making the state is in it. On CPUs it is what the process
     has grown by over `before`, since `begin`.
     """
-    peak = max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in mesh.local_devices)
-    grown = (resident("VmHWM") - before) // mesh.size if jax.default_backend() == "cpu" and before else 0
+    peak = max(
+        (device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in mesh.local_devices
+    )
+    if jax.default_backend() == "cpu" and before:
+        grown = (resident("VmHWM") - before) // mesh.size
+    else:
+        grown = 0
     return peak or grown or None
 
 
@@ -97,23 +117,37 @@ def resident(key: str, forget_peak: bool = False) -> int:
     """Bytes of this process that are in memory, VmRSS: now, VmHWM: at most since forget_peak. 0 where Linux is not."""
     try:
         if forget_peak:
-            ctypes.CDLL(None).malloc_trim(0)  # what the compiler has freed would be counted as there already
+            ctypes.CDLL(None).malloc_trim(
+                0
+            )  # what the compiler has freed would be counted as there already
             Path("/proc/self/clear_refs").write_text("5")
-        return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+        return 1024 * int(
+            re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+        )
     except (OSError, AttributeError):
         return 0
 
 
 def random_batch(config: ConfigDict, mesh) -> dict[str, jax.Array]:
     """Of one document a row: no block of attention is skipped that a prediction counts."""
-    rng, m = np.random.default_rng(config.seed), config.model
-    kinds = {"tokens": m.vocab_size, "enc_tokens": m.vocab_size, "targets": m.num_labels or m.vocab_size}
+    rng = np.random.default_rng(config.seed)
+    m = config.model
+    kinds = {
+        "tokens": m.vocab_size,
+        "enc_tokens": m.vocab_size,
+        "targets": m.num_labels or m.vocab_size,
+    }
     kinds["labels"] = max(m.num_labels, 2)
 
     def values(name: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
         if name in kinds:
             return rng.integers(0, kinds[name], like.shape).astype(like.dtype)
         places = name in ("positions", "enc_positions", "reach")
-        return np.broadcast_to(np.arange(like.shape[-1]) if places else 1, like.shape).astype(like.dtype)
+        return np.broadcast_to(np.arange(like.shape[-1]) if places else 1, like.shape).astype(
+            like.dtype
+        )
 
-    return {name: jax.device_put(values(name, x), x.sharding) for name, x in abstract_inputs(config, mesh)[1].items()}
+    return {
+        name: jax.device_put(values(name, x), x.sharding)
+        for name, x in abstract_inputs(config, mesh)[1].items()
+    }

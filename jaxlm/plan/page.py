@@ -31,12 +31,17 @@ def tokens_per_step(config: ConfigDict) -> int:
 
 def figures(plan: Plan, price: float = 0.0, measured: Measured | None = None) -> dict:
     """What --json writes: numbers in bytes, seconds and FLOPs; errors as predicted / measured - 1."""
-    devices, times = len(plan.topology.devices), plan.times
+    devices = len(plan.topology.devices)
+    times = plan.times
     result = {
         "topology": plan.topology.name,
         "devices": devices,
         "estimate": plan.topology.estimate,
-        "mesh": {axis: n for axis, n in make_mesh(plan.config, plan.topology.devices).shape.items() if n > 1},
+        "mesh": {
+            axis: n
+            for axis, n in make_mesh(plan.config, plan.topology.devices).shape.items()
+            if n > 1
+        },
         "fits": fits(plan),
         "memory": plan.memory,
         "flops": plan.flops,
@@ -47,14 +52,20 @@ def figures(plan: Plan, price: float = 0.0, measured: Measured | None = None) ->
     result["collectives"] = collectives(plan)
     result["cycles"] = plan.program.cycles
     if measured:
-        error = lambda predicted, found: predicted / found - 1 if predicted and found else None
+
+        def error(predicted, found):
+            if predicted and found:
+                return predicted / found - 1
+            return None
+
         result["measured"] = {
             "step": measured.seconds, "step_error": error(times and times.expected, measured.seconds), "steps": STEPS,
             "memory": measured.memory, "memory_error": error(plan.memory["needed"], measured.memory),
         }  # fmt: skip
     if times is None:
         return result
-    tokens, steps = tokens_per_step(plan.config), plan.config.train.steps
+    tokens = tokens_per_step(plan.config)
+    steps = plan.config.train.steps
     days = times.expected * steps / 86400
     result["time"] = {
         "step": times.expected, "low": times.low, "high": times.high, "matrix": times.matrix, "work": times.work,
@@ -68,7 +79,12 @@ def figures(plan: Plan, price: float = 0.0, measured: Measured | None = None) ->
     return result
 
 
-MOVES = {"all-gather": "gather", "all-reduce": "sum", "reduce-scatter": "sum", "collective-permute": "permute"}
+MOVES = {
+    "all-gather": "gather",
+    "all-reduce": "sum",
+    "reduce-scatter": "sum",
+    "collective-permute": "permute",
+}
 
 
 def fits(plan: Plan) -> bool:
@@ -77,25 +93,32 @@ def fits(plan: Plan) -> bool:
 
 def collectives(plan: Plan) -> list[dict]:
     """One row for each kind, axes and network: runs and bytes a device and step, beside the least of its strategy."""
-    rows, mesh = {}, make_mesh(plan.config, plan.topology.devices)
+    rows = {}
+    mesh = make_mesh(plan.config, plan.topology.devices)
     least = costs.least_traffic(plan.config, mesh)
     for one in plan.program.collectives:
         network = network_of(one.axes, mesh, plan.topology, one.inside)
         named = {"kind": one.kind, "axes": list(one.axes), "network": network.name}
-        row = rows.setdefault((one.kind, one.axes, network.name), named | {"count": 0, "bytes": 0, "seconds": 0.0})
+        row = rows.setdefault(
+            (one.kind, one.axes, network.name), named | {"count": 0, "bytes": 0, "seconds": 0.0}
+        )
         row["count"] += one.times
         row["bytes"] += one.times * one.bytes
         row["seconds"] += seconds(one, network)
     ordered = sorted(rows.values(), key=lambda row: -row["bytes"])
     moves = [(MOVES.get(row["kind"]), tuple(row["axes"])) for row in ordered]
-    for row, move in zip(ordered, moves):  # the first of its sort: sums may be all-reduces and reduce-scatters
-        row["least"], row["shared"] = least.pop(move, None), moves.count(move) > 1
+    for row, move in zip(
+        ordered, moves
+    ):  # the first of its sort: sums may be all-reduces and reduce-scatters
+        row["least"] = least.pop(move, None)
+        row["shared"] = moves.count(move) > 1
     return ordered
 
 
 def page(plan: Plan, found: dict) -> str:
     pod = plan.topology
-    available, needed = plan.memory["available"], plan.memory["needed"]
+    available = plan.memory["available"]
+    needed = plan.memory["needed"]
     axes = " x ".join(f"{axis}={n}" for axis, n in found["mesh"].items()) or "one device"
     devices = f"{found['devices']:,} device{'s' if found['devices'] > 1 else ''}"
     lines = [f"{pod.name}: {devices} of {human(available)}, {axes}"]
@@ -105,21 +128,44 @@ def page(plan: Plan, found: dict) -> str:
             f"for GPUs comes with pip install -e '.[cuda]', and knows {' and '.join(GPU_CHANGES)}",
         ]
     verdict = "fits" if found["fits"] else "doesn't fit"
-    room = f"{human(available - needed)} to spare" if found["fits"] else f"{human(needed - available)} too much"
+    if found["fits"]:
+        room = f"{human(available - needed)} to spare"
+    else:
+        room = f"{human(needed - available)} too much"
     lines += ["", f"memory      {verdict}: needs {human(needed)} of {human(available)}, {room}"]
-    kinds = ("parameters", "optimizer", "EMA", "batch", "gradients and activations", "packed factors", "code")
-    lines += [f"            {kind:26}{human(plan.memory[kind]):>12}" for kind in kinds if plan.memory.get(kind)]
+    kinds = (
+        "parameters",
+        "optimizer",
+        "EMA",
+        "batch",
+        "gradients and activations",
+        "packed factors",
+        "code",
+    )
+    lines += [
+        f"            {kind:26}{human(plan.memory[kind]):>12}"
+        for kind in kinds
+        if plan.memory.get(kind)
+    ]
     if sum(plan.memory.get(kind, 0) for kind in kinds) > needed and found["fits"]:
         lines.append("            (some of these share memory)")
-    model, executed = plan.flops["model"], plan.flops["executed"]
-    again = f"; recomputed: {plan.flops['recomputed'] / executed:.1%}" if plan.flops["recomputed"] else ""
+    model = plan.flops["model"]
+    executed = plan.flops["executed"]
+    if plan.flops["recomputed"]:
+        again = f"; recomputed: {plan.flops['recomputed'] / executed:.1%}"
+    else:
+        again = ""
     lines += ["", f"work        {executed:.4g} FLOPs a step (the model's: {model:.4g}{again})"]
     if plan.program is None:
         return "\n".join(lines)
     if found["collectives"]:
-        lines += ["", "collectives a step and device: runs, bytes, time alone; the least that the strategy must move"]
+        lines += [
+            "",
+            "collectives a step and device: runs, bytes, time alone; the least that the strategy must move",
+        ]
     for row in found["collectives"]:
-        along, least = "+".join(row["axes"]), f"  least {human(row['least'])}" if row["least"] else ""
+        along = "+".join(row["axes"])
+        least = f"  least {human(row['least'])}" if row["least"] else ""
         least += " of all sums" if least and row["shared"] else ""
         sent = f"{row['count']:>7,} x{human(row['bytes']):>12} {row['network']:6} {duration(row['seconds']):>9}"
         lines.append(f"            {row['kind']:20}{along:14}{sent}{least}")
@@ -131,7 +177,9 @@ def page(plan: Plan, found: dict) -> str:
 
 
 def time_lines(plan: Plan, found: dict) -> list[str]:
-    t, days, train = plan.times, found["days"], plan.config.train
+    t = plan.times
+    days = found["days"]
+    train = plan.config.train
     units = (("days", days, 2), ("hours", 24 * days, 1), ("minutes", 1440 * days, 0))
     length = next(f"{n:,.3g} {unit}" for unit, n, least in units if n >= least)
     return [
@@ -145,16 +193,23 @@ def time_lines(plan: Plan, found: dict) -> list[str]:
 
 
 def measured_lines(plan: Plan, found: dict) -> list[str]:
-    chip, predicted, peak = plan.topology.chip, human(plan.memory["needed"]), found["memory"]
+    chip = plan.topology.chip
+    predicted = human(plan.memory["needed"])
+    peak = found["memory"]
     step = f"measured    {found['step']:.4g} s a step, the mean of {STEPS} after {WARM_UP} to warm up; "
     if plan.times:
         step += f"predicted {plan.times.expected:.4g} s: error {found['step_error']:+.1%}"
     else:
         step += f"not predicted: there is no data sheet of {chip}"
-    memory = f"{human(peak)} at its peak" if peak else f"not measured ({chip} does not tell)"
+    if peak:
+        memory = f"{human(peak)} at its peak"
+    else:
+        memory = f"not measured ({chip} does not tell)"
     error = f": error {found['memory_error']:+.1%}" if peak else ""
     return [step, f"            memory {memory}; predicted {predicted}{error}"]
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:,.3f} s" if seconds >= 0.1 else f"{1000 * seconds:,.3f} ms"
+    if seconds >= 0.1:
+        return f"{seconds:,.3f} s"
+    return f"{1000 * seconds:,.3f} ms"

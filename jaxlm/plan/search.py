@@ -17,10 +17,19 @@ from jaxlm.plan.topology import Topology
 from jaxlm.step import costs
 from jaxlm.step.state import abstract_state, state_shardings
 
-KEPT = {"full": 1, "attention": 1, "dots": 4, "none": 8}  # of D-wide activations a layer besides the MLP's
+KEPT = {
+    "full": 1,
+    "attention": 1,
+    "dots": 4,
+    "none": 8,
+}  # of D-wide activations a layer besides the MLP's
 MATRIX = 0.7  # part of the peak that products reach, before anything is compiled
 LOGITS = 3 * (512 << 20)  # bytes of a chunk of the loss
-NEUTRAL = {"model.remat": "full", "train.grad_accumulation": 1, "mesh.tensor": 1}  # the state is the same: traced once
+NEUTRAL = {
+    "model.remat": "full",
+    "train.grad_accumulation": 1,
+    "mesh.tensor": 1,
+}  # the state is the same: traced once
 WORTHWHILE = 0.05  # of the step's time: less is not suggested
 GATHER = 2  # layers' weights that are whole on a device at one time
 
@@ -36,7 +45,9 @@ def options(config: ConfigDict, pod: Topology) -> Iterator[Option]:
     """Every valid tensor parallelism, remat and number of microbatches. config: unresolved."""
     n = len(pod.devices) // pod.slices
     tensors = [t for t in (1, 2, 4, 8, 16) if n % t == 0]
-    for tensor, remat, parts in itertools.product(tensors, ("full", "dots", "none"), (1, 2, 4, 8, 16)):
+    for tensor, remat, parts in itertools.product(
+        tensors, ("full", "dots", "none"), (1, 2, 4, 8, 16)
+    ):
         overrides = {"mesh.tensor": tensor, "model.remat": remat, "train.grad_accumulation": parts}
         option = estimate(config, overrides, pod)
         if option:
@@ -54,27 +65,59 @@ def estimate(config: ConfigDict, overrides: dict, pod: Topology) -> Option | Non
         require_sharded(shapes.params, shardings(shapes.params, axes.params, mesh), mesh)
     except ConfigError:
         return None
-    places, m, chip = state_shardings(same, mesh), config.model, pod.spec
-    of = lambda name: costs.bytes_per_device(getattr(shapes, name), getattr(places, name))
-    parts, tensor, sequence = config.train.grad_accumulation, mesh.shape["tensor"], mesh.shape["sequence"]
+    places = state_shardings(same, mesh)
+    m = config.model
+    chip = pod.spec
+
+    def of(name):
+        return costs.bytes_per_device(getattr(shapes, name), getattr(places, name))
+
+    parts = config.train.grad_accumulation
+    tensor = mesh.shape["tensor"]
+    sequence = mesh.shape["sequence"]
     rows = config.train.batch_size / parts / batch_shards(mesh)
     tokens = rows * config.data.seq_len / sequence / tensor
-    width, gates = m.embed_dim, 2 if m.mlp == "swiglu" else 1
-    mlp = m.mlp_dim if not m.num_experts else m.expert_dim * m.experts_per_token
+    width = m.embed_dim
+    gates = 2 if m.mlp == "swiglu" else 1
+    if not m.num_experts:
+        mlp = m.mlp_dim
+    else:
+        mlp = m.expert_dim * m.experts_per_token
     kept = KEPT[m.remat] * width + (gates * mlp if m.remat in ("dots", "none") else 0)
     one_layer = 2 * costs.num_parameters(shapes.params["layers"]) / m.num_layers / tensor
     layer_work = tokens * 2 * (4 * width + 3 * mlp)  # of the layer that is computed again
     memory = of("params") + of("opt_state") + of("ema")
-    memory += of("params") * (parts > 1) / (1 if config.train.accumulation_dtype == "float32" else 2)
+    memory += (
+        of("params") * (parts > 1) / (1 if config.train.accumulation_dtype == "float32" else 2)
+    )
     memory += 2 * tokens * kept * m.num_layers + layer_work + GATHER * one_layer
     memory += min(LOGITS, 12 * tokens * m.vocab_size)
     again = {"full": 8, "attention": 8, "dots": 6.3, "none": 6}[m.remat] / 6
-    flops = costs.flops_per_token(config, shapes.params) * config.train.batch_size * config.data.seq_len * again
+    flops = (
+        costs.flops_per_token(config, shapes.params)
+        * config.train.batch_size
+        * config.data.seq_len
+        * again
+    )
     work = flops / len(pod.devices) / (MATRIX * chip.flops)
-    weights = 3 * parts * 2 * costs.num_parameters(shapes.params) / tensor * (mesh.shape["fsdp"] > 1)
-    activations = (8 if m.remat == "full" else 6) * 2 * tokens * tensor * width * m.num_layers * parts * (tensor > 1)
+    weights = (
+        3 * parts * 2 * costs.num_parameters(shapes.params) / tensor * (mesh.shape["fsdp"] > 1)
+    )
+    activations = (
+        (8 if m.remat == "full" else 6)
+        * 2
+        * tokens
+        * tensor
+        * width
+        * m.num_layers
+        * parts
+        * (tensor > 1)
+    )
     hosts = len(pod.devices) // pod.slices > chip.host
-    gpu = min(chip.link, chip.network * chip.host) if hosts else chip.link
+    if hosts:
+        gpu = min(chip.link, chip.network * chip.host)
+    else:
+        gpu = chip.link
     sent = (weights + activations) / (2 * chip.link * chip.dims or gpu)
     return Option(overrides, config, memory, work + max(sent * (1 - HIDDEN), sent - work))
 
@@ -86,20 +129,27 @@ def changed(config: ConfigDict, overrides: dict) -> ConfigDict:
     return config
 
 
-def search(config: ConfigDict, pod: Topology, compile: Callable, count: int) -> list[tuple[dict, object]]:
+def search(
+    config: ConfigDict, pod: Topology, compile: Callable, count: int
+) -> list[tuple[dict, object]]:
     """[(overrides, plan)] of the options that arithmetic finds fastest among those that should fit, compiled.
 
     compile: resolved config -> plan. Until `count` fit, at most twice as many: one that does not fit rules out those
     that need more.
     """
     room = 1.1 * pod.memory  # arithmetic is not exact
-    promising = sorted((o for o in options(config, pod) if o.memory <= room), key=lambda o: o.seconds)
-    found, fitting, limit = [], 0, math.inf
+    promising = sorted(
+        (o for o in options(config, pod) if o.memory <= room), key=lambda o: o.seconds
+    )
+    found = []
+    fitting = 0
+    limit = math.inf
     for option in promising:
         if option.memory >= limit:
             continue
         plan = compile(option.config)
-        fitting, limit = fitting + fits(plan), limit if fits(plan) else option.memory
+        fitting = fitting + fits(plan)
+        limit = limit if fits(plan) else option.memory
         found.append((option.overrides, plan))
         if fitting == count or len(found) == 2 * count:
             break
@@ -135,16 +185,29 @@ def faster(config: ConfigDict, pod: Topology, count: int = 3) -> list[tuple[dict
 
     config: unresolved. The first saves most.
     """
-    now, parts, tensor = estimate(config, {}, pod), config.train.grad_accumulation, max(config.mesh.tensor, 1)
-    changes = [{"model.remat": remat} for remat in ("none", "dots", "attention") if remat != config.model.remat]
+    now = estimate(config, {}, pod)
+    parts = config.train.grad_accumulation
+    tensor = max(config.mesh.tensor, 1)
+    changes = []
+    for remat in ("none", "dots", "attention"):
+        if remat != config.model.remat:
+            changes.append({"model.remat": remat})
     changes += [{"train.grad_accumulation": parts // 2}] if parts > 1 else []
     changes += [{"mesh.tensor": n} for n in (2 * tensor, tensor // 2) if n]
-    tried = [option for option in (estimate(config, change, pod) for change in changes) if option and now]
-    found = [(o.overrides, 1 - o.seconds / now.seconds, o.memory) for o in tried if o.memory <= 0.9 * pod.memory]
+    tried = []
+    for option in (estimate(config, change, pod) for change in changes):
+        if option and now:
+            tried.append(option)
+    found = []
+    for o in tried:
+        if o.memory <= 0.9 * pod.memory:
+            found.append((o.overrides, 1 - o.seconds / now.seconds, o.memory))
     return sorted((row for row in found if row[1] >= WORTHWHILE), key=lambda row: -row[1])[:count]
 
 
 def estimate_of_activations(option: Option, pod: Topology) -> float:
     """Bytes on a device that fall with the rows of a microbatch."""
     twice = estimate(option.config, {"train.batch_size": 2 * option.config.train.batch_size}, pod)
-    return twice.memory - option.memory if twice else 0.0
+    if twice:
+        return twice.memory - option.memory
+    return 0.0

@@ -15,8 +15,12 @@ CYCLES = 0.8  # real time of compiled fusions over the TPU compiler's own estima
 KERNELS = 0.65  # part of the peak that kernels in Pallas reach: attention, experts' products
 HIDDEN = 0.5  # part of the communication beside work where a schedule does not say (GPUs, arithmetic; not measured)
 ERROR = 0.07  # of the step time: the worst of the fit
-GPU_PRODUCTS, GPU_BANDWIDTH = 0.72, 0.62  # parts of a GPU's peaks: in products, attention included; in all else
-GPU_WORK = 0.48  # part of the first over a whole step, where no GPU's compiler told what else it does
+# parts of a GPU's peaks: in products, attention included; in all else
+GPU_PRODUCTS = 0.72
+GPU_BANDWIDTH = 0.62
+GPU_WORK = (
+    0.48  # part of the first over a whole step, where no GPU's compiler told what else it does
+)
 
 
 class Times(NamedTuple):
@@ -47,22 +51,36 @@ def network_of(axes: tuple[str, ...], mesh, topology: Topology, inside: bool = F
 
     GPUs of one host talk over NVLink, those of several over DCN, whether or not they are of one slice.
     """
-    chip, names = topology.spec, list(mesh.axis_names)
+    chip = topology.spec
+    names = list(mesh.axis_names)
     index = tuple(slice(None) if name in axes or axes == ("?",) else 0 for name in names)
     place = {device: i for i, device in enumerate(topology.devices)}
     size = len(topology.devices) // topology.slices
-    slice_of = lambda device: getattr(device, "slice_index", place[device] // size)
+
+    def slice_of(device):
+        return getattr(device, "slice_index", place[device] // size)
+
     group = list(mesh.devices[index].flat)
     if not chip.flops:
         return Network("here", math.inf, math.inf)
     if not chip.dims:
         hosts = Counter(place[device] // topology.shape[-1] for device in group)
-        ring = chip.link if len(hosts) == 1 else min(chip.link, chip.network * min(hosts.values()))
-        return Network("NVLink", chip.link, ring) if len(hosts) == 1 else Network("DCN", chip.network, ring)
-    group = [device for device in group if slice_of(device) == slice_of(group[0])] if inside else group
+        if len(hosts) == 1:
+            ring = chip.link
+        else:
+            ring = min(chip.link, chip.network * min(hosts.values()))
+        if len(hosts) == 1:
+            return Network("NVLink", chip.link, ring)
+        return Network("DCN", chip.network, ring)
+    if inside:
+        group = [device for device in group if slice_of(device) == slice_of(group[0])]
+    else:
+        group = group
     if len(set(map(slice_of, group))) > 1:
         return Network("DCN", chip.network, chip.network)
-    spans = [len({device.coords[d] for device in group}) > 1 for d in range(chip.dims)]
+    spans = []
+    for d in range(chip.dims):
+        spans.append(len({device.coords[d] for device in group}) > 1)
     links = sum(1 + ring for spanned, ring in zip(spans, wraps(topology.shape)) if spanned)
     return Network("ICI", chip.link, chip.link * max(links, 1))
 
@@ -76,7 +94,9 @@ def seconds(collective: Collective, network: Network) -> float:
     return collective.times * collective.bytes * sent / bandwidth
 
 
-def step_times(program: Program, flops: float, kernel_flops: float, mesh, topology: Topology) -> Times:
+def step_times(
+    program: Program, flops: float, kernel_flops: float, mesh, topology: Topology
+) -> Times:
     """flops: of all matrix products on one device, of which kernel_flops in kernels without an estimate of cycles.
 
     Products of 8 bits count half.
@@ -86,17 +106,24 @@ def step_times(program: Program, flops: float, kernel_flops: float, mesh, topolo
     if program.cycles:
         work = CYCLES * program.cycles / chip.clock + kernel_flops / (KERNELS * chip.flops)
     elif program.traffic:
-        work = flops / (GPU_PRODUCTS * chip.flops) + program.traffic / (GPU_BANDWIDTH * chip.bandwidth)
+        work = flops / (GPU_PRODUCTS * chip.flops) + program.traffic / (
+            GPU_BANDWIDTH * chip.bandwidth
+        )
     else:
         work = flops / (GPU_WORK * chip.flops)
-    communication, waited = {}, 0.0
+    communication = {}
+    waited = 0.0
     for collective in program.collectives:
         network = network_of(collective.axes, mesh, topology, collective.inside)
-        key, time = (collective.axes, network.name), seconds(collective, network)
+        key = (collective.axes, network.name)
+        time = seconds(collective, network)
         communication[key] = communication.get(key, 0.0) + time
         waited += 0.0 if collective.overlapped else time
     total = math.fsum(communication.values())
-    waited = waited if program.cycles else total * (1 - HIDDEN)  # a TPU's schedule says what runs beside work
+    waited = (
+        waited if program.cycles else total * (1 - HIDDEN)
+    )  # a TPU's schedule says what runs beside work
     exposed = max(waited, total - work)
-    low, high = (1 - ERROR) * max(work, total), (1 + ERROR) * (work + total)
+    low = (1 - ERROR) * max(work, total)
+    high = (1 + ERROR) * (work + total)
     return Times(matrix, work, communication, exposed, low, high)

@@ -18,7 +18,16 @@ from jaxlm.parallel.chips import CHIPS, GPU_MEMORY_FRACTION, Chip, find_chip
 # Google's names of TPU slices: v4 and v5p count cores, two a chip; v5e and v6e count chips.
 SHAPES_3D = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8",
              1024: "8x8x8", 2048: "8x8x16", 4096: "8x16x16", 8192: "16x16x16"}  # fmt: skip
-SHAPES_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+SHAPES_2D = {
+    1: "1x1",
+    4: "2x2",
+    8: "2x4",
+    16: "4x4",
+    32: "4x8",
+    64: "8x8",
+    128: "8x16",
+    256: "16x16",
+}
 
 
 class Topology(NamedTuple):
@@ -44,31 +53,45 @@ class Topology(NamedTuple):
 
 def parse(text: str) -> tuple[str, tuple[int, ...]]:
     """(chip, shape) of "v5p:4x4x4", "v5p-128", "h100:8", "h100:1x16x8" (slices x hosts x GPUs). Raises ConfigError."""
-    chip, separator, size = re.fullmatch(r"([^:-]*)([:-]?)(.*)", text.replace("v5litepod", "v5e")).groups()
+    chip, separator, size = re.fullmatch(
+        r"([^:-]*)([:-]?)(.*)", text.replace("v5litepod", "v5e")
+    ).groups()
     if chip not in CHIPS:
         known = ", ".join(CHIPS)
-        raise ConfigError(f"--topology={text}: no chip {chip!r}{did_you_mean(chip, CHIPS)} (known: {known}, or local)")
+        raise ConfigError(
+            f"--topology={text}: no chip {chip!r}{did_you_mean(chip, CHIPS)} (known: {known}, or local)"
+        )
     dims = CHIPS[chip].dims
     table = {3: SHAPES_3D, 2: SHAPES_2D}.get(dims, {})
     if separator == "-" and dims:
         if not size.isdecimal() or int(size) not in table:
-            raise ConfigError(f"--topology={text}: {chip}- is followed by one of {', '.join(map(str, table))}")
+            raise ConfigError(
+                f"--topology={text}: {chip}- is followed by one of {', '.join(map(str, table))}"
+            )
         size = table[int(size)]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
         example = table[64] if dims else "1x8x8"
         raise ConfigError(f"--topology={text}: give a shape, such as {chip}:{example}")
     shape = tuple(map(int, size.split("x")))
     if dims and len(shape) != dims:
-        raise ConfigError(f"--topology={text}: a slice of {chip} has {dims} dimensions, such as {chip}:{table[64]}")
+        raise ConfigError(
+            f"--topology={text}: a slice of {chip} has {dims} dimensions, such as {chip}:{table[64]}"
+        )
     if not dims:
         if len(shape) > 3:
-            raise ConfigError(f"--topology={text}: GPUs are slices x hosts x GPUs of a host, such as {chip}:1x8x8")
+            raise ConfigError(
+                f"--topology={text}: GPUs are slices x hosts x GPUs of a host, such as {chip}:1x8x8"
+            )
         host = CHIPS[chip].host
-        if len(shape) == 1 and shape[0] > host and shape[0] % host == 0:  # h100:64 is eight hosts of eight
+        if (
+            len(shape) == 1 and shape[0] > host and shape[0] % host == 0
+        ):  # h100:64 is eight hosts of eight
             shape = (shape[0] // host, host)
         shape = (1,) * (3 - len(shape)) + shape
         if shape[-1] > host:
-            raise ConfigError(f"--topology={text}: a host has {host} {chip} at most, so give hosts x GPUs: 1x2x{host}")
+            raise ConfigError(
+                f"--topology={text}: a host has {host} {chip} at most, so give hosts x GPUs: 1x2x{host}"
+            )
     return chip, shape
 
 
@@ -90,7 +113,8 @@ def describe(text: str, slices: int = 1) -> Topology:
     """The devices of a topology, none of which need be here. Raises ConfigError, or UserError without the extra."""
     chip, shape = parse(text)
     if not CHIPS[chip].dims:
-        slices, shape = shape[0] * slices, shape[1:]
+        slices = shape[0] * slices
+        shape = shape[1:]
         return gpus(text, chip, shape, slices)
     wrap = tuple(wraps(shape))
     try:
@@ -102,12 +126,20 @@ def describe(text: str, slices: int = 1) -> Topology:
             **({"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}),
         )
     except Exception as error:
-        missing = any(words in str(error) for words in ("libtpu", "not installed", "Unable to initialize"))
+        missing = any(
+            words in str(error) for words in ("libtpu", "not installed", "Unable to initialize")
+        )
         if missing or isinstance(error, ImportError):
-            raise UserError(f"--topology={text} needs the TPU compiler: pip install -e '.[tpu]' ({error})") from None
-        raise ConfigError(f"--topology={text}: the TPU compiler knows no such slice ({error})") from None
+            raise UserError(
+                f"--topology={text} needs the TPU compiler: pip install -e '.[tpu]' ({error})"
+            ) from None
+        raise ConfigError(
+            f"--topology={text}: the TPU compiler knows no such slice ({error})"
+        ) from None
     if len(found.devices) != slices * math.prod(shape):
-        raise ConfigError(f"--topology={text}: the compiler counts the cores of {chip}, two a chip, as train does not")
+        raise ConfigError(
+            f"--topology={text}: the compiler counts the cores of {chip}, two a chip, as train does not"
+        )
     return Topology(text, chip, shape, slices, list(found.devices), False)
 
 
@@ -131,7 +163,11 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { m
 device_description_str: "NVIDIA H100 80GB HBM3" """
 GPU_CHANGES = {
     "h100": (),
-    "h200": (("3352320000000", "4800000000000"), ("84978434048", "150121545728"), ("H100 80GB HBM3", "H200")),
+    "h200": (
+        ("3352320000000", "4800000000000"),
+        ("84978434048", "150121545728"),
+        ("H100 80GB HBM3", "H200"),
+    ),
 }
 
 
@@ -143,7 +179,10 @@ def gpus(text: str, chip: str, shape: tuple[int, int], slices: int) -> Topology:
             target = target.replace(old, new)
         try:
             found = topologies.get_topology_desc(
-                platform="cuda", topology_name=chip, topology="x".join(map(str, (slices, *shape))), target_config=target
+                platform="cuda",
+                topology_name=chip,
+                topology="x".join(map(str, (slices, *shape))),
+                target_config=target,
             )
             return Topology(text, chip, shape, slices, list(found.devices), False)
         except Exception as error:
@@ -164,4 +203,6 @@ def memory_here() -> int:
     """Bytes that each device here may use: its own, or, of CPUs, its part of the machine's."""
     devices = jax.local_devices()
     stats = devices[0].memory_stats() or {}
-    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf(
+        "SC_PHYS_PAGES"
+    ) // len(devices)

@@ -97,10 +97,13 @@ def require_checkpoints(workdir: PurePath, config: ConfigDict) -> None:
     died before or inside of its first save is told from one whose checkpoints were deleted. To be called before
     `Checkpoints` makes the directory. A bucket has no empty directories: there nothing is known.
     """
-    rows, folder = workdir / "metrics.jsonl", workdir / "checkpoints"
+    rows = workdir / "metrics.jsonl"
+    folder = workdir / "checkpoints"
     if in_bucket(workdir) or not rows.is_file():
         return
-    last = max(re.findall(r'^\{"step": (\d+),', rows.read_text(), re.MULTILINE), key=int, default=None)
+    last = max(
+        re.findall(r'^\{"step": (\d+),', rows.read_text(), re.MULTILINE), key=int, default=None
+    )
     if last is None:
         return
     if folder.is_dir() and (any(folder.iterdir()) or int(last) <= config.checkpoint.every):
@@ -128,13 +131,18 @@ class Checkpoints:
     def __init__(self, workdir: str | PurePath, config: ConfigDict | None = None):
         """config: of the run that saves; None to read only."""
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every step it takes
-        workdir, self.config = run_directory(workdir), config
+        workdir = run_directory(workdir)
+        self.config = config
         self.path = (workdir if in_bucket(workdir) else workdir.absolute()) / "checkpoints"
         if config is None and not self.path.is_dir():
-            found = "has no checkpoints/" if workdir.is_dir() else "is not a directory"
+            if workdir.is_dir():
+                found = "has no checkpoints/"
+            else:
+                found = "is not a directory"
             need = "give the --workdir of a jaxlm.train run that has saved"
             raise CheckpointError(f"{workdir} {found}: {need}{near_path(workdir)}")
-        self._writer, self._writing = ThreadPoolExecutor(1), None
+        self._writer = ThreadPoolExecutor(1)
+        self._writing = None
         options = {"read_only": True}
         if config is not None:
             policies = [keep.LatestN(config.checkpoint.keep)]
@@ -185,15 +193,20 @@ class Checkpoints:
         step = int(state.step)
         if step in self.manager.all_steps():
             return
-        if jax.process_count() > 1:  # orbax's processes wait for each other, in the order of the loop
+        if (
+            jax.process_count() > 1
+        ):  # orbax's processes wait for each other, in the order of the loop
             self._write(step, items(state), meta, eval_loss)
         else:  # orbax takes 50 ms to begin, however small the state
-            self._writing = self._writer.submit(self._write, step, on_host(items(state)), meta, eval_loss)
+            self._writing = self._writer.submit(
+                self._write, step, on_host(items(state)), meta, eval_loss
+            )
 
     def _settle(self) -> None:
         """Waits until orbax has begun with the save before, and raises its error."""
         if self._writing:
-            writing, self._writing = self._writing, None
+            writing = self._writing
+            self._writing = None
             writing.result()
 
     def save_params(self, step: int, params: dict, meta: dict) -> None:
@@ -204,7 +217,9 @@ class Checkpoints:
         args = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
         saved = self.manager.save(
             step,
-            args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta | {"eval_loss": eval_loss})),
+            args=ocp.args.Composite(
+                **args, meta=ocp.args.JsonSave(meta | {"eval_loss": eval_loss})
+            ),
             metrics=None if eval_loss is None else {"loss": eval_loss},
         )
         if not saved:  # orbax says no more than this
@@ -215,7 +230,9 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         try:
-            return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
+                "meta"
+            ]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{self.path / str(step)} is damaged ({error}): move it away to use the one before"
@@ -224,7 +241,9 @@ class Checkpoints:
     def restore(self, step: int, abstract: State, shardings: State) -> State:
         """The state at `step`, on the mesh of `shardings`. Raises CheckpointError where it does not fit `abstract`."""
         places = items(shardings)
-        got = self._read(step, **{name: as_target(tree, places[name]) for name, tree in items(abstract).items()})
+        got = self._read(
+            step, **{name: as_target(tree, places[name]) for name, tree in items(abstract).items()}
+        )
         if (inside := int(got["rest"]["step"])) != step:
             raise CheckpointError(
                 f"{self.path / str(step)} holds step {inside}: its directory was renamed or copied; rename it to "
@@ -235,13 +254,21 @@ class Checkpoints:
     def restore_params(self, step: int, abstract: State, shardings: State) -> dict:
         """What evaluation and generation use: the average of the parameters where the run keeps one, else these."""
         name = "params" if abstract.ema is None else "ema"
-        return self._read(step, **{name: as_target(items(abstract)[name], items(shardings)[name])})[name]
+        return self._read(step, **{name: as_target(items(abstract)[name], items(shardings)[name])})[
+            name
+        ]
 
     def read_params(self, step: int, place) -> dict:
         """What evaluation uses, as it was saved, whatever the model. place: (name, shape) -> sharding."""
-        name = "ema" if self.meta(step)["config"].get("train.ema") else "params"
+        if self.meta(step)["config"].get("train.ema"):
+            name = "ema"
+        else:
+            name = "params"
         saved = self._saved(step, name)
-        target = lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(name_of(path), x.shape))
+
+        def target(path, x):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(name_of(path), x.shape))
+
         return self._read(step, **{name: jax.tree_util.tree_map_with_path(target, saved)})[name]
 
     def _read(self, step: int, **targets):
@@ -271,10 +298,15 @@ class Checkpoints:
 
     def _require_fit(self, step: int, name: str, target) -> None:
         """Orbax casts dtypes silently and reports other shapes unreadably: compare first."""
-        flat = lambda tree: {
-            name_of(path): (tuple(x.shape), str(x.dtype)) for path, x in jax.tree.leaves_with_path(tree)
-        }
-        saved, wanted = flat(self._saved(step, name)), flat(target)
+
+        def flat(tree):
+            return {
+                name_of(path): (tuple(x.shape), str(x.dtype))
+                for path, x in jax.tree.leaves_with_path(tree)
+            }
+
+        saved = flat(self._saved(step, name))
+        wanted = flat(target)
         both = [path for path in wanted if path in saved and saved[path] != wanted[path]]
         lines = [f"{path}: saved {saved[path]}, wanted {wanted[path]}" for path in both]
         lines += [f"{path}: not in the checkpoint" for path in wanted if path not in saved]
@@ -291,12 +323,20 @@ class Checkpoints:
         """{name: what orbax knows of it} of a checkpoint."""
         try:
             return self.manager.item_metadata(step)
-        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # orbax's, of broken files
+        except (
+            AttributeError,
+            KeyError,
+            OSError,
+            TypeError,
+            ValueError,
+        ) as error:  # orbax's, of broken files
             raise self._damaged(step, error) from error
 
     def _damaged(self, step: int, error: BaseException) -> CheckpointError:
         why = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0]
-        return CheckpointError(f"{self.path / str(step)} is damaged ({why}): move it away to use the one before")
+        return CheckpointError(
+            f"{self.path / str(step)} is damaged ({why}): move it away to use the one before"
+        )
 
     def _saved(self, step: int, name: str):
         """Shapes and dtypes of what is in a checkpoint."""
@@ -304,7 +344,12 @@ class Checkpoints:
             return self._parts(step)[name].tree
         except CheckpointError:
             raise
-        except (AttributeError, KeyError, OSError, ValueError):  # orbax: None, where its own files are not whole
+        except (
+            AttributeError,
+            KeyError,
+            OSError,
+            ValueError,
+        ):  # orbax: None, where its own files are not whole
             folder = self.path / str(step)
             raise CheckpointError(
                 f"{folder} is damaged: its {name} do not say what they are; move it away to use the one before"
@@ -312,10 +357,21 @@ class Checkpoints:
 
     def _changed(self, step: int) -> list[str]:
         """The keys, of those that decide what a state holds, which are not as in a checkpoint."""
-        now = json.loads(json.dumps(flatten(self.config) if self.config else {}))  # tuples are lists there
-        deciding = lambda key: key.startswith(("model.", "optim.", "task.", "train.ema"))
-        pairs = [(key, old, now[key]) for key, old in self.meta(step)["config"].items() if key in now]
-        return [f"config.{key}: {old} -> {new}" for key, old, new in pairs if deciding(key) and old != new]
+        now = json.loads(
+            json.dumps(flatten(self.config) if self.config else {})
+        )  # tuples are lists there
+
+        def deciding(key):
+            return key.startswith(("model.", "optim.", "task.", "train.ema"))
+
+        pairs = [
+            (key, old, now[key]) for key, old in self.meta(step)["config"].items() if key in now
+        ]
+        return [
+            f"config.{key}: {old} -> {new}"
+            for key, old, new in pairs
+            if deciding(key) and old != new
+        ]
 
     def wait(self) -> None:
         self._settle()
@@ -329,7 +385,9 @@ class Checkpoints:
 def items(state: State) -> dict:
     """The parts of a state that are saved, and can be read, on their own."""
     rest = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
-    return {"params": state.params, "rest": rest} | ({} if state.ema is None else {"ema": state.ema})
+    return {"params": state.params, "rest": rest} | (
+        {} if state.ema is None else {"ema": state.ema}
+    )
 
 
 def on_host(tree):
@@ -340,4 +398,6 @@ def on_host(tree):
 
 
 def as_target(abstract, shardings):
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )

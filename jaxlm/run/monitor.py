@@ -12,7 +12,14 @@ from pathlib import PurePath
 import jax
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from jaxlm.config.keys import ANSWERING, SILENT
 from jaxlm.errors import DataError
@@ -20,7 +27,18 @@ from jaxlm.run.workdir import in_bucket, write_whole
 
 # Of a step, where there are: a mixture of experts' routing, and what a task's loss says besides.
 MORE = ("expert_load", "dropped_tokens", "accuracy", "margin", "divergence", "moved_share")
-SHOWN = ("bits_per_byte", "accuracy", "f1", "auc", "margin", "bleu", "chrf", "rougeL", "exact_match", "mse")
+SHOWN = (
+    "bits_per_byte",
+    "accuracy",
+    "f1",
+    "auc",
+    "margin",
+    "bleu",
+    "chrf",
+    "rougeL",
+    "exact_match",
+    "mse",
+)
 
 
 class Monitor:
@@ -30,25 +48,41 @@ class Monitor:
     """
 
     def __init__(
-        self, workdir: PurePath, config: ConfigDict, start: int, flops_per_token: int, peak_flops: float | None
+        self,
+        workdir: PurePath,
+        config: ConfigDict,
+        start: int,
+        flops_per_token: int,
+        peak_flops: float | None,
     ):
         self.active = jax.process_index() == 0
-        self.config, self.start = config, start
+        self.config = config
+        self.start = start
         self.step_tokens = config.train.batch_size * config.data.seq_len
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
         self.data_seconds = self.save_seconds = 0.0
-        self.paces = deque(maxlen=9)  # seconds a step between the last rows, for an ETA that one stall does not move
+        self.paces = deque(
+            maxlen=9
+        )  # seconds a step between the last rows, for an ETA that one stall does not move
         self.mark = (start, time.perf_counter())
-        self.told_moved = config.optim.rounding == "stochastic"  # where few are changed by each step, as they should be
+        self.told_moved = (
+            config.optim.rounding == "stochastic"
+        )  # where few are changed by each step, as they should be
         if not self.active:
             return
         path = workdir / "metrics.jsonl"
         keep_rows(path, start)
-        self.file = Upload(path) if in_bucket(path) else open(path, "a", buffering=1)  # noqa: SIM115 (closed in close)
+        if in_bucket(path):
+            self.file = Upload(path)
+        else:
+            self.file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in close)
         self.board = tensorboard(workdir) if config.log.tensorboard else None
         self.progress = progress_bar() if sys.stdout.isatty() else None
         if self.progress:
-            self.task = self.progress.add_task("", total=config.train.stop_at, completed=start, shown="compiling")
+            self.task = self.progress.add_task(
+                "", total=config.train.stop_at, completed=start, shown="compiling"
+            )
             self.progress.start()
 
     def waited(self, seconds: float) -> None:
@@ -88,12 +122,16 @@ class Monitor:
         row |= {"save_seconds": round(self.save_seconds, 6)} if self.save_seconds else {}
         row |= {key: round(metrics[key], 4) for key in MORE if key in metrics}
         if self.peak_flops:
-            row["mfu"] = round(rate * self.flops_per_token / (self.peak_flops * jax.device_count()), 4)
+            row["mfu"] = round(
+                rate * self.flops_per_token / (self.peak_flops * jax.device_count()), 4
+            )
         if step == self.start + 1:  # compiling: no speed is measured by it
             row = {k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu")}
         else:
             self.paces.append(seconds)
-        self.mark, self.data_seconds, self.save_seconds = (step, finished), 0.0, 0.0
+        self.mark = (step, finished)
+        self.data_seconds = 0.0
+        self.save_seconds = 0.0
         if step % self.config.log.every == 0 or step == 1:
             self.write(row)
         self.show(row)
@@ -120,15 +158,25 @@ class Monitor:
             self.progress.update(self.task, shown=text)
         else:
             stop = self.config.train.stop_at
-            left = clock((stop - row["step"]) * statistics.median(self.paces)) if self.paces else "--:--"
-            print(f"step {row['step']:>6}/{stop}  {text}  lr {row['learning_rate']:.2e}  ETA {left}", flush=True)
+            if self.paces:
+                left = clock((stop - row["step"]) * statistics.median(self.paces))
+            else:
+                left = "--:--"
+            print(
+                f"step {row['step']:>6}/{stop}  {text}  lr {row['learning_rate']:.2e}  ETA {left}",
+                flush=True,
+            )
 
     def evaluation(self, step: int, result: dict) -> None:
         """A row of eval/ metrics. The time since the last row is not counted as the steps'."""
         if self.active:
-            numbers = {key: value for key, value in result.items() if isinstance(value, (int, float))}
+            numbers = {
+                key: value for key, value in result.items() if isinstance(value, (int, float))
+            }
             self.write({"step": step} | {f"eval/{key}": value for key, value in numbers.items()})
-            told = "".join(f"  {key.replace('_', ' ')} {result[key]:.4f}" for key in SHOWN if key in result)
+            told = "".join(
+                f"  {key.replace('_', ' ')} {result[key]:.4f}" for key in SHOWN if key in result
+            )
             self.say(f"step {step:>6}  validation loss {result['loss']:.4f}{told}")
 
     def pause(self, began: float) -> None:
@@ -137,11 +185,16 @@ class Monitor:
 
     def say(self, text: str) -> None:
         if self.active:
-            self.progress.console.print(text, highlight=False) if self.progress else print(text, flush=True)
+            self.progress.console.print(text, highlight=False) if self.progress else print(
+                text, flush=True
+            )
 
     def write(self, row: dict) -> None:
         # JSON has no NaN or infinity
-        row = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        row = {
+            k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in row.items()
+        }
         self.file.write(json.dumps(row) + "\n")
         if self.board:
             for key, value in row.items():
@@ -165,7 +218,8 @@ class Upload:
     """Lines to append to an object in a bucket, which cannot be appended to: `flush` writes all of it again."""
 
     def __init__(self, path: PurePath):
-        self.path, self.lines = path, [path.read_text()] if path.exists() else []
+        self.path = path
+        self.lines = [path.read_text()] if path.exists() else []
 
     def write(self, line: str) -> None:
         self.lines.append(line)
@@ -225,7 +279,9 @@ def tensorboard(workdir: PurePath):
         from tensorboardX import SummaryWriter
     except ImportError:
         return None
-    if in_bucket(workdir):  # it writes from a thread, and where that fails once the run would wait for it for ever
+    if in_bucket(
+        workdir
+    ):  # it writes from a thread, and where that fails once the run would wait for it for ever
         print("no TensorBoard files in a bucket: metrics.jsonl has the same numbers")
         return None
     return SummaryWriter(str(workdir / "tensorboard"))
@@ -246,4 +302,6 @@ def progress_bar() -> Progress:
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    if hours:
+        return f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{minutes}:{seconds:02}"

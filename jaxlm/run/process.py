@@ -22,14 +22,19 @@ def manage_memory() -> None:
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
     accelerators = ("accel*", "vfio/*", "nvidiactl", "kfd")  # devices of TPUs, NVIDIA and AMD GPUs
-    if jax.config.jax_platforms != "cpu" and any(file for name in accelerators for file in Path("/dev").glob(name)):
+    if jax.config.jax_platforms != "cpu" and any(
+        file for name in accelerators for file in Path("/dev").glob(name)
+    ):
         return
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD = -4, -1, -2  # mallopt(3)
+    # mallopt(3)
+    M_MMAP_MAX = -4
+    M_TRIM_THRESHOLD = -1
+    M_TOP_PAD = -2
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 256 << 20)):
         mallopt(option, value)
 
@@ -58,12 +63,16 @@ def keep_compiled(folder: PurePath) -> None:
         folder /= hashlib.sha256(instructions().encode()).hexdigest()[:12]
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a start compiles many small ones
+    jax.config.update(
+        "jax_persistent_cache_min_compile_time_secs", 0.0
+    )  # a start compiles many small ones
 
 
 def instructions() -> str:
     """The sets of instructions that this CPU knows, as Linux tells; elsewhere its name."""
     try:
-        return re.search(r"^(flags|Features)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[2]
+        return re.search(
+            r"^(flags|Features)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )[2]
     except (OSError, TypeError):
         return platform.processor()

@@ -42,7 +42,9 @@ SCHEDULE = (
 def split_step(spec: str) -> tuple[str, str]:
     """("DIR", "best") of "DIR@best"; the step is `latest` where none is given."""
     path, at, step = spec.rpartition("@")
-    return (path, step) if at and (step in ("best", "latest") or step.isdecimal()) else (spec, "latest")
+    if at and (step in ("best", "latest") or step.isdecimal()):
+        return (path, step)
+    return (spec, "latest")
 
 
 def read_config(spec: str) -> ConfigDict:
@@ -53,21 +55,31 @@ def read_config(spec: str) -> ConfigDict:
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
     except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror or error}: give the --workdir of a jaxlm.train run") from None
+        raise CheckpointError(
+            f"{file}: {error.strerror or error}: give the --workdir of a jaxlm.train run"
+        ) from None
     return known_config(flat, str(file))
 
 
 def inherit(config: ConfigDict) -> list[str]:
     """Takes the model section and the tokenizer from train.init_from, the teacher's from its run; returns problems."""
-    problems, task = [], config.task
+    problems = []
+    task = config.task
     for key, spec in (("train.init_from", config.train.init_from), ("task.teacher", task.teacher)):
         if spec and not (Path(split_step(spec)[0]) / "config.json").exists() and "://" not in spec:
             near = near_path(split_step(spec)[0])
             problems.append(f"config.{key}={spec}: is not the --workdir of a jaxlm.train run{near}")
     if problems:
         return problems
-    whole = lambda spec: os.path.abspath(spec) if spec and "://" not in spec else spec  # evaluation may start elsewhere
-    config.train.init_from, task.teacher = whole(config.train.init_from), whole(task.teacher)
+
+    # evaluation may start elsewhere
+    def whole(spec):
+        if spec and "://" not in spec:
+            return os.path.abspath(spec)
+        return spec
+
+    config.train.init_from = whole(config.train.init_from)
+    task.teacher = whole(task.teacher)
     if start := config.train.init_from:
         theirs = read_config(start).model
         config.model.update({key: theirs[key] for key in theirs if key not in OWN})
@@ -86,9 +98,16 @@ def overruled(asked: list[str], before: dict, config: ConfigDict) -> list[str]:
 
     asked: those keys; before: the config as it was, flat.
     """
-    now, grows = flatten(config), "model.vocab_size"
-    keys = [key for key in asked if key.startswith("model.") and key != grows and before.get(key) != now.get(key)]
-    return [f"config.{key}={before[key]} is not followed: the run of train.init_from has {now[key]}" for key in keys]
+    now = flatten(config)
+    grows = "model.vocab_size"
+    keys = []
+    for key in asked:
+        if key.startswith("model.") and key != grows and before.get(key) != now.get(key):
+            keys.append(key)
+    return [
+        f"config.{key}={before[key]} is not followed: the run of train.init_from has {now[key]}"
+        for key in keys
+    ]
 
 
 def look_at_data(config: ConfigDict) -> tuple[int, int, UserError | None]:
@@ -102,10 +121,15 @@ def look_at_data(config: ConfigDict) -> tuple[int, int, UserError | None]:
 
 def not_told(config: ConfigDict, vocab_size: int, problem: UserError | None) -> list[str]:
     """The problem with the data, where a config leaves to it what must be known to describe a model."""
-    missing = [] if config.model.vocab_size or vocab_size else ["config.model.vocab_size"]
+    if config.model.vocab_size or vocab_size:
+        missing = []
+    else:
+        missing = ["config.model.vocab_size"]
     if config.task.name in HEADED and not (config.model.num_labels or num_labels(config)):
         missing.append("config.model.num_labels")
-    return [f"{problem}; or set {' and '.join(missing)}, which it would tell"] if problem and missing else []
+    if problem and missing:
+        return [f"{problem}; or set {' and '.join(missing)}, which it would tell"]
+    return []
 
 
 def agree(config: ConfigDict, vocab_size: int) -> list[str]:
@@ -114,22 +138,34 @@ def agree(config: ConfigDict, vocab_size: int) -> list[str]:
     vocab_size: ids of the data and the task; a model that is begun from gets room for them. To be called after
     `inherit`, with config.data.labels filled in. Raises CheckpointError.
     """
-    mine, problems, task = load_tokenizer(config), [], config.task
+    mine = load_tokenizer(config)
+    problems = []
+    task = config.task
     for key, spec in (("train.init_from", config.train.init_from), ("task.teacher", task.teacher)):
         if not spec:
             continue
-        given, meta = f"config.{key}={spec}", read_meta(spec)
-        theirs, teaches = tokenizer_of(meta), key == "task.teacher"
+        given = f"config.{key}={spec}"
+        meta = read_meta(spec)
+        theirs = tokenizer_of(meta)
+        teaches = key == "task.teacher"
         other_task = teaches and task.name in HEADED and config_of(meta).task.name != task.name
         if theirs.fingerprint != mine.fingerprint and not other_task:
-            where = "--config.data.tokenizer=" if task.name in ROLES else "the text anew with --tokenizer="
+            if task.name in ROLES:
+                where = "--config.data.tokenizer="
+            else:
+                where = "the text anew with --tokenizer="
             problems.append(
                 f"{given}: its tokenizer ({in_words(theirs)}) is not the data's ({in_words(mine)}), so that the same "
                 f"id is another text; {'give' if task.name in ROLES else 'prepare'} {where}{split_step(spec)[0]}"
             )
         elif teaches:
-            given = f"config.train.init_from={spec}" if spec == config.train.init_from else given
-            problems += [f"{given}: {problem}" for problem in unlike(config_of(meta), config, vocab_size)]
+            if spec == config.train.init_from:
+                given = f"config.train.init_from={spec}"
+            else:
+                given = given
+            problems += [
+                f"{given}: {problem}" for problem in unlike(config_of(meta), config, vocab_size)
+            ]
         else:
             config.model.vocab_size = max(config.model.vocab_size, vocab_size)
     return problems
@@ -141,7 +177,9 @@ def in_words(tokenizer) -> str:
 
 def unlike(teacher: ConfigDict, config: ConfigDict, vocab_size: int) -> list[str]:
     """Why a run of config `teacher`, with the tokenizer of `config`, cannot teach it."""
-    theirs, mine, task = teacher.model.vocab_size, config.model.vocab_size or vocab_size, config.task.name
+    theirs = teacher.model.vocab_size
+    mine = config.model.vocab_size or vocab_size
+    task = config.task.name
     if theirs < vocab_size:
         return [
             f"a model of {theirs:,} ids, but the data of task {task} have {vocab_size:,}: it was trained on task "
@@ -154,7 +192,9 @@ def unlike(teacher: ConfigDict, config: ConfigDict, vocab_size: int) -> list[str
             + same * (teacher.task.name == task)
         ]
     if config.task.distill and task not in HEADED and theirs != mine:
-        return [f"a model of {theirs:,} ids, this one of {mine:,}; set --config.model.vocab_size={theirs}"]
+        return [
+            f"a model of {theirs:,} ids, this one of {mine:,}; set --config.model.vocab_size={theirs}"
+        ]
     return []
 
 
@@ -188,7 +228,10 @@ def rate_jump(config: ConfigDict, meta: dict, step: int, skipped: int) -> str:
     if not changed or step >= config.train.stop_at:
         return ""
     lines = []
-    for key, what in (("learning_rate", "learning rate"), ("adam_learning_rate", "learning rate of Adam's part")):
+    for key, what in (
+        ("learning_rate", "learning rate"),
+        ("adam_learning_rate", "learning rate of Adam's part"),
+    ):
         was = float(schedule(old, old.optim[key])(step - skipped))
         now = float(schedule(config, config.optim[key])(step - skipped))
         used = key == "learning_rate" or config.optim.name == "muon"
@@ -196,7 +239,9 @@ def rate_jump(config: ConfigDict, meta: dict, step: int, skipped: int) -> str:
             lines.append(
                 f"the {what} at step {step + 1} was {was:.2e} under the checkpoint's config, and is {now:.2e} now"
             )
-    return f"{'; '.join(lines)} ({', '.join(changed)})" if lines else ""
+    if lines:
+        return f"{'; '.join(lines)} ({', '.join(changed)})"
+    return ""
 
 
 def read_teacher(config: ConfigDict, mesh) -> dict:
@@ -205,7 +250,9 @@ def read_teacher(config: ConfigDict, mesh) -> dict:
     try:
         return read_run(config.task.teacher, like)
     except CheckpointError as error:
-        raise CheckpointError(f"config.task.teacher, which the loss compares this model with: {error}") from None
+        raise CheckpointError(
+            f"config.task.teacher, which the loss compares this model with: {error}"
+        ) from None
 
 
 def read_run(spec: str, like: dict) -> dict:
@@ -215,7 +262,9 @@ def read_run(spec: str, like: dict) -> dict:
 
     def place(name, shape):
         same = name in known and known[name].shape == shape
-        return known[name].sharding if same else NamedSharding(mesh, PartitionSpec())
+        if same:
+            return known[name].sharding
+        return NamedSharding(mesh, PartitionSpec())
 
     path, step = split_step(spec)
     checkpoints = Checkpoints(path)
@@ -227,19 +276,29 @@ def read_run(spec: str, like: dict) -> dict:
 def count_ngrams(config: ConfigDict) -> dict:
     """The parameters of an n-gram model of the training data; fills in config.model.ngrams."""
     stores = open_stores(config, "train")
-    m, bos = config.model, stores[0].bos_id
-    params = ngram.fit((text for store in stores for text in documents(store)), m.order, m.vocab_size, bos, m.discount)
+    m = config.model
+    bos = stores[0].bos_id
+    params = ngram.fit(
+        (text for store in stores for text in documents(store)),
+        m.order,
+        m.vocab_size,
+        bos,
+        m.discount,
+    )
     m.ngrams = ngram.sizes(params)
     return params
 
 
 def weigh_ngrams(params: dict, config: ConfigDict) -> dict:
     """The parameters of a bag of n-grams with its log-count ratios, of the training examples."""
-    m, pieces = config.model, Examples(config, "train").pieces
+    m = config.model
+    pieces = Examples(config, "train").pieces
     texts, labels = zip(*((piece["tokens"], piece["label"]) for piece in pieces))
     ratio = log_count_ratios(texts, np.array(labels), m.num_labels, m.order, m.buckets)
     old = params["embed"]["ratio"]
-    return params | {"embed": params["embed"] | {"ratio": jax.device_put(ratio.astype(old.dtype), old.sharding)}}
+    return params | {
+        "embed": params["embed"] | {"ratio": jax.device_put(ratio.astype(old.dtype), old.sharding)}
+    }
 
 
 def documents(store):
@@ -262,8 +321,12 @@ def merge(params: dict, section: ConfigDict) -> tuple[dict, ConfigDict]:
             return tree
         tree = {name: fold(part) for name, part in tree.items()}
         if "lora_a" in tree:
-            a, b = tree.pop("lora_a"), tree.pop("lora_b")
-            product = lambda a, b: scale * jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1)
+            a = tree.pop("lora_a")
+            b = tree.pop("lora_b")
+
+            def product(a, b):
+                return scale * jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1)
+
             stacked = a.ndim + b.ndim - 2 > tree["kernel"].ndim
             more = jax.vmap(product)(a, b) if stacked else product(a, b)
             tree["kernel"] = (tree["kernel"] + more).astype(tree["kernel"].dtype)
@@ -280,16 +343,24 @@ def warm_start(params: dict, config: ConfigDict) -> dict:
     Tables of a larger vocabulary keep their further rows, adapters (LoRA) are folded in, and a head of other labels
     begins anew. Raises CheckpointError where shapes are not alike.
     """
-    spec, theirs = config.train.init_from, config_of(read_meta(config.train.init_from))
-    start, told = read_run(spec, params), []
+    spec = config.train.init_from
+    theirs = config_of(read_meta(config.train.init_from))
+    start = read_run(spec, params)
+    told = []
     if theirs.model.lora_rank:
         start, _ = merge(start, theirs.model)
         told.append("its adapters are folded in")
-    if "head" in start and (theirs.task.name, theirs.data.labels) != (config.task.name, config.data.labels):
-        told.append(f"its head of {head_in_words(theirs)} is left, for a new one of {head_in_words(config)}")
+    if "head" in start and (theirs.task.name, theirs.data.labels) != (
+        config.task.name,
+        config.data.labels,
+    ):
+        told.append(
+            f"its head of {head_in_words(theirs)} is left, for a new one of {head_in_words(config)}"
+        )
         del start["head"]
     saved = {name_of(path): x for path, x in jax.tree.leaves_with_path(start)}
-    fresh, unlike = [], []
+    fresh = []
+    unlike = []
 
     def one(path, x):
         name = name_of(path)
@@ -297,15 +368,24 @@ def warm_start(params: dict, config: ConfigDict) -> dict:
         if old is None:
             fresh.append(name)
             return x
-        if old.shape[1:] != x.shape[1:] or len(old) > len(x) or (len(old) < len(x) and "embed" not in name):
+        if (
+            old.shape[1:] != x.shape[1:]
+            or len(old) > len(x)
+            or (len(old) < len(x) and "embed" not in name)
+        ):
             unlike.append(f"{name}: {old.shape} there, {x.shape} here")
             return x
-        put = lambda x, old: jnp.concatenate([old.astype(x.dtype), x[len(old) :]])
+
+        def put(x, old):
+            return jnp.concatenate([old.astype(x.dtype), x[len(old) :]])
+
         return jax.jit(put, out_shardings=x.sharding)(x, old)
 
     params = jax.tree_util.tree_map_with_path(one, params)
     if unlike:
-        raise CheckpointError(f"train.init_from={spec} has other shapes:\n  " + "\n  ".join(unlike[:8]))
+        raise CheckpointError(
+            f"train.init_from={spec} has other shapes:\n  " + "\n  ".join(unlike[:8])
+        )
     if jax.process_index() == 0:
         told += [f"new: {', '.join(fresh[:6])}{' ...' if len(fresh) > 6 else ''}"] if fresh else []
         told += [f"not used: {', '.join(list(saved)[:6])}"] if saved else []

@@ -19,7 +19,9 @@ def run_directory(workdir: str | PurePath) -> PurePath:
     """
     scheme, remote, rest = str(workdir).partition("://")
     if isinstance(workdir, PurePath) or not remote:
-        return Path(workdir) if isinstance(workdir, str) else workdir
+        if isinstance(workdir, str):
+            return Path(workdir)
+        return workdir
     bucket = rest.partition("/")[0]
     if scheme != "gs" or not bucket:
         raise ConfigError(
@@ -31,12 +33,18 @@ def run_directory(workdir: str | PurePath) -> PurePath:
         import gcsfs  # noqa: F401 (what epath uses)
         from google.cloud import storage
     except ImportError as error:
-        raise ConfigError(f'{workdir}: {error.name} is not installed; type: pip install -e ".[gcs]"') from None
+        raise ConfigError(
+            f'{workdir}: {error.name} is not installed; type: pip install -e ".[gcs]"'
+        ) from None
     # gcsfs would never look again into a folder that it has listed, whatever other processes write there.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     try:
-        storage.Client().get_bucket(bucket)  # as orbax does, so that what it would lack is told here
-    except Exception as error:  # of authentication, of the network, of Google's answer: each from another library
+        storage.Client().get_bucket(
+            bucket
+        )  # as orbax does, so that what it would lack is told here
+    except (
+        Exception
+    ) as error:  # of authentication, of the network, of Google's answer: each from another library
         raise ConfigError(
             f"{workdir}: the bucket '{bucket}' cannot be used ({one_line(error)}); look at its name, log in with "
             "`gcloud auth application-default login`, and see that the account may get the bucket and its objects"
@@ -65,10 +73,12 @@ class Hold:
     """
 
     def __init__(self, workdir: PurePath):
-        self.workdir, self.file = workdir, None
+        self.workdir = workdir
+        self.file = None
         try:
             if in_bucket(workdir):
-                self.note, self.mine = workdir / ".run", f"{socket.gethostname()} {uuid.uuid4().hex}"
+                self.note = workdir / ".run"
+                self.mine = f"{socket.gethostname()} {uuid.uuid4().hex}"
                 if jax.process_index() == 0:
                     self.note.write_text(self.mine)
             else:
@@ -76,10 +86,14 @@ class Hold:
                 self.file = open(workdir / f".lock-{jax.process_index()}", "w")  # noqa: SIM115 (held until close)
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"--workdir={workdir}: another run is using it; wait for it, or give another") from None
+            raise ConfigError(
+                f"--workdir={workdir}: another run is using it; wait for it, or give another"
+            ) from None
         except Exception as error:  # gcsfs has its own
             why = getattr(error, "strerror", None) or one_line(error)
-            raise ConfigError(f"--workdir={workdir}: {why}; give a directory that can be written") from None
+            raise ConfigError(
+                f"--workdir={workdir}: {why}; give a directory that can be written"
+            ) from None
         hosts.require_shared(workdir)
         if in_bucket(workdir) and jax.process_index() > 0:
             self.mine = hosts.read_if_there(self.note)

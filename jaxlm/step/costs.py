@@ -25,19 +25,27 @@ def embedding_parameters(params) -> int:
     """Of the tables that are looked up: positions, n-grams, and token embeddings where they do not give the output."""
     embed = params["embed"]
     tables = [embed[name] for name in ("positions", "ngrams") if name in embed]
-    return num_parameters(tables + ([embed["tokens"]] if "unembed" in params or "head" in params else []))
+    return num_parameters(
+        tables + ([embed["tokens"]] if "unembed" in params or "head" in params else [])
+    )
 
 
 def active_parameters(config: ConfigDict, params) -> int:
     """Those that a token meets: of a mixture of experts, experts_per_token of the experts."""
-    experts = [leaf for path, leaf in jax.tree.leaves_with_path(params) if "experts" in jax.tree_util.keystr(path)]
+    experts = []
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if "experts" in jax.tree_util.keystr(path):
+            experts.append(leaf)
     idle = config.model.num_experts - config.model.experts_per_token
-    return num_parameters(params) - (num_parameters(experts) // config.model.num_experts * idle if experts else 0)
+    return num_parameters(params) - (
+        num_parameters(experts) // config.model.num_experts * idle if experts else 0
+    )
 
 
 def reach(config: ConfigDict) -> dict[str, int]:
     """The tokens that one sees at most in a row, itself included, by the letter of its layer in model.layers."""
-    m, T = config.model, config.data.seq_len
+    m = config.model
+    T = config.data.seq_len
     return {"S": min(m.window, m.context_length, T), "L": min(m.context_length, T)}
 
 
@@ -48,21 +56,27 @@ def flops_per_token(config: ConfigDict, params) -> int:
     half that the causal mask leaves out is counted, as the field does). An encoder-decoder's is of a target
     and a source token, one in each stack. What is counted, not trained, has none.
     """
-    m, seen = config.model, reach(config)
+    m = config.model
+    seen = reach(config)
     if m.name == "ngram":
         return 0
     if m.name == "vectors" and (config.task.negatives or config.task.name == "glove"):
         return 6 * m.embed_dim * (1 + config.task.negatives)  # a product with each context
     attended = sum(seen[m.layers[i % len(m.layers)]] for i in range(m.num_layers))
     multiplying = active_parameters(config, params) - embedding_parameters(params)
-    attention = 12 * m.num_heads * m.head_dim * attended if m.name in ATTENDING else 0
+    if m.name in ATTENDING:
+        attention = 12 * m.num_heads * m.head_dim * attended
+    else:
+        attention = 0
     return 6 * multiplying + attention
 
 
 def bytes_per_device(abstract, shardings) -> int:
     """Of one device's shards of a tree."""
     sizes = jax.tree.map(
-        lambda x, s: math.prod(s.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize, abstract, shardings
+        lambda x, s: math.prod(s.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize,
+        abstract,
+        shardings,
     )
     return sum(jax.tree.leaves(sizes))
 
@@ -78,37 +92,64 @@ def least_traffic(config: ConfigDict, mesh) -> dict[tuple[str, tuple[str, ...]],
     are not in it.
     """
     m, parts, (state, axes) = config.model, config.train.grad_accumulation, abstract_state(config)
-    params, axes, places = state.params, axes.params, state_shardings(config, mesh).params
+    params = state.params
+    axes = axes.params
+    places = state_shardings(config, mesh).params
     if "unembed" in params:  # the other table is only looked up
-        params, axes, places = ({k: v for k, v in tree.items() if k != "embed"} for tree in (params, axes, places))
-    itemsize, traffic = np.dtype(m.dtype).itemsize, defaultdict(int)
-    in_order = lambda names: tuple(name for name in MESH_AXES if name in names and mesh.shape[name] > 1)
+        params, axes, places = (
+            {k: v for k, v in tree.items() if k != "embed"} for tree in (params, axes, places)
+        )
+    itemsize = np.dtype(m.dtype).itemsize
+    traffic = defaultdict(int)
+
+    def in_order(names):
+        return tuple(name for name in MESH_AXES if name in names and mesh.shape[name] > 1)
+
     tokens = {*RULES["batch"], *RULES["length"]}
-    for (path, leaf), logical, place in zip(jax.tree.leaves_with_path(params), *map(jax.tree.leaves, (axes, places))):
-        rows = [names_of(entry) for axis, entry in zip(logical, place.spec) if axis in ("embed", "expert_embed")]
+    for (path, leaf), logical, place in zip(
+        jax.tree.leaves_with_path(params), *map(jax.tree.leaves, (axes, places))
+    ):
+        rows = []
+        for axis, entry in zip(logical, place.spec):
+            if axis in ("embed", "expert_embed"):
+                rows.append(names_of(entry))
         if not rows:  # a norm, a bias
             continue
         mine = itemsize * math.prod(place.shard_shape(leaf.shape))
-        gathered, copies = in_order(rows[0]), in_order(tokens - {n for entry in place.spec for n in names_of(entry)})
+        gathered = in_order(rows[0])
+        copies = in_order(tokens - {n for entry in place.spec for n in names_of(entry)})
         whole = parts * mine * math.prod(mesh.shape[name] for name in gathered)
         passes = 2 if path[0].key == "layers" else 1
-        moved = ("gather", gathered, passes * whole), ("sum", gathered, whole), ("sum", copies, mine)
+        moved = (
+            ("gather", gathered, passes * whole),
+            ("sum", gathered, whole),
+            ("sum", copies, mine),
+        )
         for what, names, number in moved:
             traffic[what, names] += number if names else 0
-    n, sequence = mesh.shape["tensor"], mesh.shape["sequence"]
-    here = itemsize * config.train.batch_size * config.data.seq_len // (batch_shards(mesh) * sequence)
+    n = mesh.shape["tensor"]
+    sequence = mesh.shape["sequence"]
+    here = (
+        itemsize * config.train.batch_size * config.data.seq_len // (batch_shards(mesh) * sequence)
+    )
     if n > 1:
-        traffic["gather", ("tensor",)] = traffic["sum", ("tensor",)] = 4 * here * m.embed_dim * m.num_layers
+        traffic["gather", ("tensor",)] = traffic["sum", ("tensor",)] = (
+            4 * here * m.embed_dim * m.num_layers
+        )
     if sequence > 1:
         heads = max(m.num_kv_heads // n, 1)
-        traffic["permute", ("sequence",)] = 6 * (sequence - 1) * here * heads * m.head_dim * m.num_layers
+        traffic["permute", ("sequence",)] = (
+            6 * (sequence - 1) * here * heads * m.head_dim * m.num_layers
+        )
     return {key: number for key, number in traffic.items() if number}
 
 
 def human(num_bytes: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
-            return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.2f} {unit}"
+            if unit == "B":
+                return f"{num_bytes:,.0f} {unit}"
+            return f"{num_bytes:,.2f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:,.2f} TiB"
 
@@ -118,11 +159,14 @@ def describe(config: ConfigDict, num_devices: int, train_tokens: int | None) -> 
     state, _ = abstract_state(config)
     mesh = abstract_mesh(config, num_devices)
     places = state_shardings(config, mesh)
-    total, embedding = num_parameters(state.params), embedding_parameters(state.params)
+    total = num_parameters(state.params)
+    embedding = embedding_parameters(state.params)
     active = active_parameters(config, state.params)
-    flops, step_tokens = flops_per_token(config, state.params), config.train.batch_size * config.data.seq_len
+    flops = flops_per_token(config, state.params)
+    step_tokens = config.train.batch_size * config.data.seq_len
     run_tokens = step_tokens * config.train.steps
-    parameters, ema = bytes_per_device(state.params, places.params), bytes_per_device(state.ema, places.ema)
+    parameters = bytes_per_device(state.params, places.params)
+    ema = bytes_per_device(state.ema, places.ema)
     optimizer = bytes_per_device(state.opt_state, places.opt_state)
     gradients = bytes_per_device(*(split(tree.params, config)[0] for tree in (state, places)))
     saved = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))
@@ -130,36 +174,60 @@ def describe(config: ConfigDict, num_devices: int, train_tokens: int | None) -> 
     lines = [
         ("parameters", f"{total:,} (active {active:,}, input embedding {embedding:,})"),
         ("FLOPs per token", f"{flops:,} forward and backward"),
-        ("tokens per step", f"{step_tokens:,} = {config.train.batch_size:,} rows x {config.data.seq_len:,}"),
-        ("tokens in all", f"{run_tokens:,} in {config.train.steps:,} steps ({flops * run_tokens:.3g} FLOPs)"),
+        (
+            "tokens per step",
+            f"{step_tokens:,} = {config.train.batch_size:,} rows x {config.data.seq_len:,}",
+        ),
+        (
+            "tokens in all",
+            f"{run_tokens:,} in {config.train.steps:,} steps ({flops * run_tokens:.3g} FLOPs)",
+        ),
         ("mesh", f"{axes}, {num_devices:,} devices" if num_devices > 1 else "one device"),
         *pipeline_lines(config, mesh),
-        ("bytes per device", f"{human(parameters + optimizer + gradients + ema)} besides activations"),
+        (
+            "bytes per device",
+            f"{human(parameters + optimizer + gradients + ema)} besides activations",
+        ),
         ("  parameters", human(parameters)),
         ("  optimizer", human(optimizer)),
         ("  gradients", human(gradients)),
         *([("  average (EMA)", human(ema))] if config.train.ema else []),
         ("checkpoint", human(saved)),
-        ("data", f"{train_tokens:,} tokens, {run_tokens / train_tokens:.2f} epochs" if train_tokens else "not known"),
+        (
+            "data",
+            f"{train_tokens:,} tokens, {run_tokens / train_tokens:.2f} epochs"
+            if train_tokens
+            else "not known",
+        ),
     ]
-    return "\n".join(f"{name:18} {text}" for name, text in lines) + "\n\n" + sharding_table(state.params, places.params)
+    return (
+        "\n".join(f"{name:18} {text}" for name, text in lines)
+        + "\n\n"
+        + sharding_table(state.params, places.params)
+    )
 
 
 def attention_lines(config: ConfigDict, mesh) -> list[tuple[str, str]]:
     """Which kernel a device of this mesh takes, for each letter of model.layers; of a target's attention to itself."""
-    m, T = config.model, config.data.seq_len
+    m = config.model
+    T = config.data.seq_len
     if m.name not in ATTENDING or not m.num_layers:
         return []
     if mesh.shape["sequence"] > 1 and m.context_parallel == "ring":
         return [("attention", f"blockwise, around a ring of {mesh.shape['sequence']}")]
     rows = -(-config.train.batch_size // config.train.grad_accumulation // batch_shards(mesh))
-    q = jax.ShapeDtypeStruct((rows, T, -(-m.num_heads // mesh.shape["tensor"]), m.head_dim), np.dtype(m.dtype))
-    causal, in_order = m.name != "encoder", mesh.shape["sequence"] == 1
+    q = jax.ShapeDtypeStruct(
+        (rows, T, -(-m.num_heads // mesh.shape["tensor"]), m.head_dim), np.dtype(m.dtype)
+    )
+    causal = m.name != "encoder"
+    in_order = mesh.shape["sequence"] == 1
     kernels = {}
     for kind in m.layers:
         plain = in_order and not config.data.isolate and (reach(config)[kind] == T or not causal)
         with jax.set_mesh(mesh):
-            auto = choose(q, T, plain=plain, in_order=in_order, causal=causal, softcap=m.attention_softcap)
+            auto = choose(
+                q, T, plain=plain, in_order=in_order, causal=causal, softcap=m.attention_softcap
+            )
         kernels[kind] = auto if m.attention == "auto" else m.attention
     if len(set(kernels.values())) == 1:
         return [("attention", next(iter(kernels.values())))]
@@ -167,7 +235,8 @@ def attention_lines(config: ConfigDict, mesh) -> list[tuple[str, str]]:
 
 
 def pipeline_lines(config: ConfigDict, mesh) -> list[tuple[str, str]]:
-    stages, rounds = mesh.shape["stage"], config.model.pipeline_rounds
+    stages = mesh.shape["stage"]
+    rounds = config.model.pipeline_rounds
     if stages == 1:
         return []
     rows = config.train.batch_size // config.train.grad_accumulation // batch_shards(mesh)
@@ -186,7 +255,14 @@ def sharding_table(params, shardings) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         row = str(leaf.shape), f"({', '.join(words)})", str(place.shard_shape(leaf.shape))
         alike[re.sub(r"block_\d+", "block_*", name), *row].append(name)
-    rows = [(f"{kind} ({len(names)} x)" if len(names) > 1 else names[0], *row) for (kind, *row), names in alike.items()]
+    rows = [
+        (f"{kind} ({len(names)} x)" if len(names) > 1 else names[0], *row)
+        for (kind, *row), names in alike.items()
+    ]
     rows.insert(0, ("parameter", "shape", "sharding", "on each device"))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    widths = []
+    for i in range(4):
+        widths.append(max(len(row[i]) for row in rows))
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )

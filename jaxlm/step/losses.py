@@ -21,8 +21,20 @@ from jaxlm.models.vectors import pair_scores
 from jaxlm.parallel.context_parallel import zigzag
 from jaxlm.parallel.mesh import even_mesh
 
-IN_ORDER = ("tokens", "targets", "positions", "segments", "reach", "weights")  # have the positions of a row
-EXTRA = ("reach", "enc_tokens", "enc_segments", "enc_positions")  # what some models are told besides
+IN_ORDER = (
+    "tokens",
+    "targets",
+    "positions",
+    "segments",
+    "reach",
+    "weights",
+)  # have the positions of a row
+EXTRA = (
+    "reach",
+    "enc_tokens",
+    "enc_segments",
+    "enc_positions",
+)  # what some models are told besides
 
 
 def mesh_order(batch: dict) -> tuple[dict, jax.Array | None]:
@@ -36,15 +48,23 @@ def mesh_order(batch: dict) -> tuple[dict, jax.Array | None]:
     if parts == 1 or T % (2 * parts):
         return batch, None
     places = zigzag(T, parts)
-    moved = [name for name in IN_ORDER if name in batch and not (name == "weights" and "labels" in batch)]
+    moved = []
+    for name in IN_ORDER:
+        if name in batch and not (name == "weights" and "labels" in batch):
+            moved.append(name)
     return batch | {name: batch[name][:, places] for name in moved}, places
 
 
 def arguments(batch: dict, config: ConfigDict) -> tuple[tuple, dict]:
     """What a model is called with, but for its parameters: of rows, see `rows_of`."""
-    seen = {"reach_BT" if name == "reach" else name: batch[name] for name in EXTRA if name in batch}
+    seen = {}
+    for name in EXTRA:
+        if name in batch:
+            seen["reach_BT" if name == "reach" else name] = batch[name]
     if not config.data.isolate:
-        return (batch["tokens"], None, None), {name: x for name, x in seen.items() if name != "enc_segments"}
+        return (batch["tokens"], None, None), {
+            name: x for name, x in seen.items() if name != "enc_segments"
+        }
     return (batch["tokens"], batch["segments"], batch["positions"]), seen
 
 
@@ -52,10 +72,14 @@ def rows_of(batch: dict) -> dict:
     """The batch with [B, T] tokens: of pairs [B, 2, T], 2 B rows."""
     if batch["tokens"].ndim == 2:
         return batch
-    return {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in IN_ORDER if name in batch}
+    return {
+        name: batch[name].reshape(-1, batch[name].shape[-1]) for name in IN_ORDER if name in batch
+    }
 
 
-def forward(model: nn.Module, params, batch, places, config: ConfigDict, dropout_key=None) -> tuple[jax.Array, dict]:
+def forward(
+    model: nn.Module, params, batch, places, config: ConfigDict, dropout_key=None
+) -> tuple[jax.Array, dict]:
     """(final hidden states [B, T, D], what the layers say of their routing). batch, places: `mesh_order`'s.
 
     dropout_key: a key while training, None for evaluation.
@@ -83,7 +107,9 @@ def token_losses(model: nn.Module, params, batch, places, config: ConfigDict, dr
     return *nats_of(model, params, x_BTD, batch["targets"], config.train.loss_chunk), x_BTD, aux
 
 
-def token_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=None, teacher=None) -> dict:
+def token_loss(
+    model: nn.Module, params, batch, config: ConfigDict, dropout_key=None, teacher=None
+) -> dict:
     """Weighted sums over the batch, float32: `loss` in nats, `weight`, the sum of the weights, and `objective`.
 
     The objective is what is differentiated: the loss, smoothed and mixed with the divergence from a teacher where the
@@ -91,14 +117,19 @@ def token_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=
     """
     batch, places = mesh_order(batch)
     x_BTD, aux = forward(model, params, batch, places, config, dropout_key)
-    weights_BT, task, more = batch["weights"], config.task, {}
-    own, smooth = 1 - task.distill, task.label_smoothing
+    weights_BT = batch["weights"]
+    task = config.task
+    more = {}
+    own = 1 - task.distill
+    smooth = task.label_smoothing
     objective, loss_BT, _ = weighted_nats_of(
         model, params, x_BTD, batch["targets"], weights_BT,
         Mix(own * (1 - smooth), own * smooth, config.train.z_loss), config.train.loss_chunk,
     )  # fmt: skip
     if smooth:  # the mean logit is that of the mean row of the table
-        mean_BT = jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), jnp.mean(unembedding(params), axis=0))
+        mean_BT = jnp.einsum(
+            "BTD,D->BT", x_BTD.astype(jnp.float32), jnp.mean(unembedding(params), axis=0)
+        )
         objective -= own * smooth * jnp.sum(weights_BT * mean_BT)
     if task.distill:
         section = teacher_section(config)
@@ -126,7 +157,9 @@ def teacher_section(config: ConfigDict):
 def routing_sums(aux: dict, weight_B: jax.Array, config: ConfigDict) -> tuple[jax.Array, dict]:
     """(the routers' weighted losses, {"load": tree of token counts [layers, experts], "dropped": assignments})."""
     layers = {"balance_B": config.model.balance_loss, "router_z_B": config.model.router_z_loss}
-    loss, dropped, load = jnp.zeros(()), jnp.zeros(()), {}
+    loss = jnp.zeros(())
+    dropped = jnp.zeros(())
+    load = {}
     for path, leaf in jax.tree.leaves_with_path(aux):
         name = path[-1].key
         if name in layers:
@@ -159,7 +192,10 @@ def pool(x_BTD, segments_BT, positions_BT, examples: int, kind: str) -> jax.Arra
     if kind == "last":
         places_BMT = jnp.where(mine_BMT, positions_BT[:, None], -1)
         mine_BMT &= places_BMT == jnp.max(places_BMT, axis=2, keepdims=True)
-    count_BM = jnp.maximum(jnp.sum(mine_BMT, axis=2), 1) if kind != "sum" else jnp.ones(mine_BMT.shape[:2])
+    if kind != "sum":
+        count_BM = jnp.maximum(jnp.sum(mine_BMT, axis=2), 1)
+    else:
+        count_BM = jnp.ones(mine_BMT.shape[:2])
     return jnp.einsum("BMT,BTD->BMD", mine_BMT.astype(jnp.float32), x_BTD) / count_BM[..., None]
 
 
@@ -174,7 +210,10 @@ def class_nats(logits, labels, task) -> tuple[jax.Array, jax.Array]:
 def binary_nats(logits, labels, task) -> tuple[jax.Array, jax.Array]:
     """The same for labels [..., C] that may hold together, summed over them."""
     nats = -(labels * jax.nn.log_sigmoid(logits) + (1 - labels) * jax.nn.log_sigmoid(-logits))
-    learned = nats * (1 - jnp.exp(-nats)) ** task.focal if task.focal else nats
+    if task.focal:
+        learned = nats * (1 - jnp.exp(-nats)) ** task.focal
+    else:
+        learned = nats
     return jnp.sum(nats, axis=-1), jnp.sum(learned, axis=-1)
 
 
@@ -183,11 +222,18 @@ def squares(outputs, labels, task) -> tuple[jax.Array, jax.Array]:
     return error, error
 
 
-SCORES = {"classify": jax.nn.softmax, "tag": jax.nn.softmax, "multilabel": jax.nn.sigmoid, "regress": lambda x: x}
+SCORES = {
+    "classify": jax.nn.softmax,
+    "tag": jax.nn.softmax,
+    "multilabel": jax.nn.sigmoid,
+    "regress": lambda x: x,
+}
 NATS = {"classify": class_nats, "tag": class_nats, "multilabel": binary_nats, "regress": squares}
 
 
-def label_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=None, teacher=None) -> dict:
+def label_loss(
+    model: nn.Module, params, batch, config: ConfigDict, dropout_key=None, teacher=None
+) -> dict:
     """As token_loss, of labels of whole examples [B, M] or of tokens [B, T]. `scores`: [B, M or T, C].
 
     The loss is in nats (regression: squares). Distillation: the divergence from the teacher's classes.
@@ -197,9 +243,11 @@ def label_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=
     outputs = logits_of_labels(params, x_BTD, batch, config.task.name, config.model.pooling)
     labels = batch["labels"] if "labels" in batch else batch["targets"]
     nats, learned = NATS[config.task.name](outputs, labels, config.task)
-    more, weights = {}, batch["weights"]
+    more = {}
+    weights = batch["weights"]
     if config.task.distill:
-        section, T = teacher_section(config), config.task.temperature
+        section = teacher_section(config)
+        T = config.task.temperature
         y_BTD, _ = forward(build_section(section), teacher, batch, places, config)
         taught = logits_of_labels(teacher, y_BTD, batch, config.task.name, section.pooling)
         theirs, mine = (jax.nn.log_softmax(z / T) for z in (taught, outputs))
@@ -208,36 +256,47 @@ def label_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=
         more["divergence"] = jnp.sum(weights * apart)
     if config.task.name in ("classify", "tag"):
         more["accuracy"] = jnp.sum(weights * (jnp.argmax(outputs, axis=-1) == labels))
-    tokens_B = jnp.sum(batch["segments"] != 0, axis=1)  # the routers' losses are of tokens: as much as one weight each
+    tokens_B = jnp.sum(
+        batch["segments"] != 0, axis=1
+    )  # the routers' losses are of tokens: as much as one weight each
     router_loss, routing = routing_sums(aux, jnp.sum(weights, axis=1) * (tokens_B > 0), config)
     return more | {
         "objective": jnp.sum(weights * learned) + router_loss,
         "loss": jnp.sum(weights * nats),
         "weight": jnp.sum(weights),
         "routing": routing,
-        "scores": in_row_order(SCORES[config.task.name](outputs), None if "labels" in batch else places),
+        "scores": in_row_order(
+            SCORES[config.task.name](outputs), None if "labels" in batch else places
+        ),
     }
 
 
 def logits_of_labels(params, x_BTD, batch, task: str, pooling: str) -> jax.Array:
     """float32 [B, M, C] of examples, or [B, T, C] of tokens."""
     if task in LABELLED:
-        x_BTD = pool(x_BTD, batch["segments"], batch["positions"], batch["labels"].shape[1], pooling)
+        x_BTD = pool(
+            x_BTD, batch["segments"], batch["positions"], batch["labels"].shape[1], pooling
+        )
     return apply_head(params, x_BTD)
 
 
 def in_row_order(x_BT, places):
-    return x_BT if places is None else jnp.zeros_like(x_BT).at[:, places].set(x_BT)
+    if places is None:
+        return x_BT
+    return jnp.zeros_like(x_BT).at[:, places].set(x_BT)
 
 
-def span_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=None, teacher=None) -> dict:
+def span_loss(
+    model: nn.Module, params, batch, config: ConfigDict, dropout_key=None, teacher=None
+) -> dict:
     """As token_loss, of the first and the last token of an answer, each chosen among its example's allowed tokens.
 
     Half the sum of both (Devlin et al. 2019), in nats an example. `scores`: log-probabilities [B, T, 2].
     """
     batch, places = mesh_order(batch)
     x_BTD, aux = forward(model, params, batch, places, config, dropout_key)
-    bits_BT, segments_BT = batch["targets"], batch["segments"]
+    bits_BT = batch["targets"]
+    segments_BT = batch["segments"]
     logits_BTC = jnp.where((bits_BT & ALLOWED != 0)[..., None], apply_head(params, x_BTD), NEVER)
     same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
     log_z_BTC = jax.nn.logsumexp(jnp.where(same_BTS[..., None], logits_BTC[:, None], NEVER), axis=2)
@@ -258,7 +317,9 @@ def span_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=N
 # ---------------------------------------------------------------- preferences
 
 
-def preference_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=None, teacher=None) -> dict:
+def preference_loss(
+    model: nn.Module, params, batch, config: ConfigDict, dropout_key=None, teacher=None
+) -> dict:
     """Direct preference optimization (Rafailov et al. 2023) of pairs [B, 2, T], chosen and rejected, M in a row.
 
     teacher: parameters of the reference model. Besides: `accuracy`, the part of the pairs in which the chosen one gains
@@ -271,15 +332,25 @@ def preference_loss(model: nn.Module, params, batch, config: ConfigDict, dropout
         nats_BT, _, _, aux = token_losses(model, params, pairs, places, config, key)
         nats_BT *= pairs["weights"]
         mine_BMT = pairs["segments"][:, None] == jnp.arange(1, M + 1)[:, None]
-        return -jnp.einsum("BMT,BT->BM", mine_BMT.astype(jnp.float32), nats_BT).reshape(-1, 2, M), aux
+        return -jnp.einsum("BMT,BT->BM", mine_BMT.astype(jnp.float32), nats_BT).reshape(
+            -1, 2, M
+        ), aux
 
     policy, aux = log_likelihood(model, params, dropout_key)
-    reference, _ = jax.lax.stop_gradient(log_likelihood(build_section(teacher_section(config)), teacher, None))
+    reference, _ = jax.lax.stop_gradient(
+        log_likelihood(build_section(teacher_section(config)), teacher, None)
+    )
     gain_BPM = policy - reference
     margin_BM = config.task.beta * (gain_BPM[:, 0] - gain_BPM[:, 1])
-    counts_BM = jnp.any(batch["segments"][:, 0, None] == jnp.arange(1, M + 1)[:, None], axis=2).astype(jnp.float32)
-    smooth = config.task.label_smoothing  # conservative DPO: part of the preferences is taken to be wrong
-    learned_BM = -(1 - smooth) * jax.nn.log_sigmoid(margin_BM) - smooth * jax.nn.log_sigmoid(-margin_BM)
+    counts_BM = jnp.any(
+        batch["segments"][:, 0, None] == jnp.arange(1, M + 1)[:, None], axis=2
+    ).astype(jnp.float32)
+    smooth = (
+        config.task.label_smoothing
+    )  # conservative DPO: part of the preferences is taken to be wrong
+    learned_BM = -(1 - smooth) * jax.nn.log_sigmoid(margin_BM) - smooth * jax.nn.log_sigmoid(
+        -margin_BM
+    )
     router_loss, routing = routing_sums(aux, jnp.repeat(jnp.sum(counts_BM, axis=1) / 2, 2), config)
     return {
         "objective": jnp.sum(counts_BM * learned_BM) + router_loss,
@@ -297,7 +368,9 @@ def preference_loss(model: nn.Module, params, batch, config: ConfigDict, dropout
 GLOVE_POWER = 0.75  # of the weight of a count below task.x_max (Pennington et al. 2014)
 
 
-def negatives_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=None, teacher=None) -> dict:
+def negatives_loss(
+    model: nn.Module, params, batch, config: ConfigDict, dropout_key=None, teacher=None
+) -> dict:
     """As token_loss: a context is told from task.negatives words that were drawn (Mikolov et al. 2013, equation 4).
 
     In nats, summed over the context and the words drawn, of which those that are the context itself do not count.
@@ -313,7 +386,9 @@ def negatives_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_
     return plain_sums(nats_BT, batch["weights"])
 
 
-def glove_loss(model: nn.Module, params, batch, config: ConfigDict, dropout_key=None, teacher=None) -> dict:
+def glove_loss(
+    model: nn.Module, params, batch, config: ConfigDict, dropout_key=None, teacher=None
+) -> dict:
     """As token_loss: f(X) (w_i w~_j + b_i + b~_j - log X)^2 of a pair, f = min(1, (X / x_max)^0.75).
 
     Equation 8 of Pennington et al. 2014. batch: of jaxlm.data.pairs.

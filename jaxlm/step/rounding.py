@@ -16,8 +16,12 @@ from jaxlm.step.optim import MATRICES, fans, first_match, rate_factors, schedule
 NARROW = jnp.bfloat16
 LOST_BELOW = 2.0**-9  # of a value: a smaller update is lost whatever the value's bits are
 NO_DECAY = 2.0**-8  # a mean that forgets less than this part of itself in a step may never fall
-STREAM = 2**31 - 1  # folded into a step's key: other random numbers than dropout's and the microbatches'
-TOLD_FROM = 0.1  # share of the parameters whose updates are lost, from which on it is worth a warning
+STREAM = (
+    2**31 - 1
+)  # folded into a step's key: other random numbers than dropout's and the microbatches'
+TOLD_FROM = (
+    0.1  # share of the parameters whose updates are lost, from which on it is worth a warning
+)
 # Root mean square of an update over the learning rate. Adam's is 0.2 to 0.4 in practice (Liu et al. 2025, Moonlight).
 USUAL = {"adam": 0.3, "adamw": 0.3, "lion": 1.0}
 # The keys that say how slowly what an optimizer keeps in a parameter's dtype forgets.
@@ -79,7 +83,9 @@ def rounded(new, old, step: jax.Array, config: ConfigDict):
 
 def moved_share(new: dict, old: dict, config: ConfigDict) -> dict[str, jax.Array]:
     """{"moved_share": part of the trained bfloat16 parameters that a step has changed}; {} where there are none."""
-    pairs = zip(jax.tree.leaves(split(new, config)[0]), jax.tree.leaves(split(old, config)[0]), strict=True)
+    pairs = zip(
+        jax.tree.leaves(split(new, config)[0]), jax.tree.leaves(split(old, config)[0]), strict=True
+    )
     narrow = [(x, was) for x, was in pairs if is_narrow(was)]
     if not narrow:
         return {}
@@ -132,7 +138,9 @@ def assumed(config: ConfigDict) -> str | None:
     """In words, how large an update is taken to be; None where nothing is known of it."""
     o = config.optim
     if o.name == "sgd":
-        return f"gradients of the norm optim.clip={o.clip:g}, spread evenly" if o.clip else None
+        if o.clip:
+            return f"gradients of the norm optim.clip={o.clip:g}, spread evenly"
+        return None
     if o.name == "adafactor":
         return "updates of the learning rate x the parameter's root mean square"
     if o.name == "muon":
@@ -157,7 +165,9 @@ def lost_share(params: dict, rate: float, config: ConfigDict, mesh) -> float:
         lambda path, x, factor: usual_size(path, x, rate, count, config) * factor, trained, factors
     )
     values = jax.tree.leaves(trained)
-    narrow = [(x, size) for x, size in zip(values, jax.tree.leaves(sizes), strict=True) if is_narrow(x)]
+    narrow = [
+        (x, size) for x, size in zip(values, jax.tree.leaves(sizes), strict=True) if is_narrow(x)
+    ]
     total = sum(x.size for x, _ in narrow)
 
     def share(values):

@@ -20,7 +20,13 @@ from jaxlm import cli
 from jaxlm.config.check import check, require
 from jaxlm.config.keys import MESH_AXES
 from jaxlm.config.recipe import flatten, load, override, resolve
-from jaxlm.data.batches import Prefetch, fingerprint, load_tokenizer, train_batches, validation_batches
+from jaxlm.data.batches import (
+    Prefetch,
+    fingerprint,
+    load_tokenizer,
+    train_batches,
+    validation_batches,
+)
 from jaxlm.data.files.paths import absolute
 from jaxlm.data.tokenization.specials import write_tokenizer
 from jaxlm.errors import CheckpointError, DataError, NumericsError
@@ -49,7 +55,14 @@ from jaxlm.run.workdir import Hold, run_directory, write_whole
 from jaxlm.step import costs
 from jaxlm.step.optim import split
 from jaxlm.step.rounding import warnings
-from jaxlm.step.state import State, abstract_state, check_sharding, init_state, jit_train_step, state_shardings
+from jaxlm.step.state import (
+    State,
+    abstract_state,
+    check_sharding,
+    init_state,
+    jit_train_step,
+    state_shardings,
+)
 
 
 class StopSignal:
@@ -60,7 +73,9 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.number, self.calls, self.alone = None, 0, jax.process_count() == 1
+        self.number = None
+        self.calls = 0
+        self.alone = jax.process_count() == 1
         for number in (signal.SIGTERM, signal.SIGINT) if self.alone else (signal.SIGINT,):
             signal.signal(number, self._remember)
 
@@ -70,7 +85,9 @@ class StopSignal:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         else:
             os.kill(os.getpid(), signal.SIGTERM)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # an exit in Python would wait for the other processes
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # an exit in Python would wait for the other processes
 
     def after_step(self) -> bool:
         """True where the run is to end here. To be called after each step, on every process."""
@@ -86,14 +103,18 @@ class Best:
     """The best value of a metric so far, and the evaluations since; saved, so that a restart changes nothing."""
 
     def __init__(self, metric: str, value: float | None = None, since: int = 0):
-        self.metric, self.value, self.since = metric, value, since
+        self.metric = metric
+        self.value = value
+        self.since = since
 
     def badness(self, result: dict) -> float | None:
         """The metric of an evaluation, so that less is better; None where the evaluation has not given it, or NaN."""
         value = result.get(self.metric)
         if value is None or not math.isfinite(value):
             return None
-        return value if less_is_better(self.metric) else -value
+        if less_is_better(self.metric):
+            return value
+        return -value
 
     def waits(self, result: dict) -> str:
         """In words, why an evaluation says nothing of what is best; empty where it does."""
@@ -107,7 +128,9 @@ class Best:
         wait = f"eval.metric={self.metric}: this evaluation {why}, so the choice of the best and eval.patience wait"
         numbers = [name for name, value in result.items() if isinstance(value, (int, float))]
         others = ", ".join(name for name in numbers if name != self.metric)
-        return f"{wait}; others it gave: {others}" if others else wait
+        if others:
+            return f"{wait}; others it gave: {others}"
+        return wait
 
     def update(self, result: dict) -> bool:
         """True where it is the best. An evaluation without the metric changes nothing: there is nothing to compare."""
@@ -121,7 +144,9 @@ class Best:
         return better
 
 
-def start_state(config, mesh, checkpoints: Checkpoints, data: dict, allow_data_change: bool) -> tuple[State, dict]:
+def start_state(
+    config, mesh, checkpoints: Checkpoints, data: dict, allow_data_change: bool
+) -> tuple[State, dict]:
     """(state, what the last checkpoint says) of the newest checkpoint, or a fresh state. Raises CheckpointError."""
     step = checkpoints.latest()
     if step is None:
@@ -131,7 +156,10 @@ def start_state(config, mesh, checkpoints: Checkpoints, data: dict, allow_data_c
         counts = config.model.ngram_weights != "none"
         return state.replace(params=weigh_ngrams(state.params, config)) if counts else state, {}
     meta = checkpoints.meta(step)
-    changed = [f"{key}: {meta['data'].get(key)} -> {data[key]}" for key in data if meta["data"].get(key) != data[key]]
+    changed = []
+    for key in data:
+        if meta["data"].get(key) != data[key]:
+            changed.append(f"{key}: {meta['data'].get(key)} -> {data[key]}")
     if changed and not allow_data_change:
         raise CheckpointError(
             f"the data is not what step {step} of {checkpoints.path.parent} was trained on:\n  "
@@ -141,15 +169,24 @@ def start_state(config, mesh, checkpoints: Checkpoints, data: dict, allow_data_c
     return checkpoints.restore(step, abstract_state(config)[0], state_shardings(config, mesh)), meta
 
 
-def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False, start_over: bool = False) -> int:
+def train(
+    config: ConfigDict, workdir: PurePath, allow_data_change: bool = False, start_over: bool = False
+) -> int:
     """Runs a resolved config to train.stop_at. Returns the exit code: 0, or 75 where a signal asked it to stop."""
     hold = Hold(workdir)
     if not start_over:
         require_checkpoints(workdir, config)
-    mesh, stop = make_mesh(config), StopSignal()
-    data, tokenizer = fingerprint(config), load_tokenizer(config)
-    counted = count_ngrams(config) if config.model.name == "ngram" else None
-    hosts.require_same(json.dumps([flatten(config), data]), "the config or the data differ between processes")
+    mesh = make_mesh(config)
+    stop = StopSignal()
+    data = fingerprint(config)
+    tokenizer = load_tokenizer(config)
+    if config.model.name == "ngram":
+        counted = count_ngrams(config)
+    else:
+        counted = None
+    hosts.require_same(
+        json.dumps([flatten(config), data]), "the config or the data differ between processes"
+    )
     with jax.set_mesh(mesh):
         checkpoints = Checkpoints(workdir, config)
         state, last = start_state(config, mesh, checkpoints, data, allow_data_change)
@@ -160,29 +197,50 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
             if jump := rate_jump(config, last, int(state.step), int(state.skipped)):
                 print(jump)
             write_tokenizer(workdir, tokenizer)
-        start, best = int(state.step), Best(config.eval.metric, *last.get("best", ()))
+        start = int(state.step)
+        best = Best(config.eval.metric, *last.get("best", ()))
         parameters = costs.num_parameters(state.params)
-        flops, peak = costs.flops_per_token(config, state.params), peak_flops(jax.devices()[0].device_kind)
+        flops = costs.flops_per_token(config, state.params)
+        peak = peak_flops(jax.devices()[0].device_kind)
         monitor = Monitor(workdir, config, start, flops, peak)
         trained = costs.num_parameters(split(state.params, config)[0])
-        some = f", {trained:,} ({trained / parameters:.1%}) of them trained," if 0 < trained < parameters else ""
+        if 0 < trained < parameters:
+            some = f", {trained:,} ({trained / parameters:.1%}) of them trained,"
+        else:
+            some = ""
         monitor.say(
             f"{parameters:,} parameters{some} on {mesh.size} x {jax.devices()[0].device_kind}; "
             f"from step {start} to {config.train.stop_at}; {workdir}"
         )
         if config.task.teacher:
-            role = "reference" if config.task.name == "dpo" else f"teacher of {config.task.distill:.0%} of the loss"
+            if config.task.name == "dpo":
+                role = "reference"
+            else:
+                role = f"teacher of {config.task.distill:.0%} of the loss"
             monitor.say(f"{role}: {config.task.teacher}")
         if config.model.lora_rank and not config.train.init_from:
-            monitor.say("adapters (model.lora_rank) beside random weights that stay so: train.init_from names no run")
+            monitor.say(
+                "adapters (model.lora_rank) beside random weights that stay so: train.init_from names no run"
+            )
         for name, text in costs.attention_lines(config, mesh) + costs.pipeline_lines(config, mesh):
             monitor.say(f"{name}: {text}")
         if counted is None and start < config.train.stop_at:
             for line in warnings(state.params, start, config, mesh):
                 monitor.say(line)
         try:
-            run = Run(config, mesh, checkpoints, monitor, describe_run(config, tokenizer, data), best, hold)
-            last_step = run.loop(state, start, stop) if counted is None else run.keep(state, counted)
+            run = Run(
+                config,
+                mesh,
+                checkpoints,
+                monitor,
+                describe_run(config, tokenizer, data),
+                best,
+                hold,
+            )
+            if counted is None:
+                last_step = run.loop(state, start, stop)
+            else:
+                last_step = run.keep(state, counted)
             checkpoints.wait()
         finally:
             monitor.close()
@@ -190,37 +248,72 @@ def train(config: ConfigDict, workdir: PurePath, allow_data_change: bool = False
             hold.close()
     stopped = stop.number is not None and last_step < config.train.stop_at
     if jax.process_index() == 0:
-        why = f"stopped by {signal.Signals(stop.number).name}" if stopped else "done"
-        best = " --step=best" if run.best.since and config.checkpoint.keep_best else ""
-        then = "the same command goes on" if stopped else proposal(config, workdir, tokenizer, best)
+        if stopped:
+            why = f"stopped by {signal.Signals(stop.number).name}"
+        else:
+            why = "done"
+        if run.best.since and config.checkpoint.keep_best:
+            best = " --step=best"
+        else:
+            best = ""
+        if stopped:
+            then = "the same command goes on"
+        else:
+            then = proposal(config, workdir, tokenizer, best)
         print(f"{why} at step {last_step}, saved in {checkpoints.path}; {then}")
-    return cli.PREEMPTED if stopped else 0
+    if stopped:
+        return cli.PREEMPTED
+    return 0
 
 
 class Run:
     """The loop and what it carries from step to step."""
 
-    def __init__(self, config, mesh, checkpoints: Checkpoints, monitor: Monitor, meta: dict, best: Best, hold: Hold):
-        self.config, self.mesh, self.checkpoints, self.monitor, self.best = config, mesh, checkpoints, monitor, best
-        self.meta, self.hold = meta, hold
+    def __init__(
+        self,
+        config,
+        mesh,
+        checkpoints: Checkpoints,
+        monitor: Monitor,
+        meta: dict,
+        best: Best,
+        hold: Hold,
+    ):
+        self.config = config
+        self.mesh = mesh
+        self.checkpoints = checkpoints
+        self.monitor = monitor
+        self.best = best
+        self.meta = meta
+        self.hold = hold
         self.evaluate = Evaluator(config, mesh) if config.eval.every else None
         if self.evaluate and (some := self.evaluate.leaves_out()):
             monitor.say(f"evaluation: {some}; all with jaxlm.evaluate")
-        self.skipped = (0, 0)  # steps so far whose gradients were not finite, and of these the last in a row
+        self.skipped = (
+            0,
+            0,
+        )  # steps so far whose gradients were not finite, and of these the last in a row
         self.train_step = jit_train_step(config, mesh)
 
     def loop(self, state: State, start: int, stop: StopSignal) -> int:
         """From the batch of step `start` on; returns the last step done. Metrics are fetched one step late."""
-        c, last = self.config, self.config.train.stop_at
+        c = self.config
+        last = self.config.train.stop_at
         if start >= last:
-            self.monitor.say(f"nothing to do up to step {last}: raise train.steps or train.stop_at to go on")
+            self.monitor.say(
+                f"nothing to do up to step {last}: raise train.steps or train.stop_at to go on"
+            )
             return start
         if self.exhausted():
             return start
         self.skipped = (int(state.skipped), 0)
         batches = train_batches(c, hosts.local_rows(self.mesh, c.train.batch_size))
-        place = lambda rows: hosts.to_global(rows, self.mesh, c.train.batch_size)
-        ready, pending = Prefetch(batches, start, last, c.data.prefetch, place), None
+
+        def place(rows):
+            return hosts.to_global(rows, self.mesh, c.train.batch_size)
+
+        ready = Prefetch(batches, start, last, c.data.prefetch, place)
+        pending = None
         for step in range(start + 1, last + 1):
             state, metrics = self.train_step(state, ready.take())
             # A CPU's step is done when its call returns, another's when its metrics are fetched.
@@ -229,11 +322,13 @@ class Run:
             ready.refill()
             if pending:
                 self.record(*pending)
-            pending, ended = (step, metrics, finished), stop.after_step() or step == last
+            pending = (step, metrics, finished)
+            ended = stop.after_step() or step == last
             evaluates = self.evaluate and (step % c.eval.every == 0 or step == last)
             if ended or evaluates or step % c.checkpoint.every == 0:
                 self.record(*pending)
-                pending, began = None, time.perf_counter()
+                pending = None
+                began = time.perf_counter()
                 if self.visit(state, step, ended, evaluates):
                     break
                 self.monitor.pause(began)
@@ -245,9 +340,14 @@ class Run:
         if state.step:
             self.monitor.say("nothing to do: the n-grams are counted")
             return int(state.step)
-        place = lambda x, old: jax.device_put(x, old.sharding)
+
+        def place(x, old):
+            return jax.device_put(x, old.sharding)
+
         params = jax.tree.map(place, params, state.params)
-        self.visit(state.replace(params=params, step=jnp.ones_like(state.step)), 1, True, self.evaluate)
+        self.visit(
+            state.replace(params=params, step=jnp.ones_like(state.step)), 1, True, self.evaluate
+        )
         return 1
 
     def record(self, step: int, metrics, finished: float | None) -> None:
@@ -270,7 +370,8 @@ class Run:
 
     def visit(self, state: State, step: int, ended: bool, evaluates: bool) -> bool:
         """Evaluation and checkpoint after a step. True where the run is to end."""
-        badness, better = None, False
+        badness = None
+        better = False
         if evaluates:
             result = self.measure(state, step)
             if result:
@@ -278,14 +379,17 @@ class Run:
             badness = self.best.badness(result)
             if waiting := self.best.waits(result):
                 self.monitor.say(waiting)
-            if step % self.config.eval.every == 0:  # the one at stop_at is extra: patience must not depend on stops
+            if (
+                step % self.config.eval.every == 0
+            ):  # the one at stop_at is extra: patience must not depend on stops
                 better = self.best.update(result)
         self.hold.check()
         self.monitor.flush()  # before the checkpoint: a bucket keeps the rows of every step that is not redone
         exhausted = self.exhausted()
         keep_best = better and self.config.checkpoint.keep_best
         if ended or exhausted or keep_best or step % self.config.checkpoint.every == 0:
-            meta, began = self.meta | {"best": [self.best.value, self.best.since]}, time.perf_counter()
+            meta = self.meta | {"best": [self.best.value, self.best.since]}
+            began = time.perf_counter()
             self.checkpoints.save(state, meta, badness)
             self.monitor.saved(time.perf_counter() - began)
         return ended or exhausted
@@ -299,7 +403,9 @@ class Run:
         except FAULTS:
             raise
         except held as error:
-            self.monitor.say(f"step {step:>6}  this evaluation gives no figures: {in_a_line(error)}")
+            self.monitor.say(
+                f"step {step:>6}  this evaluation gives no figures: {in_a_line(error)}"
+            )
             return {}
 
     def exhausted(self) -> bool:
@@ -327,15 +433,23 @@ def main(argv: list[str]) -> int:
     parser = cli.Parser(prog="jaxlm.train", description=__doc__)
     parser.add_config()
     parser.add_argument("--workdir", help="where config, metrics and checkpoints go")
-    parser.add_argument("--print_config", action="store_true", help="print every key of the config and exit")
-    parser.add_argument("--dry_run", action="store_true", help="print what the run would be and exit")
+    parser.add_argument(
+        "--print_config", action="store_true", help="print every key of the config and exit"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print what the run would be and exit"
+    )
     parser.add_argument(
         "--devices",
         type=int,
         help="with --dry_run: for this many devices (default: as many as the mesh names, or those here)",
     )
-    parser.add_argument("--allow_data_change", action="store_true", help="resume although the data has changed")
-    parser.add_argument("--start_over", action="store_true", help="begin at step 0 although checkpoints/ is gone")
+    parser.add_argument(
+        "--allow_data_change", action="store_true", help="resume although the data has changed"
+    )
+    parser.add_argument(
+        "--start_over", action="store_true", help="begin at step 0 although checkpoints/ is gone"
+    )
     hosts.add_flags(parser)
     args = parser.parse(argv)
     config = load(args.config)
@@ -358,7 +472,11 @@ def main(argv: list[str]) -> int:
 
     before = flatten(config)
     problems += inherit(config)
-    for line in overruled([key for key, _ in args.overrides], before, config) if jax.process_index() == 0 else ():
+    for line in (
+        overruled([key for key, _ in args.overrides], before, config)
+        if jax.process_index() == 0
+        else ()
+    ):
         print(line, file=sys.stderr)
     vocab_size, num_tokens, data_problem = look_at_data(config)
     if not data_problem:
@@ -377,7 +495,9 @@ def main(argv: list[str]) -> int:
         print(costs.describe(config, devices, num_tokens or None))
         return 0
     if config.eval.every:
-        validation_batches(config)  # raises where there is nothing to evaluate on, before the run begins
+        validation_batches(
+            config
+        )  # raises where there is nothing to evaluate on, before the run begins
     if config.data.path:
         config.data.path = str(Path(config.data.path).absolute())  # evaluation may start elsewhere
     config.data.train, config.data.val = absolute(config.data.train), absolute(config.data.val)

@@ -32,7 +32,16 @@ from jaxlm.run.workdir import Hold
 from jaxlm.tune.feasible import Verdict, judge
 from jaxlm.tune.runner import Trainer
 from jaxlm.tune.space import Dimension, edges, ends, is_grid, read_space
-from jaxlm.tune.study import Goal, Study, direction_of, flags, line, nothing_done, outcome, values_of
+from jaxlm.tune.study import (
+    Goal,
+    Study,
+    direction_of,
+    flags,
+    line,
+    nothing_done,
+    outcome,
+    values_of,
+)
 
 try:
     import matplotlib
@@ -44,7 +53,11 @@ except ImportError:  # main says so
 # was 0.54 with a deviation of 0.35 after 12 trials, 0.59 and 0.25 after 30. A choice of two came out too low in both.
 ENOUGH = 20
 SIGNALS = signal.SIGINT, signal.SIGTERM
-DATA = {"data.path", "data.mixture", "data.train"}  # where these are searched, each trial has data of its own
+DATA = {
+    "data.path",
+    "data.mixture",
+    "data.train",
+}  # where these are searched, each trial has data of its own
 SHOWN = 10  # the best trials, and those that have no value
 
 
@@ -67,9 +80,13 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = Study(config, space, workdir, run, goal, data or {})
     total = trials or len(study.grid)
-    way, seeds = "maximized" if study.maximize else "minimized", f" of {goal.seeds} seeds" if goal.seeds > 1 else ""
+    way = "maximized" if study.maximize else "minimized"
+    seeds = f" of {goal.seeds} seeds" if goal.seeds > 1 else ""
     have = f"{total} trials{seeds}, of which {study.finished()} are finished"
-    print(f"{goal.metric} ({goal.take} of each run), {way} over {', '.join(space)}: {have}", flush=True)
+    print(
+        f"{goal.metric} ({goal.take} of each run), {way} over {', '.join(space)}: {have}",
+        flush=True,
+    )
 
     def end(number, _):
         study.stop.set()
@@ -90,7 +107,9 @@ def tune(
 
 def report(study: Study) -> None:
     """Prints the best trials, those without a value, what matters, and what to paste; draws history and importances."""
-    pictures, ranked, others = [], study.ranked(), [r for r in study.records if r["state"] not in ("done", "pruned")]
+    pictures = []
+    ranked = study.ranked()
+    others = [r for r in study.records if r["state"] not in ("done", "pruned")]
     table = [("trial", study.goal.metric, *study.space)]
     for record in ranked[:SHOWN]:
         table.append((str(record["trial"]), outcome(record), *values_of(record)))
@@ -112,12 +131,20 @@ def report(study: Study) -> None:
         pictures.append("history.png")
     if len(ranked) >= ENOUGH and len(study.space) > 1:
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        study.importances = optuna.importance.get_param_importances(study.optuna, evaluator=evaluator)
+        study.importances = optuna.importance.get_param_importances(
+            study.optuna, evaluator=evaluator
+        )
         study.save()
-        draw(plots.plot_param_importances(study.optuna, evaluator=evaluator), study.workdir, "importance")
+        draw(
+            plots.plot_param_importances(study.optuna, evaluator=evaluator),
+            study.workdir,
+            "importance",
+        )
         pictures.append("importance.png")
         shown = "  ".join(f"{key} {value:.2f}" for key, value in study.importances.items())
-        print(f"importance (PED-ANOVA of {len(ranked)} trials: rough, and low for choices): {shown}")
+        print(
+            f"importance (PED-ANOVA of {len(ranked)} trials: rough, and low for choices): {shown}"
+        )
     if ranked:
         for text in edges(study.space, ranked[0]["values"], study.config):
             print(text)
@@ -162,7 +189,10 @@ def wrong_with(args, space: dict[str, Dimension]) -> list[str]:
     for name in ("trials", "seeds", "parallel"):
         if (number := getattr(args, name)) is not None and number < 1:
             problems.append(f"--{name}={number}: must be at least 1")
-    sizes = [len(dimension.values.choices) for dimension in space.values() if is_grid(dimension)]
+    sizes = []
+    for dimension in space.values():
+        if is_grid(dimension):
+            sizes.append(len(dimension.values.choices))
     if not (args.trials or sizes) and not any("=grid:" in text for text in args.space):
         problems.append("--trials: how many? Only a sweep, whose keys are all grid:A,B,C, knows")
     if sizes and (args.trials or 0) > math.prod(sizes):
@@ -179,20 +209,51 @@ def wrong_with(args, space: dict[str, Dimension]) -> list[str]:
 def main(argv: list[str]) -> int:
     parser = cli.Parser(prog="jaxlm.tune", description=__doc__)
     parser.add_config()
-    parser.add_argument("--workdir", required=True, help="where the results and the runs of all trials go")
-    parser.add_argument("--space", required=True, action="append", help="KEY=FORM or FILE.json, as above; for each key")
-    parser.add_argument("--trials", type=int, help="how many in all (default: all combinations of grids)")
-    parser.add_argument("--metric", default="eval/loss", help="a key of metrics.jsonl (default: eval/loss)")
-    parser.add_argument("--direction", choices=("minimize", "maximize"), default="", help="default: by its name")
-    parser.add_argument("--take", choices=("best", "last"), default="best", help="of a run's values (default: best)")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of a trial, whose mean is its value (default: 1)")
-    parser.add_argument("--parallel", type=int, default=1, help="trials at a time, sharing cores or GPUs (default: 1)")
-    parser.add_argument("--no_prune", action="store_true", help="end no trial early, however bad it is")
-    parser.add_argument("--sampler_seed", type=int, default=0, help="others give other trials (default: 0)")
+    parser.add_argument(
+        "--workdir", required=True, help="where the results and the runs of all trials go"
+    )
+    parser.add_argument(
+        "--space",
+        required=True,
+        action="append",
+        help="KEY=FORM or FILE.json, as above; for each key",
+    )
+    parser.add_argument(
+        "--trials", type=int, help="how many in all (default: all combinations of grids)"
+    )
+    parser.add_argument(
+        "--metric", default="eval/loss", help="a key of metrics.jsonl (default: eval/loss)"
+    )
+    parser.add_argument(
+        "--direction", choices=("minimize", "maximize"), default="", help="default: by its name"
+    )
+    parser.add_argument(
+        "--take", choices=("best", "last"), default="best", help="of a run's values (default: best)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="runs of a trial, whose mean is its value (default: 1)"
+    )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=1,
+        help="trials at a time, sharing cores or GPUs (default: 1)",
+    )
+    parser.add_argument(
+        "--no_prune", action="store_true", help="end no trial early, however bad it is"
+    )
+    parser.add_argument(
+        "--sampler_seed", type=int, default=0, help="others give other trials (default: 0)"
+    )
     args = parser.parse(argv)
-    missing = [name for name in ("optuna", "matplotlib") if importlib.util.find_spec(name) is None]
+    missing = []
+    for name in ("optuna", "matplotlib"):
+        if importlib.util.find_spec(name) is None:
+            missing.append(name)
     if missing:
-        raise ConfigError(f'{" and ".join(missing)} is not installed; type: pip install -e ".[tune]"')
+        raise ConfigError(
+            f'{" and ".join(missing)} is not installed; type: pip install -e ".[tune]"'
+        )
     jax.config.update("jax_platforms", "cpu")  # the accelerator is for the trials
     config = load(args.config)
     problems = override(config, args.overrides)
@@ -210,14 +271,25 @@ def main(argv: list[str]) -> int:
             validation_batches(config)  # raises where there is nothing to evaluate on
     workdir = Path(args.workdir)
     hold = Hold(workdir)
-    goal = Goal(args.metric, args.direction, args.take, args.seeds, not args.no_prune, args.sampler_seed)
+    goal = Goal(
+        args.metric, args.direction, args.take, args.seeds, not args.no_prune, args.sampler_seed
+    )
     study = tune(
-        config, space, workdir, Trainer(args.config, args.parallel), goal, args.trials or 0, args.parallel, data
+        config,
+        space,
+        workdir,
+        Trainer(args.config, args.parallel),
+        goal,
+        args.trials or 0,
+        args.parallel,
+        data,
     )
     hold.close()
     if study.stop.is_set():
         total = args.trials or len(study.grid)
-        print(f"stopped: {study.finished()} of {total} trials are finished, in {workdir}; the same command goes on")
+        print(
+            f"stopped: {study.finished()} of {total} trials are finished, in {workdir}; the same command goes on"
+        )
         return cli.PREEMPTED
     report(study)
     if not study.ranked():

@@ -76,11 +76,15 @@ def nothing_runs(tried: list[Tried]) -> list[str]:
         counts.update(one.problems)
     reasons = [text for text, _ in counts.most_common(SHOWN)]
     if len(counts) > SHOWN:
-        reasons.append(f"and {len(counts) - SHOWN} other reasons why no trial of this --space can run")
+        reasons.append(
+            f"and {len(counts) - SHOWN} other reasons why no trial of this --space can run"
+        )
     return reasons
 
 
-def never_running(space: dict[str, Dimension], refused: list[Tried], running: list[Tried]) -> list[str]:
+def never_running(
+    space: dict[str, Dimension], refused: list[Tried], running: list[Tried]
+) -> list[str]:
     """A line for each value that no combination can run with, with the reason that most of them have."""
     lines = []
     for key, dimension in space.items():
@@ -93,7 +97,9 @@ def never_running(space: dict[str, Dimension], refused: list[Tried], running: li
     return lines
 
 
-def refused_between(config: ConfigDict, space: dict[str, Dimension], running: list[Tried], rule: Rule) -> list[str]:
+def refused_between(
+    config: ConfigDict, space: dict[str, Dimension], running: list[Tried], rule: Rule
+) -> list[str]:
     """A line for each range of a few whole numbers, some of which between its ends are refused."""
     lines = []
     for key, dimension in space.items():

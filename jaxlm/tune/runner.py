@@ -45,27 +45,46 @@ class Trainer:
     """
 
     def __init__(self, recipe: str, parallel: int = 1):
-        self.recipe, self.base = recipe, flatten(load(recipe))
+        self.recipe = recipe
+        self.base = flatten(load(recipe))
         self.shares = queue.SimpleQueue()
         for share in shares(parallel):
             self.shares.put(share)
 
-    def __call__(self, config: ConfigDict, folder: Path, watch: Callable[[list[dict]], None]) -> list[dict]:
+    def __call__(
+        self, config: ConfigDict, folder: Path, watch: Callable[[list[dict]], None]
+    ) -> list[dict]:
         """Trains in `folder`, or goes on there. Returns all rows of metrics.jsonl; `watch` is given them as they come.
 
         What `watch` raises ends the run, which saves first. Raises ConfigError where train refuses the config,
         NumericsError where it diverges, UserError where it fails, Stopped where something else has stopped it.
         """
-        flags = [f"--config.{key}={value}" for key, value in flatten(config).items() if value != self.base[key]]
+        flags = []
+        for key, value in flatten(config).items():
+            if value != self.base[key]:
+                flags.append(f"--config.{key}={value}")
         cores, environment = share = self.shares.get()
-        command = [sys.executable, "-c", CHILD, cores, f"--config={self.recipe}", f"--workdir={folder}", *flags]
+        command = [
+            sys.executable,
+            "-c",
+            CHILD,
+            cores,
+            f"--config={self.recipe}",
+            f"--workdir={folder}",
+            *flags,
+        ]
         folder.mkdir(parents=True, exist_ok=True)
         rows = Rows(folder / "metrics.jsonl")
         try:
             with open(folder / "train.log", "ab") as log:
                 start = log.tell()
                 # A session of its own: Ctrl-C in the terminal is for the search, which then asks its runs to save.
-                to = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+                to = {
+                    "stdin": subprocess.PIPE,
+                    "stdout": log,
+                    "stderr": subprocess.STDOUT,
+                    "start_new_session": True,
+                }
                 process = subprocess.Popen(command, env=os.environ | environment, **to)
                 try:
                     while process.poll() is None:
@@ -83,10 +102,18 @@ class Trainer:
             raise Stopped
         if code:
             said = last_words((folder / "train.log").read_bytes()[start:].decode(errors="replace"))
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            if code < 0:
+                how = f"killed by {signal.Signals(-code).name}"
+            else:
+                how = f"exit code {code}"
             # A directory that is in use says nothing of the config.
-            refused = ConfigError if "another run is using it" not in said else UserError
-            raise {2: refused, 5: NumericsError}.get(code, UserError)(f"{said} ({how}; {folder}/train.log)")
+            if "another run is using it" not in said:
+                refused = ConfigError
+            else:
+                refused = UserError
+            raise {2: refused, 5: NumericsError}.get(code, UserError)(
+                f"{said} ({how}; {folder}/train.log)"
+            )
         watch(rows.new())
         return Rows(folder / "metrics.jsonl").new()
 
@@ -95,7 +122,9 @@ class Rows:
     """The rows of a metrics.jsonl that is being written."""
 
     def __init__(self, path: Path):
-        self.path, self.inode, self.offset = path, None, 0
+        self.path = path
+        self.inode = None
+        self.offset = 0
 
     def new(self) -> list[dict]:
         """Those since the last call; all of them again where a restart has replaced the file."""
@@ -121,20 +150,37 @@ def last_words(log: str) -> str:
 
 def shares(parallel: int) -> list[tuple[str, dict]]:
     """For each of so many runs at a time: its cores, and the environment that shows it its GPUs."""
-    cores = [str(core) for core in sorted(os.sched_getaffinity(0))] if hasattr(os, "sched_getaffinity") else []
-    gpus = [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
-    gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",") if "CUDA_VISIBLE_DEVICES" in os.environ else gpus
+    if hasattr(os, "sched_getaffinity"):
+        cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    else:
+        cores = []
+    gpus = []
+    for path in sorted(Path("/dev").glob("nvidia[0-9]*")):
+        gpus.append(path.name.removeprefix("nvidia"))
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    else:
+        gpus = gpus
     if os.environ.get("JAX_PLATFORMS") == "cpu" or parallel == 1:
         gpus = []
     if 0 < len(gpus) < parallel:
-        raise ConfigError(f"--parallel={parallel}: there are {len(gpus)} GPUs, and a trial needs one of its own")
-    environments = [
-        {"CUDA_VISIBLE_DEVICES": ",".join(part(gpus, i, parallel))} if gpus else {} for i in range(parallel)
+        raise ConfigError(
+            f"--parallel={parallel}: there are {len(gpus)} GPUs, and a trial needs one of its own"
+        )
+    environments = []
+    for i in range(parallel):
+        environments.append(
+            {"CUDA_VISIBLE_DEVICES": ",".join(part(gpus, i, parallel))} if gpus else {}
+        )
+    return [
+        (" ".join(part(cores, i, parallel)), environment)
+        for i, environment in enumerate(environments)
     ]
-    return [(" ".join(part(cores, i, parallel)), environment) for i, environment in enumerate(environments)]
 
 
 def part(things: list, i: int, of: int) -> list:
     """The i-th of so many even parts; where there are fewer things than parts, one of them."""
     size = len(things)
-    return things[i * size // of : (i + 1) * size // of] or (things[i % size :][:1] if things else [])
+    return things[i * size // of : (i + 1) * size // of] or (
+        things[i % size :][:1] if things else []
+    )

@@ -11,7 +11,12 @@ from jaxlm.config.check import ranges
 from jaxlm.config.recipe import flatten, nearest_key, override, parse
 
 try:
-    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.distributions import (
+        BaseDistribution,
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
 except ImportError:  # the program says so
     BaseDistribution = object
 
@@ -27,7 +32,9 @@ class Dimension(NamedTuple):
 
 def read_space(texts: list[str], config: ConfigDict) -> tuple[dict[str, Dimension], list[str]]:
     """({key: dimension}, problems) of KEY=FORM texts, or names of JSON files of {KEY: FORM}."""
-    pairs, space, problems = [], {}, []
+    pairs = []
+    space = {}
+    problems = []
     for text in texts:
         if "=" in text:
             pairs.append(text.split("=", 1))
@@ -35,7 +42,9 @@ def read_space(texts: list[str], config: ConfigDict) -> tuple[dict[str, Dimensio
         try:
             pairs += json.loads(Path(text).read_text()).items()
         except (OSError, ValueError, AttributeError) as error:
-            problems.append(f"--space={text}: give KEY=FORM, or a file of {{KEY: FORM}} in JSON ({error})")
+            problems.append(
+                f"--space={text}: give KEY=FORM, or a file of {{KEY: FORM}} in JSON ({error})"
+            )
     for key, form in pairs:
         try:
             if key in space:
@@ -45,7 +54,9 @@ def read_space(texts: list[str], config: ConfigDict) -> tuple[dict[str, Dimensio
             problems.append(f"--space={key}={form}: {error}")
     swept = [key for key, dimension in space.items() if is_grid(dimension)]
     if 0 < len(swept) < len(space):
-        problems.append(f"--space={swept[0]}={space[swept[0]].text}: grid is for all keys or none; write choice:")
+        problems.append(
+            f"--space={swept[0]}={space[swept[0]].text}: grid is for all keys or none; write choice:"
+        )
     return space, problems
 
 
@@ -56,8 +67,13 @@ def is_grid(dimension: Dimension) -> bool:
 def forms(default) -> list[str]:
     """How a key with this default can be searched. A;B;C too, for values with commas in them."""
     kind = type(default).__name__
-    numbers = [f"{kind}:LOW:HIGH[:STEP]", "log:LOW:HIGH"] if kind in ("int", "float") else []
-    return [] if kind == "tuple" else [*numbers, "choice:A,B,C", "grid:A,B,C"]
+    if kind in ("int", "float"):
+        numbers = [f"{kind}:LOW:HIGH[:STEP]", "log:LOW:HIGH"]
+    else:
+        numbers = []
+    if kind == "tuple":
+        return []
+    return [*numbers, "choice:A,B,C", "grid:A,B,C"]
 
 
 def distribution(key: str, form: str, config: ConfigDict) -> BaseDistribution:
@@ -68,7 +84,10 @@ def distribution(key: str, form: str, config: ConfigDict) -> BaseDistribution:
     default = known[key]
     allowed = {text.partition(":")[0]: text for text in forms(default)}
     if kind not in allowed:
-        what = f"takes {' or '.join(allowed.values())}" if allowed else "cannot be searched"
+        if allowed:
+            what = f"takes {' or '.join(allowed.values())}"
+        else:
+            what = "cannot be searched"
         raise ValueError(f"the key is of type {type(default).__name__}, which {what}")
     if kind in ("choice", "grid"):
         values = read_values(key, rest.split(";" if ";" in rest else ","), config)
@@ -84,16 +103,22 @@ def distribution(key: str, form: str, config: ConfigDict) -> BaseDistribution:
         step = parse(texts[2], default)
         if not 0 < step <= high - low:
             raise ValueError(f"STEP must be above 0 and at most {high - low:g}")
-    kind_of = IntDistribution if isinstance(default, int) else FloatDistribution
+    if isinstance(default, int):
+        kind_of = IntDistribution
+    else:
+        kind_of = FloatDistribution
     return kind_of(low, high, log=kind == "log", step=step)
 
 
 def read_values(key: str, texts: list[str], config: ConfigDict) -> list:
     """The texts as values of the key. Raises ValueError where no config may have them, whatever its other keys."""
-    values, problems = [], []
+    values = []
+    problems = []
     for text in texts:
         one = config.copy_and_resolve_references()
-        problems += override(one, [(key, text)]) or [p for p in ranges(one) if p.startswith(f"config.{key}=")]
+        problems += override(one, [(key, text)]) or [
+            p for p in ranges(one) if p.startswith(f"config.{key}=")
+        ]
         values.append(flatten(one)[key])
     if problems:
         raise ValueError("; ".join(problems))
@@ -114,7 +139,9 @@ def inner(dimension: Dimension) -> list:
     if not isinstance(among, IntDistribution):
         return []
     between = list(range(among.low + among.step, among.high, among.step))
-    return between if len(between) <= FEW else []
+    if len(between) <= FEW:
+        return between
+    return []
 
 
 def holds(dimension: Dimension, value) -> bool:
@@ -137,11 +164,14 @@ def edge_of(dimension: Dimension, value) -> str:
     if among.step and among.high - among.low < 2 * among.step:
         return ""
     scale = math.log if among.log else float
-    low, high = scale(among.low), scale(among.high)
+    low = scale(among.low)
+    high = scale(among.high)
     position = (scale(value) - low) / (high - low)
     if position <= EDGE:
         return "lowest"
-    return "highest" if position >= 1 - EDGE else ""
+    if position >= 1 - EDGE:
+        return "highest"
+    return ""
 
 
 def end_of_list(choices: tuple, value) -> str:
@@ -151,22 +181,34 @@ def end_of_list(choices: tuple, value) -> str:
         return ""
     if value == min(choices):
         return "lowest"
-    return "highest" if value == max(choices) else ""
+    if value == max(choices):
+        return "highest"
+    return ""
 
 
 def beyond(dimension: Dimension, edge: str) -> float | int:
     """A value a little outside of what was searched, at that edge."""
     among = dimension.values
     if isinstance(among, CategoricalDistribution):
-        low, high = min(among.choices), max(among.choices)
+        low = min(among.choices)
+        high = max(among.choices)
     else:
-        low, high = among.low, among.high
+        low = among.low
+        high = among.high
     if isinstance(low, int):
-        return low - 1 if edge == "lowest" else high + 1
-    if low > 0:  # also of a scale that is not logarithmic: a positive key may have no values below 0
-        return low * 0.9 if edge == "lowest" else high * 1.1
+        if edge == "lowest":
+            return low - 1
+        return high + 1
+    if (
+        low > 0
+    ):  # also of a scale that is not logarithmic: a positive key may have no values below 0
+        if edge == "lowest":
+            return low * 0.9
+        return high * 1.1
     margin = EDGE * (high - low)
-    return low - margin if edge == "lowest" else high + margin
+    if edge == "lowest":
+        return low - margin
+    return high + margin
 
 
 def edges(space: dict[str, Dimension], best: dict, config: ConfigDict) -> list[str]:
@@ -183,5 +225,7 @@ def edges(space: dict[str, Dimension], best: dict, config: ConfigDict) -> list[s
         except ValueError:
             lines.append(f"{said}, and no config may go further")
         else:
-            lines.append(f"{said}: better may lie beyond; search a wider --space in another --workdir")
+            lines.append(
+                f"{said}: better may lie beyond; search a wider --space in another --workdir"
+            )
     return lines

@@ -59,9 +59,15 @@ class Goal:
 
 def direction_of(metric: str) -> str:
     """minimize or maximize. Raises ConfigError where the name does not say."""
-    found = [way for way, words in DIRECTIONS.items() if re.search(words, metric.rpartition("/")[2])]
+    found = []
+    for way, words in DIRECTIONS.items():
+        if re.search(words, metric.rpartition("/")[2]):
+            found.append(way)
     if len(found) != 1:
-        known = [word for words in DIRECTIONS.values() for word in words.split("|")]
+        known = []
+        for words in DIRECTIONS.values():
+            for word in words.split("|"):
+                known.append(word)
         near = did_you_mean(metric, [*known, *(f"eval/{word}" for word in known)])
         raise ConfigError(
             f"--metric={metric}: is less of it better, or more? Give --direction=minimize or maximize{near}"
@@ -73,42 +79,84 @@ class Study:
     """All trials. results.json is their only state: a change is in it before anything follows from it."""
 
     def __init__(
-        self, config: ConfigDict, space: dict[str, Dimension], workdir: Path, run: Callable, goal: Goal, data: dict
+        self,
+        config: ConfigDict,
+        space: dict[str, Dimension],
+        workdir: Path,
+        run: Callable,
+        goal: Goal,
+        data: dict,
     ):
-        self.config, self.space, self.workdir, self.run, self.goal = config, space, workdir, run, goal
+        self.config = config
+        self.space = space
+        self.workdir = workdir
+        self.run = run
+        self.goal = goal
         self.maximize = (goal.direction or direction_of(goal.metric)) == "maximize"
         self.distributions = {key: dimension.values for key, dimension in space.items()}
         lists = [dimension.values.choices for dimension in space.values() if is_grid(dimension)]
-        self.grid = [dict(zip(space, values)) for values in itertools.product(*lists)] if lists else []
-        parts = {"space": {key: d.text for key, d in space.items()}, "config": flatten(config), "data": data}
-        named = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+        if lists:
+            self.grid = [dict(zip(space, values)) for values in itertools.product(*lists)]
+        else:
+            self.grid = []
+        parts = {
+            "space": {key: d.text for key, d in space.items()},
+            "config": flatten(config),
+            "data": data,
+        }
+        named = {}
+        for part, values in parts.items():
+            for key, value in values.items():
+                named[f"{part}.{key}"] = value
         self.asked = json.loads(json.dumps(asdict(goal) | named))
-        self.records, self.importances, self.keys, self.evaluated = [], {}, set(), set()
-        self.lock, self.stop = threading.Lock(), threading.Event()
+        self.records = []
+        self.importances = {}
+        self.keys = set()
+        self.evaluated = set()
+        self.lock = threading.Lock()
+        self.stop = threading.Event()
         # A sweep is wanted whole; and the training loss, of single batches, says too little at one step.
         self.prunes = goal.prune and not self.grid and goal.metric.startswith("eval/")
         pruner = optuna.pruners.MedianPruner(n_warmup_steps=resolve(config).optim.warmup_steps)
-        self.optuna = optuna.create_study(direction="maximize" if self.maximize else "minimize", pruner=pruner)
+        self.optuna = optuna.create_study(
+            direction="maximize" if self.maximize else "minimize", pruner=pruner
+        )
         self.restore()
 
     def restore(self) -> None:
         """Takes up results.json, where there is one. Raises ConfigError where it is of another search."""
-        path, again = self.workdir / "results.json", f"give the same, or another --workdir than {self.workdir}"
+        path = self.workdir / "results.json"
+        again = f"give the same, or another --workdir than {self.workdir}"
         if path.exists():
             try:
                 before = json.loads(path.read_text())
             except ValueError as error:
-                raise ConfigError(f"{path} is not JSON any more ({error}); give another --workdir") from None
+                raise ConfigError(
+                    f"{path} is not JSON any more ({error}); give another --workdir"
+                ) from None
             self.records = before["trials"]
-            pairs = {key: (before["asked"].get(key), self.asked.get(key)) for key in {**before["asked"], **self.asked}}
+            pairs = {}
+            for key in {**before["asked"], **self.asked}:
+                pairs[key] = (before["asked"].get(key), self.asked.get(key))
             # Those with a dot have decided what is in the checkpoints; the goal, only what the finished trials came to.
             compared = [key for key in pairs if self.finished() or "." in key]
-            say = lambda value: "not given" if value in (None, "") else value
-            changed = [f"  {key}: {say(a)} -> {say(b)}" for key in compared for a, b in [pairs[key]] if a != b]
+
+            def say(value):
+                if value in (None, ""):
+                    return "not given"
+                return value
+
+            changed = []
+            for key in compared:
+                for a, b in [pairs[key]]:
+                    if a != b:
+                        changed.append(f"  {key}: {say(a)} -> {say(b)}")
             if changed:
                 raise ConfigError("\n".join([f"{path} is of another search:", *changed, again]))
         elif (self.workdir / "trials").exists():
-            raise ConfigError(f"{path} is lost, and with it what the values of the trials there were; {again}")
+            raise ConfigError(
+                f"{path} is lost, and with it what the values of the trials there were; {again}"
+            )
         for record in self.records:
             if record["state"] not in FINISHED:
                 self.optuna.enqueue_trial(record["values"])
@@ -123,15 +171,27 @@ class Study:
             )
             self.optuna.add_trial(finished)
         recipe = {key: flatten(self.config)[key] for key in self.space}
-        if not self.records and not self.grid and all(holds(self.space[key], recipe[key]) for key in recipe):
+        if (
+            not self.records
+            and not self.grid
+            and all(holds(self.space[key], recipe[key]) for key in recipe)
+        ):
             self.optuna.enqueue_trial(recipe)
 
     def results(self) -> dict:
         """What results.json holds."""
         ranked = self.ranked()
-        best = {"best": ranked[0] | {"flags": flags(ranked[0])}} if ranked else {}
+        if ranked:
+            best = {"best": ranked[0] | {"flags": flags(ranked[0])}}
+        else:
+            best = {}
         counts = Counter(record["state"] for record in self.records)
-        return best | {"counts": counts, "importances": self.importances, "trials": self.records, "asked": self.asked}
+        return best | {
+            "counts": counts,
+            "importances": self.importances,
+            "trials": self.records,
+            "asked": self.asked,
+        }
 
     def ranked(self) -> list[dict]:
         """The trials that are done, the best first."""
@@ -156,13 +216,20 @@ class Study:
                     return None
                 if self.grid:
                     self.optuna.enqueue_trial(self.grid[number])
-            seed = int(np.random.SeedSequence((self.goal.sampler_seed, number)).generate_state(1)[0])
+            seed = int(
+                np.random.SeedSequence((self.goal.sampler_seed, number)).generate_state(1)[0]
+            )
             self.optuna.sampler = TPESampler(seed=seed, multivariate=True, constant_liar=True)
             trial = self.optuna.ask(self.distributions)
             if trial.number == len(self.records):
                 self.records.append({"trial": trial.number, "values": trial.params})
             # Of one that was interrupted, metrics.jsonl has the rest.
-            self.records[trial.number] |= {"state": "running", "reason": "", "by_seed": [], "curve": {}}
+            self.records[trial.number] |= {
+                "state": "running",
+                "reason": "",
+                "by_seed": [],
+                "curve": {},
+            }
             self.save()
         return trial
 
@@ -179,27 +246,41 @@ class Study:
 
     def attempt(self, trial, record: dict) -> None:
         """Runs a trial, whatever becomes of it. Raises Stopped, Vain, and UserError where every trial has failed."""
-        config, began = self.config.copy_and_resolve_references(), time.perf_counter()
+        config = self.config.copy_and_resolve_references()
+        began = time.perf_counter()
         for key, value in record["values"].items():
             set_key(config, key, value)
-        first, state, reason = config.seed, "done", ""
+        first = config.seed
+        state = "done"
+        reason = ""
         try:
             if problems := check(config):
                 raise ConfigError("; ".join(problems))
             for seed in range(self.goal.seeds):
                 config.seed = first + seed
                 folder = self.workdir / "trials" / str(trial.number) / f"seed_{seed}"
-                watch = partial(self.watch, trial, record, config.train.stop_at or config.train.steps, seed == 0)
+                watch = partial(
+                    self.watch, trial, record, config.train.stop_at or config.train.steps, seed == 0
+                )
                 value = self.value_of(self.run(config, folder, watch))
                 with self.lock:
                     record["by_seed"].append(value)
         except Vain:
             raise
         except (optuna.TrialPruned, UserError) as error:
-            outcomes = {optuna.TrialPruned: "pruned", ConfigError: "refused", NumericsError: "diverged"}
-            state, reason = outcomes.get(type(error), "failed"), " ".join(str(error).split())
+            outcomes = {
+                optuna.TrialPruned: "pruned",
+                ConfigError: "refused",
+                NumericsError: "diverged",
+            }
+            state = outcomes.get(type(error), "failed")
+            reason = " ".join(str(error).split())
         with self.lock:
-            record |= {"state": state, "reason": reason, "seconds": round(time.perf_counter() - began, 1)}
+            record |= {
+                "state": state,
+                "reason": reason,
+                "seconds": round(time.perf_counter() - began, 1),
+            }
             self.tell(trial, record)
 
     def tell(self, trial, record: dict) -> None:
@@ -216,7 +297,9 @@ class Study:
         print(f"{line(record)}{best}  ({record['seconds']:.0f} s)", flush=True)
         states = Counter(record["state"] for record in self.records)
         if states["failed"] >= FAILURES and not states["done"] + states["pruned"]:
-            raise UserError(f"{states['failed']} trials failed and none was done; the last: {record['reason']}")
+            raise UserError(
+                f"{states['failed']} trials failed and none was done; the last: {record['reason']}"
+            )
 
     def watch(self, trial, record: dict, last: int, first_run: bool, rows: list[dict]) -> None:
         """Looks at the new rows of a run up to step `last`. Raises what ends it."""
@@ -225,11 +308,19 @@ class Study:
         metric = self.goal.metric
         for row in rows:
             self.keys |= row.keys()
-            self.evaluated |= {row["step"]} if any(key.startswith("eval/") for key in row) else set()
+            self.evaluated |= (
+                {row["step"]} if any(key.startswith("eval/") for key in row) else set()
+            )
             if metric.startswith("eval/") and metric not in self.keys and len(self.evaluated) > 1:
                 self.no_such_metric()
-            step, value = row["step"], float(row.get(metric, "nan"))
-            if first_run and self.prunes and math.isfinite(value) and str(step) not in record["curve"]:
+            step = row["step"]
+            value = float(row.get(metric, "nan"))
+            if (
+                first_run
+                and self.prunes
+                and math.isfinite(value)
+                and str(step) not in record["curve"]
+            ):
                 with self.lock:
                     record["curve"][str(step)] = value
                 trial.report(value, step)
@@ -249,10 +340,16 @@ class Study:
         values = [float(row[self.goal.metric]) for row in rows if self.goal.metric in row]
         if not values:
             self.no_such_metric()
-        values = [value for value in (values[-1:] if self.goal.take == "last" else values) if math.isfinite(value)]
+        values = [
+            value
+            for value in (values[-1:] if self.goal.take == "last" else values)
+            if math.isfinite(value)
+        ]
         if not values:
             raise NumericsError(f"{self.goal.metric} was not finite")
-        return max(values) if self.maximize else min(values)
+        if self.maximize:
+            return max(values)
+        return min(values)
 
 
 def nothing_done(records: list[dict]) -> UserError:
@@ -260,7 +357,8 @@ def nothing_done(records: list[dict]) -> UserError:
 
     Reasons that differ in numbers only, such as the value that a rule refuses, are counted as one.
     """
-    counts, examples = Counter(), {}
+    counts = Counter()
+    examples = {}
     for record in records:
         alike = record["state"], re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "N", record["reason"])
         counts[alike] += 1
@@ -274,7 +372,10 @@ def nothing_done(records: list[dict]) -> UserError:
     lines.append("change --space or the config, and give another --workdir")
     states = {record["state"] for record in records}
     kinds = {"refused": ConfigError, "diverged": NumericsError}
-    kind = kinds.get(states.pop(), UserError) if len(states) == 1 else UserError
+    if len(states) == 1:
+        kind = kinds.get(states.pop(), UserError)
+    else:
+        kind = UserError
     return kind("\n".join(lines))
 
 
@@ -282,7 +383,9 @@ def outcome(record: dict) -> str:
     """A trial's value, or why it has none."""
     if record["state"] != "done":
         return f"{record['state']}: {record['reason']}"
-    return f"{record['mean']:.5g}" + (f" ± {record['deviation']:.2g}" if len(record["by_seed"]) > 1 else "")
+    return f"{record['mean']:.5g}" + (
+        f" ± {record['deviation']:.2g}" if len(record["by_seed"]) > 1 else ""
+    )
 
 
 def line(record: dict) -> str:
@@ -292,7 +395,10 @@ def line(record: dict) -> str:
 
 def values_of(record: dict) -> list[str]:
     """To be read."""
-    return [f"{value:.4g}" if isinstance(value, float) else str(value) for value in record["values"].values()]
+    return [
+        f"{value:.4g}" if isinstance(value, float) else str(value)
+        for value in record["values"].values()
+    ]
 
 
 def flags(record: dict) -> str:

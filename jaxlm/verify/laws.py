@@ -29,10 +29,19 @@ from jaxlm.step.state import (
     state_shardings,
 )
 
-DEVICES, STEPS = 8, 20
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4  # relative; a gradient's to its largest entry
-ATTEMPTS, TIED = 5, 2  # other data after a tie between experts; tokens that one is of
-WORDS = {"zero1": "mesh.strategy", "ring": "model.context_parallel", "all_gather": "model.context_parallel"}
+DEVICES = 8
+STEPS = 20
+# relative; a gradient's to its largest entry
+LOSS_TOLERANCE = 2e-5
+GRADIENT_TOLERANCE = 1e-4
+# other data after a tie between experts; tokens that one is of
+ATTEMPTS = 5
+TIED = 2
+WORDS = {
+    "zero1": "mesh.strategy",
+    "ring": "model.context_parallel",
+    "all_gather": "model.context_parallel",
+}
 ORDER = (  # modules, as the input meets them
     "embed attention_norm attention cross_attention_norm cross_attention mlp_norm mlp final_norm"
 ).split()
@@ -58,13 +67,17 @@ def on_mesh(tiny: ConfigDict, words: str) -> ConfigDict:
         elif word in WORDS:
             set_key(c, WORDS[word], word)
         else:
-            raise ConfigError(f"--meshes: {word!r} is not AXIS=SIZE of {', '.join(MESH_AXES)}, nor {', '.join(WORDS)}")
+            raise ConfigError(
+                f"--meshes: {word!r} is not AXIS=SIZE of {', '.join(MESH_AXES)}, nor {', '.join(WORDS)}"
+            )
     return c
 
 
 class Run(NamedTuple):
     losses: np.ndarray  # of each step
-    loads: np.ndarray  # [steps, ...]: tokens that chose each expert of each layer; empty without experts
+    loads: (
+        np.ndarray
+    )  # [steps, ...]: tokens that chose each expert of each layer; empty without experts
     grads: dict  # of the first step
     bytes: int  # of the state on a device
     replicated: float  # part of the parameters
@@ -80,16 +93,27 @@ def train_on(config: ConfigDict, mesh, batches, start: int = 0) -> Run:
         return *apply_gradients(state, grads, sums, config=config), grads, sums["routing"]
 
     with jax.set_mesh(mesh):
-        step = jax.jit(step, donate_argnums=0, out_shardings=(places, None, split(places.params, config)[0], None))
-        state, losses, loads, grads = init_state(config, mesh), [], [], None
+        step = jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(places, None, split(places.params, config)[0], None),
+        )
+        state = init_state(config, mesh)
+        losses = []
+        loads = []
+        grads = None
         for k in range(start, start + STEPS):
             batch = to_global(batches[k], mesh, config.train.batch_size)
             state, metrics, new, routing = step(state, batch)
             grads = jax.device_get(new) if grads is None else grads
             losses.append(float(metrics["loss"]))
-            loads.append(np.array([np.asarray(load) for load in jax.tree.leaves(routing.get("load", {}))]))
+            loads.append(
+                np.array([np.asarray(load) for load in jax.tree.leaves(routing.get("load", {}))])
+            )
     replicated, _ = replicated_share(shapes.params, places.params)
-    return Run(np.array(losses), np.array(loads), grads, bytes_per_device(shapes, places), replicated)
+    return Run(
+        np.array(losses), np.array(loads), grads, bytes_per_device(shapes, places), replicated
+    )
 
 
 class Difference(NamedTuple):
@@ -117,7 +141,9 @@ def difference(run: Run, one: Run) -> Difference:
     return Difference(float(np.max(losses)), *worst(run.grads, one.grads), tied)
 
 
-def compare(config: ConfigDict, mesh, batches, alone: Callable[[int], Run]) -> tuple[Run, Difference, int]:
+def compare(
+    config: ConfigDict, mesh, batches, alone: Callable[[int], Run]
+) -> tuple[Run, Difference, int]:
     """(run on a mesh, its difference from one device, ties before it). A run with a tie is made again on other data.
 
     alone: batch that it begins with -> the run on one device.
@@ -131,7 +157,9 @@ def compare(config: ConfigDict, mesh, batches, alone: Callable[[int], Run]) -> t
     return run, found, ties
 
 
-def same_as_one_device(tiny: ConfigDict, words: str, alone: Callable[[int], Run], batches) -> Result:
+def same_as_one_device(
+    tiny: ConfigDict, words: str, alone: Callable[[int], Run], batches
+) -> Result:
     config = on_mesh(tiny, words)
     problems = check(config, DEVICES)
     if problems:  # this mesh is not for this model, and train would say the same
@@ -145,7 +173,9 @@ def same_as_one_device(tiny: ConfigDict, words: str, alone: Callable[[int], Run]
     try:
         run, found, ties = compare(config, mesh, batches, alone)
     except Exception as error:  # of whatever kind: the other meshes are to be tried too
-        return Result(words, False, {"place": f"the step itself: {type(error).__name__}: {str(error)[:500]}"})
+        return Result(
+            words, False, {"place": f"the step itself: {type(error).__name__}: {str(error)[:500]}"}
+        )
     figures = {
         "loss_difference": found.loss,
         "gradient_difference": found.gradient,
@@ -167,7 +197,8 @@ def worst(got: dict, want: dict) -> tuple[float, str]:
 
     At least over a thousandth of the largest of all: the gradient of a key's bias is nothing but rounding errors.
     """
-    differences, least = {}, 1e-3 * max(float(np.max(np.abs(b))) for b in jax.tree.leaves(want))
+    differences = {}
+    least = 1e-3 * max(float(np.max(np.abs(b))) for b in jax.tree.leaves(want))
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         scale = max(float(np.max(np.abs(b))), least)
         difference = float(np.max(np.abs(a - b))) / scale
@@ -178,7 +209,9 @@ def worst(got: dict, want: dict) -> tuple[float, str]:
 
 def module_outputs(config: ConfigDict, params, batch, mesh) -> list[tuple[str, np.ndarray]]:
     """[(module, its output [B, T, ...])] in the order in which the input meets them."""
-    seen = lambda module, method: module.name in ORDER and method == "__call__"
+
+    def seen(module, method):
+        return module.name in ORDER and method == "__call__"
 
     def f(params, batch):
         given, more = arguments(rows_of(batch), config)
@@ -198,8 +231,14 @@ def module_outputs(config: ConfigDict, params, batch, mesh) -> list[tuple[str, n
             continue
         # Two sides have one table, which is asked for the source first.
         side = SIDES.index(keys[0]) if keys[0] in SIDES else call
-        lead = f"{SIDES[side]}/" if config.model.name in ("encoder_decoder", "lstm_seq2seq") else ""
-        stage = 0 if module == "embed" else 2 if module == "final_norm" else 1
+        if config.model.name in ("encoder_decoder", "lstm_seq2seq"):
+            lead = f"{SIDES[side]}/"
+        else:
+            lead = ""
+        if module == "embed":
+            stage = 0
+        else:
+            stage = 2 if module == "final_norm" else 1
         block = next((key for key in keys if str(key).startswith("block_")), "block_0")
         stacked = leaf if stage == 1 and config.model.scan else leaf[None]
         blocks = len(config.model.layers) if config.model.scan else 1
@@ -219,19 +258,26 @@ def first_difference(tiny: ConfigDict, config: ConfigDict, mesh, batch) -> str:
     if born > 1e-6:
         return f"the initial value of {parameter}"
     here, there = (module_outputs(config, p, batch, m) for p, m in zip(params, (alone, mesh)))
-    return first_unlike(here, dict(there)) or "after the last module: the loss, its gradient, or the sum over devices"
+    return (
+        first_unlike(here, dict(there))
+        or "after the last module: the loss, its gradient, or the sum over devices"
+    )
 
 
 def first_unlike(outputs: list, others: dict) -> str | None:
     """The first module whose output is not equal to the other; some (the stages of a pipeline) may not be known."""
-    before, known = "the input", True
+    before = "the input"
+    known = True
     for name, a in outputs:
         if name not in others:
             known = False
         elif not np.allclose(a, others[name], rtol=1e-4, atol=1e-5):
-            return f"the output of {name}" if known else f"after {before}, at or before {name}"
+            if known:
+                return f"the output of {name}"
+            return f"after {before}, at or before {name}"
         else:
-            before, known = name, True
+            before = name
+            known = True
     return None
 
 
@@ -242,7 +288,10 @@ def unpacked(batch: dict) -> dict:
         mine = {name: batch[name][row] for name in batch}
         for number in np.unique(mine["segments"])[np.unique(mine["segments"]) > 0]:
             here = mine["segments"].reshape(-1, mine["segments"].shape[-1])[0] == number
-            there = mine["enc_segments"] == number if "enc_segments" in mine else None
+            if "enc_segments" in mine:
+                there = mine["enc_segments"] == number
+            else:
+                there = None
             alone = {}
             for name, x in mine.items():
                 alone[name] = np.zeros_like(x)
@@ -262,17 +311,28 @@ def unpacked(batch: dict) -> dict:
 
 def packed_as_alone(tiny: ConfigDict, batches) -> Result:
     """A document's hidden states and loss are the same whatever is packed beside it, and as in a row of its own."""
-    name, config = "packed = alone", resolve(on_mesh(tiny, ""))
+    name = "packed = alone"
+    config = resolve(on_mesh(tiny, ""))
     if not config.data.isolate:
-        return Result(name, True, {"refused": "data.isolate=False: documents in a row are meant to see each other"})
-    packed = lambda batch: batch["segments"].max(axis=tuple(range(1, batch["segments"].ndim))) > 1
+        return Result(
+            name,
+            True,
+            {"refused": "data.isolate=False: documents in a row are meant to see each other"},
+        )
+
+    def packed(batch):
+        return batch["segments"].max(axis=tuple(range(1, batch["segments"].ndim))) > 1
+
     batch = next((batches[k] for k in range(100) if packed(batches[k]).any()), None)
     if batch is None:
         return Result(name, True, {"refused": "no row of this data holds two examples"})
     batch = {key: x[packed(batch)][:4] for key, x in batch.items()}
     mesh = make_mesh(config, jax.devices()[:1])
     state = init_state(config, mesh)
-    outputs = lambda batch: module_outputs(config, state.params, batch, mesh)
+
+    def outputs(batch):
+        return module_outputs(config, state.params, batch, mesh)
+
     other = dict(batch)
     for side in ("", "enc_") if "enc_tokens" in batch else ("",):
         tokens = batch[f"{side}tokens"]
@@ -282,23 +342,33 @@ def packed_as_alone(tiny: ConfigDict, batches) -> Result:
         segments = batch["enc_segments" if module.startswith("encoder/") else "segments"]
         return np.where(segments.reshape(-1, segments.shape[-1])[..., None] > 1, x, 0)
 
-    one, two = outputs(batch), outputs(other)
+    one = outputs(batch)
+    two = outputs(other)
     of_tokens = [i for i, (_, x) in enumerate(one) if x.ndim == 3]
     place = first_unlike(
-        [(one[i][0], later(*one[i])) for i in of_tokens], {two[i][0]: later(*two[i]) for i in of_tokens}
+        [(one[i][0], later(*one[i])) for i in of_tokens],
+        {two[i][0]: later(*two[i]) for i in of_tokens},
     )
     if place:
-        return Result(name, False, {"place": f"{place} depends on the document before, in the same row"})
+        return Result(
+            name, False, {"place": f"{place} depends on the document before, in the same row"}
+        )
     alone = unpacked(batch)
     segments, single = (rows_of(x)["segments"] for x in (batch, alone))
-    hidden, theirs = one[-1][1], iter(outputs(alone)[-1][1])
-    pairs = batch["segments"].shape[1] if batch["segments"].ndim == 3 else 1
+    hidden = one[-1][1]
+    theirs = iter(outputs(alone)[-1][1])
+    if batch["segments"].ndim == 3:
+        pairs = batch["segments"].shape[1]
+    else:
+        pairs = 1
     differences = []
     for first in range(0, len(segments), pairs):  # the rows of a pair follow one another
         for number in np.unique(segments[first])[np.unique(segments[first]) > 0]:
             for row in range(first, first + pairs):
                 here = segments[row] == number
-                differences.append(float(np.max(np.abs(hidden[row, here] - next(theirs)[: here.sum()]))))
+                differences.append(
+                    float(np.max(np.abs(hidden[row, here] - next(theirs)[: here.sum()])))
+                )
     assert len(differences) == len(single)
     sums = [sums_of_loss(config, state, x, mesh) for x in (batch, alone)]
     apart = max(abs(sums[0][key] - sums[1][key]) / max(abs(sums[0][key]), 1e-6) for key in sums[0])

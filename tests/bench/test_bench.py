@@ -50,21 +50,31 @@ def run(recipe, tmp_path, *words):
 
 def test_random_tokens_where_there_is_no_data(recipe, tmp_path, capsys):
     told = run(recipe, tmp_path)
-    assert told.keys() >= set(KEYS) and "random tokens of 64 kinds" in told["data"]
+    assert told.keys() >= set(KEYS)
+    assert "random tokens of 64 kinds" in told["data"]
     assert told["tokens_per_second"] == pytest.approx(16 * 32 / (told["step_ms"] / 1000))
     assert told["step_ms_spread"]["min"] <= told["step_ms"] <= told["step_ms_spread"]["max"]
-    assert told["data_wait_ms"] + told["host_ms"] <= told["step_ms_spread"]["max"] and np.isfinite(told["loss"])
-    assert told["mfu"] is None and told["peak_bytes"] > 0 and "random tokens" in capsys.readouterr().out
+    assert told["data_wait_ms"] + told["host_ms"] <= told["step_ms_spread"]["max"]
+    assert np.isfinite(told["loss"])
+    assert told["mfu"] is None
+    assert told["peak_bytes"] > 0
+    assert "random tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", (*TOKEN_TASKS, *ROLES))
 def test_a_random_batch_is_one_of_its_task(task):
-    labels = {"data__labels": ("a", "b", "c")} if task in ("classify", "multilabel", "tag") else {}
+    if task in ("classify", "multilabel", "tag"):
+        labels = {"data__labels": ("a", "b", "c")}
+    else:
+        labels = {}
     c = small_config(task__name=task, **labels)
-    batch, shapes = random_batch(c, make_mesh(c, jax.devices()[:1])), batch_shapes(c)
+    batch = random_batch(c, make_mesh(c, jax.devices()[:1]))
+    shapes = batch_shapes(c)
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == shapes
-    assert np.all(batch["segments"] == 1) and np.all(np.diff(batch["positions"]) == 1)
-    assert np.max(batch["tokens"]) < 64 and np.max(batch.get("labels", 0)) < 3
+    assert np.all(batch["segments"] == 1)
+    assert np.all(np.diff(batch["positions"]) == 1)
+    assert np.max(batch["tokens"]) < 64
+    assert np.max(batch.get("labels", 0)) < 3
 
 
 def test_a_run_of_its_own_data(recipe, tmp_path, text_dir):
@@ -88,7 +98,11 @@ def test_a_sweep_has_a_picture_for_each_size_that_varies(recipe, tmp_path, monke
         (["--steps=0"], ConfigError, "at least 1"),
         (["--json=nowhere/x.json"], ConfigError, "no directory nowhere"),
         (["--config.data.mixture=a=1,b=1"], DataError, "not prepared data"),
-        (["--config.task.name=classify", "--config.model.name=encoder"], DataError, "data.train is empty"),
+        (
+            ["--config.task.name=classify", "--config.model.name=encoder"],
+            DataError,
+            "data.train is empty",
+        ),
         (["--config.optim.nmae=adam"], ConfigError, "optim.name"),
     ],
 )
@@ -105,16 +119,27 @@ def test_parts_of_a_step_and_of_a_run(tmp_path):
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         step = dissect.step_parts(config, mesh)
-        loader, saving = dissect.loader(config, mesh), dissect.checkpoint(config, mesh)
-    assert step.keys() == {"attention", "MLP", "loss", "optimizer"} and min(step.values()) > 0
-    assert loader["tokens_per_second"] > 0 and 0 < saving["blocked_ms"] <= saving["written_ms"]
+        loader = dissect.loader(config, mesh)
+        saving = dissect.checkpoint(config, mesh)
+    assert step.keys() == {"attention", "MLP", "loss", "optimizer"}
+    assert min(step.values()) > 0
+    assert loader["tokens_per_second"] > 0
+    assert 0 < saving["blocked_ms"] <= saving["written_ms"]
 
 
 def test_parts_of_a_step_on_examples(tmp_path):
     (tmp_path / "a.tsv").write_text("a fine film\tgood\na dull one\tbad\n" * 20)
-    task = {"task__name": "classify", "data__train": str(tmp_path / "a.tsv"), "data__tokenizer": "bytes"}
+    task = {
+        "task__name": "classify",
+        "data__train": str(tmp_path / "a.tsv"),
+        "data__tokenizer": "bytes",
+    }
     config = small_config(
-        model__name="encoder", model__num_labels=2, model__vocab_size=264, data__labels=("bad", "good"), **task
+        model__name="encoder",
+        model__num_labels=2,
+        model__vocab_size=264,
+        data__labels=("bad", "good"),
+        **task,
     )
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
@@ -127,19 +152,28 @@ def test_a_counted_model_has_no_step(recipe):
 
 
 def test_only_a_batch_that_is_not_there_yet_is_waited_for():
-    late = lambda k: time.sleep(0.2 if k == 3 else 0) or k
-    step = lambda state, batch: (state + batch, {"loss": batch})
-    times, state, losses = time_steps(step, 0, Prefetch(range(8), 0, 8, 1, late), steps=5, warm_up=2)
+    def late(k):
+        return time.sleep(0.2 if k == 3 else 0) or k
+
+    def step(state, batch):
+        return (state + batch, {"loss": batch})
+
+    times, state, losses = time_steps(
+        step, 0, Prefetch(range(8), 0, 8, 1, late), steps=5, warm_up=2
+    )
     assert (state, losses) == (28, [2, 3, 4, 5, 6])
-    assert times.data.argmax() == 0 and times.data[0] > 0.1 > times.data[1:].max()
+    assert times.data.argmax() == 0
+    assert times.data[0] > 0.1 > times.data[1:].max()
 
 
 def test_random_tokens_are_a_store_like_any_other(tmp_path):
     random_tokens(tmp_path / "a", 300, 20_000, 0)
     random_tokens(tmp_path / "b", 300, 20_000, 0)
-    one, two = Store(tmp_path / "a", "train"), Store(tmp_path / "b", "train")
+    one = Store(tmp_path / "a", "train")
+    two = Store(tmp_path / "b", "train")
     one.verify()
-    assert one.fingerprint == two.fingerprint and one.num_documents == 40
+    assert one.fingerprint == two.fingerprint
+    assert one.num_documents == 40
     assert one.read(0, one.num_tokens).max() < 300
     config = small_config(model__vocab_size=300)
     with config.unlocked():

@@ -47,7 +47,9 @@ def test_every_pod_recipe_is_sound_on_its_pod(recipe, devices, slices):
 
 
 def test_every_recipe_is_tested():
-    assert {p.name for p in Path("configs").glob("*.py")} == {name.partition(":")[0] for name in RECIPES}
+    assert {p.name for p in Path("configs").glob("*.py")} == {
+        name.partition(":")[0] for name in RECIPES
+    }
 
 
 @pytest.mark.parametrize(
@@ -57,20 +59,31 @@ def test_every_recipe_is_tested():
 )  # fmt: skip
 def test_text_becomes_the_type_of_the_default(text, default, value):
     got = configs.parse(text, default)
-    assert got == value and type(got) is type(value)
+    assert got == value
+    assert type(got) is type(value)
 
 
-@pytest.mark.parametrize(("key", "text"), [("seed", "1.5"), ("seed", "x"), ("model.scan", "maybe"), ("optim.b1", "")])
+@pytest.mark.parametrize(
+    ("key", "text"), [("seed", "1.5"), ("seed", "x"), ("model.scan", "maybe"), ("optim.b1", "")]
+)
 def test_text_of_another_type_is_named(key, text):
     (problem,) = configs.override(configs.base(), [(key, text)])
     assert f"config.{key}={text}" in problem
 
 
 def test_unknown_keys_suggest_the_nearest_in_any_section():
-    pairs = [("optim.learing_rate", "1"), ("lerning_rate", "1"), ("train.seq_len", "8"), ("model", "3")]
+    pairs = [
+        ("optim.learing_rate", "1"),
+        ("lerning_rate", "1"),
+        ("train.seq_len", "8"),
+        ("model", "3"),
+    ]
     problems = configs.override(configs.base(), [*pairs, ("train.seed", "3")])
-    assert "optim.learning_rate" in problems[0] and "optim.learning_rate" in problems[1]
-    assert "data.seq_len" in problems[2] and "did you mean seed?" in problems[4] and len(problems) == 5
+    assert "optim.learning_rate" in problems[0]
+    assert "optim.learning_rate" in problems[1]
+    assert "data.seq_len" in problems[2]
+    assert "did you mean seed?" in problems[4]
+    assert len(problems) == 5
 
 
 @pytest.mark.parametrize(
@@ -95,7 +108,10 @@ def test_initials_and_other_sections_are_understood(typed, meant):
         ({"model__num_kv_heads": 3}, "model.num_kv_heads=3"),
         ({"model__dropout": 1.0}, "model.dropout=1.0"),
         ({"eval__metric": "perplexty"}, "did you mean perplexity?"),
-        ({"eval__metric": "acc", "task__name": "classify"}, "did you mean accuracy?"),  # not auc, which looks nearer
+        (
+            {"eval__metric": "acc", "task__name": "classify"},
+            "did you mean accuracy?",
+        ),  # not auc, which looks nearer
         ({"model__norm": "batch"}, "model.norm=batch"),
         ({"model__layers": "SSX"}, "model.layers='SSX'"),
         ({"model__ngram_weights": "log_count_ratio"}, "set none, or model.name=bag"),
@@ -118,18 +134,31 @@ def test_initials_and_other_sections_are_understood(typed, meant):
         ({"mesh__data": -1, "mesh__fsdp": -1}, "only one axis may be -1"),
         ({"mesh__tensor": 8}, "config.model.num_heads=4"),
         ({"train__batch_size": 12}, "(nearest: 8 or 16)"),
-        ({"task__focal": 2.0}, "task.focal=2.0: task lm does not follow it (but classify, multilabel, tag)"),
+        (
+            {"task__focal": 2.0},
+            "task.focal=2.0: task lm does not follow it (but classify, multilabel, tag)",
+        ),
         ({"data__word_dropout": 0.1}, "data.word_dropout=0.1: task lm does not follow it"),
         ({"data__labels": ("a", "b")}, "data.labels=('a', 'b'): task lm does not follow it"),
-        ({"task__name": "qa", "task__distill": 0.5}, "task.distill=0.5: task qa does not follow it (but lm, mlm"),
         (
-            {"task__name": "classify", "task__class_weights": "balanced", "task__balanced_sampling": True},
+            {"task__name": "qa", "task__distill": 0.5},
+            "task.distill=0.5: task qa does not follow it (but lm, mlm",
+        ),
+        (
+            {
+                "task__name": "classify",
+                "task__class_weights": "balanced",
+                "task__balanced_sampling": True,
+            },
             "raised twice",
         ),
         ({"task__temperature": 2.0}, "set config.task.distill as well"),
         ({"task__teacher": "runs/a"}, "teaches nothing; set config.task.distill"),
         ({"model__quantize": "fp16"}, "model.quantize=fp16: must be one of none, fp8, int8"),
-        ({"model__name": "lstm", "model__quantize": "fp8"}, "model.quantize=fp8: is of Transformers, not of lstm"),
+        (
+            {"model__name": "lstm", "model__quantize": "fp8"},
+            "model.quantize=fp8: is of Transformers, not of lstm",
+        ),
         ({"data__mixture": "a=1,b"}, "'b' is not DIR=WEIGHT"),
         ({"data__mixture": "a=1,b=-2"}, "'b=-2' is not DIR=WEIGHT"),
     ],
@@ -144,8 +173,14 @@ def test_all_problems_come_at_once_and_no_traceback():
         "jaxlm.train", "--config=configs/shakespeare_char.py", "--workdir=/nowhere/x", "--config.optim.learing_rate=1",
         "--config.model.num_heads=7", "--config.mesh.tensor=3", check=False,
     )  # fmt: skip
-    assert run.returncode == 2 and "Traceback" not in run.stderr
-    for words in ("optim.learing_rate", "optim.learning_rate?", "model.num_heads=7", "mesh.tensor=3"):
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    for words in (
+        "optim.learing_rate",
+        "optim.learning_rate?",
+        "model.num_heads=7",
+        "mesh.tensor=3",
+    ):
         assert words in run.stderr
 
 
@@ -164,18 +199,26 @@ def test_all_problems_come_at_once_and_no_traceback():
 )
 def test_bad_usage_is_one_line_and_exit_2(args, named):
     run = program("jaxlm.train", *args, check=False)
-    assert run.returncode == 2 and named in run.stderr and len(run.stderr.splitlines()) == 1
+    assert run.returncode == 2
+    assert named in run.stderr
+    assert len(run.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("c.optim.warmup = 5", "line 5: config.optim.warmup: no such key; did you mean optim.warmup_steps?"),
+        (
+            "c.optim.warmup = 5",
+            "line 5: config.optim.warmup: no such key; did you mean optim.warmup_steps?",
+        ),
         ("c.optim.lr = 1e-3", "did you mean optim.learning_rate?"),
         ("c.seq_len = 64", "did you mean data.seq_len?"),
         ("print(c.data.seqlen)", "did you mean data.seq_len?"),
         ("c['trian'].steps = 1", "did you mean train?"),
-        ("c.model.name, c.train.log_every = 'lstm', 10", "train.log_every: no such key; did you mean log.every?"),
+        (
+            "c.model.name, c.train.log_every = 'lstm', 10",
+            "train.log_every: no such key; did you mean log.every?",
+        ),
         ("c.train.steps = 'many'", "line 5: steps = many: not a value of type int"),
         ("c.train = 5", "train = 5"),
         ("sizes = {}['big']", "line 5: KeyError: 'big'"),
@@ -183,15 +226,21 @@ def test_bad_usage_is_one_line_and_exit_2(args, named):
         ("c.train.steps = = 5", "line 5: SyntaxError"),
         ("import nothing_of_this_name", "line 5: ModuleNotFoundError"),
         ("return", "get_config() gave None"),
-        ("c.data.path = c.train.steps = None", "sets to None: config.data.path, config.train.steps; leave a key out"),
+        (
+            "c.data.path = c.train.steps = None",
+            "sets to None: config.data.path, config.train.steps; leave a key out",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_recipe_is_told_with_its_line(line, said, tmp_path):
     recipe = tmp_path / "mine.py"
-    recipe.write_text(f"from jaxlm.config import base\n\ndef get_config():\n    c = base()\n    {line}\n    return c\n")
+    recipe.write_text(
+        f"from jaxlm.config import base\n\ndef get_config():\n    c = base()\n    {line}\n    return c\n"
+    )
     with pytest.raises(ConfigError) as error:
         configs.load(str(recipe))
-    assert said in str(error.value) and str(recipe) in str(error.value)
+    assert said in str(error.value)
+    assert str(recipe) in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -205,7 +254,8 @@ def test_a_recipe_that_needs_a_variant_asks_for_one(tmp_path):
 def test_require_lists_all():
     with pytest.raises(ConfigError, match="2 problems") as error:
         require(["one", "two"])
-    assert "one" in str(error.value) and "two" in str(error.value)
+    assert "one" in str(error.value)
+    assert "two" in str(error.value)
 
 
 def test_mixture_weights_sum_to_one():
@@ -215,7 +265,8 @@ def test_mixture_weights_sum_to_one():
 def test_warm_up_follows_the_length_of_the_run():
     assert small_config(optim__warmup_steps=-1, train__steps=200).optim.warmup_steps == 10
     c = configs.load("configs/shakespeare_char.py")
-    assert configs.override(c, [("train.steps", "20")]) == [] and check(c) == []
+    assert configs.override(c, [("train.steps", "20")]) == []
+    assert check(c) == []
 
 
 def test_a_config_survives_json():
@@ -239,8 +290,11 @@ def test_dry_run_of_llama_8b_touches_no_data_and_counts_parameters():
 
 
 def test_print_config_shows_every_key():
-    out = program("jaxlm.train", "--config=configs/gpt2.py", "--config.seed=5", "--print_config").stdout
-    assert "seed = 5" in out and all(f"{key} = " in out for key in configs.flatten(configs.base()))
+    out = program(
+        "jaxlm.train", "--config=configs/gpt2.py", "--config.seed=5", "--print_config"
+    ).stdout
+    assert "seed = 5" in out
+    assert all(f"{key} = " in out for key in configs.flatten(configs.base()))
 
 
 def test_warnings_of_programs_are_plain_lines():
@@ -250,7 +304,9 @@ def test_warnings_of_programs_are_plain_lines():
         "logging.basicConfig()",  # as some libraries do
         "cli.run(lambda argv: logging.getLogger('jaxlm').warning('so it is'))",
     ]
-    run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True
+    )
     assert run.stderr == "so it is\n"
 
 
@@ -273,17 +329,21 @@ def test_a_file_in_a_directory_of_others_is_refused_before_the_work(tmp_path, mo
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_disk_that_takes_nothing_is_told_without_a_traceback(number, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "warn_plainly", lambda: None)  # whose handler would stay for other tests
+    monkeypatch.setattr(
+        cli, "warn_plainly", lambda: None
+    )  # whose handler would stay for other tests
 
     def main(argv):
         raise OSError(number, os.strerror(number), "runs/x")
 
     with pytest.raises(SystemExit) as left:
         cli.run(main)
-    assert left.value.code == 1 and capsys.readouterr().err == f"error: runs/x: {os.strerror(number)}\n"
+    assert left.value.code == 1
+    assert capsys.readouterr().err == f"error: runs/x: {os.strerror(number)}\n"
 
 
 def test_json_for_people_has_letters_of_any_script_and_comes_back():
     value = {"label": "хорошо 好", "broken": "half \ud800"}
-    assert "хорошо 好" in cli.readable_json(value) and json.loads(cli.readable_json(value)) == value
+    assert "хорошо 好" in cli.readable_json(value)
+    assert json.loads(cli.readable_json(value)) == value
     cli.readable_json(value).encode("utf-8")

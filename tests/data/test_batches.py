@@ -52,16 +52,23 @@ def test_a_batch_is_the_same_whatever_is_read_with_it(config, monkeypatch):
 
 def test_an_epoch_has_every_row_once_and_the_next_another_order(config):
     store = Store(config.data.path, "train")
-    n, batches = num_rows(store, 32), train_batches(config)
-    rows = [row for k in range(2 * n // 8 + 1) for row in rows_of(batches[k])]
+    n = num_rows(store, 32)
+    batches = train_batches(config)
+    rows = []
+    for k in range(2 * n // 8 + 1):
+        for row in rows_of(batches[k]):
+            rows.append(row)
     every = sorted(rows_of(read_rows(store, np.arange(n), 32)))
-    assert sorted(rows[:n]) == every and sorted(rows[n : 2 * n]) == every
-    assert rows[:n] != rows[n : 2 * n] and rows[:n] != every
+    assert sorted(rows[:n]) == every
+    assert sorted(rows[n : 2 * n]) == every
+    assert rows[:n] != rows[n : 2 * n]
+    assert rows[:n] != every
 
 
 def test_the_order_is_that_of_grain():
     for rows, seed in ((1, 0), (2, 5), (97, 1), (1000, 2**31)):
-        order, same = order_of(rows, seed), grain.MapDataset.range(rows).seed(seed).shuffle()
+        order = order_of(rows, seed)
+        same = grain.MapDataset.range(rows).seed(seed).shuffle()
         places = [*range(3 * rows + 1), 10**9, 2**32 * rows + 5]
         assert [order(place) for place in places] == [same[place] for place in places]
 
@@ -80,7 +87,8 @@ def test_seeds_give_other_orders(config):
 
 
 def test_every_validation_token_is_a_target_once(config):
-    store, batches = Store(config.data.path, "val"), validation_batches(config)
+    store = Store(config.data.path, "val")
+    batches = validation_batches(config)
     real = [batches[k]["targets"][batches[k]["weights"] > 0] for k in range(len(batches))]
     np.testing.assert_array_equal(np.concatenate(real), store.read(0, store.num_tokens))
     parts = [validation_batches(config, rows) for rows in (slice(0, 3), slice(3, 8))]
@@ -93,11 +101,13 @@ def test_a_row_is_made_of_documents(config):
     batch = read_rows(store, np.arange(1, 41), 32)
     starts = set(store.document_starts(0, store.num_tokens).tolist())
     for row in range(40):
-        segment, position = 1, 0
+        segment = 1
+        position = 0
         for t in range(32):
             place = (row + 1) * 32 + t
             if place in starts:
-                segment, position = segment + (t > 0), 0
+                segment = segment + (t > 0)
+                position = 0
                 assert batch["tokens"][row, t] == store.bos_id
             else:
                 assert batch["tokens"][row, t] == store.read(place - 1, 1)[0]
@@ -109,7 +119,9 @@ def test_a_row_is_made_of_documents(config):
 def test_rows_past_the_end_are_padding(config):
     store = Store(config.data.path, "val")
     batch = read_rows(store, np.array([num_rows(store, 32), 10**6]), 32)
-    assert not batch["weights"].any() and not batch["segments"].any() and not batch["targets"].any()
+    assert not batch["weights"].any()
+    assert not batch["segments"].any()
+    assert not batch["targets"].any()
 
 
 def test_a_tokenizer_without_bos_does_not_predict_the_first_token(tmp_path):
@@ -118,15 +130,24 @@ def test_a_tokenizer_without_bos_does_not_predict_the_first_token(tmp_path):
     prepare([str(tmp_path)], tmp_path / "out", tokenizer="chars", val_fraction=0.0, workers=1)
     batch = read_rows(Store(tmp_path / "out", "train"), np.arange(2), 32)
     weights = batch["weights"].reshape(-1)[:60]
-    assert list(np.flatnonzero(weights == 0)) == [0, 30] and weights.sum() == 58
+    assert list(np.flatnonzero(weights == 0)) == [0, 30]
+    assert weights.sum() == 58
 
 
 def test_a_mixture_follows_its_weights_and_keeps_each_source_whole(tmp_path):
     for name, repeats in (("a", 40), ("b", 80)):
         (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i} " for i in range(repeats * 20)))
-        prepare([str(tmp_path / f"{name}.txt")], tmp_path / name, tokenizer="bytes", val_fraction=0.1, workers=1)
+        prepare(
+            [str(tmp_path / f"{name}.txt")],
+            tmp_path / name,
+            tokenizer="bytes",
+            val_fraction=0.1,
+            workers=1,
+        )
     c = small_config(data__mixture=f"{tmp_path}/a=0.75,{tmp_path}/b=0.25", train__batch_size=8)
-    batches, counts, seen = train_batches(c), [0, 0], []
+    batches = train_batches(c)
+    counts = [0, 0]
+    seen = []
     for k in range(100):
         for row in batches[k]["targets"]:
             source = int(ord("b") in row)
@@ -138,13 +159,28 @@ def test_a_mixture_follows_its_weights_and_keeps_each_source_whole(tmp_path):
     assert len(set(seen[:n])) == n
     total = sum(store.num_tokens for store in open_stores(c, "val"))
     assert (
-        sum(b["weights"].sum() for b in (validation_batches(c)[k] for k in range(len(validation_batches(c))))) == total
+        sum(
+            b["weights"].sum()
+            for b in (validation_batches(c)[k] for k in range(len(validation_batches(c))))
+        )
+        == total
     )
 
 
 def test_the_fingerprint_changes_with_what_the_order_depends_on(config):
-    for key, value in (("seed", 3), ("data.seq_len", 16), ("train.batch_size", 4), ("data.shuffle", False)):
-        other = small_config(**{"data__path": config.data.path, "train__batch_size": 8, key.replace(".", "__"): value})
+    for key, value in (
+        ("seed", 3),
+        ("data.seq_len", 16),
+        ("train.batch_size", 4),
+        ("data.shuffle", False),
+    ):
+        other = small_config(
+            **{
+                "data__path": config.data.path,
+                "train__batch_size": 8,
+                key.replace(".", "__"): value,
+            }
+        )
         assert fingerprint(other) != fingerprint(config), key
 
 
@@ -163,7 +199,9 @@ def test_missing_data_is_named_with_the_command():
 
 def test_padding_comes_from_a_source_that_has_rows(tmp_path, text_dir):
     (tmp_path / "a.txt").write_text("no validation here " * 50)
-    prepare([str(tmp_path / "a.txt")], tmp_path / "a", tokenizer="bytes", val_fraction=0.0, workers=1)
+    prepare(
+        [str(tmp_path / "a.txt")], tmp_path / "a", tokenizer="bytes", val_fraction=0.0, workers=1
+    )
     c = small_config(data__mixture=f"{tmp_path}/a=1,{text_dir}=1", train__batch_size=7)
     batches = validation_batches(c)
     total = sum(batches[k]["weights"].sum() for k in range(len(batches)))

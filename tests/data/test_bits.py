@@ -39,7 +39,13 @@ def sentencepiece_of_letters():
     """A model without byte_fallback, as the older ones are."""
     trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
     data = io.BytesIO()
-    trainer.train(sentence_iterator=iter(KNOWN), model_writer=data, model_type="char", minloglevel=2, vocab_size=24)
+    trainer.train(
+        sentence_iterator=iter(KNOWN),
+        model_writer=data,
+        model_type="char",
+        minloglevel=2,
+        vocab_size=24,
+    )
     return tokenizers.SentencePiece(data.getvalue())
 
 
@@ -52,7 +58,9 @@ def tokenizer_of(kind):
         return huggingface(" ".join(KNOWN).split(), "[UNK]", spaced=True)
     if kind == "BPE":
         return huggingface(LETTERS, "[UNK]", spaced=False)
-    return huggingface(LETTERS, tokenizers.END_OF_TEXT, spaced=False)  # unknown, begin and end are one token
+    return huggingface(
+        LETTERS, tokenizers.END_OF_TEXT, spaced=False
+    )  # unknown, begin and end are one token
 
 
 def data_of(folder, tokenizer, texts):
@@ -61,7 +69,13 @@ def data_of(folder, tokenizer, texts):
     path.write_bytes(tokenizer.to_bytes())
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
     (folder / "text.jsonl").write_text("".join(lines))
-    prepare([str(folder / "text.jsonl")], folder / "data", tokenizer=str(path), val_fraction=0.5, workers=1)
+    prepare(
+        [str(folder / "text.jsonl")],
+        folder / "data",
+        tokenizer=str(path),
+        val_fraction=0.5,
+        workers=1,
+    )
     return folder / "data"
 
 
@@ -79,13 +93,15 @@ def test_an_evaluation_has_bits_per_byte_where_no_token_is_unknown(tmp_path, cap
     figures = evaluator.figures({"loss": 7.0, "weight": 2.0}, complete=True)
     store = Store(path, "val")
     assert ("bits_per_byte" in figures) == ("bytes" in figures) == (not unknown)
-    assert figures["loss"] == 3.5 and figures["tokens"] == 2
+    assert figures["loss"] == 3.5
+    assert figures["tokens"] == 2
     assert len(caplog.messages) == unknown
     if unknown:
         found = count_unknown(store, tokenizers.load(path))
         share = 100 * found / store.num_tokens
         (line,) = caplog.messages
-        assert f"is left out: {found:,} of {store.num_tokens:,} tokens ({share:.3g}%)" in line and 0 < share < 1
+        assert f"is left out: {found:,} of {store.num_tokens:,} tokens ({share:.3g}%)" in line
+        assert 0 < share < 1
 
 
 def test_the_size_in_bits_of_a_text_with_unknown_tokens_is_nan(caplog, monkeypatch):
@@ -93,17 +109,23 @@ def test_the_size_in_bits_of_a_text_with_unknown_tokens_is_nan(caplog, monkeypat
     config = small_config(model__vocab_size=tokenizer.vocab_size, data__seq_len=64)
     lm = LM(config, {}, tokenizer, mesh_of(1), 0)
     monkeypatch.setattr(
-        "jaxlm.generate.lm.row_losses", lambda model, params, batch, config: batch["weights"].sum(axis=1)
+        "jaxlm.generate.lm.row_losses",
+        lambda model, params, batch, config: batch["weights"].sum(axis=1),
     )
     known, odd = lm.loss([KNOWN[0], KNOWN[1] + CHINESE])
     predicted = len(KNOWN[0]) - 1  # nothing precedes the first token
-    assert known.tokens == predicted and known.nats_per_token == 1
+    assert known.tokens == predicted
+    assert known.nats_per_token == 1
     assert known.bits_per_byte == pytest.approx(1 / math.log(2))
-    assert math.isnan(odd.bits_per_byte) and odd.nats_per_token == 1
+    assert math.isnan(odd.bits_per_byte)
+    assert odd.nats_per_token == 1
     (line,) = caplog.messages
-    assert line.startswith("bits per byte is left out: 6 of 33 tokens (18.2%) of 1 of the 2 texts are")
+    assert line.startswith(
+        "bits per byte is left out: 6 of 33 tokens (18.2%) of 1 of the 2 texts are"
+    )
     caplog.clear()
-    assert lm.loss(KNOWN[:1]) == [known] and not caplog.messages
+    assert lm.loss(KNOWN[:1]) == [known]
+    assert not caplog.messages
 
 
 def dropping():
@@ -122,14 +144,17 @@ def test_text_that_is_dropped_flatters_as_much(tmp_path, caplog, odd):
     warn_once.cache_clear()
     figures = Evaluator(config, mesh_of(1)).figures({"loss": 7.0, "weight": 2.0}, complete=True)
     assert ("bits_per_byte" in figures) == (not odd)
-    said = [line for line in caplog.messages if "the tokenizer has no tokens for 24 characters" in line]
+    said = [
+        line for line in caplog.messages if "the tokenizer has no tokens for 24 characters" in line
+    ]
     assert len(said) == odd
 
 
 def test_the_size_in_bits_of_a_text_that_is_dropped_in_part_is_nan(caplog):
     lm = LM(small_config(model__vocab_size=len(LETTERS)), {}, dropping(), None, 0)
     whole, part = lm._predicted_bytes([KNOWN[0], KNOWN[0] + CHINESE])
-    assert whole == len(KNOWN[0]) - 1 and math.isnan(part)
+    assert whole == len(KNOWN[0]) - 1
+    assert math.isnan(part)
     assert caplog.messages == [
         "bits per byte is left out: the tokenizer has no tokens for 6 characters of these texts, which are lost"
     ]

@@ -31,10 +31,17 @@ def write(path, text):
 
 def settings(tmp_path, rows, val=None, task="classify", **more):
     """A resolved config of examples [(text, label), ...] or [dict, ...] in .jsonl files."""
-    lines = lambda rows: "".join(json.dumps(r if isinstance(r, dict) else dict(zip(HEADER, r))) + "\n" for r in rows)
+
+    def lines(rows):
+        return "".join(
+            json.dumps(r if isinstance(r, dict) else dict(zip(HEADER, r))) + "\n" for r in rows
+        )
+
     files = {"data__train": write(tmp_path / "train.jsonl", lines(rows))}
     files["data__val"] = write(tmp_path / "val.jsonl", lines(val or rows))
-    return small_config(**{"task__name": task, "data__tokenizer": "words", "train__batch_size": 4} | files | more)
+    return small_config(
+        **{"task__name": task, "data__tokenizer": "words", "train__batch_size": 4} | files | more
+    )
 
 
 def made(*args, split="train", **more):
@@ -61,9 +68,21 @@ def test_labels_are_names_in_order(tmp_path):
 
 @pytest.mark.parametrize("task", ["classify", "multilabel", "tag"])
 def test_a_label_that_training_does_not_have_is_named(tmp_path, task):
-    shape = (lambda t, n: {"words": t, "tags": n}) if task == "tag" else lambda t, n: {"text": t, "label": n}
+    if task == "tag":
+
+        def shape(t, n):
+            return {"words": t, "tags": n}
+
+    else:
+
+        def shape(t, n):
+            return {"text": t, "label": n}
+
     config = settings(tmp_path, [shape("a", "good"), shape("b", "bad")], [shape("a", "god")], task)
-    with pytest.raises(DataError, match=r"val\.jsonl:1: 'god' is not one of the labels bad, good; did you mean good"):
+    with pytest.raises(
+        DataError,
+        match=r"val\.jsonl:1: 'god' is not one of the labels bad, good; did you mean good",
+    ):
         Examples(config, "val")
 
 
@@ -71,7 +90,11 @@ def test_what_cannot_be_learned_says_why(tmp_path):
     for rows, task, said in (
         ([("a", "x"), ("b", "x")], "classify", "every example has the label 'x'"),
         ([("a", "x"), ("b", "")], "classify", r"train\.jsonl:2: its label is empty"),
-        ([(f"t{i}", f"some text {i}") for i in range(40)], "classify", "40 different labels.*another order"),
+        (
+            [(f"t{i}", f"some text {i}") for i in range(40)],
+            "classify",
+            "40 different labels.*another order",
+        ),
         ([("a", "x"), ("b", "1")], "regress", r"train\.jsonl:1: its label 'x' is not a number"),
         ([(["a"], "x"), ("b", "y")], "classify", r"train\.jsonl:1: its text is a list, not text"),
     ):
@@ -92,15 +115,20 @@ def test_of_two_classes_both_have_one_auc():
     np.testing.assert_allclose(exact, chances, atol=1e-6)
     labels = (np.random.default_rng(1).random(400) < 0.7).astype(int)
     one, other = (row["auc"] for row in classification(exact, labels)["classes"])
-    assert one == pytest.approx(other, abs=1e-12) and one == pytest.approx(auc(labels, logits), abs=1e-12)
+    assert one == pytest.approx(other, abs=1e-12)
+    assert one == pytest.approx(auc(labels, logits), abs=1e-12)
 
 
 def test_a_careless_command_is_corrected(tmp_path):
     c = base()
     c.task.name = "clasify"
     assert any("did you mean classify?" in problem for problem in check(c))
-    c.task.name, c.data.path, c.model.name = "classify", "tokens", "encoder"
-    assert any("config.data.path: task classify learns from examples" in problem for problem in check(c))
+    c.task.name = "classify"
+    c.data.path = "tokens"
+    c.model.name = "encoder"
+    assert any(
+        "config.data.path: task classify learns from examples" in problem for problem in check(c)
+    )
     c.data.path = ""
     with pytest.raises(DataError, match=r"config\.data\.train is empty"):
         describe(c)
@@ -111,8 +139,11 @@ def test_a_careless_command_is_corrected(tmp_path):
 def test_squads_answers_are_read(tmp_path):
     answers = {"text": ["two words", "words"], "answer_start": [4, 8]}
     rows = [{"question": "q", "context": "two two words", "answers": answers}]
-    source = made(tmp_path, rows, task="qa", data__columns="answer=answers", data__tokenizer="bytes")
-    assert source.examples[0]["answer"] == ["two words", "words"] and source.examples[0]["start"] == [4, 8]
+    source = made(
+        tmp_path, rows, task="qa", data__columns="answer=answers", data__tokenizer="bytes"
+    )
+    assert source.examples[0]["answer"] == ["two words", "words"]
+    assert source.examples[0]["start"] == [4, 8]
     assert source.pieces[0]["weights"].argmax() == 1 + 1 + 1 + 3, "the second two"
 
 
@@ -124,22 +155,38 @@ def test_an_answer_stands_where_its_column_says(tmp_path, place):
 
 
 def test_a_number_is_an_answer_and_an_object_is_none(tmp_path):
-    rows = [{"question": "q", "context": "in 1990", "answer": answer} for answer in (1990, [1990, "in"], 1990.0)]
+    rows = []
+    for answer in (1990, [1990, "in"], 1990.0):
+        rows.append({"question": "q", "context": "in 1990", "answer": answer})
     source = made(tmp_path, rows, task="qa", data__tokenizer="bytes")
-    assert [int(piece["weights"].argmax()) for piece in source.pieces] == [5, 5, 5], "with the space before it"
+    assert [int(piece["weights"].argmax()) for piece in source.pieces] == [5, 5, 5], (
+        "with the space before it"
+    )
     for wrong in ([{"text": "in"}], [["in", {}]]):
-        with pytest.raises(DataError, match=r"jsonl:1: its answer is text, or a list of texts, not \{"):
-            made(tmp_path, [{"question": "q", "context": "in", "answer": wrong}], task="qa", data__tokenizer="bytes")
+        with pytest.raises(
+            DataError, match=r"jsonl:1: its answer is text, or a list of texts, not \{"
+        ):
+            made(
+                tmp_path,
+                [{"question": "q", "context": "in", "answer": wrong}],
+                task="qa",
+                data__tokenizer="bytes",
+            )
 
 
 @pytest.mark.parametrize("label", [["x", "y"], [], {"x": 1}])
 def test_several_labels_are_no_class(tmp_path, label):
-    with pytest.raises(DataError, match=r"jsonl:1: its label is a list, not one class; .*task\.name=multilabel"):
+    with pytest.raises(
+        DataError, match=r"jsonl:1: its label is a list, not one class; .*task\.name=multilabel"
+    ):
         made(tmp_path, [("a", label), ("b", "x")])
 
 
 def test_decimal_commas_are_told_as_such(tmp_path):
-    for label, said in (("1,5", "not a number; a decimal point is meant"), ("1,5,2", "not a number$")):
+    for label, said in (
+        ("1,5", "not a number; a decimal point is meant"),
+        ("1,5,2", "not a number$"),
+    ):
         with pytest.raises(DataError, match=said):
             made(tmp_path, [("a", label)], task="regress")
 
@@ -148,24 +195,42 @@ def test_decimal_commas_are_told_as_such(tmp_path):
 def test_messages_that_are_none_are_told_with_their_place(tmp_path, tokenizer):
     good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     for wrong, said in (
-        ({"messages": "hello there"}, r"jsonl:2: messages is a list of messages, or that in JSON, not 'hello there'"),
+        (
+            {"messages": "hello there"},
+            r"jsonl:2: messages is a list of messages, or that in JSON, not 'hello there'",
+        ),
         ({"messages": '[{"role": '}, "jsonl:2: messages is a list of messages, or that in JSON"),
         ({"messages": "7"}, "jsonl:2: messages is a list of messages, not 7"),
         ({"messages": [["user", "a"]]}, "jsonl:2: a message is"),
-        ({"messages": [{"role": "assistant", "content": "b", "weight": 0}]}, "jsonl:2: all that .* has weight 0"),
-        ({"messages": [{"role": "user", "content": "b"}]}, "jsonl:2: the assistant says nothing in it"),
+        (
+            {"messages": [{"role": "assistant", "content": "b", "weight": 0}]},
+            "jsonl:2: all that .* has weight 0",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "b"}]},
+            "jsonl:2: the assistant says nothing in it",
+        ),
     ):
         with pytest.raises(DataError, match=said):
             made(tmp_path, [good, wrong], task="sft", data__tokenizer=tokenizer)
-    for rows in ([{"prompt": "a", "response": ""}], [{"prompt": "b", "response": None}, {"prompt": "c"}]):
+    for rows in (
+        [{"prompt": "a", "response": ""}],
+        [{"prompt": "b", "response": None}, {"prompt": "c"}],
+    ):
         with pytest.raises(DataError, match=r"jsonl:1: .*its response is missing or empty"):
-            made(tmp_path, rows, task="sft", data__tokenizer=tokenizer, data__columns="prompt=prompt")
+            made(
+                tmp_path, rows, task="sft", data__tokenizer=tokenizer, data__columns="prompt=prompt"
+            )
 
 
 def test_pairs_whose_answers_are_the_same_are_told(tmp_path, caplog):
-    pair = lambda chosen, rejected: {"prompt": "a", "chosen": chosen, "rejected": rejected}
+    def pair(chosen, rejected):
+        return {"prompt": "a", "chosen": chosen, "rejected": rejected}
+
     more = {"task": "dpo", "data__tokenizer": "bytes"}
-    with pytest.raises(DataError, match=r"2 of 2 train pairs have the same answer.*are the columns right"):
+    with pytest.raises(
+        DataError, match=r"2 of 2 train pairs have the same answer.*are the columns right"
+    ):
         made(tmp_path, [pair("x", "x"), pair("y", "y")], **more)
     assert len(made(tmp_path, [pair("x", "y"), pair("y", "y")], **more).pieces) == 2
     assert "1 of 2 train pairs have the same answer as chosen and as rejected" in caplog.text
@@ -179,7 +244,10 @@ def test_pairs_whose_answers_are_the_same_are_told(tmp_path, caplog):
 
 def many(count, seed=0, longest=12):
     rng = np.random.default_rng(seed)
-    return [(" ".join(rng.choice(WORDS, rng.integers(1, longest))), f"c{rng.integers(4)}") for _ in range(count)]
+    return [
+        (" ".join(rng.choice(WORDS, rng.integers(1, longest))), f"c{rng.integers(4)}")
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("most", [0, 3])
@@ -194,15 +262,25 @@ def test_an_epoch_has_every_example_once_and_whole(tmp_path, most):
             for place, i in enumerate(source.rows[number]):
                 here = batch["segments"][0] == place + 1
                 np.testing.assert_array_equal(batch["tokens"][0][here], source.pieces[i]["tokens"])
-                assert batch["labels"][0, place] == source.pieces[i]["label"] and batch["weights"][0, place] == 1
+                assert batch["labels"][0, place] == source.pieces[i]["label"]
+                assert batch["weights"][0, place] == 1
     batches = train_batches(config)
-    counts = Counter(int((batches[k]["weights"] > 0).sum(axis=1)[r]) for k in range(source.num_rows) for r in range(4))
+    counts = Counter(
+        int((batches[k]["weights"] > 0).sum(axis=1)[r])
+        for k in range(source.num_rows)
+        for r in range(4)
+    )
     assert sum(n * c for n, c in counts.items()) == 4 * 500, "four epochs"
 
 
 def test_rows_are_filled(tmp_path):
     for longest, length in ((12, 128), (40, 128), (60, 256)):
-        source = made(tmp_path, many(2000, longest=longest), data__seq_len=length, data__examples_per_row=length)
+        source = made(
+            tmp_path,
+            many(2000, longest=longest),
+            data__seq_len=length,
+            data__examples_per_row=length,
+        )
         assert source.num_tokens / (source.num_rows * length) > 0.93
     pairs = [{"source": text, "target": text} for text, _ in many(2000, longest=40)]
     source = made(tmp_path, pairs, task="seq2seq", data__seq_len=128, data__enc_len=128)
@@ -213,12 +291,17 @@ def test_rows_are_filled(tmp_path):
 def test_long_examples_are_cut_and_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "jaxlm"):
         source = made(tmp_path, [("a " * 99, "x"), ("", "y"), ("", "y")])
-    assert "1 of 3 train examples are longer than data.seq_len=32" in caplog.text and "101 tokens" in caplog.text
-    assert source.read(np.arange(source.num_rows), [(0, 0)] * 3)["weights"].sum() == 3, "duplicates and empty text too"
+    assert "1 of 3 train examples are longer than data.seq_len=32" in caplog.text
+    assert "101 tokens" in caplog.text
+    assert source.read(np.arange(source.num_rows), [(0, 0)] * 3)["weights"].sum() == 3, (
+        "duplicates and empty text too"
+    )
     asked = {"question": "q", "context": "a " * 25 + "b c", "answer": "b c"}
     short = asked | {"context": "b c"}
     bits = made(tmp_path, [asked, short], task="qa", data__seq_len=29).pieces[0]
-    assert not bits["weights"].any() and set(bits["targets"].tolist()) == {0, 4}, "half an answer is none"
+    assert not bits["weights"].any() and set(bits["targets"].tolist()) == {0, 4}, (
+        "half an answer is none"
+    )
 
 
 # Of each task: an example of which nothing is left to learn within 32 tokens, one of which something is, and how many
@@ -226,8 +309,18 @@ def test_long_examples_are_cut_and_counted(tmp_path, caplog):
 CUT_OFF = {
     "sft": ({"prompt": "a " * 99, "response": "b c"}, {"prompt": "a", "response": "b"}, 103, 105),
     "sft, a dialogue": (
-        {"messages": [{"role": "system", "content": "a " * 40}, {"role": "assistant", "content": "b"}]},
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 40}]},
+        {
+            "messages": [
+                {"role": "system", "content": "a " * 40},
+                {"role": "assistant", "content": "b"},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b " * 40},
+            ]
+        },
         44,
         45,
     ),
@@ -260,15 +353,19 @@ CUT_OFF = {
 
 
 @pytest.mark.parametrize("case", CUT_OFF)
-def test_where_cutting_leaves_nothing_to_learn_of_any_example_the_length_that_would_do_is_told(tmp_path, case):
+def test_where_cutting_leaves_nothing_to_learn_of_any_example_the_length_that_would_do_is_told(
+    tmp_path, case
+):
     lost, _, least, whole = CUT_OFF[case]
     task = case.split(",")[0]
     for split in ("train", "val"):
         with pytest.raises(DataError) as error:
             made(tmp_path, [lost, lost], task=task, split=split)
         text = str(error.value)
-        assert f"any of the 2 {split} examples" in text and "data.seq_len=32" in text
-        assert f"--config.data.seq_len={whole}" in text and f"{least} would do" in text
+        assert f"any of the 2 {split} examples" in text
+        assert "data.seq_len=32" in text
+        assert f"--config.data.seq_len={whole}" in text
+        assert f"{least} would do" in text
     assert made(tmp_path, [lost], task=task, data__seq_len=least).learnable.all()
     with pytest.raises(DataError):
         made(tmp_path, [lost], task=task, data__seq_len=least - 1)
@@ -281,12 +378,17 @@ def test_where_it_leaves_nothing_of_some_these_are_left_out_and_counted(tmp_path
     rows = [lost, kept, lost]
     with caplog.at_level(logging.WARNING, "jaxlm"):
         source = made(tmp_path, rows, task=task)
-    assert "2 of 3 train examples are left out" in caplog.text and f"seq_len={least} would reach" in caplog.text
+    assert "2 of 3 train examples are left out" in caplog.text
+    assert f"seq_len={least} would reach" in caplog.text
     assert [i for row in source.rows for i in row] == [1]
     batch = source.read(np.arange(source.num_rows), [(0, 0)] * source.num_rows)
-    assert batch["weights"].any(axis=-1).all(), "every row, and either side of a pair, has something to learn"
+    assert batch["weights"].any(axis=-1).all(), (
+        "every row, and either side of a pair, has something to learn"
+    )
     measured = made(tmp_path, rows, task=task, split="val")
-    assert sorted(i for row in measured.rows for i in row) == [0, 1, 2], "what is measured on stays whole"
+    assert sorted(i for row in measured.rows for i in row) == [0, 1, 2], (
+        "what is measured on stays whole"
+    )
 
 
 def test_batches_are_the_same_on_any_hosts(tmp_path):
@@ -308,9 +410,11 @@ def test_words_are_dropped_in_training_alone_and_never_special_ones(tmp_path):
     dropped = source.read(every, keys)["tokens"]
     config.data.word_dropout = 0.0
     plain = source.read(every, keys)
-    hidden, real = dropped != plain["tokens"], plain["segments"] > 0
+    hidden = dropped != plain["tokens"]
+    real = plain["segments"] > 0
     words = real & (plain["tokens"] < source.tokenizer.vocab_size)
-    assert set(dropped[hidden]) == {source.vocab.mask} and not (hidden & ~words).any()
+    assert set(dropped[hidden]) == {source.vocab.mask}
+    assert not (hidden & ~words).any()
     assert hidden.sum() / words.sum() == pytest.approx(0.25, abs=0.03)
     config.data.word_dropout = 0.25
     assert not (validation_batches(config)[0]["tokens"] == source.vocab.mask).any()
@@ -324,15 +428,24 @@ def test_classes_are_balanced(tmp_path):
         sums[piece["label"]] += piece["weight"]
     np.testing.assert_allclose(sums, 24)
     assert all(
-        "weight" not in piece for piece in made(tmp_path, rows, task__class_weights="balanced", split="val").pieces
+        "weight" not in piece
+        for piece in made(tmp_path, rows, task__class_weights="balanced", split="val").pieces
     )
     source = made(tmp_path, rows, task__balanced_sampling=True)
-    shown = [source.pieces[i]["label"] for row in source.rows for i in row]
-    assert np.bincount(shown).tolist() == [60, 60, 60] and len({i for row in source.rows for i in row}) == 72
+    shown = []
+    for row in source.rows:
+        for i in row:
+            shown.append(source.pieces[i]["label"])
+    assert np.bincount(shown).tolist() == [60, 60, 60]
+    assert len({i for row in source.rows for i in row}) == 72
     tags = [{"words": "a b c", "tags": "O O X"}] * 5
     source = made(tmp_path, tags, task="tag", task__class_weights="balanced")
-    np.testing.assert_allclose(sum(p["weights"][p["targets"] == 0].sum() for p in source.pieces), 7.5)
-    np.testing.assert_allclose(sum(p["weights"][p["targets"] == 1].sum() for p in source.pieces), 7.5)
+    np.testing.assert_allclose(
+        sum(p["weights"][p["targets"] == 0].sum() for p in source.pieces), 7.5
+    )
+    np.testing.assert_allclose(
+        sum(p["weights"][p["targets"] == 1].sum() for p in source.pieces), 7.5
+    )
 
 
 def test_lower_case_and_what_the_order_of_data_depends_on(tmp_path):
@@ -341,9 +454,15 @@ def test_lower_case_and_what_the_order_of_data_depends_on(tmp_path):
     first, second = Examples(config, "train").pieces
     np.testing.assert_array_equal(first["tokens"], second["tokens"])
     known = fingerprint(config)
-    for change in ({"data__lowercase": False}, {"data__labels": ("y", "x")}, {"task__class_weights": "balanced"}):
+    for change in (
+        {"data__lowercase": False},
+        {"data__labels": ("y", "x")},
+        {"task__class_weights": "balanced"},
+    ):
         assert fingerprint(settings(tmp_path, rows, **{"data__lowercase": True} | change)) != known
-    assert fingerprint(settings(tmp_path, [*rows, ("a", "x")], data__lowercase=True)) != known, "the file has changed"
+    assert fingerprint(settings(tmp_path, [*rows, ("a", "x")], data__lowercase=True)) != known, (
+        "the file has changed"
+    )
 
 
 # ---------------------------------------------------------------- words
@@ -351,12 +470,15 @@ def test_lower_case_and_what_the_order_of_data_depends_on(tmp_path):
 
 def test_words_come_back_and_the_unknown_are_one():
     words = vocabulary.make("words", ["the cat the dog", "the <unk> \u00e9t\u00e9\ncat"], 100)
-    assert words.words == ["<unk>", "the", "cat", "dog", "\u00e9t\u00e9"] and words.vocab_size == 5
+    assert words.words == ["<unk>", "the", "cat", "dog", "\u00e9t\u00e9"]
+    assert words.vocab_size == 5
     assert words.decode(words.encode("the  \u00e9t\u00e9\tcat")) == "the \u00e9t\u00e9 cat"
-    assert words.encode("the cow <unk>").tolist() == [1, 0, 0] and words.encode("").dtype == np.int32
+    assert words.encode("the cow <unk>").tolist() == [1, 0, 0]
+    assert words.encode("").dtype == np.int32
     assert words.decode([1, 99, -1, 0]) == "the <unk>"
     again = tokenizers.from_bytes("words", words.to_bytes())
-    assert again.words == words.words and again.fingerprint == words.fingerprint
+    assert again.words == words.words
+    assert again.fingerprint == words.fingerprint
     assert vocabulary.make("words", ["a a b"], 100, min_count=2).words == ["<unk>", "a"]
     assert vocabulary.make("words", ["a a b c"], 2).words == ["<unk>", "a"]
     with pytest.raises(DataError):
@@ -366,7 +488,8 @@ def test_words_come_back_and_the_unknown_are_one():
 def test_a_tokenizer_is_made_once_and_anew_when_the_file_changes(tmp_path):
     config = settings(tmp_path, [("one \ud800", "x"), ("two", "y")])
     first = tokenizer_of(config.data, "classify")
-    assert tokenizer_of(config.data, "classify") is first and "one" in first.words
+    assert tokenizer_of(config.data, "classify") is first
+    assert "one" in first.words
     stamp = os.stat(config.data.train).st_mtime_ns + 10**9
     settings(tmp_path, [("three", "x"), ("four", "y")])
     os.utime(config.data.train, ns=(stamp, stamp))
@@ -378,7 +501,8 @@ def test_a_file_with_a_plus_in_its_name_is_read_again_when_it_has_changed(tmp_pa
     file.write_text("good\t1\nbad\t0\n")
     before = stamps(str(file))
     file.write_text("good\t1\nbad\t0\nworse\t0\n")
-    assert before and stamps(str(file)) != before
+    assert before
+    assert stamps(str(file)) != before
 
 
 def test_a_file_is_read_and_told_of_once_whatever_its_path(tmp_path, monkeypatch, caplog):

@@ -66,7 +66,9 @@ def test_any_number_of_workers_writes_the_same_bytes(many, tmp_path, kind, split
 def test_the_two_splits_together_are_the_text(many, tmp_path, kind):
     prepare.prepare([many], tmp_path / "out", kind, val_fraction=0.3, workers=1)
     model = tokenizer.load(tmp_path / "out")
-    pieces = readers.read([s for part in parts.plan(readers.find([many])) for s in part], "text", readers.Notes())
+    pieces = readers.read(
+        [s for part in parts.plan(readers.find([many])) for s in part], "text", readers.Notes()
+    )
     text = "".join(piece.text for piece in pieces)
     decoded = []
     for name in ("train", "val"):
@@ -74,7 +76,8 @@ def test_the_two_splits_together_are_the_text(many, tmp_path, kind):
         decoded.append(model.decode(data.read(0, data.num_tokens)))
         assert data.num_bytes == len(decoded[-1].encode())
         starts = data.document_starts(0, data.num_tokens)
-        assert len(starts) == data.num_documents and starts[0] == 0
+        assert len(starts) == data.num_documents
+        assert starts[0] == 0
         if model.eos_id is not None:
             ends = np.flatnonzero(data.read(0, data.num_tokens) == model.eos_id) + 1
             assert np.array_equal(ends[: len(starts) - 1], starts[1:])
@@ -105,7 +108,12 @@ def test_documents_are_split_whole_copies_together_and_in_any_order(tmp_path):
     docs = [f"document {i % 40} " * 3 for i in range(100)]
 
     def split_of(docs, name):
-        prepare.prepare([str(jsonl(tmp_path / f"{name}.jsonl", docs))], tmp_path / name, "bytes", val_split="documents")
+        prepare.prepare(
+            [str(jsonl(tmp_path / f"{name}.jsonl", docs))],
+            tmp_path / name,
+            "bytes",
+            val_split="documents",
+        )
         sides = []
         for split in ("train", "val"):
             data = store.Store(tmp_path / name, split)
@@ -113,7 +121,8 @@ def test_documents_are_split_whole_copies_together_and_in_any_order(tmp_path):
         return [sorted(doc for doc in docs if doc in side) for side in sides]
 
     train, val = split_of(docs, "a")
-    assert not set(train) & set(val) and sorted(train + val) == sorted(docs)
+    assert not set(train) & set(val)
+    assert sorted(train + val) == sorted(docs)
     assert 0 < len(val) < 30
     assert [train, val] == split_of(docs[::-1], "b")
 
@@ -121,7 +130,9 @@ def test_documents_are_split_whole_copies_together_and_in_any_order(tmp_path):
 @pytest.mark.parametrize("fraction", [1e-9, 0.999])
 def test_of_two_documents_each_split_gets_one(tmp_path, fraction):
     path = jsonl(tmp_path / "a.jsonl", ["one", "two"])
-    manifest = prepare.prepare([str(path)], tmp_path / "out", "bytes", val_split="documents", val_fraction=fraction)
+    manifest = prepare.prepare(
+        [str(path)], tmp_path / "out", "bytes", val_split="documents", val_fraction=fraction
+    )
     assert [manifest["splits"][split]["documents"] for split in ("train", "val")] == [1, 1]
 
 
@@ -131,9 +142,12 @@ class Stop(OSError):
 
 @pytest.mark.parametrize("task", ["count", "write"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_interrupted_then_continued_writes_the_same_bytes(many, tmp_path, monkeypatch, task, workers):
+def test_interrupted_then_continued_writes_the_same_bytes(
+    many, tmp_path, monkeypatch, task, workers
+):
     prepare.prepare([many], tmp_path / "whole", "sentencepiece")
-    original, done = getattr(parts, task), []
+    original = getattr(parts, task)
+    done = []
 
     @functools.wraps(original)
     def stops(job):
@@ -151,7 +165,9 @@ def test_interrupted_then_continued_writes_the_same_bytes(many, tmp_path, monkey
         store.Store(tmp_path / "out", "train")
     seen = []
     monkeypatch.setattr(
-        prepare, "_finish", lambda *a, f=prepare._finish: (seen.extend(p.stat() for p in done), f(*a))[1]
+        prepare,
+        "_finish",
+        lambda *a, f=prepare._finish: (seen.extend(p.stat() for p in done), f(*a))[1],
     )
     prepare.prepare([many], tmp_path / "out", "sentencepiece", workers=workers)
     assert [stat.st_mtime_ns for stat in seen] == times  # not done again
@@ -168,7 +184,9 @@ def test_killed_at_any_rename_then_continued_writes_the_same_bytes(many, tmp_pat
         "def replace(*a):\n    n[0] += 1\n    n[0] == int(sys.argv[3]) and os.kill(os.getpid(), 9)\n    rename(*a)\n"
         "os.replace = replace; prepare.prepare([sys.argv[1]], sys.argv[2], 'bytes', workers=1)"
     )
-    code = subprocess.run([sys.executable, "-c", script, many, str(tmp_path / "out"), str(calls)]).returncode
+    code = subprocess.run(
+        [sys.executable, "-c", script, many, str(tmp_path / "out"), str(calls)]
+    ).returncode
     assert code == -9
     prepare.prepare([many], tmp_path / "out", "bytes", workers=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -180,7 +198,9 @@ def die(job):
 
 def test_a_killed_worker_is_an_error_that_says_how_to_go_on(many, tmp_path):
     options = parts.Options("bytes", None, 0.1, "tail", "text", "error")
-    jobs = [parts.Job(i, spans, options, tmp_path) for i, spans in enumerate(parts.plan(readers.find([many])))]
+    jobs = []
+    for i, spans in enumerate(parts.plan(readers.find([many]))):
+        jobs.append(parts.Job(i, spans, options, tmp_path))
     with pytest.raises(parts.Interrupted, match="same command again"):
         parts.run(die, jobs, 2, QUIET)
 
@@ -188,13 +208,17 @@ def test_a_killed_worker_is_an_error_that_says_how_to_go_on(many, tmp_path):
 def test_a_finished_directory_is_left_alone_and_other_work_is_refused(tmp_path):
     path = jsonl(tmp_path / "a.jsonl")
     first = run("--input", path, "--output", tmp_path / "out", "--tokenizer=bytes")
-    assert first.returncode == 0 and "jaxlm.train --config=" in first.stdout
+    assert first.returncode == 0
+    assert "jaxlm.train --config=" in first.stdout
     before = contents(tmp_path / "out")
     again = run("--input", path, "--output", tmp_path / "out", "--tokenizer=bytes", "--workers=1")
-    assert again.returncode == 0 and "already prepared" in again.stderr
+    assert again.returncode == 0
+    assert "already prepared" in again.stderr
     for change in ("--tokenizer=chars", "--val_fraction=0.2"):
         other = run("--input", path, "--output", tmp_path / "out", "--tokenizer=bytes", change)
-        assert other.returncode == 2 and "--overwrite" in other.stderr and change[2:10] in other.stderr
+        assert other.returncode == 2
+        assert "--overwrite" in other.stderr
+        assert change[2:10] in other.stderr
     assert contents(tmp_path / "out") == before
     path.write_text(path.read_text().replace("fourth", "FOURTH"))
     with pytest.raises(ConfigError, match=r"a\.jsonl has changed"):
@@ -202,7 +226,9 @@ def test_a_finished_directory_is_left_alone_and_other_work_is_refused(tmp_path):
     (tmp_path / "out" / "notes").write_text("mine")
     prepare.prepare([str(path)], tmp_path / "out", "bytes", overwrite=True)
     assert (tmp_path / "out" / "notes").read_text() == "mine"
-    assert b"FOURTH" in bytes(store.Store(tmp_path / "out", "train").read(0, 100).clip(0, 255).astype(np.uint8))
+    assert b"FOURTH" in bytes(
+        store.Store(tmp_path / "out", "train").read(0, 100).clip(0, 255).astype(np.uint8)
+    )
 
 
 def test_usage_errors_are_one_line_with_exit_code_2_and_data_errors_are_3(tmp_path):
@@ -223,10 +249,12 @@ def test_usage_errors_are_one_line_with_exit_code_2_and_data_errors_are_3(tmp_pa
     ):
         result = run(*args)
         assert result.returncode == code, (args, result)
-        assert words in result.stderr and "Traceback" not in result.stderr
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
         work = (f"{path}: JSON lines, one document a record", "count:")
         errors = [line for line in result.stderr.splitlines() if not line.startswith(work)]
-        assert len(errors) == 1 and errors[0].startswith("error: ")
+        assert len(errors) == 1
+        assert errors[0].startswith("error: ")
 
 
 def test_a_given_tokenizer_is_used_and_kept(tmp_path):
@@ -234,8 +262,13 @@ def test_a_given_tokenizer_is_used_and_kept(tmp_path):
     prepare.prepare([str(path)], tmp_path / "a", vocab_size=300)
     for given in (tmp_path / "a", tmp_path / "a" / "tokenizer.model"):
         prepare.prepare([str(path)], tmp_path / "b", str(given), overwrite=True)
-        assert tokenizer.load(tmp_path / "a").fingerprint == tokenizer.load(tmp_path / "b").fingerprint
-        assert store.Store(tmp_path / "a", "val").fingerprint == store.Store(tmp_path / "b", "val").fingerprint
+        assert (
+            tokenizer.load(tmp_path / "a").fingerprint == tokenizer.load(tmp_path / "b").fingerprint
+        )
+        assert (
+            store.Store(tmp_path / "a", "val").fingerprint
+            == store.Store(tmp_path / "b", "val").fingerprint
+        )
     (tmp_path / "a" / "tokenizer.model").write_bytes(b"other")
     with pytest.raises(DataError, match=r"tokenizer\.model"):
         tokenizer.load(tmp_path / "a")
@@ -246,7 +279,10 @@ def test_a_given_tokenizer_is_used_and_kept(tmp_path):
     [
         ("bytes", "bos is token 256, eos is token 256"),
         ("sentencepiece", "bos is token 1, eos is token 1"),
-        ("chars", "note: no bos, no eos: documents have no end, so that generation goes on to max_tokens"),
+        (
+            "chars",
+            "note: no bos, no eos: documents have no end, so that generation goes on to max_tokens",
+        ),
     ],
 )
 def test_the_summary_says_how_documents_begin_and_end(tmp_path, kind, line):
@@ -268,18 +304,25 @@ def test_unknown_tokens_are_counted_and_told(tmp_path, kind):
         given = json.loads(model.to_str())
     (tmp_path / "t.json").write_text(json.dumps(given))
     arguments = [str(path)], tmp_path / "out", str(tmp_path / "t.json")
-    with pytest.raises(DataError, match=r"30.00% of the text .3 of 10 characters., such as 'b', 'c'.*--allow_unknown"):
+    with pytest.raises(
+        DataError,
+        match=r"30.00% of the text .3 of 10 characters., such as 'b', 'c'.*--allow_unknown",
+    ):
         prepare.prepare(*arguments, val_fraction=0, workers=1)
     assert not (tmp_path / "out").exists()
     manifest = prepare.prepare(*arguments, val_fraction=0, workers=1, allow_unknown=True)
     assert manifest["counts"]["unknown_tokens"] == 3
-    assert "note: 3 of 6 tokens (50.0%) are the tokenizer's unknown" in prepare.summary(manifest, tmp_path / "out")
+    assert "note: 3 of 6 tokens (50.0%) are the tokenizer's unknown" in prepare.summary(
+        manifest, tmp_path / "out"
+    )
 
 
 def test_another_tokenizer_in_the_same_place_and_process_is_read_anew(tmp_path):
     path = jsonl(tmp_path / "a.jsonl")
     for kind in ("words", "bytes"):
-        prepare.prepare([str(path)], tmp_path / "out", kind, val_fraction=0, workers=1, overwrite=True)
+        prepare.prepare(
+            [str(path)], tmp_path / "out", kind, val_fraction=0, workers=1, overwrite=True
+        )
     data = store.Store(tmp_path / "out", "train")
     assert data.num_tokens == data.num_bytes + data.num_documents
 
@@ -292,7 +335,8 @@ def test_data_prepared_before_keep_the_end_that_they_were_written_with(tmp_path)
     manifest["tokenizer"] |= {"bos_id": None, "eos_id": None}
     file.write_text(json.dumps(manifest))
     loaded = tokenizer.load(tmp_path / "a")
-    assert loaded.bos_id is None and loaded.eos_id is None
+    assert loaded.bos_id is None
+    assert loaded.eos_id is None
 
 
 def test_a_killed_program_leaves_no_workers_behind(many, tmp_path):
@@ -312,7 +356,8 @@ def test_a_killed_program_leaves_no_workers_behind(many, tmp_path):
     program.wait()
     while time.time() < deadline and any(Path(f"/proc/{pid}").exists() for pid in workers):
         time.sleep(0.05)
-    assert workers and not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert workers
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
 def family(root: int) -> set[int]:
@@ -340,13 +385,23 @@ def resident(pid: int) -> int:
 @pytest.mark.parametrize("end", ["\n", " "], ids=["lines", "one line"])
 @pytest.mark.parametrize(("kind", "size"), [("bytes", 2**30), ("sentencepiece", 2**27)])
 def test_a_gigabyte_in_one_file_needs_less_than_two_of_memory(tmp_path, kind, size, end):
-    block = "".join(f"The quick brown fox number {i} jumps over the lazy dog.{end}" for i in range(20_000)).encode()
+    block = "".join(
+        f"The quick brown fox number {i} jumps over the lazy dog.{end}" for i in range(20_000)
+    ).encode()
     with open(tmp_path / "big.txt", "wb") as file:
         for _ in range(size // len(block) + 1):
             file.write(block)
-    options = ["--input", tmp_path / "big.txt", "--output", tmp_path / "out", f"--tokenizer={kind}", "--workers=2"]
+    options = [
+        "--input",
+        tmp_path / "big.txt",
+        "--output",
+        tmp_path / "out",
+        f"--tokenizer={kind}",
+        "--workers=2",
+    ]
     command = [sys.executable, "-m", "jaxlm.data.prepare", *map(str, options)]
-    program, peak = subprocess.Popen(command, stderr=subprocess.DEVNULL), 0
+    program = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    peak = 0
     while program.poll() is None:
         peak = max(peak, sum(resident(pid) for pid in family(program.pid)))
         time.sleep(0.1)

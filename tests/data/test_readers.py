@@ -46,20 +46,38 @@ def test_every_format_gives_the_same_tokens(tmp_path):
     )
     with pa.output_stream(tmp_path / "c.jsonl.zst", compression="zstd") as file:
         file.write(plain.read_bytes())
-    for name, kind in (("d", pa.string()), ("e", pa.large_string()), ("f", pa.dictionary(pa.int32(), pa.string()))):
+    for name, kind in (
+        ("d", pa.string()),
+        ("e", pa.large_string()),
+        ("f", pa.dictionary(pa.int32(), pa.string())),
+    ):
         table = pa.table({"id": list(range(len(DOCS))), "text": pa.array(DOCS).cast(kind)})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=2)
-    inputs = [folder, tmp_path / "?.txt.gz", *(tmp_path / f"{n}" for n in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"))]
+    inputs = [
+        folder,
+        tmp_path / "?.txt.gz",
+        *(tmp_path / f"{n}" for n in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst")),
+    ]
     inputs += [tmp_path / f"{name}.parquet" for name in "def"]
     outputs = []
     for i, path in enumerate(inputs):
-        prepare.prepare([str(path)], tmp_path / f"out{i}", "sentencepiece", vocab_size=300, val_fraction=0)
-        outputs.append({k: v for k, v in contents(tmp_path / f"out{i}").items() if k != store.MANIFEST})
-    assert len(outputs[0]) == 3 and all(output == outputs[0] for output in outputs)
+        prepare.prepare(
+            [str(path)], tmp_path / f"out{i}", "sentencepiece", vocab_size=300, val_fraction=0
+        )
+        outputs.append(
+            {k: v for k, v in contents(tmp_path / f"out{i}").items() if k != store.MANIFEST}
+        )
+    assert len(outputs[0]) == 3
+    assert all(output == outputs[0] for output in outputs)
 
 
 def test_long_documents_are_the_same_from_every_format_and_need_no_newline(tmp_path):
-    docs = ["word " * 500_000, "\u4e2d" * 800_000, "line\n" * 500_000, "\ud7ff\U0001f600" * 200_000 + "x"]
+    docs = [
+        "word " * 500_000,
+        "\u4e2d" * 800_000,
+        "line\n" * 500_000,
+        "\ud7ff\U0001f600" * 200_000 + "x",
+    ]
     for i, doc in enumerate(docs):
         (tmp_path / f"{i}.txt").write_text(doc)
     jsonl(tmp_path / "all.jsonl", docs)
@@ -67,11 +85,15 @@ def test_long_documents_are_the_same_from_every_format_and_need_no_newline(tmp_p
     for name in ("?.txt", "all.jsonl"):
         pieces = list(
             readers.read(
-                [s for p in parts.plan(readers.find([str(tmp_path / name)])) for s in p], "text", readers.Notes()
+                [s for p in parts.plan(readers.find([str(tmp_path / name)])) for s in p],
+                "text",
+                readers.Notes(),
             )
         )
         assert all(0 < len(piece.text.encode()) <= readers.PIECE_BYTES for piece in pieces)
-        assert sum(piece.first for piece in pieces) == sum(piece.last for piece in pieces) == len(docs)
+        assert (
+            sum(piece.first for piece in pieces) == sum(piece.last for piece in pieces) == len(docs)
+        )
         assert "".join(piece.text for piece in pieces) == "".join(docs)
         texts.append(pieces)
     assert texts[0] == texts[1]
@@ -97,8 +119,15 @@ def test_odd_text_is_replaced_or_kept_by_rule_and_counted(tmp_path):
         path.write_bytes(data)
         assert prepared_text(path) == (text, counts)
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "\\ud800a"}\r\n\n{"text": ""}\n{"text": "\\ud83d\\ude00\xff"}')
-    want = {"byte_order_marks": 1, "replaced_surrogates": 1, "empty_documents": 1, "replaced_bytes": 1}
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "\\ud800a"}\r\n\n{"text": ""}\n{"text": "\\ud83d\\ude00\xff"}'
+    )
+    want = {
+        "byte_order_marks": 1,
+        "replaced_surrogates": 1,
+        "empty_documents": 1,
+        "replaced_bytes": 1,
+    }
     assert prepared_text(path) == ("\ufffda\U0001f600\ufffd", want)
 
 
@@ -132,7 +161,9 @@ def test_line_numbers_count_from_the_start_of_the_file_in_every_part(tmp_path, m
     lines[123] = lines[400] = "{"
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(lines))
-    with pytest.raises(DataError, match=r"2 of 500 records(.|\n)*a\.jsonl:124: (.|\n)*a\.jsonl:401: "):
+    with pytest.raises(
+        DataError, match=r"2 of 500 records(.|\n)*a\.jsonl:124: (.|\n)*a\.jsonl:401: "
+    ):
         prepare.prepare([str(path)], tmp_path / "out", "bytes", workers=1)
 
 
@@ -167,7 +198,9 @@ def test_a_file_that_breaks_off_is_refused_or_kept_as_far_as_it_goes(tmp_path):
     with pa.output_stream(tmp_path / "a.jsonl.zst", compression="zstd") as file:
         file.write(plain)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain))
-    pyarrow.parquet.write_table(pa.table({"text": docs}), tmp_path / "a.parquet", row_group_size=1000)
+    pyarrow.parquet.write_table(
+        pa.table({"text": docs}), tmp_path / "a.parquet", row_group_size=1000
+    )
     for name in ("a.jsonl.zst", "a.jsonl.gz", "a.parquet"):
         path = tmp_path / name
         whole = path.read_bytes()
@@ -177,7 +210,8 @@ def test_a_file_that_breaks_off_is_refused_or_kept_as_far_as_it_goes(tmp_path):
         if name != "a.parquet":  # whose index is at its end
             text, counts = prepared_text(path, on_bad_record="skip")
             assert counts == {"broken_files": 1}
-            assert "".join(docs).startswith(text) and len(text) > 12_000 * 120
+            assert "".join(docs).startswith(text)
+            assert len(text) > 12_000 * 120
     damaged = bytearray(whole)  # a page in the middle of the parquet file
     damaged[len(whole) // 2 : len(whole) // 2 + 200_000] = bytes(200_000)
     path.write_bytes(damaged)
@@ -185,7 +219,9 @@ def test_a_file_that_breaks_off_is_refused_or_kept_as_far_as_it_goes(tmp_path):
         prepared_text(path)
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.parquet"])
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.parquet"]
+)
 def test_an_empty_file_is_no_text(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match=f"{name}: |no text in the input"):
@@ -213,7 +249,9 @@ def test_inputs_count_once_paths_may_be_odd_and_all_that_match_nothing_are_named
 def test_the_standard_library_is_an_input():
     sources = readers.find(["stdlib"])
     names = [source.name for source in sources]
-    assert len(names) > 300 and "stdlib/argparse.py" in names and names == sorted(names)
+    assert len(names) > 300
+    assert "stdlib/argparse.py" in names
+    assert names == sorted(names)
     assert not any("/test/" in name or "site-packages" in name for name in names)
 
 
@@ -259,7 +297,9 @@ def test_archives_are_refused_all_at_once_with_what_to_type(tmp_path):
         assert words in line
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.ndjson", "a.ndjson.zst", "a.00000-of-00008.json.gz"])
+@pytest.mark.parametrize(
+    "name", ["a.json", "a.json.gz", "a.ndjson", "a.ndjson.zst", "a.00000-of-00008.json.gz"]
+)
 def test_json_with_a_record_a_line_is_a_document_a_record(tmp_path, name):
     path = jsonl(tmp_path / name)
     if name.endswith(".gz"):
@@ -286,7 +326,9 @@ def test_text_with_a_byte_order_mark_is_read(tmp_path, monkeypatch, encoding):
 
 
 @pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE"])
-def test_text_without_a_byte_order_mark_is_refused_with_the_command_that_converts_it(tmp_path, encoding):
+def test_text_without_a_byte_order_mark_is_refused_with_the_command_that_converts_it(
+    tmp_path, encoding
+):
     path = tmp_path / "a.txt"
     path.write_bytes("Line one\n".encode(encoding))
     with pytest.raises(DataError, match=f"a.txt: .*NUL.*cat .* iconv -f {encoding} -t UTF-8 > "):

@@ -19,8 +19,11 @@ def prepared(tmp_path, request):
     vocab_size = request.param
     rng = np.random.default_rng(0)
     stream = rng.integers(0, vocab_size, sum(SIZES)).astype(np.int32)
-    starts = np.array([0, 3, 6, 7, 20, 46])  # the second and the last shard begin inside of a document ...
-    shards, begin = [], 0
+    starts = np.array(
+        [0, 3, 6, 7, 20, 46]
+    )  # the second and the last shard begin inside of a document ...
+    shards = []
+    begin = 0
     for index, size in enumerate(SIZES):
         name = f"train-{index:05d}"
         writer = store.ShardWriter(tmp_path / name, store.token_dtype(vocab_size))
@@ -50,11 +53,14 @@ def prepared(tmp_path, request):
 def test_read_and_rows_are_slices_of_the_stream(prepared):
     path, stream, _ = prepared
     data = store.Store(path, "train")
-    assert data.num_tokens == len(stream) and data.eos_id == 2 and data.bos_id is None
+    assert data.num_tokens == len(stream)
+    assert data.eos_id == 2
+    assert data.bos_id is None
     for length in (0, 1, 4, 20, len(stream)):
         starts = np.arange(len(stream) - length + 1)
         rows = data.rows(starts, length)
-        assert rows.dtype == np.int32 and rows.shape == (len(starts), length)
+        assert rows.dtype == np.int32
+        assert rows.shape == (len(starts), length)
         assert all(np.array_equal(row, stream[s : s + length]) for row, s in zip(rows, starts))
         assert np.array_equal(data.read(3, min(length, 50)), stream[3 : 3 + min(length, 50)])
     for start, length in ((-1, 2), (len(stream), 1), (0, len(stream) + 1)):
@@ -77,7 +83,11 @@ def test_document_starts_in_many_windows(prepared):
     windows = np.random.default_rng(0).permutation(np.arange(-3, len(stream) + 3))
     for length in range(len(stream) + 1):
         number, place = store.Store(path, "train").starts_in(windows, length)
-        want = [(i, s - low) for i, low in enumerate(windows) for s in starts if low <= s < low + length]
+        want = []
+        for i, low in enumerate(windows):
+            for s in starts:
+                if low <= s < low + length:
+                    want.append((i, s - low))
         assert [*zip(number.tolist(), place.tolist())] == want
 
 

@@ -42,7 +42,9 @@ def task(**changes):
 def piece_of(name, ids, seed, tokenizer=BYTES, **changes):
     ids = np.asarray(ids, np.int32)
     inputs = np.concatenate([[256], ids[:-1]])
-    return TOKENS[name](ids, inputs, np.random.default_rng(seed), task(**changes), Vocabulary(tokenizer, name))
+    return TOKENS[name](
+        ids, inputs, np.random.default_rng(seed), task(**changes), Vocabulary(tokenizer, name)
+    )
 
 
 def text(length, seed=0):
@@ -56,12 +58,14 @@ def test_special_ids_do_not_collide_and_tasks_agree_on_them():
     for tokenizer in (BYTES, PIECES, Words(b'{"words": ["a", "b"]}')):
         seen = {}
         for name in CHOICES["task.name"]:
-            vocab, spans_too = Vocabulary(tokenizer, name), name in ("span_corruption", "ul2")
+            vocab = Vocabulary(tokenizer, name)
+            spans_too = name in ("span_corruption", "ul2")
             ids = {special: getattr(vocab, special) for special in SPECIALS}
             if spans_too:
                 ids |= {mode: getattr(vocab, mode) for mode in MODES}
                 ids |= {f"sentinel {i}": vocab.sentinel(i) for i in range(SENTINELS)}
-            assert len(set(ids.values())) == len(ids) and min(ids.values()) == tokenizer.vocab_size
+            assert len(set(ids.values())) == len(ids)
+            assert min(ids.values()) == tokenizer.vocab_size
             assert all(seen.setdefault(key, value) == value for key, value in ids.items())
             if vocab.size > tokenizer.vocab_size:
                 assert max(ids.values()) == vocab.size - 1
@@ -75,23 +79,31 @@ def test_special_ids_do_not_collide_and_tasks_agree_on_them():
 def test_masks_are_15_percent_and_of_these_80_10_10():
     ids = text(200_000)
     piece = piece_of("mlm", ids, 1)
-    chosen, tokens, mask = piece["weights"] > 0, piece["tokens"], Vocabulary(BYTES, "mlm").mask
+    chosen = piece["weights"] > 0
+    tokens = piece["tokens"]
+    mask = Vocabulary(BYTES, "mlm").mask
     assert chosen.mean() == pytest.approx(0.15, abs=0.005)
     np.testing.assert_array_equal(piece["targets"], ids)
     np.testing.assert_array_equal(tokens[~chosen], ids[~chosen])
-    hidden, kept = (tokens == mask)[chosen].mean(), (tokens == ids)[chosen].mean()
-    assert hidden == pytest.approx(0.8, abs=0.01) and kept == pytest.approx(0.1, abs=0.01)
+    hidden = (tokens == mask)[chosen].mean()
+    kept = (tokens == ids)[chosen].mean()
+    assert hidden == pytest.approx(0.8, abs=0.01)
+    assert kept == pytest.approx(0.1, abs=0.01)
     assert tokens.max() == mask
 
 
 def test_the_end_of_a_document_is_not_asked_for():
-    assert not any(piece_of("mlm", [7, 8, 256], seed, mask_rate=0.9)["weights"][2] for seed in range(50))
+    assert not any(
+        piece_of("mlm", [7, 8, 256], seed, mask_rate=0.9)["weights"][2] for seed in range(50)
+    )
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "words"])
 def test_whole_words_are_hidden_whole(kind):
     words = [str(word) for word in np.random.default_rng(0).choice(WORDS, 3000)]
-    tokenizer = {"sentencepiece": PIECES, "bytes": BYTES}.get(kind) or vocabulary.make("words", WORDS, 100)
+    tokenizer = {"sentencepiece": PIECES, "bytes": BYTES}.get(kind) or vocabulary.make(
+        "words", WORDS, 100
+    )
     pieces = [tokenizer.encode(" " * bool(i) + word) for i, word in enumerate(words)]
     chosen = piece_of("mlm", np.concatenate(pieces), 3, tokenizer, whole_words=True)["weights"] > 0
     parts = np.split(chosen, np.cumsum([len(piece) for piece in pieces])[:-1])
@@ -101,11 +113,15 @@ def test_whole_words_are_hidden_whole(kind):
 
 def original(piece, vocab):
     """The text that source and target of a denoiser are of."""
-    source = [i for i in piece["enc_tokens"][:-1] if i not in [getattr(vocab, mode) for mode in MODES]]
-    assert piece["enc_tokens"][-1] == vocab.end and piece["targets"][-1] == vocab.end
+    source = [
+        i for i in piece["enc_tokens"][:-1] if i not in [getattr(vocab, mode) for mode in MODES]
+    ]
+    assert piece["enc_tokens"][-1] == vocab.end
+    assert piece["targets"][-1] == vocab.end
     assert piece["tokens"][0] == vocab.begin
     np.testing.assert_array_equal(piece["tokens"][1:], piece["targets"][:-1])
-    hidden, order = {}, []
+    hidden = {}
+    order = []
     for i in piece["targets"][:-1]:
         if i >= vocab.sentinel(0):
             order.append(i - vocab.sentinel(0))
@@ -131,11 +147,14 @@ def test_spans_have_the_rate_and_the_mean_length_that_are_asked_for():
         begins = sum((np.diff(h.astype(int), prepend=0) == 1).sum() for h in hidden)
         assert np.mean(hidden) == pytest.approx(rate, abs=0.01)
         assert np.sum(hidden) / begins == pytest.approx(mean, rel=0.2)
-    assert len({tuple(spans(50, 0.15, 3.0, np.random.default_rng(seed))) for seed in range(20)}) > 15
+    assert (
+        len({tuple(spans(50, 0.15, 3.0, np.random.default_rng(seed))) for seed in range(20)}) > 15
+    )
 
 
 def test_ul2_says_which_of_its_three_modes_it_is():
-    vocab, ids = Vocabulary(BYTES, "ul2"), text(200)
+    vocab = Vocabulary(BYTES, "ul2")
+    ids = text(200)
     modes = {}
     for seed in range(200):
         piece = piece_of("ul2", ids, seed)
@@ -143,7 +162,8 @@ def test_ul2_says_which_of_its_three_modes_it_is():
     assert set(modes) == {getattr(vocab, mode) for mode in MODES}
     assert all(len(lengths) > 40 for lengths in modes.values())
     assert np.mean(modes[vocab.span_mode]) < np.mean(modes[vocab.long_mode])
-    assert min(modes[vocab.tail_mode]) >= 0.1 * 200 and max(modes[vocab.tail_mode]) <= 0.5 * 200 + 4
+    assert min(modes[vocab.tail_mode]) >= 0.1 * 200
+    assert max(modes[vocab.tail_mode]) <= 0.5 * 200 + 4
 
 
 def test_the_most_spans_there_may_be_are_as_many_as_sentinels():
@@ -155,17 +175,22 @@ def test_the_most_spans_there_may_be_are_as_many_as_sentinels():
 def test_a_prefix_is_seen_whole_and_never_the_target():
     for seed in range(100):
         ids = text(1 + seed % 20, seed)
-        piece, place = piece_of("prefix_lm", ids, seed), np.arange(len(ids))
-        reach, counts = piece["reach"], np.asarray(piece["weights"]) > 0
-        assert (reach >= place).all() and counts[-1]
+        piece = piece_of("prefix_lm", ids, seed)
+        place = np.arange(len(ids))
+        reach = piece["reach"]
+        counts = np.asarray(piece["weights"]) > 0
+        assert (reach >= place).all()
+        assert counts[-1]
         assert (reach[counts] == place[counts]).all(), "what is foretold has not been seen"
         before = reach > place
-        assert len(set(reach[before])) <= 1 and (not before.any() or reach[0] == before.sum())
+        assert len(set(reach[before])) <= 1
+        assert not before.any() or reach[0] == before.sum()
         np.testing.assert_array_equal(piece["targets"], ids)
 
 
 def test_prefix_suffix_and_middle_give_back_the_text():
-    vocab, moved = Vocabulary(BYTES, "fim"), 0
+    vocab = Vocabulary(BYTES, "fim")
+    moved = 0
     for seed in range(400):
         ids = text(3 + seed % 40, seed)
         piece = piece_of("fim", ids, seed, fim_rate=0.5)
@@ -176,7 +201,8 @@ def test_prefix_suffix_and_middle_give_back_the_text():
         whole = [*piece["tokens"], piece["targets"][-1]]
         at = [whole.index(i) for i in (vocab.prefix, vocab.suffix, vocab.middle, vocab.end)]
         prefix, suffix, middle = (whole[a + 1 : b] for a, b in pairwise(at))
-        assert prefix + middle + suffix == list(ids) and whole[-1] == vocab.end
+        assert prefix + middle + suffix == list(ids)
+        assert whole[-1] == vocab.end
     assert moved / 400 == pytest.approx(0.5, abs=0.08)
 
 
@@ -187,7 +213,8 @@ def test_skipgrams_stay_in_their_window_and_document():
         piece = piece_of("skipgram", ids, seed, window=4)
         counts = np.asarray(piece["weights"]) > 0
         distance = np.abs(piece["targets"] - piece["tokens"])[counts]
-        assert ((distance >= 1) & (distance <= 4)).all() and (len(ids) < 2 or counts.any())
+        assert ((distance >= 1) & (distance <= 4)).all()
+        assert len(ids) < 2 or counts.any()
         distances |= set(distance.tolist())
     assert distances == {1, 2, 3, 4}
 
@@ -200,7 +227,13 @@ def example(name, example, tokenizer=BYTES, labels=()):
 
 
 def test_only_what_the_assistant_says_and_its_end_is_learned():
-    said = [("system", "be brief"), ("user", "hi?"), ("assistant", "hello"), ("user", "bye"), ("assistant", "so long")]
+    said = [
+        ("system", "be brief"),
+        ("user", "hi?"),
+        ("assistant", "hello"),
+        ("user", "bye"),
+        ("assistant", "so long"),
+    ]
     messages = [{"role": role, "content": content} for role, content in said]
     vocab = Vocabulary(BYTES, "sft")
     for given in (messages, json.dumps(messages)):
@@ -210,7 +243,9 @@ def test_only_what_the_assistant_says_and_its_end_is_learned():
         assert [part[-1] for part in learned] == [vocab.end] * 2
         assert piece["weights"].sum() == sum(map(len, learned)) == len("hello") + len("so long") + 2
     short = example("sft", {"prompt": "hi?", "response": "hello"})
-    np.testing.assert_array_equal(short["targets"][short["weights"] > 0], learned_of("hello", vocab))
+    np.testing.assert_array_equal(
+        short["targets"][short["weights"] > 0], learned_of("hello", vocab)
+    )
 
 
 def test_a_weight_that_is_none_is_no_weight_and_others_are_shown_as_they_are():
@@ -245,15 +280,14 @@ def test_a_dialogue_that_cannot_be_learned_says_why(messages, said):
 
 @pytest.mark.parametrize("tokenizer", [BYTES, PIECES], ids=["bytes", "sentencepiece"])
 def test_the_gold_span_gives_back_the_answer(tokenizer):
-    rng, known = (
-        np.random.default_rng(0),
-        ["the", "the", "Zürich", "日本", "naïve", "😀", "a.", "(b)", "U.S.", "\u2581"],
-    )
+    rng = np.random.default_rng(0)
+    known = ["the", "the", "Zürich", "日本", "naïve", "😀", "a.", "(b)", "U.S.", "\u2581"]
     for _ in range(300):
         words = rng.choice(known, rng.integers(1, 12))
         gaps = rng.choice([" ", "  ", "\n", "\u00a0"], len(words))
         context = "".join(rng.choice(["", " "]) + word + gap for word, gap in zip(words, gaps))
-        tokens, at = context.split(), 0
+        tokens = context.split()
+        at = 0
         places = []
         for word in tokens:
             at = context.index(word, at)
@@ -261,15 +295,21 @@ def test_the_gold_span_gives_back_the_answer(tokenizer):
             at += len(word)
         first = int(rng.integers(len(tokens)))
         last = int(rng.integers(first, len(tokens)))
-        start, answer = places[first][0], context[places[first][0] : places[last][1]]
+        start = places[first][0]
+        answer = context[places[first][0] : places[last][1]]
         given = {"question": "which one?", "context": context, "answer": answer, "start": start}
         piece = example("qa", given, tokenizer)
         bits = piece["targets"]
         (begin,), (end,) = np.flatnonzero(bits & START), np.flatnonzero(bits & STOP)
-        assert bits[begin] & ALLOWED and bits[end] & ALLOWED and piece["weights"].sum() == 1
+        assert bits[begin] & ALLOWED
+        assert bits[end] & ALLOWED
+        assert piece["weights"].sum() == 1
         assert answer_text(given, Encoder(tokenizer, False), begin, end) == answer
         del given["start"]  # where it is first found
-        (begin,), (end,) = (np.flatnonzero(example("qa", given, tokenizer)["targets"] & bit) for bit in (START, STOP))
+        (begin,), (end,) = (
+            np.flatnonzero(example("qa", given, tokenizer)["targets"] & bit)
+            for bit in (START, STOP)
+        )
         assert answer in answer_text(given, Encoder(tokenizer, False), begin, end)
 
 
@@ -277,7 +317,8 @@ def test_no_answer_is_the_first_token():
     for answer in ("", [], " "):
         given = {"question": "q", "context": "some words", "answer": answer, "start": ""}
         piece = example("qa", given)
-        assert piece["targets"][0] == ALLOWED | START | STOP and piece["weights"][0] == 1
+        assert piece["targets"][0] == ALLOWED | START | STOP
+        assert piece["weights"][0] == 1
         assert answer_text(given, Encoder(BYTES, False), 0, 0) == ""
 
 
@@ -290,11 +331,13 @@ def test_an_answer_that_is_not_there_is_refused():
 
 
 def test_a_tag_is_that_of_the_first_piece_of_its_word():
-    words, labels = ["the", "moonlight", "\u00e9t\u00e9", "x"], ("A", "B")
+    words = ["the", "moonlight", "\u00e9t\u00e9", "x"]
+    labels = ("A", "B")
     for given in (words, " ".join(words)):
         piece = example("tag", {"words": given, "tags": ["A", "B", "A", "B"]}, PIECES, labels)
         first = np.flatnonzero(piece["weights"])
-        assert len(first) == 4 and piece["targets"][first].tolist() == [0, 1, 0, 1]
+        assert len(first) == 4
+        assert piece["targets"][first].tolist() == [0, 1, 0, 1]
         assert PIECES.decode(piece["tokens"]) == " ".join(words)
         assert PIECES.decode(piece["tokens"][first[1] : first[2]]) == " moonlight"
     with pytest.raises(ValueError, match="4 words and 1 tags"):
@@ -319,8 +362,14 @@ def test_two_sides():
     vocab = Vocabulary(BYTES, "seq2seq")
     piece = two_sided(BYTES.encode("ab"), BYTES.encode("c"), vocab)
     assert piece["enc_tokens"].tolist() == [97, 98, vocab.end]
-    assert piece["tokens"].tolist() == [vocab.begin, 99] and piece["targets"].tolist() == [99, vocab.end]
-    assert all(value.dtype == np.int32 for value in two_sided([], [], vocab).values()), "also where there is no text"
+    assert piece["tokens"].tolist() == [vocab.begin, 99]
+    assert piece["targets"].tolist() == [
+        99,
+        vocab.end,
+    ]
+    assert all(value.dtype == np.int32 for value in two_sided([], [], vocab).values()), (
+        "also where there is no text"
+    )
 
 
 # ---------------------------------------------------------------- batches
@@ -328,7 +377,13 @@ def test_two_sides():
 
 @pytest.mark.parametrize("name", [name for name in TOKEN_TASKS if name != "lm"])
 def test_chance_follows_from_the_seed_and_the_step_on_any_hosts(text_dir, name):
-    c = small_config(task__name=name, data__path=str(text_dir), train__batch_size=8, data__seq_len=48, data__enc_len=32)
+    c = small_config(
+        task__name=name,
+        data__path=str(text_dir),
+        train__batch_size=8,
+        data__seq_len=48,
+        data__enc_len=32,
+    )
     batches = train_batches(c)
     for k in (0, 300):
         whole = batches[k]
@@ -354,8 +409,11 @@ def test_validation_asks_every_model_the_same(text_dir):
 
 
 def test_a_row_is_masked_anew_in_each_epoch(text_dir):
-    c = small_config(task__name="mlm", data__path=str(text_dir), train__batch_size=8, data__shuffle=False)
-    batches, rows = train_batches(c), []
+    c = small_config(
+        task__name="mlm", data__path=str(text_dir), train__batch_size=8, data__shuffle=False
+    )
+    batches = train_batches(c)
+    rows = []
     for k in range(60):
         batch = batches[k]
         rows += [(tuple(t), tuple(w)) for t, w in zip(batch["targets"], batch["weights"])]

@@ -24,7 +24,13 @@ pytest.importorskip("scipy")
 pytest.importorskip("sacrebleu")
 pytest.importorskip("rouge_score")
 NAN = float("nan")
-NAMES = {"classify": ("no", "yes"), "multilabel": ("a", "b"), "tag": ("O", "B-PER", "B-LOC"), "regress": (), "qa": ()}
+NAMES = {
+    "classify": ("no", "yes"),
+    "multilabel": ("a", "b"),
+    "tag": ("O", "B-PER", "B-LOC"),
+    "regress": (),
+    "qa": (),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -53,11 +59,15 @@ def evaluated(monkeypatch, task, golds, scores, groups=(), names=None, asked=Non
     source = SimpleNamespace(pieces=pieces_of(task, golds), examples=examples)
 
     def fill(self, lm, config, args):
-        self.config, self.args, self.source, self.files = config, args, source, []
+        self.config = config
+        self.args = args
+        self.source = source
+        self.files = []
         self.evaluator = SimpleNamespace(figures=lambda sums, complete: {"loss": 0.5})
 
     def run(self):
-        self.sums, self.complete = {}, True
+        self.sums = {}
+        self.complete = True
         self.scores = {i: np.array(each, float) for i, each in enumerate(scores)}
 
     monkeypatch.setattr(report.Reporter, "__init__", fill)
@@ -68,10 +78,38 @@ def evaluated(monkeypatch, task, golds, scores, groups=(), names=None, asked=Non
 
 SURE = [[0.1, 0.9], [0.8, 0.2]]  # probabilities of two classes
 CASES = {
-    "one class": ("classify", [1, 1], SURE, "auc", {"accuracy", "f1"}, "every example is of the class yes"),
-    "no positives": ("classify", [0, 0], [SURE[1]] * 2, "f1_positive", {"accuracy"}, "none is taken for it"),
-    "one example": ("classify", [1], SURE[:1], "auc", {"accuracy"}, "every example is of the class yes"),
-    "NaN": ("classify", [1, 0], [[NAN, NAN], SURE[1]], "accuracy", set(), "labels is left out: 2 of 4 scores are NaN"),
+    "one class": (
+        "classify",
+        [1, 1],
+        SURE,
+        "auc",
+        {"accuracy", "f1"},
+        "every example is of the class yes",
+    ),
+    "no positives": (
+        "classify",
+        [0, 0],
+        [SURE[1]] * 2,
+        "f1_positive",
+        {"accuracy"},
+        "none is taken for it",
+    ),
+    "one example": (
+        "classify",
+        [1],
+        SURE[:1],
+        "auc",
+        {"accuracy"},
+        "every example is of the class yes",
+    ),
+    "NaN": (
+        "classify",
+        [1, 0],
+        [[NAN, NAN], SURE[1]],
+        "accuracy",
+        set(),
+        "labels is left out: 2 of 4 scores are NaN",
+    ),
     "infinite": (
         "regress",
         [1.0, 2.0],
@@ -80,17 +118,94 @@ CASES = {
         set(),
         "labels is left out: 1 of 2 predictions are NaN",
     ),
-    "constant labels": ("regress", [3.0, 3.0], [[1.0], [2.0]], "pearson", {"mse", "mae"}, "every label is 3"),
-    "constant answers": ("regress", [1.0, 2.0], [[4.0], [4.0]], "spearman", {"mse"}, "every prediction is the same"),
-    "one number": ("regress", [1.0], [[2.0]], "pearson", {"mse", "mae"}, "spearman are left out: there is one example"),
-    "very large": ("regress", [1e200, -1e200], [[1e200], [3e200]], "mse", {"mae"}, "too large for a float64"),
-    "by rounding": ("regress", [1.0, 2.0, 3.0], [[1.0], [1.0], [1 + 1e-15]], "pearson", {"mse"}, "too near"),
-    "no labels": ("multilabel", [[0, 0]] * 2, [[0.1, 0.2]] * 2, "f1", {"exact_match"}, "no example has a label"),
-    "same labels": ("multilabel", [[1, 0]] * 2, [[0.9, 0.2]] * 2, "auc", {"f1"}, "true of every example or of none"),
-    "NaN of sets": ("multilabel", [[1, 0]] * 2, [[NAN, 0.2]] * 2, "f1", set(), "2 of 4 scores are NaN"),
-    "no entity": ("tag", [[0, 0]], [[[1, 0, 0]] * 2], "entity_f1", {"accuracy", "f1"}, "there is no entity"),
-    "NaN of tags": ("tag", [[0]], [[[NAN, 0, 0]]], "accuracy", set(), "the scores of 1 of 1 examples are NaN"),
-    "NaN of spans": ("qa", [0], [[[NAN, 0]]], "exact_match", set(), "the scores of 1 of 1 examples are NaN"),
+    "constant labels": (
+        "regress",
+        [3.0, 3.0],
+        [[1.0], [2.0]],
+        "pearson",
+        {"mse", "mae"},
+        "every label is 3",
+    ),
+    "constant answers": (
+        "regress",
+        [1.0, 2.0],
+        [[4.0], [4.0]],
+        "spearman",
+        {"mse"},
+        "every prediction is the same",
+    ),
+    "one number": (
+        "regress",
+        [1.0],
+        [[2.0]],
+        "pearson",
+        {"mse", "mae"},
+        "spearman are left out: there is one example",
+    ),
+    "very large": (
+        "regress",
+        [1e200, -1e200],
+        [[1e200], [3e200]],
+        "mse",
+        {"mae"},
+        "too large for a float64",
+    ),
+    "by rounding": (
+        "regress",
+        [1.0, 2.0, 3.0],
+        [[1.0], [1.0], [1 + 1e-15]],
+        "pearson",
+        {"mse"},
+        "too near",
+    ),
+    "no labels": (
+        "multilabel",
+        [[0, 0]] * 2,
+        [[0.1, 0.2]] * 2,
+        "f1",
+        {"exact_match"},
+        "no example has a label",
+    ),
+    "same labels": (
+        "multilabel",
+        [[1, 0]] * 2,
+        [[0.9, 0.2]] * 2,
+        "auc",
+        {"f1"},
+        "true of every example or of none",
+    ),
+    "NaN of sets": (
+        "multilabel",
+        [[1, 0]] * 2,
+        [[NAN, 0.2]] * 2,
+        "f1",
+        set(),
+        "2 of 4 scores are NaN",
+    ),
+    "no entity": (
+        "tag",
+        [[0, 0]],
+        [[[1, 0, 0]] * 2],
+        "entity_f1",
+        {"accuracy", "f1"},
+        "there is no entity",
+    ),
+    "NaN of tags": (
+        "tag",
+        [[0]],
+        [[[NAN, 0, 0]]],
+        "accuracy",
+        set(),
+        "the scores of 1 of 1 examples are NaN",
+    ),
+    "NaN of spans": (
+        "qa",
+        [0],
+        [[[NAN, 0]]],
+        "exact_match",
+        set(),
+        "the scores of 1 of 1 examples are NaN",
+    ),
     "no tokens": ("tag", [[]], [np.zeros((0, 3))], "accuracy", set(), "labels is left out"),
 }
 
@@ -100,9 +215,12 @@ CASES = {
 def test_evaluate_leaves_out_what_has_no_meaning(case, monkeypatch, caplog):
     task, golds, scores, without, given, why = CASES[case]
     result = evaluated(monkeypatch, task, golds, scores)
-    assert result["loss"] == 0.5 and without not in result and given <= set(result)
+    assert result["loss"] == 0.5
+    assert without not in result
+    assert given <= set(result)
     lines = [line for line in caplog.messages if why in line]
-    assert len(lines) == 1 and all("\n" not in line for line in caplog.messages)
+    assert len(lines) == 1
+    assert all("\n" not in line for line in caplog.messages)
     assert report.table({"model": "encoder"} | result)
     json.dumps(finite(result), allow_nan=False, default=float)
 
@@ -115,35 +233,51 @@ def test_where_nothing_has_meaning_the_loss_remains(case, monkeypatch):
 
 def test_all_figures_that_have_meaning_need_no_line(monkeypatch, caplog):
     result = evaluated(monkeypatch, "classify", [1, 0, 1, 0], SURE * 2)
-    assert {"auc", "f1_positive", "accuracy_interval", "calibration_ece"} <= set(result) and not caplog.messages
+    assert {"auc", "f1_positive", "accuracy_interval", "calibration_ece"} <= set(result)
+    assert not caplog.messages
     result = evaluated(monkeypatch, "regress", [1.0, 2.0, 4.0], [[1.0], [3.0], [2.0]])
-    assert {"pearson", "spearman", "mse_interval"} <= set(result) and not caplog.messages
+    assert {"pearson", "spearman", "mse_interval"} <= set(result)
+    assert not caplog.messages
 
 
 def test_classes_that_are_in_no_mean_are_named(monkeypatch, caplog):
     scores = [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]]
     result = evaluated(monkeypatch, "classify", [0, 1], scores, names=("x", "y", "z"))
     assert result["f1"] == 1
-    assert caplog.messages == ["precision, recall and f1 are means without what neither occurs nor is said: z"]
+    assert caplog.messages == [
+        "precision, recall and f1 are means without what neither occurs nor is said: z"
+    ]
     assert result["classes"][2] == {"name": "z", "count": 0}  # its rates are 0 / 0
-    assert report.table({"model": "encoder"} | result) and report.f1_of("z", result) == ""
-    assert any(line.startswith("f1 of z") for line in report.comparison({"runs/a": result, "runs/b": result}))
+    assert report.table({"model": "encoder"} | result)
+    assert report.f1_of("z", result) == ""
+    assert any(
+        line.startswith("f1 of z")
+        for line in report.comparison({"runs/a": result, "runs/b": result})
+    )
 
 
 def test_groups_may_have_one_example_one_class_or_no_figures(monkeypatch, caplog):
     scores = [*SURE, SURE[0], [NAN, NAN]]
     caplog.set_level(logging.WARNING)
-    result = evaluated(monkeypatch, "classify", [1, 0, 1, 0], scores, groups="aabc", asked=["loss", "groups"])
+    result = evaluated(
+        monkeypatch, "classify", [1, 0, 1, 0], scores, groups="aabc", asked=["loss", "groups"]
+    )
     groups = result["groups"]
-    assert groups["a"]["auc"] == 1 and groups["b"]["accuracy"] == 1
-    assert "auc" not in groups["b"] and groups["c"] == {"count": 1}
+    assert groups["a"]["auc"] == 1
+    assert groups["b"]["accuracy"] == 1
+    assert "auc" not in groups["b"]
+    assert groups["c"] == {"count": 1}
     assert "auc has no meaning in 2 of 3 groups, and is empty there: b, c" in caplog.messages
     assert any(
-        line.startswith("the figures of group c are left out: 2 of 2 scores are NaN") for line in caplog.messages
+        line.startswith("the figures of group c are left out: 2 of 2 scores are NaN")
+        for line in caplog.messages
     )
     columns = report.columns([{"groups": name, **figures} for name, figures in groups.items()])
-    assert len(columns) == 4 and "auc" in columns[0]
-    first_without = report.columns([{"groups": "c", "count": 1}, {"groups": "a", "count": 2, "auc": 1.0}])
+    assert len(columns) == 4
+    assert "auc" in columns[0]
+    first_without = report.columns(
+        [{"groups": "c", "count": 1}, {"groups": "a", "count": 2, "auc": 1.0}]
+    )
     assert first_without[0].split() == ["groups", "count", "auc"]
 
 
@@ -158,8 +292,20 @@ TEXTS = {
         ["BLEU is left out: no reference has the four"],
     ),
     "Greek": ([GREEK], [GREEK], {"bleu", "chrf"}, {"rougeL"}, ["ROUGE is left out"]),
-    "Greek with years": ([f"{GREEK} 2019 iOS"], [f"{GREEK} 2019 iOS"], {"bleu", "chrf"}, {"rouge1"}, ["ROUGE is left"]),
-    "Greek, two words": ([CAT], [CAT], {"chrf"}, {"bleu", "rouge1"}, ["BLEU is left", "ROUGE is left"]),
+    "Greek with years": (
+        [f"{GREEK} 2019 iOS"],
+        [f"{GREEK} 2019 iOS"],
+        {"bleu", "chrf"},
+        {"rouge1"},
+        ["ROUGE is left"],
+    ),
+    "Greek, two words": (
+        [CAT],
+        [CAT],
+        {"chrf"},
+        {"bleu", "rouge1"},
+        ["BLEU is left", "ROUGE is left"],
+    ),
     "empty references": (
         ["a", "b"],
         ["", " "],
@@ -174,7 +320,13 @@ TEXTS = {
         set(),
         ["the model wrote noth"],
     ),
-    "odd": (["\ud800 \x00", "\u2028"], ["a b c \ud800 d", ""], {"bleu", "chrf", "rouge1"}, set(), []),
+    "odd": (
+        ["\ud800 \x00", "\u2028"],
+        ["a b c \ud800 d", ""],
+        {"bleu", "chrf", "rouge1"},
+        set(),
+        [],
+    ),
 }
 
 
@@ -182,19 +334,24 @@ TEXTS = {
 def test_texts_keep_the_figures_that_have_meaning(case, caplog):
     said, wanted, given, without, lines = TEXTS[case]
     result = of_texts(config_of("seq2seq"), said, wanted)
-    assert given <= set(result) and not without & set(result)
-    assert [message[: len(line)] for message, line in zip(caplog.messages, lines, strict=True)] == lines
+    assert given <= set(result)
+    assert not without & set(result)
+    assert [
+        message[: len(line)] for message, line in zip(caplog.messages, lines, strict=True)
+    ] == lines
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("odd\ntext"), KeyError("x"), ZeroDivisionError("zero"), RuntimeError("lost")]
+    "error",
+    [ValueError("odd\ntext"), KeyError("x"), ZeroDivisionError("zero"), RuntimeError("lost")],
 )
 def test_what_goes_wrong_with_a_library_leaves_out_its_figures_alone(error, monkeypatch, caplog):
     monkeypatch.setattr(metrics, "translation", Mock(side_effect=error))
     result = of_texts(config_of("seq2seq"), ["a cat"], ["a cat"])
     assert set(result) == set(metrics.ROUGE)
     (line,) = caplog.messages
-    assert line.startswith(f"BLEU and chrF are left out: {type(error).__name__}: ") and "\n" not in line
+    assert line.startswith(f"BLEU and chrF are left out: {type(error).__name__}: ")
+    assert "\n" not in line
 
 
 def evaluator(task, run=None, **figures):
@@ -202,12 +359,16 @@ def evaluator(task, run=None, **figures):
     made.config = config_of(task)
     made.config.eval.generate = 0
     made.sources = [SimpleNamespace(pieces=pieces_of("classify", [1, 1]), examples=[{}, {}])]
-    made.run = run or (lambda params, teacher: ({"loss": 1.0, "weight": 2.0}, {0: np.array(SURE[0])}, True))
+    made.run = run or (
+        lambda params, teacher: ({"loss": 1.0, "weight": 2.0}, {0: np.array(SURE[0])}, True)
+    )
     made.num_bytes = None
     return made
 
 
-@pytest.mark.parametrize("error", [AttributeError("odd"), ConfigError("install it"), RecursionError("deep")])
+@pytest.mark.parametrize(
+    "error", [AttributeError("odd"), ConfigError("install it"), RecursionError("deep")]
+)
 def test_figures_that_fail_leave_the_loss(error, monkeypatch, caplog):
     monkeypatch.setattr("jaxlm.evaluate.evaluator.score", Mock(side_effect=error))
     assert evaluator("classify")(None) == {"loss": 0.5}
@@ -215,7 +376,9 @@ def test_figures_that_fail_leave_the_loss(error, monkeypatch, caplog):
 
 
 def test_texts_that_fail_leave_the_loss(monkeypatch, caplog):
-    monkeypatch.setattr("jaxlm.evaluate.evaluator.score_texts", Mock(side_effect=ValueError("odd text")))
+    monkeypatch.setattr(
+        "jaxlm.evaluate.evaluator.score_texts", Mock(side_effect=ValueError("odd text"))
+    )
     made = evaluator("seq2seq", lambda params, teacher: ({"loss": 1.0, "weight": 2.0}, None, True))
     made.config.eval.generate = 4
     assert made(None)["loss"] == 0.5
@@ -244,24 +407,43 @@ def test_faults_of_the_machine_and_signals_pass_on(fault, monkeypatch):
 
 
 def run_of(evaluate):
-    run, config = object.__new__(Run), base()  # without a model
-    config.eval.metric, config.eval.patience, config.checkpoint.every = "accuracy", 1, 5
-    run.config, run.meta, run.best, run.hold = config, {}, Best("accuracy"), Mock()
-    run.monitor, run.checkpoints, run.evaluate = Mock(), Mock(), evaluate
+    # without a model
+    run = object.__new__(Run)
+    config = base()
+    config.eval.metric = "accuracy"
+    config.eval.patience = 1
+    config.checkpoint.every = 5
+    run.config = config
+    run.meta = {}
+    run.best = Best("accuracy")
+    run.hold = Mock()
+    run.monitor = Mock()
+    run.checkpoints = Mock()
+    run.evaluate = evaluate
     return run
 
 
-ERRORS = [DataError("nothing counts"), IndexError("odd\ntext"), OSError("gone"), ConfigError("scipy"), KeyError("x")]
+ERRORS = [
+    DataError("nothing counts"),
+    IndexError("odd\ntext"),
+    OSError("gone"),
+    ConfigError("scipy"),
+    KeyError("x"),
+]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_a_run_saves_and_goes_on_where_an_evaluation_fails(error):
-    run, state = run_of(Mock(side_effect=error)), Mock(ema=None)
+    run = run_of(Mock(side_effect=error))
+    state = Mock(ema=None)
     assert [run.visit(state, step, False, True) for step in (250, 500)] == [False, False]
-    assert [save.args for save in run.checkpoints.save.call_args_list] == [(state, {"best": [None, 0]}, None)] * 2
+    assert [save.args for save in run.checkpoints.save.call_args_list] == [
+        (state, {"best": [None, 0]}, None)
+    ] * 2
     run.monitor.evaluation.assert_not_called()
     said = [call.args[0] for call in run.monitor.say.call_args_list]
-    assert said[0].startswith("step    250  this evaluation gives no figures: ") and "\n" not in said[0]
+    assert said[0].startswith("step    250  this evaluation gives no figures: ")
+    assert "\n" not in said[0]
     assert said[1] == (
         "eval.metric=accuracy: this evaluation gave no figures, so the choice of the best and eval.patience wait"
     )
@@ -284,16 +466,22 @@ def examples_of(task, rows, names):
     ("task", "rows"),
     [
         ("classify", [{"text": "a", "label": "no"}, {"text": "b", "label": "perhaps"}]),
-        ("multilabel", [{"text": "a", "label": "no,yes"}, {"text": "b", "label": ["yes", "perhaps"]}]),
+        (
+            "multilabel",
+            [{"text": "a", "label": "no,yes"}, {"text": "b", "label": ["yes", "perhaps"]}],
+        ),
         ("tag", [{"words": "a b", "tags": "no yes"}, {"words": "a b", "tags": ["perhaps", "no"]}]),
     ],
 )
 def test_examples_of_labels_that_training_had_not_are_left_out_and_counted(task, rows, caplog):
     assert examples_of(task, rows, ("no", "yes")).examples == rows[:1]
     (line,) = caplog.messages
-    assert line.startswith("left out of all figures: 1 of 2 examples") and "'perhaps' 1" in line
+    assert line.startswith("left out of all figures: 1 of 2 examples")
+    assert "'perhaps' 1" in line
     with pytest.raises(DataError, match="not one of the labels"):
-        examples_of(task, rows[1:], ("no", "yes"))  # none is known: the wrong column, or another task
+        examples_of(
+            task, rows[1:], ("no", "yes")
+        )  # none is known: the wrong column, or another task
     with pytest.raises(DataError, match="not one of the labels"):
         Examples(config_of(task, ("no", "yes")), "val", Bytes(), rows)  # of a run, before step 1
 
@@ -310,7 +498,12 @@ def test_numbers_that_json_has_not_are_texts():
 
 
 def test_large_numbers_are_read_by_their_powers():
-    assert [report.in_digits(x) for x in (0.12345, 1234567, 3e38, "x")] == ["0.1235", "1,234,567", "3e+38", "x"]
+    assert [report.in_digits(x) for x in (0.12345, 1234567, 3e38, "x")] == [
+        "0.1235",
+        "1,234,567",
+        "3e+38",
+        "x",
+    ]
 
 
 # ---------------------------------------------------------------- whole runs
@@ -324,9 +517,25 @@ TRANSLATIONS = [("red cat", RUSSIAN[0]), ("old house", RUSSIAN[1])]
 REVIEWS = [("good film", "pos"), ("bad film", "neg")]
 STARS = [("good film", 3.5), ("bad film", 1)]
 RUNS = {  # task, training, validation, model, eval.metric: what is left out, what is given, of the evaluation
-    "bleu": ("seq2seq", TRANSLATIONS, TRANSLATIONS, "encoder_decoder", "bleu", {"rougeL", "bleu"}, {"chrf"}),
+    "bleu": (
+        "seq2seq",
+        TRANSLATIONS,
+        TRANSLATIONS,
+        "encoder_decoder",
+        "bleu",
+        {"rougeL", "bleu"},
+        {"chrf"},
+    ),
     "auc": ("classify", REVIEWS, REVIEWS[:1], "encoder", "auc", {"auc"}, {"accuracy", "f1"}),
-    "pearson": ("regress", STARS, [("good film", 3), ("fine film", 3)], "encoder", "pearson", {"pearson"}, {"mse"}),
+    "pearson": (
+        "regress",
+        STARS,
+        [("good film", 3), ("fine film", 3)],
+        "encoder",
+        "pearson",
+        {"pearson"},
+        {"mse"},
+    ),
 }
 
 
@@ -345,20 +554,29 @@ def test_a_run_whose_figures_have_no_meaning_is_trained_saved_and_evaluated(tmp_
     if task == "seq2seq":
         settings |= {"eval.generate": 4, "eval.max_tokens": 4}
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    run = program("jaxlm.train", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *flags)
-    assert "done at step 4, saved in" in run.stdout and "Traceback" not in run.stderr
-    assert run.stdout.count(f"eval.metric={metric}: this evaluation has no such figure") == 2 * (metric in without)
+    run = program(
+        "jaxlm.train", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *flags
+    )
+    assert "done at step 4, saved in" in run.stdout
+    assert "Traceback" not in run.stderr
+    assert run.stdout.count(f"eval.metric={metric}: this evaluation has no such figure") == 2 * (
+        metric in without
+    )
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     evaluations = [row for row in rows if "eval/loss" in row]
     assert [row["step"] for row in evaluations] == [2, 4]
     for row in evaluations:
-        assert {f"eval/{key}" for key in given} <= set(row) and not {f"eval/{key}" for key in without} & set(row)
+        assert {f"eval/{key}" for key in given} <= set(row)
+        assert not {f"eval/{key}" for key in without} & set(row)
     flags = [f"--workdir={tmp_path / 'run'}", f"--json={tmp_path / 'out.json'}", "--bootstrap=9"]
     if name == "bleu":  # of longer texts the same model has it
         (tmp_path / "long.tsv").write_text(f"red cat\t{LONG}\n" * 2)
         flags.append(f"--data={tmp_path / 'long.tsv'}")
-        without, given = {"rougeL"}, {"bleu", "chrf"}
+        without = {"rougeL"}
+        given = {"bleu", "chrf"}
     out = program("jaxlm.evaluate", *flags)
     figures = json.loads((tmp_path / "out.json").read_text())
-    assert given | {"loss"} <= set(figures) and not without & set(figures)
-    assert "left out: " in run.stderr and "left out: " in out.stderr
+    assert given | {"loss"} <= set(figures)
+    assert not without & set(figures)
+    assert "left out: " in run.stderr
+    assert "left out: " in out.stderr

@@ -27,7 +27,10 @@ def write_run(folder, losses, **settings):
     (folder / "config.json").write_text(json.dumps(flatten(small_config(**settings))))
     rows = []
     for i, (training, validation) in enumerate(zip(*losses)):
-        rows += [{"step": 10 * i + 5, "loss": training + 0.1}, {"step": 10 * i + 10, "loss": training - 0.1}]
+        rows += [
+            {"step": 10 * i + 5, "loss": training + 0.1},
+            {"step": 10 * i + 10, "loss": training - 0.1},
+        ]
         rows.append({"step": 10 * i + 10, "eval/loss": validation})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"--workdir={folder}"
@@ -51,7 +54,8 @@ def test_the_figures_say_what_fits_whatever_the_names(tmp_path, capsys):
     np.testing.assert_allclose([row["training loss"] for row in rows], [2.4, 0.1, 1.7])
     assert rows[0]["parameters"] < rows[2]["parameters"] < rows[1]["parameters"]
     said = capsys.readouterr().out
-    assert "underfits" in said and "nan" not in said
+    assert "underfits" in said
+    assert "nan" not in said
 
 
 def test_what_both_know_by_heart_is_no_underfitting(tmp_path):
@@ -86,7 +90,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.path: 'text' in .*a, 'other' in .*b"):
         main([run, other])
     empty = write_run(tmp_path / "c", ([], []), train__steps=10)
-    with pytest.raises(DataError, match=r"c/metrics.jsonl: no row has a finite eval/loss; set eval.every"):
+    with pytest.raises(
+        DataError, match=r"c/metrics.jsonl: no row has a finite eval/loss; set eval.every"
+    ):
         main([run, empty])
     with pytest.raises(CheckpointError, match=r"give the --workdir of a jaxlm\.train run"):
         main([run, f"--workdir={tmp_path}/none"])
@@ -105,8 +111,12 @@ def test_the_picture_is_whole(tmp_path, runs):
         curves.append(pictures.Curves(label, steps, training, 3 + 1 / steps, i % 2 == 1))
     pictures.fitting(tmp_path / "fitting.png", curves, "x fits best\n" + "a overfits, " * runs)
     ink = image.imread(tmp_path / "fitting.png")[..., :3].mean(-1) < 0.5
-    assert ink.shape == (750, 1350) and ink.any()
-    assert not ink[0].any() and not ink[-1].any() and not ink[:, 0].any() and not ink[:, -1].any()
+    assert ink.shape == (750, 1350)
+    assert ink.any()
+    assert not ink[0].any()
+    assert not ink[-1].any()
+    assert not ink[:, 0].any()
+    assert not ink[:, -1].any()
 
 
 @pytest.mark.parametrize(
@@ -122,16 +132,26 @@ def test_the_script_says_what_text_it_needs(tmp_path, content, code, said):
     if content is not None:
         text.write_bytes(content)
     command = ["bash", str(ROOT / "launch/fitting.sh"), str(text), str(tmp_path / "runs")]
-    run = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    run = subprocess.run(
+        command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
+    )
     assert run.returncode == code and run.stderr.count("\n") == 1 and said in run.stderr, run.stderr
 
 
 @pytest.mark.slow
 def test_the_script_trains_three_sizes_and_compares_them(tmp_path):
     pytest.importorskip("matplotlib")
-    words, rng = "thou art a king of no small fame and I am but thy fool".split(), random.Random(0)
-    (tmp_path / "text.txt").write_text(" ".join(rng.choices(words, k=12_000)))  # more than the script takes
-    command = ["bash", str(ROOT / "launch/fitting.sh"), str(tmp_path / "text.txt"), str(tmp_path / "runs")]
+    words = "thou art a king of no small fame and I am but thy fool".split()
+    rng = random.Random(0)
+    (tmp_path / "text.txt").write_text(
+        " ".join(rng.choices(words, k=12_000))
+    )  # more than the script takes
+    command = [
+        "bash",
+        str(ROOT / "launch/fitting.sh"),
+        str(tmp_path / "text.txt"),
+        str(tmp_path / "runs"),
+    ]
     command += ["--config.train.steps=20", "--config.eval.every=10", "--config.data.seq_len=16"]
     env = os.environ | {"PYTHON": sys.executable, "XLA_FLAGS": FLAGS}  # one device
     run = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -140,4 +160,5 @@ def test_the_script_trains_three_sizes_and_compares_them(tmp_path):
     assert [row["run"] for row in rows] == ["small", "medium", "large"]
     assert rows[0]["parameters"] < rows[1]["parameters"] / 10 < rows[2]["parameters"] / 100
     assert [row["ended"] for row in rows] == ["at its last step, 20"] * 3
-    assert (tmp_path / "runs/fitting.png").is_file() and (tmp_path / "runs/part.txt").stat().st_size == 40_000
+    assert (tmp_path / "runs/fitting.png").is_file()
+    assert (tmp_path / "runs/part.txt").stat().st_size == 40_000

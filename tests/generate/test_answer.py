@@ -49,9 +49,11 @@ def test_answers_are_a_line_each_and_come_back(tmp_path, capsys):
     lines = file.read_bytes().decode().split("\n")[:-1]
     assert lines == ["one\\ntwo", "a\\\\nb", "c\\r\\nd", "e\u2028f", ""]
     told = capsys.readouterr().err
-    assert "3 of 5 answers" in told and told.count("\n") == 1
+    assert "3 of 5 answers" in told
+    assert told.count("\n") == 1
     write_answers(str(file), ["p"], ["plain"])
-    assert file.read_text() == "plain\n" and not capsys.readouterr().err
+    assert file.read_text() == "plain\n"
+    assert not capsys.readouterr().err
 
 
 def test_answers_of_jsonl_hold_prompt_and_answer(tmp_path, capsys):
@@ -59,7 +61,9 @@ def test_answers_of_jsonl_hold_prompt_and_answer(tmp_path, capsys):
     pairs = [("p\u2028", "one\ntwo"), ("q", {"good": 0.5}), ("r", ["A", "B"])]
     write_answers(str(file), [prompt for prompt, _ in pairs], [said for _, said in pairs])
     lines = file.read_bytes().decode().split("\n")[:-1]
-    assert [json.loads(line) for line in lines] == [{"prompt": p, "answer": said} for p, said in pairs]
+    assert [json.loads(line) for line in lines] == [
+        {"prompt": p, "answer": said} for p, said in pairs
+    ]
     assert not capsys.readouterr().err
 
 
@@ -69,7 +73,8 @@ PLAIN = {"max_tokens": 5, "temperature": 0.8, "top_k": 0, "top_p": 0.0, "num_sam
 @pytest.mark.parametrize("five", [5, 5.0, np.int64(5), np.float32(5), np.array(5)], ids=repr)
 def test_a_whole_number_may_be_of_any_type(five):
     _, _, numbers = sampling_of("a", (), PLAIN | {"max_tokens": five})
-    assert numbers == PLAIN and type(numbers["max_tokens"]) is int
+    assert numbers == PLAIN
+    assert type(numbers["max_tokens"]) is int
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -85,14 +90,21 @@ def test_a_broken_number_is_not_whole(name):
         sampling_of("a", (), PLAIN | {name: 5.5})
 
 
-@pytest.mark.parametrize("prompts", [None, 3, b"bytes", ["a", None], [{"role": "user"}], {"a": 1}], ids=repr)
+@pytest.mark.parametrize(
+    "prompts", [None, 3, b"bytes", ["a", None], [{"role": "user"}], {"a": 1}], ids=repr
+)
 def test_prompts_that_are_no_texts_are_refused(prompts):
     with pytest.raises(ConfigError, match=r"prompts.*must be a text"):
         sampling_of(prompts, (), PLAIN)
 
 
 def test_stop_may_be_none_one_or_several():
-    assert [sampling_of("a", stop, PLAIN)[1] for stop in (None, (), "x", ("x", "y"))] == [[], [], ["x"], ["x", "y"]]
+    assert [sampling_of("a", stop, PLAIN)[1] for stop in (None, (), "x", ("x", "y"))] == [
+        [],
+        [],
+        ["x"],
+        ["x", "y"],
+    ]
     with pytest.raises(ConfigError, match=r"stop\[1\]=3.*top_p=2"):
         sampling_of("a", ["x", 3], PLAIN | {"top_p": 2})
 
@@ -106,16 +118,29 @@ def asked(task, given):
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_a_list_of_messages_is_a_dialogue(task):
-    assert asked(task, HELLO) == asked(task, [HELLO]) == asked(task, {"messages": HELLO}) == [{"messages": HELLO}]
+    assert (
+        asked(task, HELLO)
+        == asked(task, [HELLO])
+        == asked(task, {"messages": HELLO})
+        == [{"messages": HELLO}]
+    )
     assert asked(task, HELLO[1]) == [{"messages": HELLO[1:]}]
-    assert asked(task, [HELLO, "a", {"prompt": "b"}]) == [{"messages": HELLO}, {"prompt": "a"}, {"prompt": "b"}]
+    assert asked(task, [HELLO, "a", {"prompt": "b"}]) == [
+        {"messages": HELLO},
+        {"prompt": "a"},
+        {"prompt": "b"},
+    ]
     assert asked(task, {"messages": json.dumps(HELLO)}) == [{"messages": json.dumps(HELLO)}]
 
 
-@pytest.mark.parametrize("task", ["classify", "multilabel", "regress", "tag", "seq2seq", "sft", "dpo"])
+@pytest.mark.parametrize(
+    "task", ["classify", "multilabel", "regress", "tag", "seq2seq", "sft", "dpo"]
+)
 def test_a_text_is_what_is_asked(task):
     (example,) = asked(task, "a b")
-    assert list(example.values()) == ["a b"] and asked(task, ["a b"]) == [example] and asked(task, []) == []
+    assert list(example.values()) == ["a b"]
+    assert asked(task, ["a b"]) == [example]
+    assert asked(task, []) == []
 
 
 @pytest.mark.parametrize(
@@ -151,7 +176,19 @@ def of_task(task, **params):
     return LM(c, params, tokenizers.Bytes(), None, 0)
 
 
-NO_TEXTS = [None, 3, 1.5, True, b"bytes", {"a": 1}, ["a", None], [["a"]], "\ud800", ["a", "b\udfff"], NotImplemented]
+NO_TEXTS = [
+    None,
+    3,
+    1.5,
+    True,
+    b"bytes",
+    {"a": 1},
+    ["a", None],
+    [["a"]],
+    "\ud800",
+    ["a", "b\udfff"],
+    NotImplemented,
+]
 
 
 @pytest.mark.parametrize("texts", NO_TEXTS, ids=repr)
@@ -179,7 +216,9 @@ def test_logits_name_what_does_not_fit_the_tokens(name, value):
 
 @pytest.mark.parametrize("task", HEADED)
 def test_what_has_no_logits_of_tokens_says_what_it_is(task):
-    with pytest.raises(UserError, match=rf"^lm\.logits: a model of task {task} is a .*use lm\.answer"):
+    with pytest.raises(
+        UserError, match=rf"^lm\.logits: a model of task {task} is a .*use lm\.answer"
+    ):
         of_task(task).logits([[1, 2]])
 
 
@@ -226,16 +265,26 @@ def test_options_of_an_answer_are_named(name, value):
 
 
 def test_options_of_an_answer_are_taken_where_they_are_plain():
-    stop, numbers = options_of("sft", {"max_tokens": 5.0, "stop": None, "temperature": np.float32(0.5)})
-    assert stop == [] and numbers == {"max_tokens": 5, "temperature": 0.5}
-    assert options_of("seq2seq", {"stop": ("a", "b"), "beams": np.int64(2)}) == (["a", "b"], {"beams": 2})
-    with pytest.raises(ConfigError, match=r"stop\[1\]=3.*no option temprature.*did you mean temperature"):
+    stop, numbers = options_of(
+        "sft", {"max_tokens": 5.0, "stop": None, "temperature": np.float32(0.5)}
+    )
+    assert stop == []
+    assert numbers == {"max_tokens": 5, "temperature": 0.5}
+    assert options_of("seq2seq", {"stop": ("a", "b"), "beams": np.int64(2)}) == (
+        ["a", "b"],
+        {"beams": 2},
+    )
+    with pytest.raises(
+        ConfigError, match=r"stop\[1\]=3.*no option temprature.*did you mean temperature"
+    ):
         options_of("sft", {"stop": ["a", 3], "temprature": 1})
 
 
 @pytest.mark.parametrize("task", [*HEADED, "mlm"])
 def test_what_writes_no_text_takes_no_options(task):
-    with pytest.raises(ConfigError, match=rf"temperature=1: not for a model of task {task}, which writes no text"):
+    with pytest.raises(
+        ConfigError, match=rf"temperature=1: not for a model of task {task}, which writes no text"
+    ):
         of_task(task).answer("a", temperature=1)
 
 
@@ -249,7 +298,11 @@ def test_a_masked_model_says_how_to_ask_it(ask):
 
 # ---------------------------------------------------------------- files of examples
 
-TURNS = [*HELLO, {"role": "assistant", "content": "Hi!"}, {"role": "user", "content": "and\u2028now?"}]
+TURNS = [
+    *HELLO,
+    {"role": "assistant", "content": "Hi!"},
+    {"role": "user", "content": "and\u2028now?"},
+]
 
 
 def written(folder, name, *values):
@@ -307,19 +360,25 @@ def test_a_line_that_is_not_json_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("task", [*ANSWERING, "lm", *SILENT])
-@pytest.mark.parametrize("tokenizer", [tokenizers.Bytes(), tokenizers.Chars(b'{"characters": "\\n bc"}')])
+@pytest.mark.parametrize(
+    "tokenizer", [tokenizers.Bytes(), tokenizers.Chars(b'{"characters": "\\n bc"}')]
+)
 def test_a_run_proposes_what_works_as_typed(task, tokenizer):
     config = of_task(task).config
-    command = proposal(config, PurePath("my runs/it's"), tokenizer).removeprefix("try python -m jaxlm.")
+    command = proposal(config, PurePath("my runs/it's"), tokenizer).removeprefix(
+        "try python -m jaxlm."
+    )
     program, *flags = shlex.split(command)
-    assert program in ("evaluate", "generate") and flags[0] == "--workdir=my runs/it's"
+    assert program in ("evaluate", "generate")
+    assert flags[0] == "--workdir=my runs/it's"
     prompt = "".join(flag.removeprefix("--prompt=") for flag in flags[1:])
     if task == "qa":
         assert examples_of(task, ("question", "context"), question_of(prompt))
     elif task == "mlm":
         assert prompt == "[MASK]"
     elif task in ANSWERING or (task == "lm" and tokenizer.bos_id is None):
-        assert prompt and len(tokenizer.encode(prompt))
+        assert prompt
+        assert len(tokenizer.encode(prompt))
     else:
         assert not prompt
 

@@ -38,7 +38,9 @@ def workdir(tmp_path_factory, text_dir):
         "mesh.fsdp": 4, "mesh.tensor": 2, "log.tensorboard": False, "train.ema": 0.5,
     }  # fmt: skip
     settings = (f"--config.{key}={value}" for key, value in overrides.items())
-    program("jaxlm.train", "--config=configs/quickstart.py", f"--workdir={path}", *settings, devices=8)
+    program(
+        "jaxlm.train", "--config=configs/quickstart.py", f"--workdir={path}", *settings, devices=8
+    )
     return path
 
 
@@ -48,12 +50,17 @@ def lm(workdir):
 
 
 def test_load_gives_what_was_trained(lm, workdir):
-    assert lm.step == 60 and lm.config.model.num_layers == 2 and lm.tokenizer.name == "bytes"
-    assert dict(lm.mesh.shape)["fsdp"] == 4 and dict(lm.mesh.shape)["tensor"] == 2
+    assert lm.step == 60
+    assert lm.config.model.num_layers == 2
+    assert lm.tokenizer.name == "bytes"
+    assert dict(lm.mesh.shape)["fsdp"] == 4
+    assert dict(lm.mesh.shape)["tensor"] == 2
     assert jaxlm.load(workdir, step=30).step == 30
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
+)
 def test_any_mesh_restores_the_same_bits_and_computes_the_same(workdir, lm, mesh):
     other = jaxlm.load(workdir, mesh=mesh)
     jax.tree.map(np.testing.assert_array_equal, lm.params, other.params)
@@ -64,8 +71,10 @@ def test_any_mesh_restores_the_same_bits_and_computes_the_same(workdir, lm, mesh
 def test_logits_are_float32_of_every_position_and_honour_segments(lm):
     tokens = np.random.default_rng(0).integers(0, 257, (3, 20))
     got = lm.logits(tokens)
-    assert got.shape == (3, 20, 257) and got.dtype == np.float32
-    segments, positions = np.repeat([[1, 2]], 10, axis=1).repeat(3, 0), np.tile(np.arange(10), (3, 2))
+    assert got.shape == (3, 20, 257)
+    assert got.dtype == np.float32
+    segments = np.repeat([[1, 2]], 10, axis=1).repeat(3, 0)
+    positions = np.tile(np.arange(10), (3, 2))
     packed = lm.logits(tokens, segments=segments, positions=positions)
     np.testing.assert_allclose(packed[:, 10:], lm.logits(tokens[:, 10:]), atol=1e-5)
 
@@ -74,7 +83,8 @@ def test_greedy_generation_is_the_argmax_without_a_cache_for_200_tokens(lm):
     """Also far beyond the training length of 32."""
     (text,) = lm.generate("the cat ", max_tokens=200, temperature=0)
     ids = [lm.tokenizer.bos_id, *lm.tokenizer.encode("the cat ")]
-    length, out = len(ids), []
+    length = len(ids)
+    out = []
     row = np.zeros((1, 256), np.int32)
     row[0, :length] = ids
     for i in range(200):
@@ -83,27 +93,39 @@ def test_greedy_generation_is_the_argmax_without_a_cache_for_200_tokens(lm):
             break
         out.append(token)
         row[0, length + i] = token
-    assert text == lm.tokenizer.decode(np.array(out)) and len(out) > 20
+    assert text == lm.tokenizer.decode(np.array(out))
+    assert len(out) > 20
 
 
 def test_the_same_seed_gives_the_same_text_whatever_else_is_in_the_batch(lm):
     one = lm.generate("the ", max_tokens=30, seed=3)
-    assert one == lm.generate("the ", max_tokens=30, seed=3) != lm.generate("the ", max_tokens=30, seed=4)
+    assert (
+        one
+        == lm.generate("the ", max_tokens=30, seed=3)
+        != lm.generate("the ", max_tokens=30, seed=4)
+    )
     many = lm.generate(["the ", "a longer prompt by far "], max_tokens=30, seed=3)
-    assert many[0] == one[0] and len(many) == 2
+    assert many[0] == one[0]
+    assert len(many) == 2
 
 
 def test_samples_differ_and_stop_strings_end_a_text(lm):
     texts = lm.generate("the ", max_tokens=40, num_samples=3)
     assert len(set(texts)) == 3
     stop = texts[0][5:8]
-    assert lm.generate("the ", max_tokens=40, num_samples=3, stop=stop)[0] == texts[0][: texts[0].find(stop)]
+    assert (
+        lm.generate("the ", max_tokens=40, num_samples=3, stop=stop)[0]
+        == texts[0][: texts[0].find(stop)]
+    )
 
 
 def test_sampling_keeps_to_top_k_and_top_p():
     logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32)).repeat(2000, 0)
     keys = jax.random.split(jax.random.key(0), 2000)
-    draw = lambda *options: np.bincount(sample(logits, keys, *options), minlength=4) / 2000
+
+    def draw(*options):
+        return np.bincount(sample(logits, keys, *options), minlength=4) / 2000
+
     np.testing.assert_allclose(draw(1.0, 0, 0.0), [0.5, 0.3, 0.15, 0.05], atol=0.04)
     np.testing.assert_allclose(draw(1.0, 2, 0.0), [0.625, 0.375, 0, 0], atol=0.04)
     np.testing.assert_allclose(draw(1.0, 0, 0.6), [0.625, 0.375, 0, 0], atol=0.04)
@@ -131,13 +153,16 @@ def test_senseless_tokens_are_named(lm):
 def test_the_loss_of_texts_is_that_of_their_logits(lm):
     texts = ["the cat sat on a mat.\n" * 3, "zq", "é"]
     for text, got in zip(texts, lm.loss(texts)):
-        ids, nats, T = lm.tokenizer.encode(text), 0.0, lm.config.data.seq_len
+        ids = lm.tokenizer.encode(text)
+        nats = 0.0
+        T = lm.config.data.seq_len
         inputs = np.concatenate([[lm.tokenizer.bos_id], ids[:-1]])
         for start in range(0, len(ids), T):
             logits = lm.logits(inputs[None, start : start + T])[0].astype(np.float64)
             log_z = np.log(np.exp(logits).sum(-1))
             nats += (log_z - logits[np.arange(len(logits)), ids[start : start + T]]).sum()
-        assert got.tokens == len(ids) and got.nats_per_token == pytest.approx(nats / len(ids), rel=1e-5)
+        assert got.tokens == len(ids)
+        assert got.nats_per_token == pytest.approx(nats / len(ids), rel=1e-5)
         assert got.bits_per_byte == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
     assert math.isnan(lm.loss([""])[0].nats_per_token)
 
@@ -161,7 +186,9 @@ def test_a_masked_model_says_what_may_stand_at_each_mask():
     masked = LM(c, init_state(c, mesh).params, tokenizers.Bytes(), mesh, 0)
     (holes,) = masked.answer("ab[MASK]c[MASK]")
     mask = Vocabulary(masked.tokenizer, "mlm").mask
-    logits = masked.logits([[97, 98, mask, 99, mask]])[0, [2, 4], : masked.tokenizer.vocab_size].astype(np.float64)
+    logits = masked.logits([[97, 98, mask, 99, mask]])[
+        0, [2, 4], : masked.tokenizer.vocab_size
+    ].astype(np.float64)
     chances = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
     for said, likely in zip(holes, chances, strict=True):
         best = np.argsort(-likely)[:5]
@@ -172,9 +199,12 @@ def test_a_masked_model_says_what_may_stand_at_each_mask():
 
 
 def test_words_of_sentencepiece_are_meant_with_the_space_before_them():
-    tokenizer = vocabulary.make("sentencepiece", ["the king saw the old king and the old moon\n"] * 50, 300)
+    tokenizer = vocabulary.make(
+        "sentencepiece", ["the king saw the old king and the old moon\n"] * 50, 300
+    )
     king = tokenizer.encode(" king")
-    assert len(king) == 1 and len(tokenizer.encode("king")) > 1
+    assert len(king) == 1
+    assert len(tokenizer.encode("king")) > 1
     size = Vocabulary(tokenizer, "mlm").size
     c = small_config(task__name="mlm", model__name="encoder", model__vocab_size=size)
     mesh = mesh_of(1)
@@ -184,9 +214,13 @@ def test_words_of_sentencepiece_are_meant_with_the_space_before_them():
 
 
 def test_evaluation_is_the_mean_over_every_token_once(lm, text_dir, tmp_path, workdir):
-    run = program("jaxlm.evaluate", f"--workdir={workdir}", f"--json={tmp_path / 'e.json'}", "--gzip")
-    result, store = json.loads((tmp_path / "e.json").read_text()), Store(text_dir, "val")
-    assert result["tokens"] == store.num_tokens and result["bytes"] == store.num_bytes
+    run = program(
+        "jaxlm.evaluate", f"--workdir={workdir}", f"--json={tmp_path / 'e.json'}", "--gzip"
+    )
+    result = json.loads((tmp_path / "e.json").read_text())
+    store = Store(text_dir, "val")
+    assert result["tokens"] == store.num_tokens
+    assert result["bytes"] == store.num_bytes
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     bits = result["loss"] * store.num_tokens / math.log(2) / store.num_bytes
     assert result["bits_per_byte"] == pytest.approx(bits)
@@ -203,33 +237,61 @@ def test_several_runs_make_one_table_of_figures(workdir, tmp_path):
     flags = f"--workdir={workdir}", f"--workdir={copy}"
     run = program("jaxlm.evaluate", *flags, f"--json={tmp_path / 'both.json'}")
     head, *rows = [line.split() for line in run.stdout.splitlines()]
-    assert head == [workdir.name, "copy"] and [row[0] for row in rows[:3]] == ["model", "task", "parameters"]
+    assert head == [workdir.name, "copy"]
+    assert [row[0] for row in rows[:3]] == [
+        "model",
+        "task",
+        "parameters",
+    ]
     results = json.loads((tmp_path / "both.json").read_text())
-    assert results[str(workdir)] == results[str(copy)] and all(one == other for _, one, other in rows)
+    assert results[str(workdir)] == results[str(copy)]
+    assert all(one == other for _, one, other in rows)
     refused = program("jaxlm.evaluate", *flags, "--gzip", check=False)
-    assert refused.returncode == 2 and "give one --workdir" in refused.stderr
+    assert refused.returncode == 2
+    assert "give one --workdir" in refused.stderr
 
 
 def test_a_table_of_runs_has_the_interval_of_each():
-    lines = comparison({"runs/a": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}, "runs/b": {"loss": 2.0}})
+    lines = comparison(
+        {"runs/a": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}, "runs/b": {"loss": 2.0}}
+    )
     assert [line.split() for line in lines[:2]] == [["a", "b"], ["accuracy", "0.5000"]]
-    assert lines[2].split() == ["95%", "interval", "0.4000", "to", "0.6000"] and lines[3].split() == ["loss", "2.0000"]
-    for data, names in (("/x/v.tsv", "v.tsv"), ("x/a=0.7,/y/b=0.3", "a=0.7,b=0.3"), ("x/mine/", "mine/")):
+    assert lines[2].split() == ["95%", "interval", "0.4000", "to", "0.6000"]
+    assert lines[3].split() == ["loss", "2.0000"]
+    for data, names in (
+        ("/x/v.tsv", "v.tsv"),
+        ("x/a=0.7,/y/b=0.3", "a=0.7,b=0.3"),
+        ("x/mine/", "mine/"),
+    ):
         assert comparison({"runs/a": {"data": data}, "runs/b": {}})[1].split() == ["data", names]
-    lines = comparison({"runs/a": {"data": "x/v.de+y/v.en", "classes": [{"name": "bad", "f1": 0.5}]}, "runs/b": {}})
-    assert [line.split() for line in lines[1:]] == [["data", "v.de+v.en"], ["f1", "of", "bad", "0.5000"]]
+    lines = comparison(
+        {"runs/a": {"data": "x/v.de+y/v.en", "classes": [{"name": "bad", "f1": 0.5}]}, "runs/b": {}}
+    )
+    assert [line.split() for line in lines[1:]] == [
+        ["data", "v.de+v.en"],
+        ["f1", "of", "bad", "0.5000"],
+    ]
 
 
 def test_the_generate_program_prints_prompt_and_text(workdir):
-    args = ("jaxlm.generate", f"--workdir={workdir}", "--prompt=the dog", "--max_tokens=20", "--seed=1")
+    args = (
+        "jaxlm.generate",
+        f"--workdir={workdir}",
+        "--prompt=the dog",
+        "--max_tokens=20",
+        "--seed=1",
+    )
     run = program(*args)
-    assert run.stdout.startswith("the dog") and run.stdout == program(*args).stdout
+    assert run.stdout.startswith("the dog")
+    assert run.stdout == program(*args).stdout
 
 
 @pytest.mark.parametrize("program_name", ["jaxlm.generate", "jaxlm.evaluate"])
 def test_a_workdir_without_checkpoints_is_exit_4(tmp_path, program_name):
     run = program(program_name, f"--workdir={tmp_path / 'none'}", check=False)
-    assert run.returncode == 4 and "is not a directory" in run.stderr and "Traceback" not in run.stderr
+    assert run.returncode == 4
+    assert "is not a directory" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_a_step_that_is_not_there_lists_those_that_are(workdir):
@@ -238,35 +300,49 @@ def test_a_step_that_is_not_there_lists_those_that_are(workdir):
 
 
 def test_a_state_survives_a_checkpoint_to_the_last_bit(tmp_path, text_dir):
-    c = small_config(optim__name="muon", train__ema=0.9, data__path=str(text_dir), model__vocab_size=257)
+    c = small_config(
+        optim__name="muon", train__ema=0.9, data__path=str(text_dir), model__vocab_size=257
+    )
     mesh = make_mesh(c)
     state = init_state(c, mesh)
     checkpoints = Checkpoints(tmp_path, c)
     checkpoints.save(state, describe_run(c, tokenizers.load(text_dir), fingerprint(c)))
     checkpoints.wait()
     c2 = resolve(c)
-    c2.mesh.data, c2.mesh.fsdp, c2.mesh.tensor = 1, 4, 2
+    c2.mesh.data = 1
+    c2.mesh.fsdp = 4
+    c2.mesh.tensor = 2
     again = checkpoints.restore(0, abstract_state(c2)[0], state_shardings(c2, make_mesh(c2)))
     jax.tree.map(np.testing.assert_array_equal, state, again)
-    other = small_config(optim__name="muon", train__ema=0.9, model__vocab_size=257, model__num_layers=3)
+    other = small_config(
+        optim__name="muon", train__ema=0.9, model__vocab_size=257, model__num_layers=3
+    )
     with pytest.raises(CheckpointError, match="layers/block_0/attention/key/kernel: saved"):
         checkpoints.restore(0, abstract_state(other)[0], state_shardings(other, mesh))
     with pytest.raises(CheckpointError, match=r"config\.model\.num_layers: 2 -> 3"):
-        Checkpoints(tmp_path, other).restore(0, abstract_state(other)[0], state_shardings(other, mesh))
+        Checkpoints(tmp_path, other).restore(
+            0, abstract_state(other)[0], state_shardings(other, mesh)
+        )
     (tmp_path / "checkpoints" / "0" / "params" / "_METADATA").unlink()
     with pytest.raises(CheckpointError, match="is damaged: its params"):
         Checkpoints(tmp_path, c).restore(0, abstract_state(c)[0], state_shardings(c, mesh))
 
 
-def test_what_goes_wrong_in_the_background_is_raised_by_the_next_save_and_at_the_end(tmp_path, text_dir, monkeypatch):
+def test_what_goes_wrong_in_the_background_is_raised_by_the_next_save_and_at_the_end(
+    tmp_path, text_dir, monkeypatch
+):
     def full(*_, **__):
         raise OSError("No space left on device")
 
     c = small_config(data__path=str(text_dir), model__vocab_size=257)
-    state, meta = init_state(c, make_mesh(c)), describe_run(c, tokenizers.load(text_dir), fingerprint(c))
+    state = init_state(c, make_mesh(c))
+    meta = describe_run(c, tokenizers.load(text_dir), fingerprint(c))
     checkpoints = Checkpoints(tmp_path, c)
     monkeypatch.setattr(checkpoints.manager, "save", full)
-    for then in (lambda: checkpoints.save(state.replace(step=state.step + 1), meta), checkpoints.wait):
+    for then in (
+        lambda: checkpoints.save(state.replace(step=state.step + 1), meta),
+        checkpoints.wait,
+    ):
         checkpoints.save(state, meta)
         with pytest.raises(OSError, match="No space"):
             then()
@@ -285,14 +361,21 @@ def test_a_path_that_is_not_there_names_the_nearest(tmp_path, monkeypatch):
 
 
 def test_flags_that_say_nothing_to_a_model_are_refused(workdir):
-    run = program("jaxlm.generate", f"--workdir={workdir}", "--input=there is none.txt", check=False)
-    assert run.returncode == 2 and "there is no such file" in run.stderr and "Traceback" not in run.stderr
+    run = program(
+        "jaxlm.generate", f"--workdir={workdir}", "--input=there is none.txt", check=False
+    )
+    assert run.returncode == 2
+    assert "there is no such file" in run.stderr
+    assert "Traceback" not in run.stderr
     run = program("jaxlm.evaluate", f"--workdir={workdir}", "--answers=a.jsonl", check=False)
-    assert run.returncode == 2 and "has no examples" in run.stderr
+    assert run.returncode == 2
+    assert "has no examples" in run.stderr
     run = program("jaxlm.evaluate", f"--workdir={workdir}", "--beams=4", check=False)
-    assert run.returncode == 2 and "--beams: not for a model of task lm" in run.stderr
+    assert run.returncode == 2
+    assert "--beams: not for a model of task lm" in run.stderr
     run = program("jaxlm.generate", f"--workdir={workdir}", "--prompt=a", "--beams=4", check=False)
-    assert run.returncode == 2 and "task lm; of these flags it takes --max_tokens" in run.stderr
+    assert run.returncode == 2
+    assert "task lm; of these flags it takes --max_tokens" in run.stderr
 
 
 def test_bits_per_byte_of_chars_leave_out_what_cannot_be_predicted(tmp_path):

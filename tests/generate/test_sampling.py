@@ -25,7 +25,11 @@ from jaxlm.step.state import init_state
 
 def untrained(**more):
     """An LM of bytes with random parameters."""
-    settings = {"model__vocab_size": 384, "model__num_layers": 1, "model__tie_embeddings": False} | more
+    settings = {
+        "model__vocab_size": 384,
+        "model__num_layers": 1,
+        "model__tie_embeddings": False,
+    } | more
     c = small_config(**settings)
     mesh = mesh_of(1)
     return LM(c, init_state(c, mesh).params, tokenizers.Bytes(), mesh, 0)
@@ -55,7 +59,9 @@ def ids_of(lm, prompts, max_tokens, seeds, **more):
     options = {"temperature": 1.0, "top_k": 0, "top_p": 0.9} | more
     padded, lengths = pad_prompts([np.array(prompt) for prompt in prompts])
     seeds = np.array(seeds, np.uint32)
-    return generate_tokens(lm.model, lm.params, padded, lengths, seeds, max_tokens=max_tokens, eos_id=256, **options)
+    return generate_tokens(
+        lm.model, lm.params, padded, lengths, seeds, max_tokens=max_tokens, eos_id=256, **options
+    )
 
 
 def test_a_text_does_not_depend_on_sizes(lm):
@@ -63,7 +69,8 @@ def test_a_text_does_not_depend_on_sizes(lm):
     prompt = [1, 2, 3]
     (alone,) = ids_of(lm, [prompt], 20, [7])
     beside = ids_of(lm, [[5] * 20, prompt, [6]], 70, [1, 7, 2])
-    assert beside.shape == (3, 70) and len(set(alone)) > 5
+    assert beside.shape == (3, 70)
+    assert len(set(alone)) > 5
     np.testing.assert_array_equal(beside[1, :20], alone)
 
 
@@ -74,7 +81,9 @@ def test_one_search_serves_all_lengths(lm):
     found = {}
     for count, max_tokens in ((3, 5), (3, 9), (4, 9)):
         rows = [np.resize(x, (count, *x.shape[1:])) for x in (prompts, lengths)]
-        found[count, max_tokens] = beam_search(lm.model, lm.params, *rows, max_tokens=max_tokens, **options)
+        found[count, max_tokens] = beam_search(
+            lm.model, lm.params, *rows, max_tokens=max_tokens, **options
+        )
         assert found[count, max_tokens][0].shape == (count, 3, max_tokens)
     assert searched._cache_size() == before + 1
     np.testing.assert_array_equal(found[3, 9][0], found[4, 9][0][:3])
@@ -82,7 +91,12 @@ def test_one_search_serves_all_lengths(lm):
 
 def test_only_tokens_are_written(lm):
     """A model may have more rows than its tokenizer has tokens: those of no token are never drawn."""
-    for more in ({"temperature": 0.0}, {"temperature": 1e30, "top_p": 0.0}, {"top_k": 384, "top_p": 0.0}, {}):
+    for more in (
+        {"temperature": 0.0},
+        {"temperature": 1e30, "top_p": 0.0},
+        {"top_k": 384, "top_p": 0.0},
+        {},
+    ):
         assert ids_of(lm, [[1, 2, 3]], 40, [1], vocab_size=257, **more).max() < 257
 
 
@@ -91,7 +105,8 @@ def test_only_tokens_are_found(lm):
     padded, lengths = pad_prompts([np.array([1, 2, 3]), np.array([4])])
     options = {"max_tokens": 3, "length_penalty": 0.6, "eos_id": 256, "vocab_size": 2}
     found, scores = beam_search(lm.model, lm.params, padded, lengths, beams=4, **options)
-    assert found[:, 0].max() < 2 and np.isfinite(scores[:, 0]).all()
+    assert found[:, 0].max() < 2
+    assert np.isfinite(scores[:, 0]).all()
 
 
 def test_texts_are_of_the_tokenizer_s_tokens(lm, monkeypatch):
@@ -114,8 +129,12 @@ def test_texts_are_of_the_tokenizer_s_tokens(lm, monkeypatch):
         ("a" * 70, 1, "a prompt of 71 tokens leaves none to write"),
     ],
 )
-def test_a_text_beyond_learned_positions_is_told_what_fits(lm, monkeypatch, prompt, max_tokens, said):
-    monkeypatch.setattr(lm, "config", small_config(model__positions="learned", model__context_length=64))
+def test_a_text_beyond_learned_positions_is_told_what_fits(
+    lm, monkeypatch, prompt, max_tokens, said
+):
+    monkeypatch.setattr(
+        lm, "config", small_config(model__positions="learned", model__context_length=64)
+    )
     with pytest.raises(ConfigError, match=f"learned positions end at 64: .*{said}"):
         lm.generate(prompt, max_tokens=max_tokens)
 
@@ -134,7 +153,9 @@ def test_masked_texts_of_many_lengths_are_compiled_once(monkeypatch):
     masked = untrained(task__name="mlm", model__name="encoder")
     shapes = set()
     logits = masked.logits
-    monkeypatch.setattr(masked, "logits", lambda tokens, *more: shapes.add(tokens.shape) or logits(tokens, *more))
+    monkeypatch.setattr(
+        masked, "logits", lambda tokens, *more: shapes.add(tokens.shape) or logits(tokens, *more)
+    )
     for text in ("[MASK]", "ab[MASK]", "abcdef[MASK]g"):
         masked.answer(text)
     assert shapes == {(1, 16)}
@@ -157,7 +178,9 @@ def kept(logits, top_k, top_p):
     return set(order[allowed].tolist())
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0), (1, 0), (3, 0), (99, 0), (0, 0.4), (0, 1e-60), (5, 0.5), (2, 1)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 0), (1, 0), (3, 0), (99, 0), (0, 0.4), (0, 1e-60), (5, 0.5), (2, 1)]
+)
 def test_only_what_top_k_and_top_p_leave_is_drawn(top_k, top_p):
     logits = np.random.default_rng(top_k).normal(size=12).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 4000)
@@ -169,7 +192,9 @@ def test_only_what_top_k_and_top_p_leave_is_drawn(top_k, top_p):
 @pytest.mark.parametrize("temperature", [0, 1e-300, 1e-40, 1e-9, 1e300])
 def test_no_temperature_is_too_cold_or_too_hot(temperature):
     logits = np.tile(np.float32([30, 31, -5, 30.9]), (200, 1))
-    drawn = sample(logits, jax.random.split(jax.random.key(1), 200), as_float32(temperature, 0)[0], 0, 0.0)
+    drawn = sample(
+        logits, jax.random.split(jax.random.key(1), 200), as_float32(temperature, 0)[0], 0, 0.0
+    )
     expected = {0, 1, 2, 3} if temperature == 1e300 else {1}
     assert set(np.asarray(drawn).tolist()) == expected
 
@@ -178,6 +203,7 @@ def test_sizes_are_few_and_have_room():
     for least, most in ((1, 64), (16, 1024)):
         sizes = [size_for(number, least, most) for number in range(1, 5000)]
         assert all(size >= number for number, size in enumerate(sizes, 1))
-        assert sizes == sorted(sizes) and min(sizes) == least
+        assert sizes == sorted(sizes)
+        assert min(sizes) == least
         assert len(set(sizes)) <= 10 + 5000 // most
         assert all(size < 2 * number or size == least for number, size in enumerate(sizes, 1))

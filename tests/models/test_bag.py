@@ -13,7 +13,8 @@ from jaxlm.models import build
 from jaxlm.models.bag import log_count_ratios, ngrams_in
 from jaxlm.run.warm_start import weigh_ngrams
 
-ORDER, MANY = 4, 2**31 - 1
+ORDER = 4
+MANY = 2**31 - 1
 
 
 def documents(seed, lengths=(9, 3, 1, 7, 12)):
@@ -23,13 +24,22 @@ def documents(seed, lengths=(9, 3, 1, 7, 12)):
 
 def packed(texts, length):
     """(tokens, segments, positions) of one row of them, padded to the length."""
-    row = lambda arrays: np.pad(np.concatenate(arrays), (0, length - sum(map(len, texts))))[None].astype(np.int32)
+
+    def row(arrays):
+        return np.pad(np.concatenate(arrays), (0, length - sum(map(len, texts))))[None].astype(
+            np.int32
+        )
+
     ones = [np.full(len(text), n) for n, text in enumerate(texts, 1)]
     return row(texts), row(ones), row([np.arange(len(text)) for text in texts])
 
 
 def grams_of(text):
-    return [tuple(text[i : i + n].tolist()) for n in range(1, ORDER + 1) for i in range(len(text) - n + 1)]
+    return [
+        tuple(text[i : i + n].tolist())
+        for n in range(1, ORDER + 1)
+        for i in range(len(text) - n + 1)
+    ]
 
 
 def bag(**more):
@@ -50,14 +60,20 @@ def test_a_bucket_is_an_ngram_of_its_own_document(seed):
     named = {}
     for t, n in zip(*np.nonzero(whole)):
         named.setdefault(int(buckets[t, n]), set()).add(tuple(tokens[0, t - n : t + 1].tolist()))
-    assert all(len(names) == 1 for names in named.values()) and len(set.union(*named.values())) == len(named)
-    got = Counter((places[0][0, t], *tokens[0, t - n : t + 1].tolist()) for t, n in zip(*np.nonzero(whole)))
-    assert got == Counter({(i, *gram) for i, text in enumerate(texts, 1) for gram in grams_of(text)})
+    assert all(len(names) == 1 for names in named.values())
+    assert len(set.union(*named.values())) == len(named)
+    got = Counter(
+        (places[0][0, t], *tokens[0, t - n : t + 1].tolist()) for t, n in zip(*np.nonzero(whole))
+    )
+    assert got == Counter(
+        {(i, *gram) for i, text in enumerate(texts, 1) for gram in grams_of(text)}
+    )
 
 
 def test_a_document_has_length_1_however_long():
     """With vectors of ones, the sum over it is the root of how many different n-grams it has."""
-    c, texts = bag(), documents(2)
+    c = bag()
+    texts = documents(2)
     params = jax.tree.map(jnp.ones_like, fresh_state(c).params)
     x = build(c).apply({"params": params}, *packed(texts, 40))[0][0, :, 0]
     starts = np.cumsum([0, *map(len, texts)])
@@ -78,10 +94,13 @@ def test_ngrams_spread_over_the_buckets():
 
 
 def test_packed_documents_are_as_if_alone():
-    c, texts = bag(), documents(3)
-    model, params = build(c), fresh_state(c).params
+    c = bag()
+    texts = documents(3)
+    model = build(c)
+    params = fresh_state(c).params
     apply = jax.jit(lambda *row: model.apply({"params": params}, *row)[0])
-    x, start = apply(*packed(texts, 40))[0], 0
+    x = apply(*packed(texts, 40))[0]
+    start = 0
     for text in texts:
         np.testing.assert_allclose(x[start : start + len(text)], apply(text[None])[0], atol=1e-6)
         start += len(text)
@@ -89,33 +108,46 @@ def test_packed_documents_are_as_if_alone():
 
 
 def test_a_position_sees_the_ngrams_that_end_there():
-    c, text = bag(), documents(4, (12,))[0]
-    model, params = build(c), fresh_state(c).params
+    c = bag()
+    text = documents(4, (12,))[0]
+    model = build(c)
+    params = fresh_state(c).params
 
     def at(table):
-        return model.apply({"params": params | {"embed": {"tokens": table}}}, text[None])[0][0, 7].sum()
+        return model.apply({"params": params | {"embed": {"tokens": table}}}, text[None])[0][
+            0, 7
+        ].sum()
 
-    buckets, counts = ngrams_in(text[None], np.ones((1, 12), np.int32), np.arange(12)[None], ORDER, 97)
+    buckets, counts = ngrams_in(
+        text[None], np.ones((1, 12), np.int32), np.arange(12)[None], ORDER, 97
+    )
     seen = np.flatnonzero(np.abs(jax.grad(at)(params["embed"]["tokens"])).sum(axis=1))
     assert set(seen) == set(np.asarray(buckets[0, 7][counts[0, 7]]).tolist())
 
 
 def test_dropout_takes_whole_ngrams():
     c = bag(model__embed_dropout=0.5)
-    model, params, text = build(c), fresh_state(c).params, documents(5, (1,))[0]
+    model = build(c)
+    params = fresh_state(c).params
+    text = documents(5, (1,))[0]
     params = jax.tree.map(jnp.ones_like, params)
     rows = np.repeat(text[None], 64, axis=0)
     x, _ = model.apply({"params": params}, rows, train=True, rngs={"dropout": jax.random.key(0)})
-    assert set(np.unique(x)) == {0.0, 2.0} and (x == x[..., :1]).all() and 0.3 < (x == 0).mean() < 0.7
+    assert set(np.unique(x)) == {0.0, 2.0}
+    assert (x == x[..., :1]).all()
+    assert 0.3 < (x == 0).mean() < 0.7
 
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_ratios_are_those_of_the_formula(classes):
-    texts, labels = documents(6), np.array([0, 1, 1, 0, classes - 1])
+    texts = documents(6)
+    labels = np.array([0, 1, 1, 0, classes - 1])
     ratios = log_count_ratios(texts, labels, classes, ORDER, 1000)
     tokens, *places = packed(texts, 32)
     buckets, whole = (np.asarray(x[0]) for x in ngrams_in(tokens, *places, ORDER, 1000))
-    bucket_of = {tuple(tokens[0, t - n : t + 1].tolist()): buckets[t, n] for t, n in zip(*np.nonzero(whole))}
+    bucket_of = {
+        tuple(tokens[0, t - n : t + 1].tolist()): buckets[t, n] for t, n in zip(*np.nonzero(whole))
+    }
     counts = np.ones((classes, 1000))
     for text, label in zip(texts, labels):
         for bucket in {bucket_of[gram] for gram in grams_of(text)}:
@@ -126,17 +158,28 @@ def test_ratios_are_those_of_the_formula(classes):
 
 
 def test_ratios_are_counted_once_and_not_trained(tmp_path):
-    file, rng = tmp_path / "train.tsv", np.random.default_rng(0)
-    words = lambda *kinds: " ".join(rng.permutation([*kinds, *rng.choice(["the", "a", "film", "plot"], 5)]))
+    file = tmp_path / "train.tsv"
+    rng = np.random.default_rng(0)
+
+    def words(*kinds):
+        return " ".join(rng.permutation([*kinds, *rng.choice(["the", "a", "film", "plot"], 5)]))
+
     file.write_text("".join(f"{words('good')}\tyes\n{words('bad')}\tno\n" for _ in range(50)))
-    more = {"data__tokenizer": "words", "data__train": str(file), "train__ema": 0.9, "data__examples_per_row": 4}
+    more = {
+        "data__tokenizer": "words",
+        "data__train": str(file),
+        "train__ema": 0.9,
+        "data__examples_per_row": 4,
+    }
     c = bag(model__ngram_weights="log_count_ratio", model__num_labels=2, **more)
     state = fresh_state(c)
     assert (state.params["embed"]["ratio"] == 1).all()
     weighed = weigh_ngrams(jax.tree.map(jnp.copy, state.params), c)
     ratio = np.asarray(weighed["embed"]["ratio"])
-    assert ratio.max() > 1.5 and np.median(ratio) < 0.7
-    state, losses = state.replace(params=weighed), []
+    assert ratio.max() > 1.5
+    assert np.median(ratio) < 0.7
+    state = state.replace(params=weighed)
+    losses = []
     batches = train_batches(c)
     for k in range(10):
         state, metrics = one_step(c, state, batches[k])

@@ -17,12 +17,26 @@ from jaxlm.step.state import abstract_state
 
 VARIANTS = {
     "rope": {},
-    "learned": {"model__positions": "learned", "model__norm": "layer", "model__mlp": "gelu", "model__bias": True},
+    "learned": {
+        "model__positions": "learned",
+        "model__norm": "layer",
+        "model__mlp": "gelu",
+        "model__bias": True,
+    },
     "sinusoidal": {"model__positions": "sinusoidal", "model__mlp": "relu2"},
     "none": {"model__positions": "none", "model__tie_embeddings": False},
     "windows": {"model__layers": "SL", "model__window": 5, "model__qk_norm": True},
-    "softcaps": {"model__logit_softcap": 10.0, "model__attention_softcap": 5.0, "model__num_kv_heads": 1},
-    "unrolled": {"model__layers": "SSL", "model__window": 4, "model__num_layers": 4, "model__scan": False},
+    "softcaps": {
+        "model__logit_softcap": 10.0,
+        "model__attention_softcap": 5.0,
+        "model__num_kv_heads": 1,
+    },
+    "unrolled": {
+        "model__layers": "SSL",
+        "model__window": 4,
+        "model__num_layers": 4,
+        "model__scan": False,
+    },
     "remat": {"model__remat": "full"},
     "n-grams": {"model__embed_ngrams": 4, "model__buckets": 500},
     "2017": OF_2017,
@@ -33,7 +47,9 @@ VARIANTS = {
 def made(request):
     """(config, model, params, logits function) with parameters far from their small initial values."""
     c = small_config(**VARIANTS[request.param])
-    model, params, rng = build(c), fresh_state(c).params, np.random.default_rng(0)
+    model = build(c)
+    params = fresh_state(c).params
+    rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), params)
 
     @jax.jit
@@ -46,14 +62,19 @@ def made(request):
 
 def test_a_token_does_not_see_what_follows(made):
     _, model, params, _ = made
-    table, tokens = jnp.array(params["embed"]["tokens"]), jnp.arange(32)[None]  # every token its own row of the table
+    # every token its own row of the table
+    table = jnp.array(params["embed"]["tokens"])
+    tokens = jnp.arange(32)[None]
 
-    def logit_sum_at(x_TD, place):  # gradient of one position's output with respect to every input embedding
+    def logit_sum_at(
+        x_TD, place
+    ):  # gradient of one position's output with respect to every input embedding
         p = {**params, "embed": {**params["embed"], "tokens": table.at[tokens[0]].set(x_TD)}}
         return model.apply({"params": p}, tokens)[0][0, place].sum()
 
     grad = jax.jit(jax.grad(logit_sum_at))(table[:32], 10)
-    assert np.abs(grad[:11]).max() > 0 and np.all(grad[11:] == 0)
+    assert np.abs(grad[:11]).max() > 0
+    assert np.all(grad[11:] == 0)
 
 
 def test_packed_documents_are_as_if_alone(made):
@@ -69,7 +90,8 @@ def test_packed_documents_are_as_if_alone(made):
 
 def test_no_gradient_flows_between_packed_documents(made):
     _, model, params, _ = made
-    tokens, segments = jnp.arange(32)[None], jnp.repeat(jnp.arange(1, 3), 16)[None]
+    tokens = jnp.arange(32)[None]
+    segments = jnp.repeat(jnp.arange(1, 3), 16)[None]
     positions = jnp.tile(jnp.arange(16), 2)[None]
 
     def second_document(table):
@@ -77,7 +99,8 @@ def test_no_gradient_flows_between_packed_documents(made):
         return jnp.sin(model.apply({"params": p}, tokens, segments, positions)[0][0, 16:]).sum()
 
     grad = jax.jit(jax.grad(second_document))(params["embed"]["tokens"])
-    assert np.all(grad[:16] == 0) and np.all(np.abs(grad[16:32]).max(axis=1) > 0)
+    assert np.all(grad[:16] == 0)
+    assert np.all(np.abs(grad[16:32]).max(axis=1) > 0)
 
 
 def test_the_cache_changes_nothing(made):
@@ -86,7 +109,8 @@ def test_the_cache_changes_nothing(made):
 
     @jax.jit
     def cached(tokens):
-        cache, parts = model.init_cache(2, 40), []
+        cache = model.init_cache(2, 40)
+        parts = []
         for start, stop in ((0, 20), (20, 21), (21, 32)):
             x, cache = model.apply({"params": params}, tokens[:, start:stop], cache=cache)
             parts.append(logits_of(x, unembedding(params), c.model.logit_softcap))
@@ -105,9 +129,12 @@ def add_and_norm(x, y, p):
 
 def causal_attention(x, p):
     """x [T, D]; softmax(Q K^T / sqrt(H)) V of each head, by a loop over the heads."""
-    T, heads = len(x), []
+    T = len(x)
+    heads = []
     for n in range(p["query"]["kernel"].shape[1]):
-        q, k, v = (x @ p[name]["kernel"][:, n] + p[name]["bias"][n] for name in ("query", "key", "value"))
+        q, k, v = (
+            x @ p[name]["kernel"][:, n] + p[name]["bias"][n] for name in ("query", "key", "value")
+        )
         scores = np.where(np.tri(T, dtype=bool), q @ k.T / np.sqrt(q.shape[1]), -np.inf)
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         heads.append(weights / weights.sum(axis=1, keepdims=True) @ v @ p["out"]["kernel"][n])
@@ -117,24 +144,33 @@ def causal_attention(x, p):
 def test_post_norm_is_that_of_2017():
     """One layer against numpy in float64: scaled embeddings, sines and cosines, and LayerNorm(x + f(x)) twice."""
     c = small_config(**OF_2017, model__num_layers=1, model__num_kv_heads=4, model__scan=False)
-    rng, D, tokens = np.random.default_rng(0), 32, np.arange(3, 15)
-    params = jax.tree.map(lambda x: np.float32(x + 0.3 * rng.normal(size=x.shape)), fresh_state(c).params)
+    rng = np.random.default_rng(0)
+    D = 32
+    tokens = np.arange(3, 15)
+    params = jax.tree.map(
+        lambda x: np.float32(x + 0.3 * rng.normal(size=x.shape)), fresh_state(c).params
+    )
     found, _ = jax.jit(build(c).apply)({"params": params}, tokens[None])
 
     assert params.keys() == {"embed", "layers"}  # no norm at the end: the layer's own is the last
     p = jax.tree.map(np.float64, params["layers"]["block_0"])
     angles = np.arange(len(tokens))[:, None] / 10_000 ** (np.arange(0, D, 2) / D)
     x = np.float64(params["embed"]["tokens"])[tokens] * np.sqrt(D)
-    x += np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # the paper alternates them: the same, reordered
+    x += np.concatenate(
+        [np.sin(angles), np.cos(angles)], axis=1
+    )  # the paper alternates them: the same, reordered
     x = add_and_norm(x, causal_attention(x, p["attention"]), p["attention_norm"])
     hidden = np.maximum(x @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"], 0)
-    x = add_and_norm(x, hidden @ p["mlp"]["down"]["kernel"] + p["mlp"]["down"]["bias"], p["mlp_norm"])
+    x = add_and_norm(
+        x, hidden @ p["mlp"]["down"]["kernel"] + p["mlp"]["down"]["bias"], p["mlp_norm"]
+    )
     np.testing.assert_allclose(found[0], x, atol=2e-5)
 
 
 def test_a_window_hides_what_lies_further_back():
     c = small_config(model__layers="S", model__window=4, model__num_layers=1)
-    model, params = build(c), fresh_state(c).params
+    model = build(c)
+    params = fresh_state(c).params
     tokens = np.arange(32)[None]
 
     def last(table):
@@ -148,17 +184,23 @@ def test_a_window_hides_what_lies_further_back():
 def test_nothing_looks_further_back_than_the_context_length():
     """So that generating past it is the same function that was trained, at every length."""
     c = small_config(data__seq_len=8, model__num_layers=1)
-    model, params = build(c), fresh_state(c).params
+    model = build(c)
+    params = fresh_state(c).params
     hidden = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens)[0])
     long = np.random.default_rng(0).integers(0, 64, (1, 20))
-    x, y = hidden(params, long), hidden(params, long[:, 12:])
+    x = hidden(params, long)
+    y = hidden(params, long[:, 12:])
     np.testing.assert_allclose(x[:, -1], y[:, -1], atol=1e-5)
 
 
 def test_scan_and_unrolled_layers_are_one_model():
-    scanned, plain = (small_config(model__layers="SL", model__window=6, model__scan=s) for s in (True, False))
+    scanned, plain = (
+        small_config(model__layers="SL", model__window=6, model__scan=s) for s in (True, False)
+    )
     params = fresh_state(scanned).params
-    blocks = {f"block_{i}": jax.tree.map(lambda x: x[0], params["layers"][f"block_{i}"]) for i in range(2)}
+    blocks = {
+        f"block_{i}": jax.tree.map(lambda x: x[0], params["layers"][f"block_{i}"]) for i in range(2)
+    }
     tokens = np.random.default_rng(3).integers(0, 64, (2, 32))
     a, _ = jax.jit(build(scanned).apply)({"params": params}, tokens)
     b, _ = jax.jit(build(plain).apply)({"params": {**params, "layers": blocks}}, tokens)
@@ -166,22 +208,32 @@ def test_scan_and_unrolled_layers_are_one_model():
 
 
 def test_rounds_unrolled_in_the_scan_change_no_gradient():
-    tokens, grads = np.random.default_rng(3).integers(0, 64, (2, 32)), []
+    tokens = np.random.default_rng(3).integers(0, 64, (2, 32))
+    grads = []
     for unroll in (1, 2):
         c = small_config(model__num_layers=3, model__scan_unroll=unroll, model__remat="full")
-        f = lambda p, c=c: jnp.sin(build(c).apply({"params": p}, tokens)[0]).sum()
+
+        def f(p, c=c):
+            return jnp.sin(build(c).apply({"params": p}, tokens)[0]).sum()
+
         grads.append(jax.jit(jax.grad(f))(fresh_state(c).params))
     rounding = 1e-6 * max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads[0]))
     jax.tree.map(partial(np.testing.assert_allclose, atol=rounding), *grads)
 
 
 def test_remat_changes_no_gradient():
-    tokens, grads = np.random.default_rng(3).integers(0, 64, (2, 32)), []
+    tokens = np.random.default_rng(3).integers(0, 64, (2, 32))
+    grads = []
     for remat in ("none", "full", "dots", "attention"):
         c = small_config(model__remat=remat)
-        f = lambda p, c=c: jnp.sin(build(c).apply({"params": p}, tokens)[0]).sum()
+
+        def f(p, c=c):
+            return jnp.sin(build(c).apply({"params": p}, tokens)[0]).sum()
+
         grads.append(jax.jit(jax.grad(f))(fresh_state(c).params))
-    rounding = 1e-6 * max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads[0]))  # as much is off float64's
+    rounding = 1e-6 * max(
+        float(jnp.abs(x).max()) for x in jax.tree.leaves(grads[0])
+    )  # as much is off float64's
     for other in grads[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=rounding), grads[0], other)
 
@@ -190,7 +242,10 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     c = small_config(model__dtype="bfloat16")
     params = fresh_state(c).params
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    assert jax.eval_shape(build(c).apply, {"params": params}, np.zeros((1, 4), int))[0].dtype == jnp.bfloat16
+    assert (
+        jax.eval_shape(build(c).apply, {"params": params}, np.zeros((1, 4), int))[0].dtype
+        == jnp.bfloat16
+    )
 
 
 @pytest.mark.parametrize(
@@ -209,7 +264,9 @@ def test_published_parameter_counts(recipe, parameters):
 
 def test_flops_are_those_of_the_compiled_step():
     """6 N + 12 N H T against XLA's count of the forward and backward pass."""
-    c = small_config(model__embed_dim=256, model__mlp_dim=1024, model__scan=False, data__seq_len=128)
+    c = small_config(
+        model__embed_dim=256, model__mlp_dim=1024, model__scan=False, data__seq_len=128
+    )
     c.model.context_length = 128
     params = fresh_state(c).params
     tokens = jnp.zeros((1, 128), jnp.int32)
@@ -225,16 +282,31 @@ def test_flops_are_those_of_the_compiled_step():
 def test_golden_tree_of_llama_8b():
     """Names, shapes and logical axes that checkpoints and sharding rules rely on."""
     state, axes = abstract_state(configs.resolve(configs.load("configs/llama.py:8b")))
-    key = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+
+    def key(path):
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
     shapes = {key(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(state.params)}
     names = {key(path): tuple(leaf) for path, leaf in jax.tree.leaves_with_path(axes.params)}
     assert {path: (shapes[path], names[path]) for path in shapes} == {
         "embed/tokens": ((128256, 4096), ("vocab", "embed")),
         "final_norm/scale": ((4096,), ("norm",)),
-        "layers/block_0/attention/key/kernel": ((32, 4096, 8, 128), ("layers", "embed", "kv_heads", "head_dim")),
-        "layers/block_0/attention/out/kernel": ((32, 32, 128, 4096), ("layers", "heads", "head_dim", "embed")),
-        "layers/block_0/attention/query/kernel": ((32, 4096, 32, 128), ("layers", "embed", "heads", "head_dim")),
-        "layers/block_0/attention/value/kernel": ((32, 4096, 8, 128), ("layers", "embed", "kv_heads", "head_dim")),
+        "layers/block_0/attention/key/kernel": (
+            (32, 4096, 8, 128),
+            ("layers", "embed", "kv_heads", "head_dim"),
+        ),
+        "layers/block_0/attention/out/kernel": (
+            (32, 32, 128, 4096),
+            ("layers", "heads", "head_dim", "embed"),
+        ),
+        "layers/block_0/attention/query/kernel": (
+            (32, 4096, 32, 128),
+            ("layers", "embed", "heads", "head_dim"),
+        ),
+        "layers/block_0/attention/value/kernel": (
+            (32, 4096, 8, 128),
+            ("layers", "embed", "kv_heads", "head_dim"),
+        ),
         "layers/block_0/attention_norm/scale": ((32, 4096), ("layers", "norm")),
         "layers/block_0/mlp/down/kernel": ((32, 14336, 4096), ("layers", "mlp", "embed")),
         "layers/block_0/mlp/gate/kernel": ((32, 4096, 14336), ("layers", "embed", "mlp")),

@@ -16,7 +16,10 @@ from jaxlm.kernels.grouped_matmul import GROUPED_MATMUL, grouped_matmul
 from jaxlm.models.layers import ACTIVATIONS
 from jaxlm.models.moe import SCORES, MoE, capacity, update_bias
 
-B, T, D, E = 8, 16, 16, 8
+B = 8
+T = 16
+D = 16
+E = 8
 VARIANTS = {
     "softmax": {"router": "softmax"},
     "sigmoid": {"router": "sigmoid", "experts_per_token": 3, "shared_experts": 2},
@@ -33,7 +36,9 @@ MESHES = {
 
 def model_config(**overrides):
     settings = {"embed_dim": D, "num_experts": E, "expert_dim": 12, "num_layers": 1} | overrides
-    return FrozenConfigDict(small_config(**{f"model__{key}": value for key, value in settings.items()})).model
+    return FrozenConfigDict(
+        small_config(**{f"model__{key}": value for key, value in settings.items()})
+    ).model
 
 
 def make(**overrides):
@@ -66,7 +71,9 @@ def dense(c, params, x_BTD, kept_BTE):
         h = ACTIVATIONS[c.mlp](x_BTD @ (up if gate is None else gate))
         return (h if gate is None else h * (x_BTD @ up)) @ down
 
-    y = jnp.einsum("EBTD,BTE->BTD", jax.vmap(lambda k: mlp(**k))(params["experts"]), weights_BTE * kept_BTE)
+    y = jnp.einsum(
+        "EBTD,BTE->BTD", jax.vmap(lambda k: mlp(**k))(params["experts"]), weights_BTE * kept_BTE
+    )
     if c.shared_experts:
         y += mlp(**{name: leaf["kernel"] for name, leaf in params["shared"].items()})
     return y
@@ -75,7 +82,9 @@ def dense(c, params, x_BTD, kept_BTE):
 def first_come(c, params, x_BTD, segments_BT):
     """bool [B, T, E]: the assignments that find room, counted one by one; and how many do not."""
     _, ids_BTX = chosen(c, params, x_BTD)
-    kept, dropped, room = np.zeros((B, T, E), bool), 0, capacity(c, T)
+    kept = np.zeros((B, T, E), bool)
+    dropped = 0
+    room = capacity(c, T)
     for b in range(B):
         count = np.zeros(E, int)
         for t in range(T):
@@ -87,14 +96,21 @@ def first_come(c, params, x_BTD, segments_BT):
 
 
 def close(a, b, tolerance=1e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance), a, b)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance), a, b
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_only_the_chosen_run_and_it_is_as_if_all_did(variant):
     c, model, params, x, segments = make(**VARIANTS[variant])
     kept = (segments != 0)[..., None]
-    f = lambda run: jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(run(p, x))), (0, 1)))(params, x)
+
+    def f(run):
+        return jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(run(p, x))), (0, 1)))(
+            params, x
+        )
+
     found = f(lambda p, x: model.apply({"params": p}, x, segments)[0])
     close(found, f(lambda p, x: dense(c, p, x, kept)))
     assert np.abs(found[1][0]["router"]["kernel"]).max() > 1e-3
@@ -134,12 +150,16 @@ def objective(model, segments, params, x):
 
 def everything(model, segments, params, x):
     """(loss, output, aux, gradients)."""
-    return jax.jit(jax.value_and_grad(partial(objective, model, segments), (0, 1), has_aux=True))(params, x)
+    return jax.jit(jax.value_and_grad(partial(objective, model, segments), (0, 1), has_aux=True))(
+        params, x
+    )
 
 
 @pytest.fixture(scope="module", params=[0.0, 0.75], ids=["dropless", "slots"])
 def made(request):
-    _, model, params, x, segments = make(router="sigmoid", shared_experts=1, capacity_factor=request.param)
+    _, model, params, x, segments = make(
+        router="sigmoid", shared_experts=1, capacity_factor=request.param
+    )
     return model, params, x, segments, everything(model, segments, params, x)
 
 
@@ -166,7 +186,8 @@ def test_every_mesh_gives_the_same(made, mesh):
 )
 def test_sizes_that_do_not_divide(made, sizes, rows, length):
     model, params, x, segments, _ = made
-    x, segments = x[:rows, :length], segments[:rows, :length]
+    x = x[:rows, :length]
+    segments = segments[:rows, :length]
     expected = everything(model, segments, params, x)
     with jax.set_mesh(mesh_of(**sizes)):
         close(everything(model, segments, params, x), expected, 1e-4)
@@ -182,8 +203,11 @@ def test_more_devices_than_divide_the_experts():
 def test_stages_of_scanned_rematerialized_layers(made):
     """As a pipeline runs them: vmapped over stages, each on its own devices."""
     model, params, x, segments, _ = made
-    layers = jax.tree.map(lambda p: jnp.stack([p, p[::-1]])[:, None], params)  # two stages of one layer
-    xs, many = jnp.stack([x, x[::-1]]), jnp.stack([segments, segments[::-1]])
+    layers = jax.tree.map(
+        lambda p: jnp.stack([p, p[::-1]])[:, None], params
+    )  # two stages of one layer
+    xs = jnp.stack([x, x[::-1]])
+    many = jnp.stack([segments, segments[::-1]])
 
     def stage(layers, x, segments):
         body = jax.checkpoint(lambda x, p: model.apply({"params": p}, x, segments))
@@ -194,7 +218,9 @@ def test_stages_of_scanned_rematerialized_layers(made):
         loss, aux = jax.vmap(stage, spmd_axis_name="stage")(layers, xs, many)
         return jnp.sum(loss), aux
 
-    run = lambda: jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(layers, xs)
+    def run():
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(layers, xs)
+
     expected = run()
     with jax.set_mesh(mesh_of(stage=2, expert=2, data=2)):
         close(run(), expected, 1e-4)
@@ -213,11 +239,20 @@ def test_what_is_sent(factor, sizes, expected):
     """Besides the router's weight where it is sharded; nothing over axes of one device."""
     _, model, params, x, segments = make(capacity_factor=factor)
     with jax.set_mesh(mesh_of(**sizes)):
-        text = jax.jit(lambda p, x: model.apply({"params": p}, x, segments)[0]).lower(params, x).as_text()
-    found = {
-        name: len(re.findall(rf'"stablehlo\.{name}"', text))
-        for name in ("all_gather", "all_to_all", "reduce_scatter", "all_reduce", "collective_permute")
-    }
+        text = (
+            jax.jit(lambda p, x: model.apply({"params": p}, x, segments)[0])
+            .lower(params, x)
+            .as_text()
+        )
+    found = {}
+    for name in (
+        "all_gather",
+        "all_to_all",
+        "reduce_scatter",
+        "all_reduce",
+        "collective_permute",
+    ):
+        found[name] = len(re.findall(rf'"stablehlo\.{name}"', text))
     found["all_gather"] -= "expert" in sizes  # the router's kernel
     assert {name: count for name, count in found.items() if count} == expected
 
@@ -239,8 +274,14 @@ def test_rows_add_up():
     """So that microbatches, hosts and devices give what the whole batch gives."""
     _, model, params, x, segments = make(capacity_factor=0.75)
     run = jax.jit(partial(model.apply, {"params": params}))
-    total = lambda rows: jax.tree.map(jnp.sum, run(x[rows], segments[rows])[1])
-    close(total(slice(None)), jax.tree.map(jnp.add, total(slice(0, None, 2)), total(slice(1, None, 2))))
+
+    def total(rows):
+        return jax.tree.map(jnp.sum, run(x[rows], segments[rows])[1])
+
+    close(
+        total(slice(None)),
+        jax.tree.map(jnp.add, total(slice(0, None, 2)), total(slice(1, None, 2))),
+    )
 
 
 def test_the_balance_loss_of_an_even_spread_is_one():
@@ -250,11 +291,14 @@ def test_the_balance_loss_of_an_even_spread_is_one():
 
 def test_the_router_computes_in_float32():
     _, model, params, x, segments = make(dtype="bfloat16", param_dtype="bfloat16")
-    assert params["router"]["kernel"].dtype == jnp.float32 and params["experts"]["up"].dtype == jnp.bfloat16
+    assert params["router"]["kernel"].dtype == jnp.float32
+    assert params["experts"]["up"].dtype == jnp.bfloat16
     x = x.astype(jnp.bfloat16)
     y, aux = jax.jit(partial(model.apply, {"params": params}))(x, segments)
     exact = MoE(model_config(dtype="float32"), True)
-    _, aux_exact = jax.jit(partial(exact.apply, {"params": params}))(x.astype(jnp.float32), segments)
+    _, aux_exact = jax.jit(partial(exact.apply, {"params": params}))(
+        x.astype(jnp.float32), segments
+    )
     assert y.dtype == jnp.bfloat16
     close(aux, aux_exact, 0)
 
@@ -273,10 +317,13 @@ def test_the_load_is_spread(kind):
     c, model, params, _, _ = make(**settings)
     params["router"] = jax.tree.map(jnp.zeros_like, params["router"])
     params["router"]["kernel"] = params["router"]["kernel"].at[0].set(jnp.linspace(-1, 1, E))
-    teacher, adam = jax.random.normal(jax.random.key(5), (D, D)) / 4, optax.adam(1e-2)
+    teacher = jax.random.normal(jax.random.key(5), (D, D)) / 4
+    adam = optax.adam(1e-2)
 
     def batch(key):
-        x_BTD = jax.random.normal(key, (B, T, D)).at[..., 0].set(2.0)  # the feature by which the router prefers
+        x_BTD = (
+            jax.random.normal(key, (B, T, D)).at[..., 0].set(2.0)
+        )  # the feature by which the router prefers
         return x_BTD, jnp.tanh(x_BTD @ teacher)
 
     def step(carry, key):
@@ -297,23 +344,39 @@ def test_the_load_is_spread(kind):
 
     run = jax.jit(lambda carry: jax.lax.scan(step, carry, jax.random.split(jax.random.key(6), 200)))
     _, (errors, uneven) = run((params, adam.init(params)))
-    before, after = float(uneven[0]), float(jnp.mean(uneven[-20:]))
-    print(f"{kind}: max / mean load {before:.2f} -> {after:.2f}, error {errors[0]:.3f} -> {errors[-20:].mean():.3f}")
-    assert before == 4 and (after < 2) == spreads
+    before = float(uneven[0])
+    after = float(jnp.mean(uneven[-20:]))
+    print(
+        f"{kind}: max / mean load {before:.2f} -> {after:.2f}, error {errors[0]:.3f} -> {errors[-20:].mean():.3f}"
+    )
+    assert before == 4
+    assert (after < 2) == spreads
 
 
 def test_the_bias_follows_the_load_in_every_layer():
     load_LE = jnp.array([[9.0, 1, 2], [4, 4, 4]])
-    np.testing.assert_allclose(update_bias(jnp.ones((2, 3)), load_LE, 0.5), [[0.5, 1.5, 1.5], [1, 1, 1]])
+    np.testing.assert_allclose(
+        update_bias(jnp.ones((2, 3)), load_LE, 0.5), [[0.5, 1.5, 1.5], [1, 1, 1]]
+    )
 
 
 @pytest.mark.parametrize("implementation", GROUPED_MATMUL)
 def test_grouped_matmul(implementation):
     """Each row with its group's matrix; an empty group, rows after the last."""
-    rows, kernel = jax.random.normal(jax.random.key(0), (9, 5)), jax.random.normal(jax.random.key(1), (3, 5, 4))
-    sizes, group = jnp.array([3, 0, 4]), np.array([0, 0, 0, 2, 2, 2, 2, 1, 1])
-    plain = lambda rows, kernel: jnp.einsum("MD,MDF->MF", rows, kernel[group]) * (np.arange(9) < 7)[:, None]
-    grouped = lambda rows, kernel: grouped_matmul(rows, kernel, sizes, implementation=implementation)
+    rows = jax.random.normal(jax.random.key(0), (9, 5))
+    kernel = jax.random.normal(jax.random.key(1), (3, 5, 4))
+    sizes = jnp.array([3, 0, 4])
+    group = np.array([0, 0, 0, 2, 2, 2, 2, 1, 1])
+
+    def plain(rows, kernel):
+        return jnp.einsum("MD,MDF->MF", rows, kernel[group]) * (np.arange(9) < 7)[:, None]
+
+    def grouped(rows, kernel):
+        return grouped_matmul(rows, kernel, sizes, implementation=implementation)
+
     close(grouped(rows, kernel), plain(rows, kernel))
-    grads = (jax.grad(lambda r, k, f=f: jnp.sum(jnp.sin(f(r, k))), (0, 1))(rows, kernel) for f in (grouped, plain))
+    grads = (
+        jax.grad(lambda r, k, f=f: jnp.sum(jnp.sin(f(r, k))), (0, 1))(rows, kernel)
+        for f in (grouped, plain)
+    )
     close(*grads)

@@ -9,7 +9,15 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from jaxlm.errors import DataError
-from jaxlm.models.ngram import NGram, discounts, find_contexts, fit, log_probs, sizes, target_log_probs
+from jaxlm.models.ngram import (
+    NGram,
+    discounts,
+    find_contexts,
+    fit,
+    log_probs,
+    sizes,
+    target_log_probs,
+)
 
 V = 9
 
@@ -39,7 +47,8 @@ TEXTS = {
 
 def reference_counts(documents, order, bos):
     """{n-gram: a}, for every k <= order."""
-    occurs, before = {}, {}
+    occurs = {}
+    before = {}
     for document in (tuple(d.tolist()) for d in documents):
         for k in range(1, order + 1):
             for i in range(len(document) - k + 1):
@@ -47,7 +56,10 @@ def reference_counts(documents, order, bos):
                 if k > 1 or i > 0 or bos is None:
                     occurs[gram] = occurs.get(gram, 0) + 1
                 before.setdefault(gram, set()).update(document[i - 1 : i])
-    begins = lambda g: len(g) > 1 and g[0] == bos
+
+    def begins(g):
+        return len(g) > 1 and g[0] == bos
+
     return {g: occurs.get(g, 0) if len(g) == order or begins(g) else len(before[g]) for g in before}
 
 
@@ -95,7 +107,9 @@ def apply(module, params, *inputs, **options):
 def rows():
     """Rows of text as it was seen and, half of the way, of any tokens."""
     seen = np.concatenate(random_documents(1, bos=7, eos=8))[:120].reshape(4, 30)
-    return jnp.array(np.where(np.arange(30) < 15, seen, np.random.default_rng(5).integers(V, size=(4, 30))))
+    return jnp.array(
+        np.where(np.arange(30) < 15, seen, np.random.default_rng(5).integers(V, size=(4, 30)))
+    )
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
@@ -111,8 +125,11 @@ def model(request):
 @pytest.mark.parametrize("name", TEXTS)
 def test_probabilities_are_those_of_the_formulas(name, order, discount, rows):
     documents, bos = TEXTS[name]
-    params, p = fit(documents, order, V, bos, discount), reference(documents, order, bos, discount)
-    tokens = np.stack([np.resize(documents[-1], 20), *rows[:2, 5:25]])  # as it was seen, and of any tokens
+    params = fit(documents, order, V, bos, discount)
+    p = reference(documents, order, bos, discount)
+    tokens = np.stack(
+        [np.resize(documents[-1], 20), *rows[:2, 5:25]]
+    )  # as it was seen, and of any tokens
     for row, line in zip(np.exp(log_probs_at(params, tokens)), tokens.tolist()):
         for t in range(len(line)):
             context = tuple(line[max(0, t + 2 - order) : t + 1]) if order > 1 else ()
@@ -122,13 +139,20 @@ def test_probabilities_are_those_of_the_formulas(name, order, discount, rows):
 def test_both_estimates_of_discounts_and_the_fallback_are_used():
     counts = np.repeat([0, 1, 2, 3, 4, 7], [9, 40, 10, 5, 2, 1])
     Y = 40 / 60
-    np.testing.assert_allclose(discounts(counts), [0, 1 - 2 * Y / 4, 2 - 3 * Y / 2, 3 - 4 * Y * 2 / 5])
-    np.testing.assert_allclose(discounts(np.repeat([1, 2, 3], [10, 3, 9])), [0, *[10 / 16] * 3])  # D(2) < 0
+    np.testing.assert_allclose(
+        discounts(counts), [0, 1 - 2 * Y / 4, 2 - 3 * Y / 2, 3 - 4 * Y * 2 / 5]
+    )
+    np.testing.assert_allclose(
+        discounts(np.repeat([1, 2, 3], [10, 3, 9])), [0, *[10 / 16] * 3]
+    )  # D(2) < 0
     for none in ([0, 0], [1, 1], [2, 3], [5, 9]):
         np.testing.assert_allclose(discounts(np.array(none)), [0, 0.75, 0.75, 0.75])
     a = reference_counts(*TEXTS["large"][:1], 4, 7)
-    estimates = [discounts(np.array([x for g, x in a.items() if len(g) == k])) for k in (1, 2, 3, 4)]
-    assert any(len(set(e)) == 4 for e in estimates) and any(len(set(e)) == 2 for e in estimates)
+    estimates = []
+    for k in (1, 2, 3, 4):
+        estimates.append(discounts(np.array([x for g, x in a.items() if len(g) == k])))
+    assert any(len(set(e)) == 4 for e in estimates)
+    assert any(len(set(e)) == 2 for e in estimates)
 
 
 def test_probabilities_are_positive_and_sum_to_1(model, rows):
@@ -145,11 +169,14 @@ def test_targets_are_gathered_log_probs(model, rows):
 
 
 def test_packed_documents_are_as_if_alone(model, rows):
-    lengths, T = (9, 1, 13, 7), rows.shape[1]
+    lengths = (9, 1, 13, 7)
+    T = rows.shape[1]
     segments = np.broadcast_to(np.repeat([1, 2, 3, 4], lengths), rows.shape)
     positions = np.broadcast_to(np.concatenate([np.arange(n) for n in lengths]), rows.shape)
     alone = []
-    for end, n in zip(np.cumsum(lengths), lengths):  # at the front of a row, as what follows is not seen
+    for end, n in zip(
+        np.cumsum(lengths), lengths
+    ):  # at the front of a row, as what follows is not seen
         alone.append(apply(*model, jnp.roll(rows, n - end, axis=1))[0][:, :n])
     alone = np.concatenate(alone, axis=1)
     for inputs in ((segments, positions), (segments, None), (None, positions)):
@@ -162,12 +189,14 @@ def test_packed_documents_are_as_if_alone(model, rows):
 def test_cached_is_uncached(model, rows):
     """A prompt at the right end of its row, one piece more, then token by token."""
     full = apply(*model, rows)[0]
-    lengths, P = np.array([6, 1, 4, 3]), 6
+    lengths = np.array([6, 1, 4, 3])
+    P = 6
     offset = np.arange(P) - (P - lengths)[:, None]
     prompts = np.where(offset >= 0, np.take_along_axis(rows, np.maximum(offset, 0), axis=1), 3)
     for given in (True, False):  # positions too
         cache = model[0].init_cache(4, 64)
-        segments, positions = (offset >= 0).astype(int), np.maximum(offset, 0)
+        segments = (offset >= 0).astype(int)
+        positions = np.maximum(offset, 0)
         got, cache = apply(*model, prompts, segments, positions if given else None, cache=cache)
         for row, n in enumerate(lengths):
             np.testing.assert_array_equal(got[row, P - n :], full[row, :n])
@@ -175,7 +204,9 @@ def test_cached_is_uncached(model, rows):
         for size in (3, 1, 1, 1, 1):
             places = done[:, None] + np.arange(size)
             options = (np.ones_like(places), places) if given else ()
-            got, cache = apply(*model, np.take_along_axis(rows, places, axis=1), *options, cache=cache)
+            got, cache = apply(
+                *model, np.take_along_axis(rows, places, axis=1), *options, cache=cache
+            )
             np.testing.assert_array_equal(got, np.take_along_axis(full, places[..., None], axis=1))
             done = done + size
 
@@ -189,7 +220,8 @@ def test_it_prefers_what_it_has_seen():
 def test_counts_do_not_cross_documents():
     documents, _ = TEXTS["no bos"]
     for order in (2, 4):
-        one, two = fit(documents, order, V), fit(documents[::-1], order, V)
+        one = fit(documents, order, V)
+        two = fit(documents[::-1], order, V)
         assert one.keys() == two.keys()
         for name in one:
             np.testing.assert_array_equal(one[name], two[name], err_msg=name)

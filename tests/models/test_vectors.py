@@ -27,12 +27,15 @@ from jaxlm.models.vectors import word_vectors
 from jaxlm.step.losses import loss_of
 from jaxlm.step.state import init_state, jit_train_step
 
-CLASSES, MEMBERS = 10, 20
+CLASSES = 10
+MEMBERS = 20
 
 
 def prepared(path, documents, tokenizer="words", **options):
     path.mkdir()
-    (path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    (path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    )
     prepare([str(path / "text.jsonl")], path / "tokens", tokenizer=tokenizer, workers=1, **options)
     return path / "tokens"
 
@@ -60,20 +63,29 @@ def by_hand(store, window):
     return found
 
 
-@pytest.mark.parametrize("tokenizer", ["words", "bytes"])  # bytes: documents end with a token that is no word
-@pytest.mark.parametrize(("window", "block", "held"), [(1, 7, 1000), (4, 1000, 1000), (4, 30, 40), (20, 50, 64)])
+@pytest.mark.parametrize(
+    "tokenizer", ["words", "bytes"]
+)  # bytes: documents end with a token that is no word
+@pytest.mark.parametrize(
+    ("window", "block", "held"), [(1, 7, 1000), (4, 1000, 1000), (4, 30, 40), (20, 50, 64)]
+)
 def test_counts_are_those_of_brute_force_in_any_blocks(tmp_path, tokenizer, window, block, held):
     """Also where they don't fit into memory and go through files."""
-    store = Store(prepared(tmp_path / "data", random_documents(window), tokenizer, vocab_size=None), "train")
+    store = Store(
+        prepared(tmp_path / "data", random_documents(window), tokenizer, vocab_size=None), "train"
+    )
     parts = list(pairs.count_pairs(store, window, tmp_path, block, held))
     keys = np.concatenate([part[0] for part in parts])
     counts = np.concatenate([part[1] for part in parts])
     assert (np.diff(keys) > 0).all()
     want = by_hand(store, window)
-    got = {divmod(int(key), store.vocab_size): count for key, count in zip(keys, counts, strict=True)}
+    got = {
+        divmod(int(key), store.vocab_size): count for key, count in zip(keys, counts, strict=True)
+    }
     assert got.keys() == want.keys()
     for pair, count in want.items():
-        assert got[pair] == pytest.approx(count) and got[pair] == pytest.approx(got[pair[::-1]])
+        assert got[pair] == pytest.approx(count)
+        assert got[pair] == pytest.approx(got[pair[::-1]])
     spilled = bool(list(tmp_path.glob("keys-*.npy")))
     assert spilled == (len(parts) > 1) == (held < 1000)
 
@@ -134,7 +146,10 @@ def test_damaged_counts_are_told_and_overwriting_the_data_drops_them(tmp_path):
 def drawn_loss(name, batch, biases=False, **settings):
     """(sums, parameters) of a loss of given vectors."""
     rng = np.random.default_rng(0)
-    B, T, D, V = 3, 10, 4, 7
+    B = 3
+    T = 10
+    D = 4
+    V = 7
     params = {
         "x": rng.normal(size=(B, T, D)),
         "embed": {"tokens": rng.normal(size=(V, D)), "bias": rng.normal(size=V)},
@@ -165,7 +180,9 @@ def test_the_loss_of_glove_is_its_formula():
     total = 0.0
     for b in range(3):
         for t in range(10):
-            i, j, x = batch["tokens"][b, t], batch["targets"][b, t], float(batch["counts"][b, t])
+            i = batch["tokens"][b, t]
+            j = batch["targets"][b, t]
+            x = float(batch["counts"][b, t])
             f = (x / 10) ** 0.75 if x < 10 else 1.0
             score = p["x"][b, t] @ p["unembed"][j] + p["embed"]["bias"][i] + p["unembed_bias"][j]
             total += batch["weights"][b, t] * f * (score - np.log(x)) ** 2
@@ -178,11 +195,15 @@ def test_the_loss_of_negatives_is_its_formula():
     batch["negatives"] = np.random.default_rng(3).integers(0, 7, (3, 4, 10))
     assert (batch["negatives"] == batch["targets"][:, None]).any()  # these do not count
     sums, p = drawn_loss("skipgram", batch, task__negatives=4)
-    nats = lambda z: np.log1p(np.exp(-z))
+
+    def nats(z):
+        return np.log1p(np.exp(-z))
+
     total = 0.0
     for b in range(3):
         for t in range(10):
-            own, j = p["x"][b, t], batch["targets"][b, t]
+            own = p["x"][b, t]
+            j = batch["targets"][b, t]
             drawn = [n for n in batch["negatives"][b, :, t] if n != j]
             loss = nats(own @ p["unembed"][j]) + sum(nats(-own @ p["unembed"][n]) for n in drawn)
             total += batch["weights"][b, t] * loss
@@ -193,12 +214,16 @@ def test_negatives_are_drawn_by_their_counts_and_common_words_passed_over():
     shares = np.array([0.5, 0.3, 0.2, 0.0])
     vocab = Vocabulary(None, "skipgram", shares)
     ids = np.repeat(np.arange(3), 100).astype(np.int32)
-    drawn, shown = np.zeros(4), np.zeros(3)
-    c = small_config(task__name="skipgram", model__name="vectors", task__negatives=5, task__subsample=0.05)
+    drawn = np.zeros(4)
+    shown = np.zeros(3)
+    c = small_config(
+        task__name="skipgram", model__name="vectors", task__negatives=5, task__subsample=0.05
+    )
     for seed in range(100):
         rng = np.random.default_rng(seed)
         piece = TOKENS["skipgram"](rng.permutation(ids), None, rng, c.task, vocab)
-        assert piece["negatives"].shape == (5, 300) and len(piece["tokens"]) == 300
+        assert piece["negatives"].shape == (5, 300)
+        assert len(piece["tokens"]) == 300
         drawn += np.bincount(piece["negatives"].ravel(), minlength=4)
         shown += np.bincount(piece["tokens"], minlength=3)
     np.testing.assert_allclose(drawn / drawn.sum(), shares**0.75 / (shares**0.75).sum(), atol=0.01)
@@ -211,7 +236,12 @@ def test_a_run_without_the_new_keys_has_the_old_fingerprint(tmp_path):
     data = prepared(tmp_path / "data", random_documents(0))
     plain = small_config(task__name="skipgram", data__path=str(data))
     assert not {"negatives", "subsample"} & fingerprint(plain).keys()
-    assert fingerprint(small_config(task__name="skipgram", data__path=str(data), task__negatives=3))["negatives"] == 3
+    assert (
+        fingerprint(small_config(task__name="skipgram", data__path=str(data), task__negatives=3))[
+            "negatives"
+        ]
+        == 3
+    )
 
 
 # ---------------------------------------------------------------- planted classes
@@ -243,8 +273,10 @@ def trained(planted, variant, steps):
         configs.set_key(c, key, value)
     vocab_size = Store(planted, "train").vocab_size
     assert not check(c, 1, vocab_size)
-    c, mesh = configs.resolve(c, vocab_size), mesh_of(1)
-    step, batches = jit_train_step(c, mesh), train_batches(c)
+    c = configs.resolve(c, vocab_size)
+    mesh = mesh_of(1)
+    step = jit_train_step(c, mesh)
+    batches = train_batches(c)
     with jax.set_mesh(mesh):
         state = init_state(c, mesh)
         for k in range(steps):
@@ -285,7 +317,9 @@ WORDS = "man woman king queen boy girl prince princess table chair".split()
 def parallelograms():
     """Vectors that are the sum of a sex and a kind; the last two of neither."""
     rng = np.random.default_rng(0)
-    sex, kinds, others = rng.normal(size=(2, 16)), rng.normal(size=(4, 16)), rng.normal(size=(2, 16))
+    sex = rng.normal(size=(2, 16))
+    kinds = rng.normal(size=(4, 16))
+    others = rng.normal(size=(2, 16))
     return asked(WORDS, [sex[n % 2] + kinds[n // 2] for n in range(8)] + list(others))
 
 
@@ -302,21 +336,30 @@ def test_what_is_asked_is_no_answer_and_similarities_fall(parallelograms):
     near = parallelograms.neighbors("king", 100)
     assert {word for word, _ in near} == {*WORDS} - {"king"}  # nor the unknown word
     similar = [value for _, value in near]
-    assert similar == sorted(similar, reverse=True) and -1 <= similar[-1] <= similar[0] <= 1
+    assert similar == sorted(similar, reverse=True)
+    assert -1 <= similar[-1] <= similar[0] <= 1
     assert len(parallelograms.neighbors("king", 3)) == 3
-    assert not {"man", "king", "woman"} & {word for word, _ in parallelograms.analogy("man", "king", "woman", 100)}
+    assert not {"man", "king", "woman"} & {
+        word for word, _ in parallelograms.analogy("man", "king", "woman", 100)
+    }
 
 
 @pytest.mark.parametrize(
     ("ask", "said"),
     [
-        (lambda lm: lm.neighbors("kign"), "lm.neighbors: 'kign' is not in the vocabulary; did you mean king?"),
+        (
+            lambda lm: lm.neighbors("kign"),
+            "lm.neighbors: 'kign' is not in the vocabulary; did you mean king?",
+        ),
         (lambda lm: lm.neighbors("King"), "did you mean king?"),
         (lambda lm: lm.neighbors("zzzz"), "lm.neighbors: 'zzzz' is not in the vocabulary$"),
         (lambda lm: lm.neighbors("king xyzzy"), "'xyzzy' is not in the vocabulary$"),
         (lambda lm: lm.neighbors(""), "lm.neighbors: word='': must be a text that is not empty"),
         (lambda lm: lm.neighbors("  "), "must be a text that is not empty"),
-        (lambda lm: lm.analogy("man", "qeen", "woman"), "lm.analogy: 'qeen' is not .* did you mean queen?"),
+        (
+            lambda lm: lm.analogy("man", "qeen", "woman"),
+            "lm.analogy: 'qeen' is not .* did you mean queen?",
+        ),
     ],
 )
 def test_a_word_that_is_not_known_is_named_with_the_nearest(parallelograms, ask, said):
@@ -340,13 +383,21 @@ def test_arguments_that_are_no_words_are_refused_by_name(parallelograms, ask, sa
 def test_several_words_are_their_mean_and_that_is_said(parallelograms, caplog):
     near = parallelograms.neighbors("king queen")
     assert not {"king", "queen"} & {word for word, _ in near}
-    assert "'king queen' is 2 tokens ('king', 'queen'): the mean of their vectors is taken" in caplog.text
+    assert (
+        "'king queen' is 2 tokens ('king', 'queen'): the mean of their vectors is taken"
+        in caplog.text
+    )
 
 
 def test_of_glove_both_vectors_of_a_word_are_added():
-    params = {"embed": {"tokens": np.ones((3, 2)), "bias": np.ones(3)}, "unembed": np.full((3, 2), 2.0)}
+    params = {
+        "embed": {"tokens": np.ones((3, 2)), "bias": np.ones(3)},
+        "unembed": np.full((3, 2), 2.0),
+    }
     np.testing.assert_array_equal(word_vectors(params), np.ones((3, 2)))
-    np.testing.assert_array_equal(word_vectors(params | {"unembed_bias": np.ones(3)}), np.full((3, 2), 3.0))
+    np.testing.assert_array_equal(
+        word_vectors(params | {"unembed_bias": np.ones(3)}), np.full((3, 2), 3.0)
+    )
 
 
 def test_ids_beyond_the_tokenizer_are_no_neighbours():
@@ -363,19 +414,45 @@ def test_ids_beyond_the_tokenizer_are_no_neighbours():
     ("settings", "said"),
     [
         ({"task.name": "glove"}, "model.name=decoder: task glove needs vectors"),
-        ({"task.name": "glove", "model.name": "vectors", "data.mixture": "a=1,b=1"}, "data.mixture: task glove counts"),
-        ({"task.name": "glove", "model.name": "vectors", "train.z_loss": 0.1}, "train.z_loss=0.1: is of a softmax"),
-        ({"task.name": "glove", "model.name": "vectors", "task.negatives": 5}, "task.negatives=5: task glove does not"),
-        ({"task.name": "skipgram", "task.negatives": 5}, "model.name=decoder: config.task.negatives=5 needs two"),
-        ({"task.name": "skipgram", "task.negatives": -1}, "task.negatives=-1: must not be negative"),
-        ({"task.name": "skipgram", "task.subsample": 1.0}, r"task.subsample=1.0: must be in \[0, 1\)"),
         (
-            {"task.name": "skipgram", "model.name": "vectors", "task.negatives": 5, "task.label_smoothing": 0.1},
+            {"task.name": "glove", "model.name": "vectors", "data.mixture": "a=1,b=1"},
+            "data.mixture: task glove counts",
+        ),
+        (
+            {"task.name": "glove", "model.name": "vectors", "train.z_loss": 0.1},
+            "train.z_loss=0.1: is of a softmax",
+        ),
+        (
+            {"task.name": "glove", "model.name": "vectors", "task.negatives": 5},
+            "task.negatives=5: task glove does not",
+        ),
+        (
+            {"task.name": "skipgram", "task.negatives": 5},
+            "model.name=decoder: config.task.negatives=5 needs two",
+        ),
+        (
+            {"task.name": "skipgram", "task.negatives": -1},
+            "task.negatives=-1: must not be negative",
+        ),
+        (
+            {"task.name": "skipgram", "task.subsample": 1.0},
+            r"task.subsample=1.0: must be in \[0, 1\)",
+        ),
+        (
+            {
+                "task.name": "skipgram",
+                "model.name": "vectors",
+                "task.negatives": 5,
+                "task.label_smoothing": 0.1,
+            },
             "task.label_smoothing=0.1: is of a softmax",
         ),
         ({"model.name": "vectors"}, "model.name=vectors: task lm needs"),
         ({"task.negatives": 5}, "task.negatives=5: task lm does not follow it"),
-        ({"task.name": "skipgram", "model.name": "vectors", "mesh.sequence": 2}, "no sequence or stage axis"),
+        (
+            {"task.name": "skipgram", "model.name": "vectors", "mesh.sequence": 2},
+            "no sequence or stage axis",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_told(settings, said):

@@ -48,7 +48,14 @@ def by_flags(count, port):
 
 def by_slurm(count, port):
     job = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count)}
-    one = lambda i: {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_COORDINATOR_PORT": str(port)}
+
+    def one(i):
+        return {
+            "SLURM_PROCID": str(i),
+            "SLURM_LOCALID": str(i),
+            "JAX_COORDINATOR_PORT": str(port),
+        }
+
     return [([], job | one(i)) for i in range(count)]
 
 
@@ -63,7 +70,11 @@ def started(directory, *words, count=2, devices=4, told=by_flags):
             with open(directory / f"{i}.txt", "w") as out:
                 command = [sys.executable, *map(str, words), *flags]
                 env = os.environ | devices | env
-                runs.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT))
+                runs.append(
+                    subprocess.Popen(
+                        command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT
+                    )
+                )
         yield runs
     finally:
         for run in runs:
@@ -85,7 +96,8 @@ def words_of(workdir, data, **overrides):
 
 def train(workdir, data, count=2, told=by_flags, **overrides):
     """The outputs of a run in `count` processes that share 8 devices."""
-    words, out = words_of(workdir, data, **overrides), workdir.parent / f"{workdir.name}-out"
+    words = words_of(workdir, data, **overrides)
+    out = workdir.parent / f"{workdir.name}-out"
     with started(out, *words, count=count, devices=8 // count, told=told) as runs:
         codes, outputs = finish(runs, out)
     assert codes == [0] * count, "\n".join(outputs)
@@ -94,7 +106,11 @@ def train(workdir, data, count=2, told=by_flags, **overrides):
 
 def close(some: dict, others: dict) -> bool:
     """The same steps, and values within 1e-6."""
-    return some and list(some) == list(others) and np.allclose(list(some.values()), list(others.values()), 1e-6, 0)
+    return (
+        some
+        and list(some) == list(others)
+        and np.allclose(list(some.values()), list(others.values()), 1e-6, 0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +132,9 @@ def half(tmp_path_factory, text_dir):
 def test_two_processes_are_one_and_one_goes_on_from_their_checkpoint(tmp_path, text_dir, whole):
     workdir = tmp_path / "two"
     outputs = train(workdir, text_dir, **MESH, train__stop_at=10)
-    assert "done at step 10" in outputs[0] and "step" not in outputs[1] and "warn" not in outputs[1].lower()
+    assert "done at step 10" in outputs[0]
+    assert "step" not in outputs[1]
+    assert "warn" not in outputs[1].lower()
     assert list(rows(workdir)) == list(range(1, 11))
     train(workdir, text_dir, 1, **MESH)
     for key in ("loss", "grad_norm", "eval/loss", "eval/bits_per_byte"):
@@ -128,13 +146,16 @@ def test_two_processes_go_on_from_the_checkpoint_of_one(tmp_path, text_dir, whol
     """Started as SLURM does."""
     workdir = shutil.copytree(half, tmp_path / "two")
     train(workdir, text_dir, told=by_slurm, **MESH)
-    assert close(rows(workdir), rows(whole)) and close(rows(workdir, "eval/loss"), rows(whole, "eval/loss"))
+    assert close(rows(workdir), rows(whole))
+    assert close(rows(workdir, "eval/loss"), rows(whole, "eval/loss"))
 
 
 @pytest.mark.slow
 def test_a_batch_that_every_process_needs_whole(tmp_path, text_dir, whole):
     """tensor=8: the rows are not split over the processes at all."""
-    train(tmp_path / "two", text_dir, **MESH | {"mesh__fsdp": 1, "mesh__tensor": 8}, train__stop_at=10)
+    train(
+        tmp_path / "two", text_dir, **MESH | {"mesh__fsdp": 1, "mesh__tensor": 8}, train__stop_at=10
+    )
     first = {step: loss for step, loss in rows(whole).items() if step <= 10}
     assert close(rows(tmp_path / "two"), first)
 
@@ -152,9 +173,14 @@ def wait_for_rows(runs, workdir, number):
         pytest.param(signal.SIGINT, 0, id="Ctrl-C", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, text_dir, half, number, receiver):
-    workdir, out = shutil.copytree(half, tmp_path / "run"), tmp_path / "out"
-    with started(out, *words_of(workdir, text_dir, **MESH, train__steps=100_000, checkpoint__every=7)) as runs:
+def test_a_signal_to_one_process_stops_all_after_the_same_step(
+    tmp_path, text_dir, half, number, receiver
+):
+    workdir = shutil.copytree(half, tmp_path / "run")
+    out = tmp_path / "out"
+    with started(
+        out, *words_of(workdir, text_dir, **MESH, train__steps=100_000, checkpoint__every=7)
+    ) as runs:
         wait_for_rows(runs, workdir, 15)
         runs[receiver].send_signal(number)
         codes, outputs = finish(runs, out)
@@ -167,7 +193,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, text_di
 @pytest.mark.slow
 def test_the_others_end_when_one_is_killed(tmp_path, text_dir):
     """Missed for the heartbeat timeout, it ends them too; what was saved stays."""
-    workdir, out = tmp_path / "run", tmp_path / "out"
+    workdir = tmp_path / "run"
+    out = tmp_path / "out"
     words = words_of(workdir, text_dir, train__steps=100_000, checkpoint__every=5)
     with started(out, *words, "--heartbeat_timeout=5") as runs:
         wait_for_rows(runs, workdir, 10)
@@ -266,8 +293,15 @@ def flags_of(*words):
 
 def test_flags_that_are_wrong_are_told_all_at_once():
     with pytest.raises(ConfigError) as error:
-        hosts.connect(flags_of("--coordinator=node0", "--num_processes=two", "--heartbeat_timeout=0"))
-    for part in ("--process_id: missing", "--coordinator=node0: must be HOST:PORT", "--num_processes=two", "=0: must"):
+        hosts.connect(
+            flags_of("--coordinator=node0", "--num_processes=two", "--heartbeat_timeout=0")
+        )
+    for part in (
+        "--process_id: missing",
+        "--coordinator=node0: must be HOST:PORT",
+        "--num_processes=two",
+        "=0: must",
+    ):
         assert part in str(error.value)
     for words in (
         ("--process_id=2",),
@@ -283,7 +317,9 @@ def test_one_process_alone_touches_no_network(monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "TPU_"))]:
         monkeypatch.delenv(name)
     hosts.connect(flags_of())
-    hosts.connect(flags_of("--coordinator=nowhere.invalid:80", "--num_processes=1", "--process_id=0"))
+    hosts.connect(
+        flags_of("--coordinator=nowhere.invalid:80", "--num_processes=1", "--process_id=0")
+    )
 
 
 def test_others_that_do_not_come_are_exit_2(tmp_path, text_dir):
@@ -296,11 +332,16 @@ def test_others_that_do_not_come_are_exit_2(tmp_path, text_dir):
     with started(tmp_path, *words_of(tmp_path / "run", text_dir), told=apart) as runs:
         codes, outputs = finish(runs, tmp_path)
     assert codes == [2, 2], outputs
-    assert all("have not met at 127.0.0.1:" in text and "Traceback" not in text for text in outputs), outputs
+    assert all(
+        "have not met at 127.0.0.1:" in text and "Traceback" not in text for text in outputs
+    ), outputs
 
 
 def test_a_port_in_use_is_exit_2():
-    with socket.create_server(("", 0)) as server, pytest.raises(ConfigError, match="cannot be used"):
+    with (
+        socket.create_server(("", 0)) as server,
+        pytest.raises(ConfigError, match="cannot be used"),
+    ):
         address = f"--coordinator=127.0.0.1:{server.getsockname()[1]}"
         hosts.connect(flags_of(address, "--num_processes=2", "--process_id=0"))
 
@@ -317,7 +358,10 @@ TPU = {"TPU_ML_PLATFORM": "JAX"}
         (SRUN, "slurm"),
         (SRUN | {"SLURM_NTASKS": "1"}, None),
         (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, None),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch script before its srun
+        (
+            {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+            None,
+        ),  # a batch script before its srun
         (MPIRUN, "ompi"),
         (MPIRUN | SRUN, "ompi"),
         (MPIRUN | {"OMPI_COMM_WORLD_SIZE": "1"}, None),

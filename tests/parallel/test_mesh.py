@@ -68,7 +68,12 @@ FAST = [  # nearly each mesh with one model; all of them with --all
 
 
 def config_of(model: str, mesh: str = ""):
-    settings = {"model__num_layers": 4, "model__embed_dim": 64, "model__head_dim": 8, **MODELS[model]}
+    settings = {
+        "model__num_layers": 4,
+        "model__embed_dim": 64,
+        "model__head_dim": 8,
+        **MODELS[model],
+    }
     if "all-gather" in mesh:
         settings["model__context_parallel"] = "all_gather"
     if "two rounds" in mesh:
@@ -94,7 +99,9 @@ def alone(model):
 def cases():
     for model in MODELS:
         for mesh in MESHES:
-            if check(config_of(model, mesh), 8):  # experts on a dense model, heads that tensor does not divide
+            if check(
+                config_of(model, mesh), 8
+            ):  # experts on a dense model, heads that tensor does not divide
                 continue
             marks = () if (model, mesh) in FAST else pytest.mark.slow
             yield pytest.param(model, mesh, marks=marks, id=f"{model}-{mesh}")
@@ -114,12 +121,19 @@ def test_a_tie_between_experts_is_told_from_an_error():
     loads = run.loads.copy()
     loads[7:, 1] += [1, -1, 0, 0]  # a token took expert 0 instead of 1
     other = run._replace(losses=np.where(later, 2.001, 2.0))
-    assert difference(run, run).ok and not difference(run, run).tied
-    assert not difference(other, run).ok and not difference(other, run).tied
+    assert difference(run, run).ok
+    assert not difference(run, run).tied
+    assert not difference(other, run).ok
+    assert not difference(other, run).tied
     tied = difference(other._replace(loads=loads), run)
-    assert tied.tied and not tied.ok
-    assert not difference(other._replace(loads=loads, losses=np.full(STEPS, 2.001)), run).tied  # it differed before
-    assert not difference(other._replace(loads=run.loads + (loads - run.loads) * 9), run).tied  # more than a tie
+    assert tied.tied
+    assert not tied.ok
+    assert not difference(
+        other._replace(loads=loads, losses=np.full(STEPS, 2.001)), run
+    ).tied  # it differed before
+    assert not difference(
+        other._replace(loads=run.loads + (loads - run.loads) * 9), run
+    ).tied  # more than a tie
 
 
 # ---------------------------------------------------------------- the compiled step
@@ -131,11 +145,17 @@ def compiled_step(c, devices=8, **sizes):
     mesh = make_mesh(c, jax.devices()[:devices])
     with jax.set_mesh(mesh):
         (shapes, _), places = abstract_state(c), state_shardings(c, mesh)
-        state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
-        batch = to_global(
-            random_batch(np.random.default_rng(0), c.train.batch_size, c.data.seq_len), mesh, c.train.batch_size
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
         )
-        step = jax.jit(partial(train_step, config=c), donate_argnums=0, out_shardings=(places, None))
+        batch = to_global(
+            random_batch(np.random.default_rng(0), c.train.batch_size, c.data.seq_len),
+            mesh,
+            c.train.batch_size,
+        )
+        step = jax.jit(
+            partial(train_step, config=c), donate_argnums=0, out_shardings=(places, None)
+        )
         return step.lower(state, batch).compile(), shapes, places
 
 
@@ -155,31 +175,50 @@ def collectives(compiled) -> list[tuple[str, tuple[int, ...]]]:
 
 def test_with_tensor_parallel_no_whole_activation_is_all_reduced():
     """What the tensor axis sums is reduce-scattered over positions; B, T, D and F are all different here."""
-    c = small_config(model__embed_dim=48, model__head_dim=8, model__mlp_dim=96, model__num_kv_heads=4)
+    c = small_config(
+        model__embed_dim=48, model__head_dim=8, model__mlp_dim=96, model__num_kv_heads=4
+    )
     compiled, _, _ = compiled_step(c, fsdp=4, tensor=2)
     made = collectives(compiled)
-    rows, T, D = 4, 32, 48  # of the batch on a device
+    # of the batch on a device
+    rows = 4
+    T = 32
+    D = 48
     assert ("reduce-scatter", (rows, T // 2, D)) in made
-    assert not [shape for kind, shape in made if kind == "all-reduce" and np.prod(shape) >= rows * T * D]
+    assert not [
+        shape for kind, shape in made if kind == "all-reduce" and np.prod(shape) >= rows * T * D
+    ]
 
 
-@pytest.mark.parametrize("sizes", [{"data": 4, "sequence": 2}, {"data": 8}, {"fsdp": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"data": 4, "sequence": 2}, {"data": 8}, {"fsdp": 4, "tensor": 2}], ids=str
+)
 def test_what_an_mlp_computes_stays_where_it_is(sizes):
     """Nothing of its hidden width is gathered but a kernel; B, T, D and F are all different here."""
-    c = small_config(model__embed_dim=48, model__head_dim=8, model__mlp_dim=112, model__num_kv_heads=4)
+    c = small_config(
+        model__embed_dim=48, model__head_dim=8, model__mlp_dim=112, model__num_kv_heads=4
+    )
     widths = {112 // sizes.get("tensor", 1), 112}
-    gathered = [shape for kind, shape in collectives(compiled_step(c, **sizes)[0]) if kind == "all-gather"]
-    assert not [shape for shape in gathered if shape[-1] in widths and len(shape) > 1 and shape[-2] != 48]
+    gathered = [
+        shape for kind, shape in collectives(compiled_step(c, **sizes)[0]) if kind == "all-gather"
+    ]
+    assert not [
+        shape for shape in gathered if shape[-1] in widths and len(shape) > 1 and shape[-2] != 48
+    ]
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}], ids=str
+)
 def test_with_fsdp_gradients_are_reduce_scattered(sizes):
     """All-reduced are shards (over data), norms' scales and scalars alone."""
     c = small_config(model__num_kv_heads=4)
     compiled, shapes, places = compiled_step(c, **sizes)
     made = collectives(compiled)
     for name, leaf in shapes.params["layers"]["block_0"]["mlp"].items():
-        shard = places.params["layers"]["block_0"]["mlp"][name]["kernel"].shard_shape(leaf["kernel"].shape)[1:]
+        shard = places.params["layers"]["block_0"]["mlp"][name]["kernel"].shard_shape(
+            leaf["kernel"].shape
+        )[1:]
         assert ("reduce-scatter", shard) in made, name
         if "data" in sizes:
             assert ("all-reduce", shard) in made, name
@@ -189,7 +228,8 @@ def test_with_fsdp_gradients_are_reduce_scattered(sizes):
 
 def test_gathered_weights_are_not_kept_for_the_backward_pass():
     """What four more layers add to a device's memory is less than one whole copy of their weights: shards only."""
-    temporaries, parameters = [], []
+    temporaries = []
+    parameters = []
     for layers in (2, 6):
         c = small_config(model__num_layers=layers, model__embed_dim=1024, model__num_kv_heads=4)
         compiled, shapes, _ = compiled_step(c, fsdp=8)
@@ -218,11 +258,16 @@ def test_activations_of_long_inputs_fall_as_the_sequence_axis_grows(context_para
 def test_zero1_splits_the_optimizer_state_and_leaves_the_parameters_whole():
     c = small_config(mesh__strategy="zero1")
     compiled, shapes, places = compiled_step(c, data=8)
-    moments = lambda tree: (tree[0].mu, tree[0].nu)
+
+    def moments(tree):
+        return (tree[0].mu, tree[0].nu)
+
     whole = sum(4 * x.size for x in jax.tree.leaves(moments(shapes.opt_state)))
     assert bytes_per_device(moments(shapes.opt_state), moments(places.opt_state)) == whole // 8
     assert all(place.is_fully_replicated for place in jax.tree.leaves(places.params))
-    assert compiled.memory_analysis().argument_size_in_bytes < whole / 2 + whole / 8 + 50_000  # with a batch
+    assert (
+        compiled.memory_analysis().argument_size_in_bytes < whole / 2 + whole / 8 + 50_000
+    )  # with a batch
 
 
 # ---------------------------------------------------------------- guards
@@ -240,7 +285,10 @@ def problems_of(devices, **overrides):
     [
         ({"mesh__tensor": 3}, ["mesh.tensor=3: 3 of 8 devices", "nearest: data=4 x tensor=2"]),
         ({"mesh__tensor": 5, "mesh__sequence": 3}, ["15 of 8 devices", "sequence=4 x tensor=2"]),
-        ({"mesh__data": 4, "mesh__fsdp": 2, "train__batch_size": 10}, ["batch_size=10", "= 8", "8 or 16"]),
+        (
+            {"mesh__data": 4, "mesh__fsdp": 2, "train__batch_size": 10},
+            ["batch_size=10", "= 8", "8 or 16"],
+        ),
         ({"mesh__tensor": 4}, ["num_heads=6", "nearest: 1 or 2"]),
         ({"mesh__sequence": 8, "data__seq_len": 100}, ["seq_len=100", "= 16", "96 or 112"]),
         ({"mesh__stage": 4}, ["num_layers=6", "multiple of 4", "4 or 8"]),
@@ -258,7 +306,9 @@ def test_what_does_not_fit_is_named_with_the_nearest_that_does(overrides, expect
 
 
 def test_an_axis_that_does_not_divide_the_heads_or_the_vocabulary_shards_the_embedding_dimension():
-    c = small_config(model__num_heads=8, model__num_kv_heads=2, model__head_dim=8, model__vocab_size=63)
+    c = small_config(
+        model__num_heads=8, model__num_kv_heads=2, model__head_dim=8, model__vocab_size=63
+    )
     places = state_shardings(c, mesh_of(fsdp=2, tensor=4)).params
     assert places["embed"]["tokens"].spec == jax.P(None, ("fsdp", "tensor"))
     attention = places["layers"]["block_0"]["attention"]
@@ -268,9 +318,21 @@ def test_an_axis_that_does_not_divide_the_heads_or_the_vocabulary_shards_the_emb
 
 def test_problems_of_all_sections_are_told_at_once():
     """A bad value leaves out only the rules that would count with it."""
-    found = problems_of(8, mesh__tensor=3, train__batch_size=10, mesh__fsdp=4, mesh__strategy="fdsp", model__norm="x")
+    found = problems_of(
+        8,
+        mesh__tensor=3,
+        train__batch_size=10,
+        mesh__fsdp=4,
+        mesh__strategy="fdsp",
+        model__norm="x",
+    )
     keys = [problem.partition("=")[0].partition(":")[0] for problem in found]
-    assert keys == ["config.model.norm", "config.mesh.strategy", "config.mesh.fsdp", "config.train.batch_size"]
+    assert keys == [
+        "config.model.norm",
+        "config.mesh.strategy",
+        "config.mesh.fsdp",
+        "config.train.batch_size",
+    ]
 
 
 def test_a_strategy_is_one_word():
@@ -288,7 +350,9 @@ def test_slices_lie_along_the_axis_across_them():
 
 
 def test_many_parameters_left_whole_are_an_error_that_names_the_worst(caplog):
-    c = small_config(model__embed_dim=34, model__head_dim=8, model__mlp_dim=65, model__vocab_size=63)
+    c = small_config(
+        model__embed_dim=34, model__head_dim=8, model__mlp_dim=65, model__vocab_size=63
+    )
     with pytest.raises(ConfigError, match="mlp/down/kernel") as error:
         check_sharding(c, mesh_of(fsdp=4, data=2))
     assert len(re.findall(r"^  ", str(error.value), re.MULTILINE)) == 5
@@ -313,6 +377,9 @@ def test_rounds_with_fewer_microbatches_than_stages_are_refused():
 
 
 def test_bubble():
-    assert bubble_fraction(1, 4, 1) == 0 and bubble_fraction(4, 4, 1) == 3 / 7 and bubble_fraction(4, 4, 3) == 3 / 15
+    assert bubble_fraction(1, 4, 1) == 0
+    assert bubble_fraction(4, 4, 1) == 3 / 7
+    assert bubble_fraction(4, 4, 3) == 3 / 15
     model = small_config().model
-    assert pipeline_microbatches(model, 32, 4) == 16 and pipeline_microbatches(model, 6, 2) == 6
+    assert pipeline_microbatches(model, 32, 4) == 16
+    assert pipeline_microbatches(model, 6, 2) == 6

@@ -17,7 +17,8 @@ def pod():
 @pytest.fixture(scope="module")
 def config():
     c = load("configs/llama.py:1b")
-    c.data.seq_len, c.train.batch_size = 2048, 32
+    c.data.seq_len = 2048
+    c.train.batch_size = 32
     return c
 
 
@@ -45,11 +46,20 @@ def test_options_are_valid_and_different(found):
 
 def test_arithmetic_knows_what_a_setting_is_for(config, pod):
     """Keeping more costs memory and saves time; microbatches save memory; tensor parallelism sends more."""
-    at = lambda **overrides: estimate(config, {key.replace("__", "."): n for key, n in overrides.items()}, pod)
-    full, none, parts = at(), at(model__remat="none"), at(train__grad_accumulation=2)
-    assert full.memory < none.memory and none.seconds < full.seconds
+
+    def at(**overrides):
+        return estimate(config, {key.replace("__", "."): n for key, n in overrides.items()}, pod)
+
+    full = at()
+    none = at(model__remat="none")
+    parts = at(train__grad_accumulation=2)
+    assert full.memory < none.memory
+    assert none.seconds < full.seconds
     assert parts.seconds > full.seconds
-    assert at(train__batch_size=512, train__grad_accumulation=2).memory < at(train__batch_size=512).memory
+    assert (
+        at(train__batch_size=512, train__grad_accumulation=2).memory
+        < at(train__batch_size=512).memory
+    )
     assert at(mesh__tensor=8).seconds > full.seconds
     assert at(mesh__tensor=3) is None  # 16 devices cannot be split so
 
@@ -58,7 +68,8 @@ def test_the_fastest_that_should_fit_are_compiled(config, pod, found):
     compile, asked = compiler(limit=())
     plans = search(config, pod, compile, 3)
     fits = sorted((o for o in found if o.memory <= 1.1 * pod.spec.memory), key=lambda o: o.seconds)
-    assert [overrides for overrides, _ in plans] == [option.overrides for option in fits[:3]] and len(asked) == 3
+    assert [overrides for overrides, _ in plans] == [option.overrides for option in fits[:3]]
+    assert len(asked) == 3
 
 
 def test_what_does_not_fit_rules_out_what_needs_more(config, pod, found):
@@ -75,15 +86,18 @@ def test_remedies_need_less_and_come_in_order(config, pod):
     big = changed(config, {"train.batch_size": 2048, "model.remat": "dots"})
     now = estimate(big, {}, pod).memory
     found = list(remedies(big, pod, int(4 * pod.spec.memory)))
-    assert found[0] == {"model.remat": "full"} and {"train.grad_accumulation", "train.batch_size"} <= {
-        key for overrides in found for key in overrides
-    }
+    assert found[0] == {"model.remat": "full"}
+    assert {
+        "train.grad_accumulation",
+        "train.batch_size",
+    } <= {key for overrides in found for key in overrides}
     assert all(estimate(big, overrides, pod).memory < now for overrides in found)
 
 
 def test_a_faster_setting_is_suggested_only_where_there_is_room(config, pod):
     rows = faster(config, pod)
-    assert rows and all(saves >= 0.05 and needs < pod.spec.memory for _, saves, needs in rows)
+    assert rows
+    assert all(saves >= 0.05 and needs < pod.spec.memory for _, saves, needs in rows)
     assert [row[1] for row in rows] == sorted((row[1] for row in rows), reverse=True)
     for overrides, saves, _ in rows:
         assert estimate(config, overrides, pod).seconds == pytest.approx(

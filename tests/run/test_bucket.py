@@ -32,7 +32,9 @@ def bucket():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STORAGE_EMULATOR_HOST", url)  # gcsfs and google-cloud-storage
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # would ask Google of what kind the bucket is
+        patch.setenv(
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
+        )  # would ask Google of what kind the bucket is
         yield
     server.shutdown()
 
@@ -47,19 +49,25 @@ def local(tmp_path_factory, text_dir):
 
 def test_a_run_in_a_bucket_is_the_one_on_the_disk(text_dir, local):
     """Stopped after 4 steps and resumed, then evaluated, loaded and generated from."""
-    run = train("gs://mine/runs/a", text_dir, **EIGHT_STEPS, train__stop_at=4, log__tensorboard=True)
+    run = train(
+        "gs://mine/runs/a", text_dir, **EIGHT_STEPS, train__stop_at=4, log__tensorboard=True
+    )
     assert "no TensorBoard files in a bucket" in run.stdout
     remote = run_directory("gs://mine/runs/a")
     assert list(rows(remote)) == [1, 2, 3, 4]
     train("gs://mine/runs/a", text_dir, **EIGHT_STEPS)
     for key in ("loss", "grad_norm", "eval/loss"):
-        assert rows(remote, key) == rows(local, key) and max(rows(remote, key)) == 8
+        assert rows(remote, key) == rows(local, key)
+        assert max(rows(remote, key)) == 8
     assert (remote / "config.json").read_text() == (local / "config.json").read_text()
 
-    assert [path.name for path in (remote / "checkpoints").iterdir()] == ["8"]  # the one before is deleted
+    assert [path.name for path in (remote / "checkpoints").iterdir()] == [
+        "8"
+    ]  # the one before is deleted
     out = program("jaxlm.evaluate", "--workdir=gs://mine/runs/a").stdout
     assert f"{rows(local, 'eval/loss')[8]:.4f}" in out
-    here, there = jaxlm.load(local), jaxlm.load("gs://mine/runs/a", mesh={"fsdp": 4, "tensor": 2})
+    here = jaxlm.load(local)
+    there = jaxlm.load("gs://mine/runs/a", mesh={"fsdp": 4, "tensor": 2})
     jax.tree.map(np.testing.assert_array_equal, here.params, there.params)
     assert there.generate("the cat", max_tokens=5)[0]
 
@@ -68,7 +76,9 @@ def test_a_later_run_takes_the_directory_from_an_earlier_one():
     earlier = Hold(run_directory("gs://mine/runs/b"))
     earlier.check()
     later = Hold(run_directory("gs://mine/runs/b"))
-    with pytest.raises(ConfigError, match=r"another run, started later on .*; this one ends without saving"):
+    with pytest.raises(
+        ConfigError, match=r"another run, started later on .*; this one ends without saving"
+    ):
         earlier.check()
     later.check()
 
@@ -88,16 +98,22 @@ def test_errors_name_what_is_missing(monkeypatch, text_dir):
     with pytest.raises(ConfigError, match="the bucket 'other' cannot be used"):
         run_directory("gs://other/run")
     run = train("hdfs://mine/run", text_dir, check=False, **EIGHT_STEPS)
-    assert run.returncode == 2 and "hdfs://mine/run: of all stores" in run.stderr and "Traceback" not in run.stderr
+    assert run.returncode == 2
+    assert "hdfs://mine/run: of all stores" in run.stderr
+    assert "Traceback" not in run.stderr
     for path in ("s3://mine/run", "gs://", "gs:///run"):
-        with pytest.raises(ConfigError, match="can only be in gs://BUCKET/PATH; give that or a directory"):
+        with pytest.raises(
+            ConfigError, match="can only be in gs://BUCKET/PATH; give that or a directory"
+        ):
             run_directory(path)
     monkeypatch.delenv("STORAGE_EMULATOR_HOST")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/none.json")
     with pytest.raises(ConfigError, match=r"none.json was not found.*gcloud auth"):
         run_directory("gs://mine/run")
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(ConfigError, match=r"gcsfs is not installed; type: pip install -e \"\.\[gcs\]\""):
+    with pytest.raises(
+        ConfigError, match=r"gcsfs is not installed; type: pip install -e \"\.\[gcs\]\""
+    ):
         run_directory("gs://mine/run")
 
 
@@ -132,6 +148,9 @@ def test_a_run_whose_directory_was_taken_writes_nothing_more(tmp_path, text_dir)
     words = words_of("gs://mine/runs/taken", text_dir, checkpoint__every=2)
     with started(tmp_path, "-c", TAKEN, *words[2:], count=1) as runs:
         codes, outputs = finish(runs, tmp_path)
-    assert codes == [2] and "has taken it" in outputs[0] and "Traceback" not in outputs[0]
+    assert codes == [2]
+    assert "has taken it" in outputs[0]
+    assert "Traceback" not in outputs[0]
     folder = run_directory("gs://mine/runs/taken")
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["2"] and list(rows(folder)) == [1, 2]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["2"]
+    assert list(rows(folder)) == [1, 2]

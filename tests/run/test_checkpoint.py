@@ -30,12 +30,16 @@ def saved(workdir, config, steps=1):
 def restored(workdir, config, step):
     checkpoints = Checkpoints(workdir, config)
     try:
-        return checkpoints.restore(step, abstract_state(config)[0], state_shardings(config, mesh_of(1)))
+        return checkpoints.restore(
+            step, abstract_state(config)[0], state_shardings(config, mesh_of(1))
+        )
     finally:
         checkpoints.close()
 
 
-@pytest.mark.parametrize("settings", [{"train__grad_accumulation": 2}, {"train__ema": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"train__grad_accumulation": 2}, {"train__ema": 0.9}], ids=str
+)
 def test_what_a_step_of_bfloat16_parameters_makes_is_restored_to_the_bit(tmp_path, settings):
     config = small_config(model__param_dtype="bfloat16", **settings)
     state = saved(tmp_path, config, steps=2)
@@ -90,7 +94,9 @@ def test_a_value_that_this_version_cannot_take_is_told(tmp_path):
         (None, None, False),  # a new run
     ],
 )
-def test_rows_without_their_checkpoints_are_not_dropped_without_being_asked(tmp_path, last_row, found, lost):
+def test_rows_without_their_checkpoints_are_not_dropped_without_being_asked(
+    tmp_path, last_row, found, lost
+):
     config = small_config(checkpoint__every=10)
     if last_row:
         rows = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, last_row + 1)]
@@ -116,11 +122,15 @@ def test_rows_without_their_checkpoints_are_not_dropped_without_being_asked(tmp_
         ("ocdbt.process_0/d/*", "gone"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's, of reads that it left
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # orbax's, of reads that it left
 def test_a_file_of_a_checkpoint_that_is_not_whole_is_told_as_that(file, how, tmp_path):
     config = small_config()
     saved(tmp_path, config)
-    broken = max((tmp_path / "checkpoints" / "1" / "params").glob(file), key=lambda path: path.stat().st_size)
+    broken = max(
+        (tmp_path / "checkpoints" / "1" / "params").glob(file), key=lambda path: path.stat().st_size
+    )
     content = bytearray(broken.read_bytes())
     half = len(content) // 2
     content[half] ^= 0x41

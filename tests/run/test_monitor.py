@@ -23,7 +23,9 @@ def test_a_row_has_the_time_of_its_steps_alone(tmp_path, monkeypatch, start, lat
         finished = clock.now
         pauses = step % 15 == 0
         clock.now += 0.0 if pauses else late
-        monitor.step(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1, "skipped": 0}, finished)
+        monitor.step(
+            step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1, "skipped": 0}, finished
+        )
         clock.now = finished
         if pauses:
             began = clock.now

@@ -15,7 +15,10 @@ VARIANTS = {
     "plain": {},
     "unrolled": {"model__scan": False},
     "accumulation": {"train__grad_accumulation": 2},
-    "bfloat16 accumulation": {"train__grad_accumulation": 2, "train__accumulation_dtype": "bfloat16"},
+    "bfloat16 accumulation": {
+        "train__grad_accumulation": 2,
+        "train__accumulation_dtype": "bfloat16",
+    },
     "average": {"train__ema": 0.9999},
     "average and accumulation": {"train__ema": 0.99, "train__grad_accumulation": 2},
     "experts": {"model__num_experts": 4, "model__router": "sigmoid", "model__balance_rate": 1e-3},

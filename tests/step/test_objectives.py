@@ -28,9 +28,17 @@ from jaxlm.verify.laws import GRADIENT_TOLERANCE, unpacked, worst
 ENCODERS = ("mlm", "tag", "qa", *LABELLED)
 CASES = {name: {"task__name": name} for name in (*TOKEN_TASKS, *ROLES)} | {
     "lm distilled": {"task__name": "lm", "task__distill": 0.5, "task__temperature": 2.0},
-    "seq2seq distilled": {"task__name": "seq2seq", "task__distill": 0.5, "task__label_smoothing": 0.1},
+    "seq2seq distilled": {
+        "task__name": "seq2seq",
+        "task__distill": 0.5,
+        "task__label_smoothing": 0.1,
+    },
     "classify distilled": {"task__name": "classify", "task__distill": 0.5, "model__pooling": "max"},
-    "classify by a decoder": {"task__name": "classify", "model__name": "decoder", "model__pooling": "last"},
+    "classify by a decoder": {
+        "task__name": "classify",
+        "model__name": "decoder",
+        "model__pooling": "last",
+    },
     "classify by a bag": {"task__name": "classify", "model__name": "bag", "model__buckets": 512},
     "skipgram with negatives": {
         "task__name": "skipgram",
@@ -42,7 +50,14 @@ CASES = {name: {"task__name": name} for name in (*TOKEN_TASKS, *ROLES)} | {
     "seq2seq of 2017": {"task__name": "seq2seq", "task__label_smoothing": 0.1, **OF_2017},
 }
 LOSSES = ("seq2seq distilled", "classify", "qa", "dpo", "glove")  # each with another
-LIKE_OTHERS = ("fim", "ul2", "skipgram", "multilabel", "lm of 2017", "seq2seq of 2017")  # or in test_models.py
+LIKE_OTHERS = (
+    "fim",
+    "ul2",
+    "skipgram",
+    "multilabel",
+    "lm of 2017",
+    "seq2seq of 2017",
+)  # or in test_models.py
 ON = {  # cases that are not tried on every mesh
     "lm of 2017": ("sequence=4 tensor=2", "stage=2 fsdp=4"),
     "seq2seq of 2017": ("fsdp=4 tensor=2", "sequence=4 tensor=2"),
@@ -85,7 +100,11 @@ def config_of(case, folder=None, **more):
         "train__batch_size": ROWS, "model__vocab_size": 376, **CASES[case], **more,
     }  # fmt: skip
     task = settings["task__name"]
-    kinds = dict.fromkeys(TWO_SIDED, "encoder_decoder") | dict.fromkeys(ENCODERS, "encoder") | {"glove": "vectors"}
+    kinds = (
+        dict.fromkeys(TWO_SIDED, "encoder_decoder")
+        | dict.fromkeys(ENCODERS, "encoder")
+        | {"glove": "vectors"}
+    )
     settings.setdefault("model__name", kinds.get(task, "decoder"))
     if task in ("classify", "multilabel", "tag"):
         settings["data__labels"] = verify.LABELS
@@ -116,13 +135,16 @@ class Made:
         self.config = config_of(case, folder)
         self.batch = train_batches(self.config)[0]
         self.params, self.teacher = far_from_initial(self.config)
-        model, loss = build(self.config), loss_of(self.config)
+        model = build(self.config)
+        loss = loss_of(self.config)
 
         @jax.jit
         def sums(params, batch):
             def objective(params):
                 made = loss(model, params, batch, self.config, None, self.teacher)
-                return made["objective"], {key: made[key] for key in ("loss", "weight", "objective")}
+                return made["objective"], {
+                    key: made[key] for key in ("loss", "weight", "objective")
+                }
 
             grads, made = jax.grad(objective, has_aux=True)(params)
             return made, grads
@@ -144,7 +166,9 @@ def same(a, b, tolerance=1e-5):
     assert worst(a[1], b[1])[0] < GRADIENT_TOLERANCE
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in LIKE_OTHERS)) for c in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c in LIKE_OTHERS)) for c in CASES]
+)
 def test_packed_is_alone_and_padding_is_nothing(case, folder):
     """By the sums of the loss and their gradients."""
     this = made(case, folder)
@@ -156,13 +180,17 @@ def test_packed_is_alone_and_padding_is_nothing(case, folder):
     assert len(alone["tokens"]) == several[rows].sum() <= ROWS
     same(this.sums(parts_of(this.batch, rows)), this.sums(parts_of(alone, slice(None))))
 
-    whole, halves = this.sums(this.batch), [this.sums(parts_of(this.batch, r)) for r in (slice(4), slice(4, 8))]
-    assert whole[0]["weight"] > 0 and np.isfinite(whole[0]["loss"])
+    whole = this.sums(this.batch)
+    halves = [this.sums(parts_of(this.batch, r)) for r in (slice(4), slice(4, 8))]
+    assert whole[0]["weight"] > 0
+    assert np.isfinite(whole[0]["loss"])
     same(whole, jax.tree.map(np.add, *halves))
     np.testing.assert_allclose(total_weight(this.batch, this.config), whole[0]["weight"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c not in LOSSES)) for c in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c not in LOSSES)) for c in CASES]
+)
 def test_accumulation_is_one_batch(case, folder):
     this = made(case, folder)
     c = config_of(case, folder, train__grad_accumulation=2)
@@ -175,7 +203,9 @@ def test_accumulation_is_one_batch(case, folder):
 def check_gradients(this, grads, means):
     sums, want = this.sums(this.batch)
     np.testing.assert_allclose(means["loss"], sums["loss"] / sums["weight"], rtol=2e-5)
-    difference, parameter = worst(jax.device_get(grads), jax.tree.map(lambda x: x / sums["weight"], want))
+    difference, parameter = worst(
+        jax.device_get(grads), jax.tree.map(lambda x: x / sums["weight"], want)
+    )
     assert difference < GRADIENT_TOLERANCE, parameter
 
 
@@ -185,18 +215,26 @@ def on_meshes():
             continue
         two_sided = CASES[case]["task__name"] in TWO_SIDED
         no_layers = case in ("classify by a bag", "glove", "skipgram with negatives")
-        if not (two_sided and "stage" in mesh) and not (no_layers and ("stage" in mesh or "sequence" in mesh)):
-            yield pytest.param(case, mesh, marks=[pytest.mark.slow] * (case not in FAST[mesh]), id=f"{case}-{mesh}")
+        if not (two_sided and "stage" in mesh) and not (
+            no_layers and ("stage" in mesh or "sequence" in mesh)
+        ):
+            yield pytest.param(
+                case, mesh, marks=[pytest.mark.slow] * (case not in FAST[mesh]), id=f"{case}-{mesh}"
+            )
 
 
 @pytest.mark.parametrize(("case", "name"), list(on_meshes()))
 def test_any_mesh_is_one_device(case, name, folder):
-    this, mesh = made(case, folder), mesh_of(8, **MESHES[name])
+    this = made(case, folder)
+    mesh = mesh_of(8, **MESHES[name])
     c = config_of(case, folder)
     with jax.set_mesh(mesh):
         places = state_shardings(c, mesh)
         params = jax.tree.map(jax.device_put, this.params, places.params)
-        teacher = None if this.teacher is None else jax.tree.map(jax.device_put, this.teacher, places.teacher)
+        if this.teacher is None:
+            teacher = None
+        else:
+            teacher = jax.tree.map(jax.device_put, this.teacher, places.teacher)
         batch = to_global(this.batch, mesh, ROWS)
         f = jax.jit(partial(gradients, config=c), out_shardings=(places.params, None))
         check_gradients(this, *f(params, batch, jax.random.key(0), teacher=teacher))
@@ -211,7 +249,14 @@ SET = {
     "task.distill": 0.5, "task.temperature": 2.0, "task.beta": 0.5, "model.pooling": "max", "data.pack": False,
     "data.examples_per_row": 1, "data.word_dropout": 0.5, "data.enc_len": 24,
 }  # fmt: skip
-OF_TEXT = {"data.columns", "data.tokenizer", "data.vocab_size", "data.min_count", "data.lowercase", "data.labels"}
+OF_TEXT = {
+    "data.columns",
+    "data.tokenizer",
+    "data.vocab_size",
+    "data.min_count",
+    "data.lowercase",
+    "data.labels",
+}
 
 
 @pytest.mark.parametrize("task", [*TOKEN_TASKS, *ROLES])
@@ -222,15 +267,29 @@ def test_a_key_is_followed_where_the_table_says_so(task, folder, monkeypatch):
     def said(**settings):
         c = config_of(task, folder, **{"data__enc_len": 64} | settings)
         c.task.teacher_model = tuple(c.model.items())
-        batches, array = [train_batches(c)[k] for k in range(3)], lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)
-        V, D, C = c.model.vocab_size, 4, max(c.model.num_labels, 1)
-        params = {"x": array(batches[0]["tokens"].size // 64, 64, D), "embed": {"tokens": array(V, D)}}
+        batches = [train_batches(c)[k] for k in range(3)]
+
+        def array(*shape):
+            return jax.ShapeDtypeStruct(shape, np.float32)
+
+        V = c.model.vocab_size
+        D = 4
+        C = max(c.model.num_labels, 1)
+        params = {
+            "x": array(batches[0]["tokens"].size // 64, 64, D),
+            "embed": {"tokens": array(V, D)},
+        }
         params["head"] = {"kernel": array(D, C), "bias": array(C)}
-        loss = lambda params, teacher, batch: loss_of(c)(Given(c.model), params, batch, c, None, teacher)
+
+        def loss(params, teacher, batch):
+            return loss_of(c)(Given(c.model), params, batch, c, None, teacher)
+
         return batches, str(jax.make_jaxpr(loss)(params, params, batches[0]))
 
     def same(a, b):
-        equal = lambda x, y: x.keys() == y.keys() and all(np.array_equal(x[key], y[key]) for key in x)
+        def equal(x, y):
+            return x.keys() == y.keys() and all(np.array_equal(x[key], y[key]) for key in x)
+
         return a[1] == b[1] and all(map(equal, a[0], b[0]))
 
     assert set(SET) | OF_TEXT == {key for key in FOLLOWED if not key.startswith("eval.")}
@@ -238,8 +297,12 @@ def test_a_key_is_followed_where_the_table_says_so(task, folder, monkeypatch):
     for key, value in SET.items():
         if key in ("task.distill", "task.temperature") and task in ("multilabel", "regress"):
             continue  # which have no distribution over classes: refused, whatever would be computed
-        set_too = {"task__distill": 0.5} if key == "task.temperature" and task != "dpo" else {}
-        changed, before = said(**{key.replace(".", "__"): value} | set_too), said(**set_too) if set_too else plain
+        if key == "task.temperature" and task != "dpo":
+            set_too = {"task__distill": 0.5}
+        else:
+            set_too = {}
+        changed = said(**{key.replace(".", "__"): value} | set_too)
+        before = said(**set_too) if set_too else plain
         assert same(changed, before) == (task not in FOLLOWED[key]), key
 
 
@@ -265,16 +328,22 @@ def test_an_encoder_sees_both_directions_of_its_segment():
     c = small_config(model__name="encoder")
     segments = jnp.repeat(jnp.arange(1, 3), 16)[None]
     see = sight(build(c), fresh_state(c).params, jnp.arange(32)[None], segments_BT=segments)
-    assert see(3) == set(range(16)) and see(20) == set(range(16, 32))
+    assert see(3) == set(range(16))
+    assert see(20) == set(range(16, 32))
 
 
 def test_a_prefix_is_seen_as_a_whole_and_the_rest_causally():
     c = small_config()
-    segments, place = jnp.repeat(jnp.arange(1, 3), 16)[None], jnp.arange(32)
+    segments = jnp.repeat(jnp.arange(1, 3), 16)[None]
+    place = jnp.arange(32)
     reach = jnp.where(place < 6, 5, jnp.where((place >= 16) & (place < 20), 19, place))[None]
-    see = sight(build(c), fresh_state(c).params, jnp.arange(32)[None], segments_BT=segments, reach_BT=reach)
-    assert see(0) == set(range(6)) and see(8) == set(range(9))
-    assert see(17) == set(range(16, 20)) and see(25) == set(range(16, 26))
+    see = sight(
+        build(c), fresh_state(c).params, jnp.arange(32)[None], segments_BT=segments, reach_BT=reach
+    )
+    assert see(0) == set(range(6))
+    assert see(8) == set(range(9))
+    assert see(17) == set(range(16, 20))
+    assert see(25) == set(range(16, 26))
 
 
 def encoder_decoder(**more):
@@ -285,7 +354,10 @@ def encoder_decoder(**more):
 @pytest.mark.parametrize("layout", [{}, OF_2017], ids=["pre-norm", "2017"])
 def test_a_target_is_causal_and_reads_the_source_of_its_own_segment(layout):
     _, model, params = encoder_decoder(**layout)
-    source = {"enc_tokens": 40 + jnp.arange(20)[None], "enc_segments": jnp.repeat(jnp.array([1, 2]), 10)[None]}
+    source = {
+        "enc_tokens": 40 + jnp.arange(20)[None],
+        "enc_segments": jnp.repeat(jnp.array([1, 2]), 10)[None],
+    }
     segments = jnp.repeat(jnp.array([1, 2]), 16)[None]
     see = sight(model, params, jnp.arange(32)[None], segments_BT=segments, **source)
     assert see(5) == {*range(6), *range(40, 50)}
@@ -293,17 +365,24 @@ def test_a_target_is_causal_and_reads_the_source_of_its_own_segment(layout):
 
 
 @pytest.mark.parametrize(
-    "layout", [{"model__positions": "learned", "model__qk_norm": True}, OF_2017], ids=["learned", "2017"]
+    "layout",
+    [{"model__positions": "learned", "model__qk_norm": True}, OF_2017],
+    ids=["learned", "2017"],
 )
 def test_the_cache_of_an_encoder_decoder_changes_nothing(layout):
     _, model, params = encoder_decoder(**layout)
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 64)
     source = {"enc_tokens": jax.random.randint(jax.random.key(2), (2, 10), 0, 64),
               "enc_segments": (jnp.arange(10) < jnp.array([[10], [6]])).astype(jnp.int32)}  # fmt: skip
-    apply = jax.jit(lambda tokens, cache, source: model.apply({"params": params}, tokens, cache=cache, **source))
+    apply = jax.jit(
+        lambda tokens, cache, source: model.apply({"params": params}, tokens, cache=cache, **source)
+    )
     segments = jnp.ones((2, 12), jnp.int32)
-    whole, _ = jax.jit(lambda source: model.apply({"params": params}, tokens, segments, **source))(source)
-    cache, parts = model.init_cache(2, 16, 10), []
+    whole, _ = jax.jit(lambda source: model.apply({"params": params}, tokens, segments, **source))(
+        source
+    )
+    cache = model.init_cache(2, 16, 10)
+    parts = []
     for start, stop in ((0, 6), (6, 12)):
         x, cache = apply(tokens[:, start:stop], cache, source if start == 0 else {})
         parts.append(x)
@@ -315,18 +394,30 @@ def test_the_cache_of_an_encoder_decoder_changes_nothing(layout):
 
 def small_writer(kind):
     """(model, parameters with something to say, prompts, lengths, source) of a vocabulary of 5."""
-    more = {"model__embed_ngrams": 3, "model__buckets": 50} if kind == "n-grams" else {"model__name": kind}
+    if kind == "n-grams":
+        more = {"model__embed_ngrams": 3, "model__buckets": 50}
+    else:
+        more = {"model__name": kind}
     c = small_config(model__vocab_size=5, model__embed_dim=16, model__tie_embeddings=False, **more)
-    params = jax.tree.map(lambda x: x + 0.5 * jax.random.normal(jax.random.key(x.size), x.shape), fresh_state(c).params)
-    prompts, lengths = jnp.array([[0, 0, 1], [1, 2, 3]]), jnp.array([1, 3])
-    source = {"enc_tokens": jnp.array([[1, 2, 3, 4], [4, 3, 0, 0]]), "enc_segments": jnp.array([[1] * 4, [1, 1, 0, 0]])}
+    params = jax.tree.map(
+        lambda x: x + 0.5 * jax.random.normal(jax.random.key(x.size), x.shape),
+        fresh_state(c).params,
+    )
+    prompts = jnp.array([[0, 0, 1], [1, 2, 3]])
+    lengths = jnp.array([1, 3])
+    source = {
+        "enc_tokens": jnp.array([[1, 2, 3, 4], [4, 3, 0, 0]]),
+        "enc_segments": jnp.array([[1] * 4, [1, 1, 0, 0]]),
+    }
     return build(c), params, prompts, lengths, source if kind == "encoder_decoder" else None
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder_decoder", "n-grams"])
 def test_one_beam_is_greedy(kind):
     model, params, prompts, lengths, source = small_writer(kind)
-    beams, _ = beam_search(model, params, prompts, lengths, source, max_tokens=6, beams=1, length_penalty=0.0, eos_id=0)
+    beams, _ = beam_search(
+        model, params, prompts, lengths, source, max_tokens=6, beams=1, length_penalty=0.0, eos_id=0
+    )
     greedy = generate_tokens(
         model, params, prompts, lengths, np.zeros(2, np.uint32), source, max_tokens=6, temperature=0.0, top_k=0,
         top_p=0.0, eos_id=0,
@@ -334,19 +425,33 @@ def test_one_beam_is_greedy(kind):
     np.testing.assert_array_equal(beams[:, 0], greedy)
 
 
-@pytest.mark.parametrize(("kind", "penalty"), [("decoder", 0.0), ("encoder_decoder", 1.0), ("n-grams", 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "penalty"), [("decoder", 0.0), ("encoder_decoder", 1.0), ("n-grams", 1.0)]
+)
 def test_a_wide_beam_finds_the_best_of_all(kind, penalty):
     """All 4^3 + ... sequences of at most 4 tokens that end with 0 or are cut off, by brute force."""
     model, params, prompts, lengths, source = small_writer(kind)
-    M, V = 4, 5
+    M = 4
+    V = 5
     found, scores = beam_search(
-        model, params, prompts, lengths, source, max_tokens=M, beams=125, length_penalty=penalty, eos_id=0
+        model,
+        params,
+        prompts,
+        lengths,
+        source,
+        max_tokens=M,
+        beams=125,
+        length_penalty=penalty,
+        eos_id=0,
     )
     texts = np.array(list(itertools.product(range(V), repeat=M)))
     for row, length in enumerate(lengths):
         prompt = np.asarray(prompts[row, len(prompts[row]) - length :])
         tokens = np.concatenate([np.tile(prompt, (len(texts), 1)), texts], axis=1)
-        more = {key: jnp.repeat(x[row : row + 1], len(texts), axis=0) for key, x in (source or {}).items()}
+        more = {
+            key: jnp.repeat(x[row : row + 1], len(texts), axis=0)
+            for key, x in (source or {}).items()
+        }
         apply = jax.jit(partial(model.apply, {"params": params}))
         x, _ = apply(tokens, jnp.ones(tokens.shape, jnp.int32), **more)
         log_p = jax.nn.log_softmax(logits_of(x, unembedding(params), 0.0))[:, length - 1 : -1]

@@ -25,7 +25,10 @@ def bfloat16(**settings):
 def parameters(dtype):
     """A few parameters under names that the patterns know, with values that bfloat16 holds."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.array(rng.standard_normal(shape) / 8, jnp.bfloat16).astype(dtype)
+
+    def normal(*shape):
+        return jnp.array(rng.standard_normal(shape) / 8, jnp.bfloat16).astype(dtype)
+
     kernel = {"kernel": normal(2, 32, 64)}
     return {
         "embed": {"table": normal(64, 32)},
@@ -52,7 +55,9 @@ def step(state, grads, config):
 
 def gradients_like(state, scale=1.0):
     rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: jnp.array(scale * rng.standard_normal(x.shape), x.dtype), state.params)
+    return jax.tree.map(
+        lambda x: jnp.array(scale * rng.standard_normal(x.shape), x.dtype), state.params
+    )
 
 
 def neighbours(x):
@@ -75,10 +80,13 @@ def test_rounding_gives_one_of_two_neighbours_and_is_right_in_the_mean():
     assert ((drawn == below) | (drawn == above)).all()
     chance = (x - below) / (above - below)
     error = (drawn == above).mean(axis=0) - chance
-    assert np.abs(error).max() < 4.5 * 0.5 / 4096**0.5 and np.abs(error).mean() < 0.01
+    assert np.abs(error).max() < 4.5 * 0.5 / 4096**0.5
+    assert np.abs(error).mean() < 0.01
 
 
-@pytest.mark.parametrize("values", [[0.0, -0.0, 1.0, -2.5, 3.0e38, 1.0e-40, 2.0**-126], [np.inf, -np.inf]])
+@pytest.mark.parametrize(
+    "values", [[0.0, -0.0, 1.0, -2.5, 3.0e38, 1.0e-40, 2.0**-126], [np.inf, -np.inf]]
+)
 def test_what_bfloat16_holds_stays_as_it_is(values):
     held = np.tile(np.array(values, jnp.bfloat16), (20, 1))
     again = jax.jit(stochastic_round)(held.astype(np.float32), jax.random.key(0))
@@ -92,7 +100,9 @@ def test_a_nan_of_any_bits_stays_one():
 
 def test_random_numbers_follow_from_seed_and_step_alone():
     """On any mesh, and at another time, the same step rounds to the same bits; another seed or step to others."""
-    config = bfloat16(optim__rounding="stochastic", optim__learning_rate=1e-3, optim__schedule="constant")
+    config = bfloat16(
+        optim__rounding="stochastic", optim__learning_rate=1e-3, optim__schedule="constant"
+    )
     state = made_state(config)
     grads = gradients_like(state)
 
@@ -102,8 +112,17 @@ def test_random_numbers_follow_from_seed_and_step_alone():
 
     alone = after(state, grads)
     mesh = mesh_of(fsdp=4, tensor=2)
-    spread = lambda x: jax.device_put(x, NamedSharding(mesh, jax.P(*[None] * (x.ndim - 2), "fsdp", "tensor")))
-    place = lambda x: spread(x) if x.ndim > 2 else x
+
+    def spread(x):
+        return jax.device_put(
+            x, NamedSharding(mesh, jax.P(*[None] * (x.ndim - 2), "fsdp", "tensor"))
+        )
+
+    def place(x):
+        if x.ndim > 2:
+            return spread(x)
+        return x
+
     sharded = after(*jax.tree.map(place, (state, grads)))
     for one, other in zip(alone, sharded):
         np.testing.assert_array_equal(one, other)
@@ -118,7 +137,10 @@ def way(config, steps):
     start = state.params
     for _ in range(steps):
         state, metrics = stepped(config, state, gradients_like(state))
-    gone = lambda new, old: np.asarray(new, np.float64).ravel() - np.asarray(old, np.float64).ravel()
+
+    def gone(new, old):
+        return np.asarray(new, np.float64).ravel() - np.asarray(old, np.float64).ravel()
+
     return np.concatenate(jax.tree.leaves(jax.tree.map(gone, state.params, start))), metrics
 
 
@@ -132,7 +154,8 @@ def test_small_updates_add_up_where_they_are_rounded_stochastically():
         moved, metrics = way(bfloat16(**rate, optim__rounding=rounding), 20)
         gone[rounding] = float(moved @ exact / (exact @ exact))  # the part of float32's way
         assert 0 < float(metrics["moved_share"]) < 0.2
-    assert gone["nearest"] < 0.3 and gone["stochastic"] == pytest.approx(1.0, abs=0.1)
+    assert gone["nearest"] < 0.3
+    assert gone["stochastic"] == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.parametrize(("rounding", "left"), [("nearest", 1.0), ("stochastic", 0.999**200)])
@@ -142,8 +165,12 @@ def test_the_mean_of_squares_falls_with_a_long_memory(rounding, left):
     config = bfloat16(**settings, optim__rounding=rounding)
     state = made_state(config)
     state, _ = stepped(config, state, gradients_like(state))
-    total = lambda state: sum(np.asarray(x, np.float64).sum() for x in jax.tree.leaves(nu_of(state)))
-    first, still = total(state), gradients_like(state, 0.0)
+
+    def total(state):
+        return sum(np.asarray(x, np.float64).sum() for x in jax.tree.leaves(nu_of(state)))
+
+    first = total(state)
+    still = gradients_like(state, 0.0)
     for _ in range(200):
         state, _ = stepped(config, state, still)
     assert total(state) / first == pytest.approx(left, rel=0.02)
@@ -156,7 +183,8 @@ def nu_of(state):
 
 def test_moved_share_counts_trained_parameters_that_are_not_float32():
     config = bfloat16(optim__rates=((r"embed", 0.0), (r".*", 1.0)))
-    old, new = parameters("bfloat16"), parameters("bfloat16")
+    old = parameters("bfloat16")
+    new = parameters("bfloat16")
     new["layers"]["block_0"]["norm"]["scale"] += 1
     new["embed"]["table"] += 1
     share = moved_share(new, old, config)["moved_share"]
@@ -171,7 +199,8 @@ RATES = {"sgd": 1e-4, "adam": 1e-5, "adamw": 1e-5, "lion": 1e-5, "muon": 1e-4, "
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_learning_rate_that_is_rounded_away_is_told_in_a_line(name):
-    params, rate = parameters("bfloat16"), RATES[name]
+    params = parameters("bfloat16")
+    rate = RATES[name]
     (line,) = warnings(params, 0, bfloat16(optim__name=name, optim__learning_rate=rate), ONE)
     for word in ("bfloat16", f"{rate:.1e}", "assumed", "optim.rounding=stochastic"):
         assert word in line
@@ -186,8 +215,14 @@ def test_only_what_is_trained_is_judged_and_only_by_the_steps_that_are_left():
     params = parameters("bfloat16")
     frozen = bfloat16(optim__rates=((r"scale", 0.0), (r".*", 1.0)))
     assert lost_share(params, 4e-3, bfloat16(), ONE) > lost_share(params, 4e-3, frozen, ONE) == 0
-    late = bfloat16(optim__learning_rate=1e-2, optim__schedule="linear", optim__end_factor=0.0, train__steps=1000)
-    assert not warnings(params, 0, late, ONE) and warnings(params, 999, late, ONE)
+    late = bfloat16(
+        optim__learning_rate=1e-2,
+        optim__schedule="linear",
+        optim__end_factor=0.0,
+        train__steps=1000,
+    )
+    assert not warnings(params, 0, late, ONE)
+    assert warnings(params, 999, late, ONE)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +232,10 @@ def test_only_what_is_trained_is_judged_and_only_by_the_steps_that_are_left():
         ({"optim__name": "adam", "optim__b1": 0.998}, "optim.b1=0.998"),
         ({"optim__name": "lion", "optim__b2": 0.9999}, "optim.b2=0.9999"),
         ({"optim__name": "muon", "optim__momentum": 0.999}, "optim.momentum=0.999"),
-        ({"optim__name": "sgd", "optim__momentum": 0.999, "optim__clip": 0.0}, "optim.momentum=0.999"),
+        (
+            {"optim__name": "sgd", "optim__momentum": 0.999, "optim__clip": 0.0},
+            "optim.momentum=0.999",
+        ),
         ({"optim__name": "adafactor", "train__steps": 5000}, "adafactor"),
         ({"optim__name": "adamw", "optim__b2": 0.99}, None),
         ({"optim__name": "lion", "optim__b1": 0.999}, None),

@@ -10,19 +10,30 @@ from conftest import fresh_state, mesh_of, one_step, random_batch, small_config
 
 from jaxlm.parallel.hosts import to_global
 from jaxlm.parallel.mesh import partition_spec
-from jaxlm.step.state import State, abstract_state, eval_step, gradients, init_state, state_shardings, train_step
+from jaxlm.step.state import (
+    State,
+    abstract_state,
+    eval_step,
+    gradients,
+    init_state,
+    state_shardings,
+    train_step,
+)
 
 MESHES = [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
 def train(config, mesh, steps=20):
     """(losses, final state) on one made batch, again and again."""
-    rows, losses = config.train.batch_size, []
+    rows = config.train.batch_size
+    losses = []
     batch = random_batch(np.random.default_rng(0), rows)
     with jax.set_mesh(mesh):
         state = init_state(config, mesh)
         step = jax.jit(
-            partial(train_step, config=config), donate_argnums=0, out_shardings=(state_shardings(config, mesh), None)
+            partial(train_step, config=config),
+            donate_argnums=0,
+            out_shardings=(state_shardings(config, mesh), None),
         )
         for _ in range(steps):
             state, metrics = step(state, to_global(batch, mesh, rows))
@@ -63,7 +74,8 @@ def test_parameters_are_born_equal_on_every_mesh():
 
 def test_microbatches_change_nothing():
     """Loss and parameters after a step are those of the whole batch, with weights that differ from row to row."""
-    batch, results = random_batch(np.random.default_rng(0)), {}
+    batch = random_batch(np.random.default_rng(0))
+    results = {}
     for parts in (1, 2, 4):
         c = small_config(train__grad_accumulation=parts, train__z_loss=1e-3)
         state, metrics = one_step(c, fresh_state(c), batch)
@@ -74,18 +86,21 @@ def test_microbatches_change_nothing():
 
 
 def test_gradients_summed_in_bfloat16_are_its_rounding_off():
-    batch, grads = random_batch(np.random.default_rng(0)), {}
+    batch = random_batch(np.random.default_rng(0))
+    grads = {}
     for dtype in ("float32", "bfloat16"):
         c = small_config(train__grad_accumulation=4, train__accumulation_dtype=dtype)
-        grads[dtype], _ = jax.jit(lambda params, c=c: gradients(params, batch, jax.random.key(0), c))(
-            fresh_state(c).params
-        )
+        grads[dtype], _ = jax.jit(
+            lambda params, c=c: gradients(params, batch, jax.random.key(0), c)
+        )(fresh_state(c).params)
     for exact, rounded in zip(*map(jax.tree.leaves, grads.values())):
-        assert rounded.dtype == jnp.float32 and 0 < np.abs(rounded - exact).max() <= 3 * 2**-8 * np.abs(exact).max()
+        assert rounded.dtype == jnp.float32
+        assert 0 < np.abs(rounded - exact).max() <= 3 * 2**-8 * np.abs(exact).max()
 
 
 def test_microbatches_change_nothing_on_a_mesh():
-    c, parts = small_config(), small_config(train__grad_accumulation=4, train__batch_size=16)
+    c = small_config()
+    parts = small_config(train__grad_accumulation=4, train__batch_size=16)
     one, _ = train(c, mesh_of(1), steps=5)
     many, _ = train(parts, mesh_of(4, data=2, fsdp=2), steps=5)
     np.testing.assert_allclose(many, one, rtol=1e-5)
@@ -94,19 +109,25 @@ def test_microbatches_change_nothing_on_a_mesh():
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poison):
     c = small_config(train__ema=0.9)
-    state, batch = fresh_state(c), random_batch(np.random.default_rng(0))
+    state = fresh_state(c)
+    batch = random_batch(np.random.default_rng(0))
     bad = batch | {"weights": batch["weights"] + poison}
     new, metrics = one_step(c, state, bad)
-    assert int(new.skipped) == 1 and int(new.step) == 1 and not np.isfinite(metrics["loss"])
+    assert int(new.skipped) == 1
+    assert int(new.step) == 1
+    assert not np.isfinite(metrics["loss"])
     for name in ("params", "opt_state", "ema"):
         jax.tree.map(np.testing.assert_array_equal, getattr(new, name), getattr(state, name))
 
 
 def test_a_batch_of_padding_has_loss_0_and_moves_nothing_by_gradient():
     c = small_config(optim__weight_decay=0.0)
-    state, batch = fresh_state(c), random_batch(np.random.default_rng(0))
+    state = fresh_state(c)
+    batch = random_batch(np.random.default_rng(0))
     new, metrics = one_step(c, state, batch | {"weights": np.zeros_like(batch["weights"])})
-    assert float(metrics["loss"]) == 0.0 and float(metrics["grad_norm"]) == 0.0 and int(new.skipped) == 0
+    assert float(metrics["loss"]) == 0.0
+    assert float(metrics["grad_norm"]) == 0.0
+    assert int(new.skipped) == 0
     jax.tree.map(np.testing.assert_array_equal, new.params, state.params)
 
 
@@ -117,7 +138,8 @@ def test_clipping_bounds_the_gradient_and_reports_the_norm_before():
         c = small_config(optim__clip=clip)
         state, metrics = one_step(c, fresh_state(c), batch)
         moments.append(
-            np.sqrt(sum(float(jnp.sum(m**2)) for m in jax.tree.leaves(state.opt_state[0].mu))) / (1 - c.optim.b1)
+            np.sqrt(sum(float(jnp.sum(m**2)) for m in jax.tree.leaves(state.opt_state[0].mu)))
+            / (1 - c.optim.b1)
         )
     assert moments[0] == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
     assert moments[1] == pytest.approx(1e-3, rel=1e-2)
@@ -133,17 +155,25 @@ def test_the_average_of_parameters():
 
 def test_dropout_acts_in_training_and_not_in_evaluation():
     batch = random_batch(np.random.default_rng(0))
-    on, off = small_config(model__dropout=0.5), small_config()
+    on = small_config(model__dropout=0.5)
+    off = small_config()
     state = fresh_state(off)
     assert one_step(on, state, batch)[1]["loss"] != one_step(off, state, batch)[1]["loss"]
-    assert eval_step(state.params, batch, config=on)[0]["loss"] == eval_step(state.params, batch, config=off)[0]["loss"]
+    assert (
+        eval_step(state.params, batch, config=on)[0]["loss"]
+        == eval_step(state.params, batch, config=off)[0]["loss"]
+    )
 
 
 def test_the_state_is_described_exactly_before_it_exists():
     c = small_config(optim__name="muon", train__ema=0.9)
     abstract, axes = abstract_state(c)
-    describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    assert describe(abstract) == describe(fresh_state(c)) and isinstance(axes, State)
+
+    def describe(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    assert describe(abstract) == describe(fresh_state(c))
+    assert isinstance(axes, State)
 
 
 def test_one_mesh_axis_never_shards_two_dimensions():
@@ -152,7 +182,9 @@ def test_one_mesh_axis_never_shards_two_dimensions():
 
 
 def test_a_dimension_that_is_not_divided_stays_whole():
-    assert partition_spec(("norm", "heads"), (16, 3), mesh_of(fsdp=4, tensor=2)) == jax.P(None, None)
+    assert partition_spec(("norm", "heads"), (16, 3), mesh_of(fsdp=4, tensor=2)) == jax.P(
+        None, None
+    )
 
 
 def test_a_golden_step():
@@ -160,7 +192,9 @@ def test_a_golden_step():
     c = small_config()
     state, metrics = one_step(c, fresh_state(c), random_batch(np.random.default_rng(0)))
     total = sum(float(jnp.sum(jnp.abs(x))) for x in jax.tree.leaves(state.params))
-    assert (float(metrics["loss"]), float(metrics["grad_norm"]), total) == pytest.approx(GOLDEN, rel=1e-5)
+    assert (float(metrics["loss"]), float(metrics["grad_norm"]), total) == pytest.approx(
+        GOLDEN, rel=1e-5
+    )
 
 
 GOLDEN = (4.1713886, 0.8273115, 3514.7295589)

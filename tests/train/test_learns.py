@@ -36,7 +36,8 @@ def report(rng) -> dict:
 
 def dialogue(rng) -> dict:
     """Who is told is asked for in the second turn."""
-    name, town = rng.choice(NAMES), rng.choice(TOWNS)
+    name = rng.choice(NAMES)
+    town = rng.choice(TOWNS)
     said = [f"i am {name} from {town}", f"hello {name}"]
     said += rng.choice([["where am i from ?", f"from {town}"], ["who am i ?", f"you are {name}"]])
     roles = ["user", "assistant"] * 2
@@ -72,13 +73,17 @@ def test_summarize_learns_what_is_news(tmp_path):
     """In its own words: the first is the name of the one who did it today."""
     run = trained(tmp_path, "summarize", report, 150)
     assert evaluated(run)["rougeL"] > 90
-    texts = ["long ago anna sold towers . today boris won gold .", "today cela lost ships . long ago boris won gold ."]
+    texts = [
+        "long ago anna sold towers . today boris won gold .",
+        "today cela lost ships . long ago boris won gold .",
+    ]
     assert [text.split()[0] for text in jaxlm.load(run).answer(texts)] == ["boris", "cela"]
 
 
 def test_dialogue_learns_to_remember(tmp_path):
     lm = jaxlm.load(trained(tmp_path, "dialogue", dialogue, 150))
-    rng, right = random.Random(1), 0
+    rng = random.Random(1)
+    right = 0
     dialogues = [dialogue(rng)["messages"] for _ in range(50)]
     for said, messages in zip(lm.answer([messages[:-1] for messages in dialogues]), dialogues):
         right += said == messages[-1]["content"]

@@ -27,7 +27,8 @@ def train(workdir, **settings):
     flags = SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
     if flags["data.path"]:
         del flags["data.tokenizer"]
-    task, flags = flags.get("task.name", "lm"), [f"--config.{key}={value}" for key, value in flags.items()]
+    task = flags.get("task.name", "lm")
+    flags = [f"--config.{key}={value}" for key, value in flags.items()]
     program("jaxlm.train", "--config=configs/quickstart.py", f"--workdir={workdir}", *flags)
     found = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
@@ -47,13 +48,16 @@ def tokens(path, texts, words):
     """Prepared text, a document each; words: the texts that the tokenizer knows the words of."""
     (path.with_suffix(".json")).write_bytes(vocabulary.make("words", words, 10_000).to_bytes())
     examples(path.with_suffix(".jsonl"), [{"text": text} for text in texts])
-    prepare([str(path.with_suffix(".jsonl"))], path, tokenizer=str(path.with_suffix(".json")), workers=1)
+    prepare(
+        [str(path.with_suffix(".jsonl"))], path, tokenizer=str(path.with_suffix(".json")), workers=1
+    )
     return path
 
 
 # ---------------------------------------------------------------- pretraining, then few labels
 
-TOPICS, WORDS = 8, 60
+TOPICS = 8
+WORDS = 60
 
 
 def sentence(rng, topic, length):
@@ -64,14 +68,21 @@ def sentence(rng, topic, length):
 
 def labelled(rng, count):
     """Short texts of topics in turn, of which every other one is good."""
-    return [{"text": sentence(rng, i % TOPICS, 4), "label": ("bad", "good")[i % 2]} for i in range(count)]
+    return [
+        {"text": sentence(rng, i % TOPICS, 4), "label": ("bad", "good")[i % 2]}
+        for i in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """A folder: `mlm`, a run on text without labels; 24 labelled texts for each of three seeds, 400 to measure on."""
-    path, rng = tmp_path_factory.mktemp("words"), np.random.default_rng(0)
-    every = [f"t{t}w{i}" for t in range(TOPICS) for i in range(WORDS)]
+    path = tmp_path_factory.mktemp("words")
+    rng = np.random.default_rng(0)
+    every = []
+    for t in range(TOPICS):
+        for i in range(WORDS):
+            every.append(f"t{t}w{i}")
     text = [sentence(rng, rng.integers(TOPICS), 12) for _ in range(4000)]
     data = tokens(path / "text", text, every)
     run = train(
@@ -87,37 +98,56 @@ def pretrained(tmp_path_factory):
 
 def tune(folder, workdir, seed, **settings):
     """The accuracy of a classifier of 24 texts."""
-    given = {"data__train": folder / f"train{seed}.jsonl", "data__val": folder / "val.jsonl", "seed": seed}
+    given = {
+        "data__train": folder / f"train{seed}.jsonl",
+        "data__val": folder / "val.jsonl",
+        "seed": seed,
+    }
     given |= {"task__name": "classify", "optim__learning_rate": 1e-3}
     run = train(workdir, **given | settings)
     return run["eval/accuracy"][-1]
 
 
 def test_pretraining_makes_few_labels_go_far(pretrained, tmp_path):
-    start = {"scratch": {"data__tokenizer": pretrained / "mlm"}, "pretrained": {"train__init_from": pretrained / "mlm"}}
+    start = {
+        "scratch": {"data__tokenizer": pretrained / "mlm"},
+        "pretrained": {"train__init_from": pretrained / "mlm"},
+    }
     mean = {}
     for name, more in start.items():
         each = [tune(pretrained, tmp_path / f"{name}{seed}", seed, **more) for seed in range(3)]
         mean[name] = np.mean(each)
-        print(f"\n24 labels, {name}: accuracy {mean[name]:.3f} of {', '.join(f'{x:.3f}' for x in each)}")
+        print(
+            f"\n24 labels, {name}: accuracy {mean[name]:.3f} of {', '.join(f'{x:.3f}' for x in each)}"
+        )
     assert mean["pretrained"] > mean["scratch"] + 0.05
 
 
 def test_adapters_learn_with_few_parameters_beside_frozen_ones(pretrained, tmp_path):
-    more = {"train__init_from": pretrained / "mlm", "model__lora_rank": 4, "optim__learning_rate": 1e-2}
+    more = {
+        "train__init_from": pretrained / "mlm",
+        "model__lora_rank": 4,
+        "optim__learning_rate": 1e-2,
+    }
     accuracy = tune(pretrained, tmp_path / "lora", 0, **more)
-    before, run = jaxlm.load(pretrained / "mlm"), jaxlm.load(tmp_path / "lora")
+    before = jaxlm.load(pretrained / "mlm")
+    run = jaxlm.load(tmp_path / "lora")
     start = {name_of(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(before.params)}
     now = {name_of(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(run.params)}
     frozen = [name for name in start if np.array_equal(start[name], now[name])]
     trained = sum(x.size for name, x in now.items() if name not in frozen)
     part = trained / sum(x.size for x in now.values())
-    assert set(frozen) == set(start) and part < 0.05
+    assert set(frozen) == set(start)
+    assert part < 0.05
     program("jaxlm.lora", f"--workdir={tmp_path / 'lora'}", f"--output={tmp_path / 'merged'}")
-    merged, ids = jaxlm.load(tmp_path / "merged"), np.random.default_rng(0).integers(0, 400, (2, 16))
+    merged = jaxlm.load(tmp_path / "merged")
+    ids = np.random.default_rng(0).integers(0, 400, (2, 16))
     apart = np.abs(body_logits(merged, ids) - body_logits(run, ids)).max()
-    print(f"\nadapters: {part:.1%} of the parameters, accuracy {accuracy:.3f}; merged: logits within {apart:.1e}")
-    assert apart < 1e-5 and np.abs(body_logits(run, ids) - body_logits(before, ids)).max() > 1e-2
+    print(
+        f"\nadapters: {part:.1%} of the parameters, accuracy {accuracy:.3f}; merged: logits within {apart:.1e}"
+    )
+    assert apart < 1e-5
+    assert np.abs(body_logits(run, ids) - body_logits(before, ids)).max() > 1e-2
     assert accuracy > 0.8
 
 
@@ -126,13 +156,21 @@ def test_adapters_learn_with_few_parameters_beside_frozen_ones(pretrained, tmp_p
 
 def test_preferences_are_learned(tmp_path):
     """A model that says numbers upwards as readily as downwards comes to prefer upwards, of other numbers too."""
-    rng, rows = np.random.default_rng(0), {"sft": [], "train": [], "val": []}
+    rng = np.random.default_rng(0)
+    rows = {"sft": [], "train": [], "val": []}
     for i in range(1400):
         numbers = np.sort(rng.choice(30, 4, replace=False))
-        say = lambda order: " ".join(f"n{n}" for n in order)
-        prompt, up, down = say(rng.permutation(numbers)), say(numbers), say(numbers[::-1])
+
+        def say(order):
+            return " ".join(f"n{n}" for n in order)
+
+        prompt = say(rng.permutation(numbers))
+        up = say(numbers)
+        down = say(numbers[::-1])
         rows["sft"].append({"prompt": prompt, "response": (up, down)[i % 2]})
-        rows["val" if i < 200 else "train"].append({"prompt": prompt, "chosen": up, "rejected": down})
+        rows["val" if i < 200 else "train"].append(
+            {"prompt": prompt, "chosen": up, "rejected": down}
+        )
     files = {name: examples(tmp_path / f"{name}.jsonl", rows[name]) for name in rows}
     train(
         tmp_path / "sft", task__name="sft", model__name="decoder", data__train=files["sft"], data__seq_len=64,
@@ -142,11 +180,14 @@ def test_preferences_are_learned(tmp_path):
         tmp_path / "dpo", task__name="dpo", train__init_from=tmp_path / "sft", data__train=files["train"],
         data__val=files["val"], data__seq_len=64, train__steps=150, optim__learning_rate=1e-3, eval__every=50,
     )  # fmt: skip
-    margins, accuracy = [float(np.mean(run["margin"][i : i + 10])) for i in (0, 70, 140)], run["eval/accuracy"][-1]
+    margins = [float(np.mean(run["margin"][i : i + 10])) for i in (0, 70, 140)]
+    accuracy = run["eval/accuracy"][-1]
     print(
         f"\npreferences: margin in training {margins}, on held-out pairs {run['eval/margin']}; accuracy {accuracy:.3f}"
     )
-    assert margins == sorted(margins) and run["eval/margin"] == sorted(run["eval/margin"]) and accuracy > 0.95
+    assert margins == sorted(margins)
+    assert run["eval/margin"] == sorted(run["eval/margin"])
+    assert accuracy > 0.95
 
 
 # ---------------------------------------------------------------- distillation
@@ -164,15 +205,31 @@ def test_a_pupil_comes_nearer_to_its_teacher(tmp_path):
         return " ".join(f"w{word}" for word in words)
 
     every = [f"w{word}" for word in range(60)]
-    much, little = (tokens(tmp_path / str(n), [text() for _ in range(n)], every) for n in (3000, 120))
-    given = {"model__name": "decoder", "data__path": much, "train__batch_size": 16, "data__seq_len": 64}
+    much, little = (
+        tokens(tmp_path / str(n), [text() for _ in range(n)], every) for n in (3000, 120)
+    )
+    given = {
+        "model__name": "decoder",
+        "data__path": much,
+        "train__batch_size": 16,
+        "data__seq_len": 64,
+    }
     teacher = train(tmp_path / "teacher", **given, train__steps=300)
-    given |= {"task__teacher": tmp_path / "teacher", "data__path": little, "train__steps": 200, "eval__every": 50}
+    given |= {
+        "task__teacher": tmp_path / "teacher",
+        "data__path": little,
+        "train__steps": 200,
+        "eval__every": 50,
+    }
     given |= {"train__batch_size": 8}
     pupil = train(tmp_path / "pupil", **given, task__distill=1.0)
-    alone = train(tmp_path / "alone", **given, task__distill=1e-9)  # so little that it is measured, no more
+    alone = train(
+        tmp_path / "alone", **given, task__distill=1e-9
+    )  # so little that it is measured, no more
     for name, run in (("pupil", pupil), ("alone", alone)):
-        print(f"\n{name}: divergence {run['eval/divergence']}, loss on other text {run['eval/loss'][-1]:.3f}")
+        print(
+            f"\n{name}: divergence {run['eval/divergence']}, loss on other text {run['eval/loss'][-1]:.3f}"
+        )
     print(f"\nthe teacher: loss {teacher['eval/loss'][-1]:.3f}")
     assert pupil["eval/divergence"][-1] < 0.5 * pupil["eval/divergence"][0]
     assert pupil["eval/divergence"][-1] < 0.2 * min(alone["eval/divergence"])
@@ -188,16 +245,30 @@ def test_rare_classes_are_found_when_they_count_as_much(tmp_path):
 
     def text(rare):
         own = rng.random(8) < 0.5
-        return " ".join(f"{'xy'[rare]}{rng.integers(40)}" if mine else f"z{rng.integers(40)}" for mine in own)
+        return " ".join(
+            f"{'xy'[rare]}{rng.integers(40)}" if mine else f"z{rng.integers(40)}" for mine in own
+        )
 
-    rows = lambda count: [{"text": text(i % 20 == 0), "label": ("often", "rare")[i % 20 == 0]} for i in range(count)]
+    def rows(count):
+        return [
+            {"text": text(i % 20 == 0), "label": ("often", "rare")[i % 20 == 0]}
+            for i in range(count)
+        ]
+
     given = {"data__train": examples(tmp_path / "train.jsonl", rows(1000))}
     given |= {"data__val": examples(tmp_path / "val.jsonl", rows(1000)), "task__name": "classify"}
     f1 = {}
     given |= {"train__steps": 30, "train__batch_size": 32, "optim__learning_rate": 3e-4}
-    ways = {"none": {}, "weights": {"task__class_weights": "balanced"}, "sampling": {"task__balanced_sampling": True}}
+    ways = {
+        "none": {},
+        "weights": {"task__class_weights": "balanced"},
+        "sampling": {"task__balanced_sampling": True},
+    }
     for name, more in ways.items():
         run = train(tmp_path / name, **given | more)
         f1[name] = run["eval/f1"][-1]
-        print(f"\n95 to 5, {name}: macro F1 {f1[name]:.3f}, accuracy {run['eval/accuracy'][-1]:.3f}")
-    assert f1["weights"] > f1["none"] + 0.1 and f1["sampling"] > f1["none"] + 0.1
+        print(
+            f"\n95 to 5, {name}: macro F1 {f1[name]:.3f}, accuracy {run['eval/accuracy'][-1]:.3f}"
+        )
+    assert f1["weights"] > f1["none"] + 0.1
+    assert f1["sampling"] > f1["none"] + 0.1

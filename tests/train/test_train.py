@@ -26,7 +26,9 @@ SETTINGS = {
 
 
 def train(workdir, data, devices=1, check=True, flags=(), env=None, **overrides):
-    settings = SETTINGS | {"data.path": data} | {k.replace("__", "."): v for k, v in overrides.items()}
+    settings = (
+        SETTINGS | {"data.path": data} | {k.replace("__", "."): v for k, v in overrides.items()}
+    )
     return program(
         "jaxlm.train", "--config=configs/quickstart.py", f"--workdir={workdir}", *flags,
         *(f"--config.{key}={value}" for key, value in settings.items()), devices=devices, check=check, env=env,
@@ -47,26 +49,48 @@ def rows(workdir, key="loss"):
 )
 def test_resumed_is_uninterrupted_to_the_last_digit(tmp_path, text_dir, devices, mesh):
     """Dropout and shuffling on; the losses in metrics.jsonl are the same text; each step appears once."""
-    own = partial(train, data=text_dir, devices=devices, env={"JAX_COMPILATION_CACHE_DIR": ""}, train__steps=40, **mesh)
+    own = partial(
+        train,
+        data=text_dir,
+        devices=devices,
+        env={"JAX_COMPILATION_CACHE_DIR": ""},
+        train__steps=40,
+        **mesh,
+    )
     own(tmp_path / "whole")
     own(tmp_path / "parts", train__stop_at=20)
     assert list(rows(tmp_path / "parts")) == list(range(1, 21))
     own(tmp_path / "parts")
-    whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "parts")
-    assert list(whole) == list(range(1, 41)) and whole == parts
+    whole = rows(tmp_path / "whole")
+    parts = rows(tmp_path / "parts")
+    assert list(whole) == list(range(1, 41))
+    assert whole == parts
     assert whole[40] < whole[1] - 0.5
-    assert (tmp_path / "parts/compiled").exists() == (devices == 1)  # the second half came from there
+    assert (tmp_path / "parts/compiled").exists() == (
+        devices == 1
+    )  # the second half came from there
 
 
 def test_a_run_that_dies_goes_on_from_its_last_checkpoint_and_repeats_no_row(tmp_path, text_dir):
     settings = {"train__steps": 30, "checkpoint__every": 10, "log__every": 1}
     train(tmp_path / "whole", text_dir, **settings)
     assert list(rows(tmp_path / "whole", "save_seconds")) == [11, 21]
-    command = [sys.executable, "-c", KILLED, "--config=configs/quickstart.py", f"--workdir={tmp_path / 'killed'}"]
-    both = SETTINGS | {"data.path": text_dir} | {k.replace("__", "."): v for k, v in settings.items()}
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        "--config=configs/quickstart.py",
+        f"--workdir={tmp_path / 'killed'}",
+    ]
+    both = (
+        SETTINGS | {"data.path": text_dir} | {k.replace("__", "."): v for k, v in settings.items()}
+    )
     command += [f"--config.{key}={value}" for key, value in both.items()]
     env = os.environ | {"XLA_FLAGS": FLAGS}
-    assert subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode
+        == -signal.SIGKILL
+    )
     assert max(rows(tmp_path / "killed")) > 20
     train(tmp_path / "killed", text_dir, **settings)
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
@@ -88,7 +112,13 @@ train.main(sys.argv[1:])
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, text_dir):
     both = SETTINGS | {"data.path": text_dir, "train.steps": 100_000}
-    command = [sys.executable, "-m", "jaxlm.train", "--config=configs/quickstart.py", f"--workdir={tmp_path}"]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxlm.train",
+        "--config=configs/quickstart.py",
+        f"--workdir={tmp_path}",
+    ]
     command += [f"--config.{key}={value}" for key, value in both.items()]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "metrics.jsonl").exists() or len(rows(tmp_path)) < 5:
@@ -97,7 +127,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, text_dir):
     run.send_signal(signal.SIGTERM)
     out, _ = run.communicate(timeout=60)
     last = max(rows(tmp_path))
-    assert run.returncode == 75 and f"SIGTERM at step {last}, saved" in out
+    assert run.returncode == 75
+    assert f"SIGTERM at step {last}, saved" in out
     assert (tmp_path / "checkpoints" / str(last)).is_dir()
 
 
@@ -108,48 +139,75 @@ def test_evaluation_keeps_the_best_and_the_newest_and_stops_early(tmp_path, text
         optim__learning_rate=0.3, optim__schedule="linear", optim__warmup_steps=100, optim__clip=0, model__dropout=0,
     )  # fmt: skip
     losses = rows(tmp_path, "eval/loss")
-    assert "in 3 evaluations: stopping" in run.stdout and max(losses) < 400
+    assert "in 3 evaluations: stopping" in run.stdout
+    assert max(losses) < 400
     best = min(losses, key=losses.get)
     assert list(losses)[-4] == best
-    assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()} == {str(best), str(max(losses))}
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()} == {
+        str(best),
+        str(max(losses)),
+    }
     assert set(rows(tmp_path, "eval/bits_per_byte")) == set(losses)
 
 
 def test_changed_data_or_model_is_refused_with_the_difference(tmp_path, text_dir):
     train(tmp_path, text_dir, train__steps=20, train__stop_at=3)
     run = train(tmp_path, text_dir, check=False, train__steps=20, seed=1, data__shuffle=False)
-    assert run.returncode == 4 and "seed: 0 -> 1" in run.stderr and "shuffle: True -> False" in run.stderr
-    train(tmp_path, text_dir, flags=["--allow_data_change"], train__steps=20, train__stop_at=4, seed=1)
+    assert run.returncode == 4
+    assert "seed: 0 -> 1" in run.stderr
+    assert "shuffle: True -> False" in run.stderr
+    train(
+        tmp_path, text_dir, flags=["--allow_data_change"], train__steps=20, train__stop_at=4, seed=1
+    )
     run = train(tmp_path, text_dir, check=False, train__steps=20, seed=1, model__embed_dim=64)
-    assert run.returncode == 4 and "embed/tokens: saved" in run.stderr and "Traceback" not in run.stderr
+    assert run.returncode == 4
+    assert "embed/tokens: saved" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_missing_data_is_exit_3_before_anything_is_made(tmp_path):
     run = train(tmp_path / "run", tmp_path / "nothing", check=False)
-    assert run.returncode == 3 and "jaxlm.data.prepare" in run.stderr and not (tmp_path / "run").exists()
+    assert run.returncode == 3
+    assert "jaxlm.data.prepare" in run.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_that_cannot_be_made_is_exit_2(tmp_path, text_dir):
     (tmp_path / "file").write_text("")
     run = train(tmp_path / "file" / "run", text_dir, check=False)
-    assert run.returncode == 2 and "--workdir=" in run.stderr and "Traceback" not in run.stderr
+    assert run.returncode == 2
+    assert "--workdir=" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_losses_that_stay_nan_end_the_run_with_exit_5(tmp_path, text_dir):
-    overrides = {"optim__learning_rate": 1e30, "optim__warmup_steps": 0, "optim__clip": 0, "train__max_skipped": 3}
+    overrides = {
+        "optim__learning_rate": 1e30,
+        "optim__warmup_steps": 0,
+        "optim__clip": 0,
+        "train__max_skipped": 3,
+    }
     run = train(tmp_path, text_dir, check=False, train__steps=50, **overrides)
-    assert run.returncode == 5 and "3 steps in a row" in run.stderr
+    assert run.returncode == 5
+    assert "3 steps in a row" in run.stderr
 
 
 def test_data_can_be_a_mixture(tmp_path, text_dir):
-    train(tmp_path, "", train__steps=20, train__stop_at=2, data__mixture=f"{text_dir}=0.5,{text_dir}=0.5")
+    train(
+        tmp_path,
+        "",
+        train__steps=20,
+        train__stop_at=2,
+        data__mixture=f"{text_dir}=0.5,{text_dir}=0.5",
+    )
     assert list(rows(tmp_path)) == [1, 2]
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(tmp_path, text_dir):
     hold = Hold(tmp_path)
     run = train(tmp_path, text_dir, check=False, train__steps=20)
-    assert run.returncode == 2 and "another run is using it" in run.stderr
+    assert run.returncode == 2
+    assert "another run is using it" in run.stderr
     hold.close()
     Hold(tmp_path).close()
 
@@ -157,23 +215,41 @@ def test_a_second_run_in_the_same_workdir_is_refused(tmp_path, text_dir):
 def test_a_refused_resume_leaves_config_json_as_it_was(tmp_path, text_dir):
     train(tmp_path, text_dir, train__steps=20, train__stop_at=2)
     before = (tmp_path / "config.json").read_text()
-    assert train(tmp_path, text_dir, check=False, train__steps=20, model__embed_dim=64).returncode == 4
+    assert (
+        train(tmp_path, text_dir, check=False, train__steps=20, model__embed_dim=64).returncode == 4
+    )
     assert (tmp_path / "config.json").read_text() == before
 
 
 def test_an_empty_validation_split_is_told_before_the_run(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 100)
-    prepare([str(tmp_path / "a.txt")], tmp_path / "data", tokenizer="bytes", val_fraction=0.0, workers=1)
+    prepare(
+        [str(tmp_path / "a.txt")], tmp_path / "data", tokenizer="bytes", val_fraction=0.0, workers=1
+    )
     run = train(tmp_path / "run", tmp_path / "data", check=False, train__steps=20, eval__every=5)
-    assert run.returncode == 3 and "--val_fraction" in run.stderr and not (tmp_path / "run").exists()
+    assert run.returncode == 3
+    assert "--val_fraction" in run.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_best_is_not_spoiled_by_nan_and_knows_which_way_is_better():
-    best, nan = Best("loss"), float("nan")
-    assert [best.update({"loss": loss}) for loss in (nan, 2.0, nan, 1.0)] == [False, True, False, True]
+    best = Best("loss")
+    nan = float("nan")
+    assert [best.update({"loss": loss}) for loss in (nan, 2.0, nan, 1.0)] == [
+        False,
+        True,
+        False,
+        True,
+    ]
     high = Best("accuracy")
-    assert [high.update({"accuracy": x}) for x in (0.5, nan, 0.4, 0.6)] == [True, False, False, True]
-    assert best.since == 0 and Best("bleu").badness({"bleu": 2.0}) == -2.0
+    assert [high.update({"accuracy": x}) for x in (0.5, nan, 0.4, 0.6)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert best.since == 0
+    assert Best("bleu").badness({"bleu": 2.0}) == -2.0
 
 
 @pytest.mark.parametrize(
@@ -188,23 +264,35 @@ def test_the_best_is_not_spoiled_by_nan_and_knows_which_way_is_better():
 )
 def test_a_metric_that_an_evaluation_does_not_give_saves_and_waits(metric, result, why):
     config = base()
-    config.eval.metric, config.eval.patience, config.checkpoint.every = metric, 1, 5
+    config.eval.metric = metric
+    config.eval.patience = 1
+    config.checkpoint.every = 5
     run = object.__new__(Run)  # without a model
-    run.config, run.meta, run.best, run.hold = config, {}, Best(metric), Mock()
-    run.monitor, run.checkpoints, run.evaluate = Mock(), Mock(), Mock(return_value=result)
+    run.config = config
+    run.meta = {}
+    run.best = Best(metric)
+    run.hold = Mock()
+    run.monitor = Mock()
+    run.checkpoints = Mock()
+    run.evaluate = Mock(return_value=result)
     state = Mock(ema=None)
     assert [run.visit(state, step, False, True) for step in (250, 500, 750)] == [False] * 3
     saves = run.checkpoints.save.call_args_list
     assert [save.args for save in saves] == [(state, {"best": [None, 0]}, None)] * 3
     said = [call.args[0] for call in run.monitor.say.call_args_list]
-    assert len(said) == 3 and "\n" not in said[0]
-    assert f"eval.metric={metric}: this evaluation {why}" in said[0] and "wait" in said[0]
+    assert len(said) == 3
+    assert "\n" not in said[0]
+    assert f"eval.metric={metric}: this evaluation {why}" in said[0]
+    assert "wait" in said[0]
 
 
 def test_patience_that_was_spent_without_a_value_is_told():
     """As checkpoints of older versions may have it."""
-    run, config = object.__new__(Run), base()
+    run = object.__new__(Run)
+    config = base()
     config.eval.patience = 2
-    run.config, run.monitor, run.best = config, Mock(), Best("auc", None, 2)
+    run.config = config
+    run.monitor = Mock()
+    run.best = Best("auc", None, 2)
     assert run.exhausted()
     run.monitor.say.assert_called_once_with("no better auc in 2 evaluations: stopping")

@@ -70,7 +70,9 @@ def one_compilation(monkeypatch):
         monkeypatch.setattr(module, "make_mesh", lambda config: mesh_of(1))
     make = trainer.jit_train_step
     shared = functools.cache(make)
-    monkeypatch.setattr(trainer, "jit_train_step", lambda config, mesh: shared(FrozenConfigDict(config), mesh))
+    monkeypatch.setattr(
+        trainer, "jit_train_step", lambda config, mesh: shared(FrozenConfigDict(config), mesh)
+    )
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -80,7 +82,9 @@ def one_compilation(monkeypatch):
 def saved_state(config, workdir, step):
     checkpoints = Checkpoints(workdir, config)
     try:
-        return checkpoints.restore(step, abstract_state(config)[0], state_shardings(config, mesh_of(1)))
+        return checkpoints.restore(
+            step, abstract_state(config)[0], state_shardings(config, mesh_of(1))
+        )
     finally:
         checkpoints.close()
 
@@ -92,12 +96,19 @@ def rows(workdir):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_whole_run_is_saved_resumed_to_the_bit_evaluated_and_generated_from(tmp_path, text_dir, run):
+def test_a_whole_run_is_saved_resumed_to_the_bit_evaluated_and_generated_from(
+    tmp_path, text_dir, run
+):
     optimizer, dtype, more = RUNS[run]
-    settings = TINY | more | {"optim__name": optimizer, "model__param_dtype": dtype, "data__path": str(text_dir)}
+    settings = (
+        TINY
+        | more
+        | {"optim__name": optimizer, "model__param_dtype": dtype, "data__path": str(text_dir)}
+    )
     vocab_size, _, _ = describe(small_config(**settings))
     config = small_config(**settings, model__vocab_size=vocab_size)
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    whole = tmp_path / "whole"
+    resumed = tmp_path / "resumed"
     whole.mkdir()
     assert trainer.train(config, whole) == 0
     shutil.copytree(whole, resumed)
@@ -105,7 +116,9 @@ def test_a_whole_run_is_saved_resumed_to_the_bit_evaluated_and_generated_from(tm
     assert trainer.train(config, resumed) == 0
 
     ends = [saved_state(config, workdir, 4) for workdir in (whole, resumed)]
-    assert dtype in {str(x.dtype) for x in jax.tree.leaves(ends[0].params)}  # routers are float32 in any case
+    assert dtype in {
+        str(x.dtype) for x in jax.tree.leaves(ends[0].params)
+    }  # routers are float32 in any case
     jax.tree.map(np.testing.assert_array_equal, *ends)
     assert rows(whole) == rows(resumed)
     assert all(math.isfinite(row["loss"]) for row in rows(whole))

@@ -31,8 +31,12 @@ QUICK = "--config=configs/quickstart.py", "--space=optim.learning_rate=log:1e-4:
 def valley(config, folder, watch):
     """A planted optimum: muon at 0.02, adamw at 0.003 and worse by 0.3. Its rows look like those of metrics.jsonl."""
     best, floor = {"adamw": (3e-3, 2.3), "muon": (2e-2, 2.0)}[config.optim.name]
-    loss = floor + 0.5 * math.log10(config.optim.learning_rate / best) ** 2 + 0.01 * (config.seed % 2)
-    rows = [{"step": step, "eval/loss": loss + 250 / step} for step in (250, 500)] + [{"step": 1000, "eval/loss": loss}]
+    loss = (
+        floor + 0.5 * math.log10(config.optim.learning_rate / best) ** 2 + 0.01 * (config.seed % 2)
+    )
+    rows = [{"step": step, "eval/loss": loss + 250 / step} for step in (250, 500)] + [
+        {"step": 1000, "eval/loss": loss}
+    ]
     watch(rows)
     return rows
 
@@ -47,14 +51,18 @@ def search(workdir, run=valley, space=SPACE, trials=30, parallel=1, overrides=()
 
 
 def without_times(study):
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in study.records]
+    return [
+        {key: value for key, value in record.items() if key != "seconds"}
+        for record in study.records
+    ]
 
 
 @pytest.mark.parametrize("sampler_seed", range(3))
 @pytest.mark.parametrize("prune", [True, False])
 def test_it_finds_the_planted_optimum_within_30_trials(tmp_path, sampler_seed, prune):
     best = search(tmp_path, sampler_seed=sampler_seed, prune=prune).ranked()[0]
-    assert best["values"]["optim.name"] == "muon" and best["mean"] < 2.02
+    assert best["values"]["optim.name"] == "muon"
+    assert best["mean"] < 2.02
     assert 1e-2 < best["values"]["optim.learning_rate"] < 4e-2
 
 
@@ -76,33 +84,58 @@ def test_the_same_command_finds_the_same_trials_also_after_it_was_killed(tmp_pat
     assert without_times(killed) == without_times(whole)
     again = {folder.parent for folder in runs if runs.count(folder) > 1}
     assert len(again) == 3  # those that were interrupted
-    assert without_times(search(tmp_path / "other", trials=15, seeds=2, sampler_seed=1)) != without_times(whole)
+    assert without_times(
+        search(tmp_path / "other", trials=15, seeds=2, sampler_seed=1)
+    ) != without_times(whole)
 
 
 def test_a_finished_search_can_be_made_longer(tmp_path):
     search(tmp_path / "a", trials=5)
-    assert without_times(search(tmp_path / "a", trials=12)) == without_times(search(tmp_path / "b", trials=12))
+    assert without_times(search(tmp_path / "a", trials=12)) == without_times(
+        search(tmp_path / "b", trials=12)
+    )
 
 
 def test_trial_0_is_the_recipe_where_the_space_holds_it(tmp_path):
     values = search(tmp_path / "a", trials=1).records[0]["values"]
     assert values == {"optim.learning_rate": 3e-4, "optim.name": "adamw"}
     outside = "optim.learning_rate=log:1e-2:1e-1", "model.num_layers=int:1:9:2"
-    assert search(tmp_path / "b", space=outside[:1], trials=1).records[0]["values"]["optim.learning_rate"] > 1e-2
-    assert search(tmp_path / "c", space=outside[1:], trials=1).records[0]["values"]["model.num_layers"] % 2 == 1
+    assert (
+        search(tmp_path / "b", space=outside[:1], trials=1).records[0]["values"][
+            "optim.learning_rate"
+        ]
+        > 1e-2
+    )
+    assert (
+        search(tmp_path / "c", space=outside[1:], trials=1).records[0]["values"]["model.num_layers"]
+        % 2
+        == 1
+    )
 
 
 def test_a_trial_is_the_mean_over_seeds_of_the_best_of_each_run(tmp_path):
     def run(config, folder, watch):
-        assert folder.parent.parent == tmp_path / "trials" and folder.name == f"seed_{config.seed - 7}"
-        return [{"step": 1, "eval/f1": 0.5 + config.seed}, {"step": 2, "loss": 9.0}, {"step": 3, "eval/f1": 0.25}]
+        assert folder.parent.parent == tmp_path / "trials"
+        assert folder.name == f"seed_{config.seed - 7}"
+        return [
+            {"step": 1, "eval/f1": 0.5 + config.seed},
+            {"step": 2, "loss": 9.0},
+            {"step": 3, "eval/f1": 0.25},
+        ]
 
     study = search(tmp_path, run, trials=1, seeds=3, overrides=[("seed", "7")], metric="eval/f1")
     assert study.records[0]["by_seed"] == [7.5, 8.5, 9.5]
-    assert study.records[0]["mean"] == 8.5 and study.records[0]["deviation"] == 1.0
+    assert study.records[0]["mean"] == 8.5
+    assert study.records[0]["deviation"] == 1.0
     (tmp_path / "last").mkdir()
-    last = lambda config, folder, watch: [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 3.0}]
-    assert search(tmp_path / "last", last, trials=1, metric="loss", take="last").records[0]["mean"] == 3.0
+
+    def last(config, folder, watch):
+        return [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 3.0}]
+
+    assert (
+        search(tmp_path / "last", last, trials=1, metric="loss", take="last").records[0]["mean"]
+        == 3.0
+    )
 
 
 def test_grids_are_swept_whole_in_order_and_without_pruning(tmp_path):
@@ -133,11 +166,15 @@ def test_what_check_refuses_and_what_diverges_is_in_the_table_with_the_reason(tm
 
     study = search(tmp_path, run, space=(SPACE[0], "model.num_heads=int:4:6"), trials=20)
     states = {record["state"]: record for record in study.records}
-    assert states["refused"]["values"]["model.num_heads"] == 5 and not states["refused"]["by_seed"]
+    assert states["refused"]["values"]["model.num_heads"] == 5
+    assert not states["refused"]["by_seed"]
     assert states["diverged"]["reason"] == "20 steps in a row"
     tune.report(study)
     out = capsys.readouterr().out
-    assert "model.num_heads=5  refused: config.model.num_heads=5: must divide config.model.embed_dim=384" in out
+    assert (
+        "model.num_heads=5  refused: config.model.num_heads=5: must divide config.model.embed_dim=384"
+        in out
+    )
 
 
 def test_a_trial_worse_than_the_median_is_pruned_but_not_at_its_last_step(tmp_path):
@@ -152,18 +189,37 @@ def test_a_trial_worse_than_the_median_is_pruned_but_not_at_its_last_step(tmp_pa
 
     states = [record["state"] for record in search(tmp_path / "a", run, trials=8).records]
     assert states == ["done"] * 5 + ["pruned"] * 3
-    assert steps.count(10) == 8 and steps.count(500) == 5  # not while the learning rate warms up
-    states = [record["state"] for record in search(tmp_path / "b", run, trials=8, prune=False).records]
+    # not while the learning rate warms up
+    assert steps.count(10) == 8
+    assert steps.count(500) == 5
+    states = [
+        record["state"] for record in search(tmp_path / "b", run, trials=8, prune=False).records
+    ]
     assert states == ["done"] * 8
-    late = lambda config, folder, watch: watch(rows := [{"step": 1000, "eval/loss": float(folder.parent.name)}]) or rows
-    assert {record["state"] for record in search(tmp_path / "c", late, trials=8).records} == {"done"}
+
+    def late(config, folder, watch):
+        return watch(rows := [{"step": 1000, "eval/loss": float(folder.parent.name)}]) or rows
+
+    assert {record["state"] for record in search(tmp_path / "c", late, trials=8).records} == {
+        "done"
+    }
 
 
 def test_a_changed_search_is_refused_with_the_difference(tmp_path):
     search(tmp_path, trials=2)
     with pytest.raises(ConfigError) as error:
-        search(tmp_path, trials=2, space=(SPACE[0], "optim.name=choice:adamw"), seeds=2, overrides=[("seed", "3")])
-    for change in ("seeds: 1 -> 2", "space.optim.name: choice:adamw,muon -> choice:adamw", "config.seed: 0 -> 3"):
+        search(
+            tmp_path,
+            trials=2,
+            space=(SPACE[0], "optim.name=choice:adamw"),
+            seeds=2,
+            overrides=[("seed", "3")],
+        )
+    for change in (
+        "seeds: 1 -> 2",
+        "space.optim.name: choice:adamw,muon -> choice:adamw",
+        "config.seed: 0 -> 3",
+    ):
         assert change in str(error.value)
     assert "another --workdir" in str(error.value)
     (tmp_path / "trials").mkdir()
@@ -185,21 +241,34 @@ def test_failures_are_no_results_and_nothing_but_failures_ends_the_search(tmp_pa
     def fails(config, folder, watch):
         raise UserError("no space left (exit code 1)")
 
-    with pytest.raises(UserError, match="3 trials failed and none was done; the last: no space left"):
+    with pytest.raises(
+        UserError, match="3 trials failed and none was done; the last: no space left"
+    ):
         search(tmp_path, fails)
     study = search(tmp_path, trials=5)
     assert [record["state"] for record in study.records] == ["done"] * 5
 
 
 def refused(heads):
-    return {"state": "refused", "reason": f"config.model.num_heads={heads}: must divide config.model.embed_dim=384"}
+    return {
+        "state": "refused",
+        "reason": f"config.model.num_heads={heads}: must divide config.model.embed_dim=384",
+    }
 
 
 @pytest.mark.parametrize(
     ("records", "kind", "parts"),
     [
-        ([refused(5), refused(7)], ConfigError, ["none of 2 trials", "2 refused: such as config.model.num_heads=5"]),
-        ([{"state": "diverged", "reason": "not finite"}], NumericsError, ["1 diverged: not finite"]),
+        (
+            [refused(5), refused(7)],
+            ConfigError,
+            ["none of 2 trials", "2 refused: such as config.model.num_heads=5"],
+        ),
+        (
+            [{"state": "diverged", "reason": "not finite"}],
+            NumericsError,
+            ["1 diverged: not finite"],
+        ),
         (
             [refused(5), {"state": "failed", "reason": "no space left"}],
             UserError,
@@ -209,7 +278,8 @@ def refused(heads):
 )
 def test_a_search_without_results_is_an_error_that_counts_the_reasons(records, kind, parts):
     error = nothing_done(records)
-    assert type(error) is kind and error.exit_code
+    assert type(error) is kind
+    assert error.exit_code
     for part in parts:
         assert part in str(error)
 
@@ -218,7 +288,8 @@ def test_a_search_of_refused_trials_only_ends_with_exit_code_2_before_the_first(
     flags = "--space=model.num_heads=choice:5,7", "--trials=3", f"--config.data.path={text_dir}"
     with pytest.raises(ConfigError, match=r"(?s)2 problems.*num_heads=5: must divide") as error:
         tune.main(["--config=configs/shakespeare_char.py", *flags, f"--workdir={tmp_path}/run"])
-    assert error.value.exit_code == 2 and not (tmp_path / "run").exists()
+    assert error.value.exit_code == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(tmp_path, capsys):
@@ -232,7 +303,9 @@ def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(tmp_path, capsys):
 
     before = signal.getsignal(signal.SIGINT)
     study = search(tmp_path, interrupted, trials=6)
-    assert study.stop.is_set() and study.finished() == 3 and signal.getsignal(signal.SIGINT) is before
+    assert study.stop.is_set()
+    assert study.finished() == 3
+    assert signal.getsignal(signal.SIGINT) is before
     assert json.loads((tmp_path / "results.json").read_text())["trials"][3]["state"] == "running"
     assert search(tmp_path, trials=6).finished() == 6
 
@@ -240,16 +313,21 @@ def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(tmp_path, capsys):
 def test_the_report(tmp_path, capsys):
     study = search(tmp_path, trials=20, seeds=2, prune=False)
     tune.report(study)
-    out, told = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
+    out = capsys.readouterr().out
+    told = json.loads((tmp_path / "results.json").read_text())
     best = told["best"]
-    assert "20 trials of 2 seeds, of which 0 are finished" in out and "20 done" in out
-    assert f"the best, to paste:\n{best['flags']}\n" in out and "importance (PED-ANOVA of 20 trials: " in out
+    assert "20 trials of 2 seeds, of which 0 are finished" in out
+    assert "20 done" in out
+    assert f"the best, to paste:\n{best['flags']}\n" in out
+    assert "importance (PED-ANOVA of 20 trials: " in out
     assert best["mean"] == min(record["mean"] for record in told["trials"])
-    config, pairs = configs.base(), [flag.removeprefix("--config.").split("=") for flag in best["flags"].split()]
+    config = configs.base()
+    pairs = [flag.removeprefix("--config.").split("=") for flag in best["flags"].split()]
     assert not configs.override(config, pairs)
     assert config.optim.learning_rate == best["values"]["optim.learning_rate"]  # to the last digit
     assert set(told["importances"]) == {"optim.learning_rate", "optim.name"}
-    assert (tmp_path / "history.png").stat().st_size > 5000 and (tmp_path / "importance.png").stat().st_size > 5000
+    assert (tmp_path / "history.png").stat().st_size > 5000
+    assert (tmp_path / "importance.png").stat().st_size > 5000
     tune.report(search(tmp_path / "none", trials=1, overrides=[("model.num_heads", "5")]))
     assert "1 refused" in capsys.readouterr().out
 
@@ -258,7 +336,10 @@ def test_the_report(tmp_path, capsys):
     ("text", "says"),
     [
         ("optim.learning_rat=log:1:2", "no such key; did you mean optim.learning_rate?"),
-        ("optim.learning_rate=int:1:2", "type float, which takes float:LOW:HIGH[:STEP] or log:LOW:HIGH or choice"),
+        (
+            "optim.learning_rate=int:1:2",
+            "type float, which takes float:LOW:HIGH[:STEP] or log:LOW:HIGH or choice",
+        ),
         ("optim.learning_rate=log:0:1", "config.optim.learning_rate=0.0: must be positive"),
         ("optim.weight_decay=log:0:1", "LOW must be below HIGH, and above 0"),
         ("optim.weight_decay=float:0:inf", "config.optim.weight_decay=inf: must not be negative"),
@@ -278,7 +359,9 @@ def test_the_report(tmp_path, capsys):
 )
 def test_what_is_wrong_with_a_space_is_said(text, says):
     space, (problem,) = read_space([text], configs.base())
-    assert not space and f"--space={text}: " in problem and says in problem
+    assert not space
+    assert f"--space={text}: " in problem
+    assert says in problem
 
 
 @pytest.mark.parametrize(
@@ -302,15 +385,21 @@ def test_a_best_value_at_the_edge_of_its_range_is_told(text, value, end):
     config = configs.base()
     space, problems = read_space([text], config)
     key, form = text.split("=")
-    expected = [f"{key}={value:.4g} is at the {end} end of {form}: better may lie beyond"] if end else []
+    if end:
+        expected = [f"{key}={value:.4g} is at the {end} end of {form}: better may lie beyond"]
+    else:
+        expected = []
     told = [line.split(";")[0] for line in edges(space, {key: value}, config)]
-    assert told == expected and not problems
+    assert told == expected
+    assert not problems
 
 
 def readme_commands():
     """The words of each tune command in README.md."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    return [shlex.split(line) for line in text.splitlines() if line.startswith("python -m jaxlm.tune ")]
+    return [
+        shlex.split(line) for line in text.splitlines() if line.startswith("python -m jaxlm.tune ")
+    ]
 
 
 @pytest.mark.parametrize("command", readme_commands())
@@ -319,8 +408,11 @@ def test_every_combination_of_the_ends_of_readmes_spaces_is_a_valid_config(comma
     (recipe,) = [word.removeprefix("--config=") for word in command if word.startswith("--config=")]
     forms = [word.removeprefix("--space=") for word in command if word.startswith("--space=")]
     space, problems = read_space(forms, configs.load(recipe))
-    assert space and not problems
-    ends = [getattr(d.values, "choices", None) or (d.values.low, d.values.high) for d in space.values()]
+    assert space
+    assert not problems
+    ends = [
+        getattr(d.values, "choices", None) or (d.values.low, d.values.high) for d in space.values()
+    ]
     for values in itertools.product(*ends):
         config = configs.load(recipe)
         pairs = [(key, str(value)) for key, value in zip(space, values)]
@@ -332,31 +424,57 @@ def test_an_edge_that_no_config_may_cross_asks_for_no_wider_range():
     config = configs.base()
     space, _ = read_space(["model.dropout=float:0:0.5", "model.num_layers=int:0:8"], config)
     lines = edges(space, {"model.dropout": 0.0, "model.num_layers": 8}, config)
-    assert lines[0] == "model.dropout=0 is at the lowest end of float:0:0.5, and no config may go further"
+    assert (
+        lines[0]
+        == "model.dropout=0 is at the lowest end of float:0:0.5, and no config may go further"
+    )
     assert "search a wider --space" in lines[1]
 
 
 def test_a_space_can_be_a_file(tmp_path):
-    forms = {"optim.learning_rate": "log:1e-4:1e-1", "data.mixture": "choice:a=0.5,b=0.5;a=0.9,b=0.1"}
+    forms = {
+        "optim.learning_rate": "log:1e-4:1e-1",
+        "data.mixture": "choice:a=0.5,b=0.5;a=0.9,b=0.1",
+    }
     (tmp_path / "space.json").write_text(json.dumps(forms))
-    space, problems = read_space([f"{tmp_path}/space.json", "model.num_layers=log:1:64"], configs.base())
-    assert not problems and space["data.mixture"].values.choices == ("a=0.5,b=0.5", "a=0.9,b=0.1")
-    assert space["model.num_layers"].values.log and space["model.num_layers"].values.high == 64
-    _, problems = read_space([f"{tmp_path}/space.json", "optim.learning_rate=grid:1"], configs.base())
+    space, problems = read_space(
+        [f"{tmp_path}/space.json", "model.num_layers=log:1:64"], configs.base()
+    )
+    assert not problems
+    assert space["data.mixture"].values.choices == ("a=0.5,b=0.5", "a=0.9,b=0.1")
+    assert space["model.num_layers"].values.log
+    assert space["model.num_layers"].values.high == 64
+    _, problems = read_space(
+        [f"{tmp_path}/space.json", "optim.learning_rate=grid:1"], configs.base()
+    )
     assert any("is already searched" in problem for problem in problems)
 
 
 def test_all_problems_are_reported_at_once_before_anything_is_made(tmp_path):
-    flags = "--space=optim.nam=choice:adamw", "--space=model.num_heads=log:0:3", "--seeds=0", "--metric=eval/quality"
+    flags = (
+        "--space=optim.nam=choice:adamw",
+        "--space=model.num_heads=log:0:3",
+        "--seeds=0",
+        "--metric=eval/quality",
+    )
     with pytest.raises(ConfigError) as error:
-        tune.main([*QUICK, *flags, f"--workdir={tmp_path}/run", "--config.eval.every=0", "--config.sed=1"])
+        tune.main(
+            [*QUICK, *flags, f"--workdir={tmp_path}/run", "--config.eval.every=0", "--config.sed=1"]
+        )
     for part in (
         "7 problems", "config.sed: no such key; did you mean seed?", "did you mean optim.name?", "--seeds=0",
         "num_heads=0: must be at least 1", "--trials: how many?", "set --config.eval.every", "Give --direction=",
     ):  # fmt: skip
         assert part in str(error.value)
     with pytest.raises(ConfigError, match="grid is for all keys or none"):
-        tune.main([*QUICK, "--space=optim.name=grid:adamw,muon", f"--workdir={tmp_path}/run", "--trials=9"])
+        tune.main(
+            [
+                *QUICK,
+                "--space=optim.name=grid:adamw,muon",
+                f"--workdir={tmp_path}/run",
+                "--trials=9",
+            ]
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -365,13 +483,21 @@ def test_a_missing_library_is_named(tmp_path):
     code += "from jaxlm.tune import __main__ as tune; cli.run(tune.main)"
     command = [sys.executable, "-c", code, *QUICK, f"--workdir={tmp_path}"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and 'optuna is not installed; type: pip install -e ".[tune]"' in run.stderr
+    assert run.returncode == 2
+    assert 'optuna is not installed; type: pip install -e ".[tune]"' in run.stderr
 
 
 def test_directions_by_name():
     for name in ("loss", "eval/loss", "eval/perplexity", "eval/bits_per_byte", "step_seconds"):
         assert direction_of(name) == "minimize"
-    for name in ("eval/accuracy", "eval/f1_macro", "eval/roc_auc", "eval/bleu", "eval/rougeL", "tokens_per_second"):
+    for name in (
+        "eval/accuracy",
+        "eval/f1_macro",
+        "eval/roc_auc",
+        "eval/bleu",
+        "eval/rougeL",
+        "tokens_per_second",
+    ):
         assert direction_of(name) == "maximize"
     with pytest.raises(ConfigError, match="--direction=minimize or maximize"):
         direction_of("eval/quality")
@@ -382,7 +508,8 @@ def test_rows_come_once_whole_and_again_from_a_file_that_was_replaced(tmp_path):
     rows = Rows(path)
     assert rows.new() == []
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert rows.new() == [{"step": 1}, {"step": 2}] and rows.new() == []
+    assert rows.new() == [{"step": 1}, {"step": 2}]
+    assert rows.new() == []
     path.with_suffix(".new").write_text('{"step": 1}\n')
     path.with_suffix(".new").replace(path)
     assert rows.new() == [{"step": 1}]
@@ -410,7 +537,9 @@ TINY = {
 
 def steps(folder):
     path = folder / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+    if path.exists():
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    return []
 
 
 def free(folder):
@@ -423,11 +552,16 @@ def free(folder):
     raise AssertionError(f"a run still has {folder}")
 
 
-def test_a_run_that_is_ended_saves_and_goes_on_and_a_refusal_is_a_config_error(tmp_path, text_dir, monkeypatch):
+def test_a_run_that_is_ended_saves_and_goes_on_and_a_refusal_is_a_config_error(
+    tmp_path, text_dir, monkeypatch
+):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("XLA_FLAGS", FLAGS)
-    config, train = configs.load("configs/quickstart.py"), Trainer("configs/quickstart.py")
-    pairs = [(key, str(value)) for key, value in (TINY | {"data.path": text_dir, "train.steps": 100_000}).items()]
+    config = configs.load("configs/quickstart.py")
+    train = Trainer("configs/quickstart.py")
+    pairs = []
+    for key, value in (TINY | {"data.path": text_dir, "train.steps": 100_000}).items():
+        pairs.append((key, str(value)))
     assert not configs.override(config, pairs)
     seen = []
 
@@ -445,18 +579,30 @@ def test_a_run_that_is_ended_saves_and_goes_on_and_a_refusal_is_a_config_error(t
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, last + 4))
     assert f"from step {last} to {last + 3}" in (tmp_path / "run" / "train.log").read_text()
     config.mesh.fsdp = 7
-    with pytest.raises(ConfigError, match=r"config.mesh.fsdp=7: 7 of 1 devices.*\(exit code 2; .*train.log\)"):
+    with pytest.raises(
+        ConfigError, match=r"config.mesh.fsdp=7: 7 of 1 devices.*\(exit code 2; .*train.log\)"
+    ):
         train(config, tmp_path / "refused", lambda rows: None)
 
 
 @pytest.mark.slow
-def test_a_real_search_that_is_killed_and_stopped_goes_on_and_leaves_no_run_behind(tmp_path, text_dir):
+def test_a_real_search_that_is_killed_and_stopped_goes_on_and_leaves_no_run_behind(
+    tmp_path, text_dir
+):
     """kill -9 in its second trial, SIGTERM after the next start, then to the end."""
-    settings = TINY | {"data.path": text_dir, "train.steps": 200, "checkpoint.every": 20, "eval.every": 50}
+    settings = TINY | {
+        "data.path": text_dir,
+        "train.steps": 200,
+        "checkpoint.every": 20,
+        "eval.every": 50,
+    }
     command = [sys.executable, "-m", "jaxlm.tune", *QUICK, f"--workdir={tmp_path}", "--trials=2"]
     command += [f"--config.{key}={value}" for key, value in settings.items()]
     env = os.environ | {"XLA_FLAGS": FLAGS}
-    start = lambda: subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+
+    def start():
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+
     first, second = (tmp_path / "trials" / str(number) / "seed_0" for number in range(2))
 
     def until(search, step):
@@ -474,12 +620,16 @@ def test_a_real_search_that_is_killed_and_stopped_goes_on_and_leaves_no_run_behi
     until(search, killed + 10)
     search.send_signal(signal.SIGTERM)
     out, _ = search.communicate(timeout=300)
-    assert search.returncode == 75 and "1 of 2 trials are finished" in out and "the same command goes on" in out
+    assert search.returncode == 75
+    assert "1 of 2 trials are finished" in out
+    assert "the same command goes on" in out
     free(second)
     search = start()
     out, _ = search.communicate(timeout=600)
     assert search.returncode == 0 and "2 done" in out, out
-    starts = [re.findall(r"from step (\d+) to 200", (folder / "train.log").read_text()) for folder in (first, second)]
+    starts = []
+    for folder in (first, second):
+        starts.append(re.findall(r"from step (\d+) to 200", (folder / "train.log").read_text()))
     assert starts[0] == ["0"]  # it was finished
     assert 0 == int(starts[1][0]) < int(starts[1][1]) <= killed < killed + 10 <= int(starts[1][2])
     assert sorted(set(steps(second))) == list(range(1, 201))

@@ -12,18 +12,46 @@ from typing import NamedTuple
 from jaxlm.data.files.example_files import lines_of
 from jaxlm.errors import DataError
 
-SUFFIXES = (".conll", ".conllu", ".conllx", ".conllup", ".conll03", ".bio", ".iob", ".iob2", ".bioes", ".bilou")
+SUFFIXES = (
+    ".conll",
+    ".conllu",
+    ".conllx",
+    ".conllup",
+    ".conll03",
+    ".bio",
+    ".iob",
+    ".iob2",
+    ".bioes",
+    ".bilou",
+)
 DOCUMENT = "-DOCSTART-"
 UNIVERSAL = "id form lemma upos xpos feats head deprel deps misc".split()  # the columns of CoNLL-U
 PLAIN_ID = re.compile(r"[0-9]+")
-ANY_ID = re.compile(r"[0-9]+([-.][0-9]+)?")  # 3-4: words written together; 3.1: one that is not in the text
+ANY_ID = re.compile(
+    r"[0-9]+([-.][0-9]+)?"
+)  # 3-4: words written together; 3.1: one that is not in the text
 SPACES = re.compile(r"[ \t]+")
 OF_SPAN = re.compile(r"O|[BIESLUM]-\S+")
 WORD_NAMES = ("word", "words", "token", "tokens", "form", "text")
-TAG_NAMES = ("tag", "tags", "label", "labels", "ner", "ner_tag", "ner_tags", "pos", "pos_tag", "upos")
-SEVERAL_SHARE = 0.1  # of lines with spaces in a cell after the word: fewer are odd words, more are sentences
+TAG_NAMES = (
+    "tag",
+    "tags",
+    "label",
+    "labels",
+    "ner",
+    "ner_tag",
+    "ner_tags",
+    "pos",
+    "pos_tag",
+    "upos",
+)
+SEVERAL_SHARE = (
+    0.1  # of lines with spaces in a cell after the word: fewer are odd words, more are sentences
+)
 ENOUGH = 20  # words, before their number of kinds says anything
-WHOLE_SENTENCES = "or write a sentence a line: its words joined by spaces, a tab, its tags joined by spaces"
+WHOLE_SENTENCES = (
+    "or write a sentence a line: its words joined by spaces, a tab, its tags joined by spaces"
+)
 
 
 class Token(NamedTuple):
@@ -45,7 +73,9 @@ class Sentences(NamedTuple):
         return f"{len(self.examples):,} sentences, {words:,} words, read as a word a line ({self.columns})"
 
 
-def read(path: str, text: str, suffix: str, given: dict[str, str], bad: list[str]) -> Sentences | None:
+def read(
+    path: str, text: str, suffix: str, given: dict[str, str], bad: list[str]
+) -> Sentences | None:
     """The sentences of a text with a word a line, or None where it has a sentence a line.
 
     given: columns by name or place. Adds lines of too many or too few columns to `bad`. Raises DataError of what is
@@ -59,7 +89,9 @@ def read(path: str, text: str, suffix: str, given: dict[str, str], bad: list[str
     if not blocks:
         return None
     split = splitter(blocks, suffix)
-    sentences = [[Token(split(line), number) for number, line in block] for block in blocks]
+    sentences = []
+    for block in blocks:
+        sentences.append([Token(split(line), number) for number, line in block])
     header = header_of(sentences, given)
     if header:
         names = [cell.casefold() for cell in header]
@@ -80,19 +112,25 @@ def read(path: str, text: str, suffix: str, given: dict[str, str], bad: list[str
     examples = []
     for sentence in sentences:
         examples.append(
-            {"words": [token.cells[word] for token in sentence], "tags": [token.cells[tag] for token in sentence]}
+            {
+                "words": [token.cells[word] for token in sentence],
+                "tags": [token.cells[tag] for token in sentence],
+            }
         )
     columns = f"words={named(word, names)} tags={named(tag, names)}"
     return Sentences(examples, [sentence[0].line for sentence in sentences], columns)
 
 
 def named(place: int, names: list[str]) -> str:
-    return names[place] if place < len(names) else str(place)
+    if place < len(names):
+        return names[place]
+    return str(place)
 
 
 def blocks_of(lines: list[str]) -> list[list[tuple[int, str]]]:
     """(number, line) of the lines between blank ones, and between documents."""
-    blocks, block = [], []
+    blocks = []
+    block = []
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith(DOCUMENT):
             block.append((number, line))
@@ -133,7 +171,9 @@ def global_columns(text: str) -> list[str]:
     """The columns that CoNLL-U Plus names in its first line."""
     first = text.partition("\n")[0]
     _, found, names = first.partition("global.columns =")
-    return names.casefold().split() if found else []
+    if found:
+        return names.casefold().split()
+    return []
 
 
 def splitter(blocks: list[list[tuple[int, str]]], suffix: str):
@@ -154,9 +194,14 @@ def header_of(sentences: list[list[Token]], given: dict[str, str]) -> list[str]:
     known = [cell.casefold() for cell in cells]
     wanted = [name.casefold() for name in given.values() if not name.isdecimal()]
     if wanted:
-        return cells if set(wanted) <= set(known) else []
-    has_words, has_tags = set(known) & set(WORD_NAMES), set(known) & set(TAG_NAMES)
-    return cells if has_words and has_tags and len(set(known)) == len(known) else []
+        if set(wanted) <= set(known):
+            return cells
+        return []
+    has_words = set(known) & set(WORD_NAMES)
+    has_tags = set(known) & set(TAG_NAMES)
+    if has_words and has_tags and len(set(known)) == len(known):
+        return cells
+    return []
 
 
 def is_tokens(tokens: list[Token], text: str, suffix: str, given: dict[str, str]) -> bool:
@@ -173,7 +218,10 @@ def is_tokens(tokens: list[Token], text: str, suffix: str, given: dict[str, str]
 
 def is_universal(tokens: list[Token]) -> bool:
     """Whether these are lines of CoNLL-U, but for a few that are broken."""
-    like = sum(len(token.cells) == len(UNIVERSAL) and bool(ANY_ID.fullmatch(token.cells[0])) for token in tokens)
+    like = sum(
+        len(token.cells) == len(UNIVERSAL) and bool(ANY_ID.fullmatch(token.cells[0]))
+        for token in tokens
+    )
     return like > 0.9 * len(tokens)
 
 
@@ -182,19 +230,25 @@ def is_word(token: Token) -> bool:
     return bool(PLAIN_ID.fullmatch(token.cells[0])) or not ANY_ID.fullmatch(token.cells[0])
 
 
-def whole_lines(path: str, sentences: list[list[Token]], width: int, bad: list[str]) -> list[list[Token]]:
+def whole_lines(
+    path: str, sentences: list[list[Token]], width: int, bad: list[str]
+) -> list[list[Token]]:
     """The sentences whose lines have all columns; the lines of others are added to `bad`."""
     whole = []
     for sentence in sentences:
         wrong = [token for token in sentence if len(token.cells) != width]
         for token in wrong:
-            bad.append(f"{path}:{token.line}: {len(token.cells)} columns, the other lines of words have {width}")
+            bad.append(
+                f"{path}:{token.line}: {len(token.cells)} columns, the other lines of words have {width}"
+            )
         if sentence and not wrong:
             whole.append(sentence)
     return whole
 
 
-def places_of(path: str, tokens: list[Token], width: int, names: list[str], given: dict[str, str]) -> tuple[int, int]:
+def places_of(
+    path: str, tokens: list[Token], width: int, names: list[str], given: dict[str, str]
+) -> tuple[int, int]:
     """The columns of the words and of the tags. Raises DataError where they are not clear."""
     known = [name.casefold() for name in names]
     if given:
@@ -213,12 +267,16 @@ def places_of(path: str, tokens: list[Token], width: int, names: list[str], give
 def unique(known: list[str], wanted: tuple[str, ...]) -> int | None:
     """The one column that has one of these names; of CoNLL-U upos, not xpos."""
     found = [place for place, name in enumerate(known) if name in wanted]
-    return found[0] if len(found) == 1 else None
+    if len(found) == 1:
+        return found[0]
+    return None
 
 
 def refuse_empty(path: str, tokens: list[Token], tag: int, names: list[str]) -> None:
     if tokens and all(token.cells[tag] == "_" for token in tokens):
-        raise DataError(f"{path}: its column {names[tag]} has no tags, only _. {columns_hint(1, tag + 1)}")
+        raise DataError(
+            f"{path}: its column {names[tag]} has no tags, only _. {columns_hint(1, tag + 1)}"
+        )
 
 
 def given_places(path: str, width: int, known: list[str], given: dict[str, str]) -> tuple[int, int]:
@@ -263,7 +321,9 @@ def likely_places(tokens: list[Token]) -> tuple[int, int]:
     """The columns that look most like words and tags."""
     columns = list(zip(*(token.cells for token in tokens)))
     spans = [place for place, column in enumerate(columns) if all(map(OF_SPAN.fullmatch, column))]
-    numbers = [place for place, column in enumerate(columns) if all(map(PLAIN_ID.fullmatch, column))]
+    numbers = [
+        place for place, column in enumerate(columns) if all(map(PLAIN_ID.fullmatch, column))
+    ]
     words = [place for place in range(len(columns)) if place not in spans + numbers] or [0]
     others = [place for place in range(len(columns)) if place not in (words[0], *numbers)]
     by_kinds = sorted(others, key=lambda place: len(set(columns[place])))
@@ -279,7 +339,10 @@ def refuse_words(path: str, examples: list[dict], lines: list[int]) -> None:
     if len(examples) < 2:
         return
     for example in examples:
-        if len(str(example.get("words", "")).split()) != 1 or len(str(example.get("tags", "")).split()) != 1:
+        if (
+            len(str(example.get("words", "")).split()) != 1
+            or len(str(example.get("tags", "")).split()) != 1
+        ):
             return
     raise DataError(
         f"{path}:{lines[0]}: each of its {len(examples):,} rows is one word, and no blank line ends a sentence: put a "
@@ -287,7 +350,9 @@ def refuse_words(path: str, examples: list[dict], lines: list[int]) -> None:
     )
 
 
-def words_of(path: str, text: str, suffix: str, given: dict[str, str], tags: tuple[str, ...]) -> list[list[str]]:
+def words_of(
+    path: str, text: str, suffix: str, given: dict[str, str], tags: tuple[str, ...]
+) -> list[list[str]]:
     """The words of the sentences of a text that is to be tagged, with a word a line; [] where it has other lines.
 
     tags: those of the model. A text may have tags already, if they are among these.
@@ -299,6 +364,10 @@ def words_of(path: str, text: str, suffix: str, given: dict[str, str], tags: tup
         sentences = read(path, text, suffix, given, bad := [])
     except DataError:
         return []
-    if bad or sentences is None or any(not set(example["tags"]) <= set(tags) for example in sentences.examples):
+    if (
+        bad
+        or sentences is None
+        or any(not set(example["tags"]) <= set(tags) for example in sentences.examples)
+    ):
         return []
     return [example["words"] for example in sentences.examples]

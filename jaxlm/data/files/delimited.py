@@ -63,7 +63,10 @@ def sample(text: str, style: Style) -> list[list[str]]:
     if len(text) > LONGEST_LOOK:
         text = text[:LONGEST_LOOK].rpartition("\n")[0]
     if not style.quotes:
-        lines = [line for line in islice(io.StringIO(text, newline="\n"), 4 * LOOKED_AT) if line.strip()]
+        lines = []
+        for line in islice(io.StringIO(text, newline="\n"), 4 * LOOKED_AT):
+            if line.strip():
+                lines.append(line)
         return [line.rstrip("\r\n").split(style.delimiter) for line in lines[:LOOKED_AT]]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=style.delimiter)
     records = []
@@ -93,7 +96,9 @@ def read(path: str, text: str, style: Style, bad: list[str]) -> Iterator[tuple[l
             yield line.split(style.delimiter), number
 
 
-def read_quoted(path: str, text: str, style: Style, line: int, bad: list[str]) -> Iterator[tuple[list[str], int]]:
+def read_quoted(
+    path: str, text: str, style: Style, line: int, bad: list[str]
+) -> Iterator[tuple[list[str], int]]:
     csv.field_size_limit(1 << 30)
     before = line
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=style.delimiter, strict=True)

@@ -114,8 +114,13 @@ def message_of(message) -> dict:
     if role is None:
         known = ", ".join(ROLES)
         hint = did_you_mean(str(speaker), ROLES)
-        raise ValueError(f"a message of {speaker!r}: only {known} are read{hint}; leave such examples out")
-    weight = {"weight": message["weight"]} if message.get("weight") is not None else {}
+        raise ValueError(
+            f"a message of {speaker!r}: only {known} are read{hint}; leave such examples out"
+        )
+    if message.get("weight") is not None:
+        weight = {"weight": message["weight"]}
+    else:
+        weight = {}
     return {"role": role, "content": content, **weight}
 
 
@@ -146,7 +151,10 @@ def system_of(example: dict) -> list[dict]:
 def instructed(example: dict) -> str:
     """An instruction, and the input that it is about after an empty line."""
     about = example.get("input", example.get("context"))
-    parts = [str(part) for part in (example["instruction"], about) if part not in (None, "")]
+    parts = []
+    for part in (example["instruction"], about):
+        if part not in (None, ""):
+            parts.append(str(part))
     return "\n\n".join(parts)
 
 
@@ -160,7 +168,10 @@ def instruction(example: dict) -> dict:
     for pair in history:
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2):
             raise ValueError(f"its history is a list of pairs, not {str(history)[:60]}")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        messages += [
+            {"role": "user", "content": pair[0]},
+            {"role": "assistant", "content": pair[1]},
+        ]
     messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     return {"messages": messages}
 
@@ -176,7 +187,9 @@ def completion(example: dict) -> dict:
 
 def turns(value, role: str) -> list[dict]:
     """Messages, of a list of them or of the text of one."""
-    return dialogue(value) if isinstance(value, (list, dict)) else [{"role": role, "content": value}]
+    if isinstance(value, (list, dict)):
+        return dialogue(value)
+    return [{"role": role, "content": value}]
 
 
 def preference(example: dict) -> dict:
@@ -190,10 +203,14 @@ def preference(example: dict) -> dict:
     shared = common(first, second)
     answers = [first[len(shared) :], second[len(shared) :]]
     if any(len(answer) != 1 or answer[0]["role"] != "assistant" for answer in answers):
-        raise ValueError("chosen and rejected are the same dialogue but for one last message, the assistant's")
+        raise ValueError(
+            "chosen and rejected are the same dialogue but for one last message, the assistant's"
+        )
     before = merged(before, shared)
     if not before:
-        raise ValueError("it has no prompt: neither a column prompt nor messages before the answers")
+        raise ValueError(
+            "it has no prompt: neither a column prompt nor messages before the answers"
+        )
     alone = len(before) == 1 and before[0]["role"] == "user"
     pair = {"chosen": answers[0][0]["content"], "rejected": answers[1][0]["content"]}
     return example | {"prompt": before[0]["content"] if alone else before} | pair
@@ -261,7 +278,12 @@ FORMS = {
     "sft": (
         Form(SHAREGPT, ("conversations",), ("system",), conversations),
         Form(SHAREGPT, ("conversation",), ("system",), conversations),
-        Form("prompts and completions (the response is completion)", ("prompt", "completion"), (), completion),
+        Form(
+            "prompts and completions (the response is completion)",
+            ("prompt", "completion"),
+            (),
+            completion,
+        ),
         Form(
             ALPACA.format(about="input", answer="output"),
             ("instruction", "output"),
@@ -282,14 +304,24 @@ FORMS = {
             ("system",),
             preference_after,
         ),
-        Form("answers to dialogues (messages)", ("messages", "chosen", "rejected"), ("system",), preference_after),
+        Form(
+            "answers to dialogues (messages)",
+            ("messages", "chosen", "rejected"),
+            ("system",),
+            preference_after,
+        ),
         Form(
             "answers to instructions (the prompt is instruction, an empty line and input)",
             ("instruction", "chosen", "rejected"),
             ("input",),
             preference_instructed,
         ),
-        Form("dialogues that differ in their last answer", ("chosen", "rejected"), (), preference_alone),
+        Form(
+            "dialogues that differ in their last answer",
+            ("chosen", "rejected"),
+            (),
+            preference_alone,
+        ),
     ),
 }
 

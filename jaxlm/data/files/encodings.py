@@ -11,10 +11,18 @@ CONTROL_SHARE = 0.05  # of the bytes; above, they are no text ...
 CONTROL_COUNT = 4  # ... where they are as many at least
 # (count, share) of bytes that are invalid in UTF-8: from any of them on, a file is in another encoding.
 INVALID = ((3, 0.02), (10, 0.003))
-SEPARATOR_SHARE = 0.3  # control characters in valid UTF-8: below, they stand between the fields of a text
-PRINTABLE_SHARE = 0.7  # of bytes that are ASCII; text of one byte a character has more, UTF-16 fewer
-LEGACY_CONTROLS = 0.01  # text in an encoding of one or two bytes has fewer control characters, binary data more
-WIDE_CONTROLS = 0.005  # UTF-16 has at least these: its spaces, line ends and digits have a zero byte
+SEPARATOR_SHARE = (
+    0.3  # control characters in valid UTF-8: below, they stand between the fields of a text
+)
+PRINTABLE_SHARE = (
+    0.7  # of bytes that are ASCII; text of one byte a character has more, UTF-16 fewer
+)
+LEGACY_CONTROLS = (
+    0.01  # text in an encoding of one or two bytes has fewer control characters, binary data more
+)
+WIDE_CONTROLS = (
+    0.005  # UTF-16 has at least these: its spaces, line ends and digits have a zero byte
+)
 WIDE_SHARE = 0.9  # of the characters of UTF-16 text that are in LETTERS
 # ASCII, Latin, Greek, Cyrillic, Armenian, Hebrew, Arabic, Indic, Thai, Georgian, punctuation, Chinese, kana, Hangul.
 LETTERS = re.compile(
@@ -61,7 +69,9 @@ def doubt(head: bytes) -> Doubt | None:
     if ISO_2022_JP.search(head):
         return Doubt("not UTF-8: it switches character sets by escapes", "ISO-2022-JP")
     size = len(head)
-    nul, controls, invalid = head.count(0), _num_controls(head), _num_invalid(head)
+    nul = head.count(0)
+    controls = _num_controls(head)
+    invalid = _num_invalid(head)
     many_controls = controls >= CONTROL_COUNT and controls > CONTROL_SHARE * size
     if nul > NUL_SHARE * size:
         reason = f"{nul / size:.0%} NUL bytes, so not UTF-8"
@@ -78,7 +88,9 @@ def doubt(head: bytes) -> Doubt | None:
         encoding = _narrow(head)
     if encoding:
         return Doubt(reason, encoding)
-    return Doubt(f"not text: {controls / size:.0%} control characters, {invalid:,} invalid in UTF-8", "")
+    return Doubt(
+        f"not text: {controls / size:.0%} control characters, {invalid:,} invalid in UTF-8", ""
+    )
 
 
 def _num_controls(head: bytes) -> int:
@@ -92,20 +104,24 @@ def _num_invalid(head: bytes) -> int:
     replaced = text.count("\ufffd")
     invalid = replaced - head.count("\ufffd".encode())
     right = len(text) - len(text.encode("ascii", "ignore")) - invalid
-    return invalid if invalid > right else 0
+    if invalid > right:
+        return invalid
+    return 0
 
 
 def _wide(head: bytes) -> str:
     """UTF-16 or UTF-32 with its byte order, where the bytes are text in it, else ""."""
     if len(re.findall(rb"[ -~]", head)) > PRINTABLE_SHARE * len(head):
         return ""
-    best, best_score = "", 0.0
+    best = ""
+    best_score = 0.0
     for name in ("UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"):
         text = head[: len(head) // 4 * 4 or 2].decode(name, errors="replace")
         share = len(LETTERS.findall(text)) / max(1, len(text))
         score = share + len(SPACES.findall(text)) / max(1, len(text))
         if share >= WIDE_SHARE and score > best_score:
-            best, best_score = name, score
+            best = name
+            best_score = score
     return best
 
 
@@ -133,7 +149,9 @@ def _narrow(head: bytes) -> str:
 def _beyond_ascii(head: bytes, name: str) -> str:
     """The characters beyond ASCII of the bytes; none where they aren't text in this encoding."""
     try:
-        text = codecs.getincrementaldecoder(name)().decode(head)  # one that is cut at the end is left
+        text = codecs.getincrementaldecoder(name)().decode(
+            head
+        )  # one that is cut at the end is left
     except UnicodeDecodeError:
         return ""
     return re.sub("[\0-\x7f]", "", text)

@@ -16,7 +16,10 @@ from jaxlm.data.files import formats
 from jaxlm.errors import DataError
 
 KINDS = ".tsv, .csv, .jsonl, .conll or .parquet, each also .gz, .zst, .bz2 or .xz, or a.de+b.en"
-PACKED = (*formats.COMPRESSED, ".utf8")  # what a name may end with after its kind; .utf8 is iconv's, see below
+PACKED = (
+    *formats.COMPRESSED,
+    ".utf8",
+)  # what a name may end with after its kind; .utf8 is iconv's, see below
 PARQUET = b"PAR1"
 WORKBOOKS = {  # a file within the zip archive -> what the archive is
     "xl/workbook.xml": "an Excel workbook",
@@ -58,7 +61,9 @@ class Opened(NamedTuple):
 def opened(path: str) -> Opened:
     """Raises DataError for what cannot be read: a directory, an archive, a workbook."""
     if os.path.isdir(path):
-        raise DataError(f"{path}: a directory, not a file of examples; name its files: {shlex.quote(path + '/*')}")
+        raise DataError(
+            f"{path}: a directory, not a file of examples; name its files: {shlex.quote(path + '/*')}"
+        )
     try:
         with open(path, "rb") as file:
             start = file.read(formats.HEAD_BYTES)
@@ -66,7 +71,11 @@ def opened(path: str) -> Opened:
         raise DataError(f"{path} can't be read: {error.strerror}") from None
     name = formats.compression(start)
     head = formats.beginning(path, name)
-    reason = office_refusal(path, start) or binary_refusal(path, head) or formats.refusal(path, ".parquet", name, head)
+    reason = (
+        office_refusal(path, start)
+        or binary_refusal(path, head)
+        or formats.refusal(path, ".parquet", name, head)
+    )
     if reason:
         raise DataError(f"{path}: {reason}")
     return Opened(path, suffix_of(path), name, head)
@@ -86,7 +95,10 @@ def unpacked(path: str) -> Path:
 
 
 def office_refusal(path: str, start: bytes) -> str:
-    what = "a file of an older Excel or Word" if start.startswith(OLD_OFFICE) else ""
+    if start.startswith(OLD_OFFICE):
+        what = "a file of an older Excel or Word"
+    else:
+        what = ""
     if start.startswith(b"PK") and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             inside = set(archive.namelist())
@@ -113,8 +125,13 @@ def read_bytes(file: Opened) -> bytes:
         with formats.open_stream(file.path, file.compression) as stream:
             return bytes(stream.read())
     except (*formats.BROKEN, pa.ArrowException) as error:
-        packed = f" (it is compressed with {file.compression}; is it whole?)" if file.compression else ""
-        raise DataError(f"{file.path} can't be read: {getattr(error, 'strerror', None) or error}{packed}") from None
+        if file.compression:
+            packed = f" (it is compressed with {file.compression}; is it whole?)"
+        else:
+            packed = ""
+        raise DataError(
+            f"{file.path} can't be read: {getattr(error, 'strerror', None) or error}{packed}"
+        ) from None
 
 
 def read_text(file: Opened) -> str:
@@ -125,7 +142,10 @@ def read_text(file: Opened) -> str:
         text = data.decode(name or "utf-8-sig")
     except UnicodeDecodeError as error:
         raise undecodable(file, data, name, error) from None
-    reason = formats.refusal(file.path, ".txt", file.compression, file.head) if "\0" in text else ""
+    if "\0" in text:
+        reason = formats.refusal(file.path, ".txt", file.compression, file.head)
+    else:
+        reason = ""
     if reason:
         raise DataError(f"{file.path}: {reason}")
     return text
@@ -134,7 +154,9 @@ def read_text(file: Opened) -> str:
 def undecodable(file: Opened, data: bytes, name: str, error: UnicodeDecodeError) -> DataError:
     """Why the bytes of a file are not the text that they should be, and what to type."""
     if name:
-        reason = f"it begins as {name.upper()}, but is broken at byte {error.start:,}: {error.reason}"
+        reason = (
+            f"it begins as {name.upper()}, but is broken at byte {error.start:,}: {error.reason}"
+        )
         return DataError(f"{file.path}: {reason}")
     reason = formats.refusal(file.path, ".txt", file.compression, file.head)
     if reason:
@@ -150,7 +172,9 @@ def undecodable(file: Opened, data: bytes, name: str, error: UnicodeDecodeError)
     whole = f"{formats.DECOMPRESS[file.compression]} {shlex.quote(file.path)}"
     typed = f"{whole} | iconv -f {guess} -t UTF-8 > {shlex.quote(new)}"
     remedy = f"if it is {guess}, convert it: {typed}"
-    return NotUtf8(f"{file.path}:{line}: not UTF-8 text ({error.reason}); {remedy}", error.start, remedy)
+    return NotUtf8(
+        f"{file.path}:{line}: not UTF-8 text ({error.reason}); {remedy}", error.start, remedy
+    )
 
 
 def is_windows(data: bytes) -> bool:

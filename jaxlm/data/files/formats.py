@@ -25,12 +25,20 @@ ARCHIVES = (
     (re.compile(rb"PK(\x03\x04|\x05\x06|\x07\x08)"), "a zip archive", "unzip {} -d FOLDER"),
     (re.compile(rb"7z\xbc\xaf\x27\x1c"), "a 7z archive", "7z x {} -oFOLDER"),
     (re.compile(rb"Rar!\x1a\x07"), "a rar archive", "unrar x {} FOLDER/"),
-    (re.compile(rb".{257}ustar", re.DOTALL), "a tar archive", "mkdir FOLDER && tar -xf {} -C FOLDER"),
+    (
+        re.compile(rb".{257}ustar", re.DOTALL),
+        "a tar archive",
+        "mkdir FOLDER && tar -xf {} -C FOLDER",
+    ),
     (re.compile(rb"\x04\x22\x4d\x18"), "compressed with lz4", "lz4 -d {} TEXT"),
     (re.compile(rb"\x1f\x9d"), "compressed with compress", "gzip -dc {} > TEXT"),
     (re.compile(rb"%PDF-"), "a PDF", "pdftotext {} TEXT"),
     (re.compile(rb"\{\\rtf1"), "an RTF document", "pandoc -f rtf -t plain {} -o TEXT"),
-    (re.compile(rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"), "an old Office document", "soffice --convert-to txt:Text {}"),
+    (
+        re.compile(rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"),
+        "an old Office document",
+        "soffice --convert-to txt:Text {}",
+    ),
     (
         re.compile(rb"SQLite format 3\0"),
         "an SQLite database",
@@ -41,7 +49,11 @@ ARCHIVES = (
 ZIPPED = (
     (re.compile(rb"word/"), "a Word document", "pandoc -f docx -t plain {} -o TEXT"),
     (re.compile(rb"application/epub"), "an EPUB book", "pandoc -f epub -t plain {} -o TEXT"),
-    (re.compile(rb"application/vnd.oasis"), "an OpenDocument file", "pandoc -f odt -t plain {} -o TEXT"),
+    (
+        re.compile(rb"application/vnd.oasis"),
+        "an OpenDocument file",
+        "pandoc -f odt -t plain {} -o TEXT",
+    ),
     (re.compile(rb"xl/"), "an Excel table", "soffice --convert-to csv {}"),
 )
 # What has no text in it.
@@ -74,8 +86,16 @@ BINARIES = (
 PARQUET = b"PAR1\x15"  # the first bytes of a parquet file
 DECOMPRESS = {"": "cat", "gzip": "gzip -dc", "zstd": "zstd -dc", "bz2": "bzip2 -dc", "xz": "xz -dc"}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # endings of names
-MARKS = {"utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
-BROKEN = (OSError, EOFError, lzma.LZMAError, UnicodeError)  # what reading a compressed or encoded file may raise
+MARKS = {
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
+BROKEN = (
+    OSError,
+    EOFError,
+    lzma.LZMAError,
+    UnicodeError,
+)  # what reading a compressed or encoded file may raise
 
 
 def compression(head: bytes) -> str:

@@ -44,7 +44,9 @@ def object_at(text: str) -> dict | None:
         value, _ = DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        return value
+    return None
 
 
 def read(path: str, text: str, bad: list[str]) -> Iterator[tuple[dict, int]]:
@@ -62,7 +64,9 @@ def values_of(path: str, text: str, bad: list[str]) -> Iterator[tuple[object, in
     if LIST.match(start):
         values = parse(path, text, bad) or []
         yield from zip(values, range(1, len(values) + 1))
-    elif start.startswith("{") and not first.rstrip().endswith("}") and object_at(start) is not None:
+    elif (
+        start.startswith("{") and not first.rstrip().endswith("}") and object_at(start) is not None
+    ):
         yield from many_lines(path, text, bad)
     else:
         for number, line in enumerate(lines_of(text), 1):
@@ -72,7 +76,8 @@ def values_of(path: str, text: str, bad: list[str]) -> Iterator[tuple[object, in
 
 def many_lines(path: str, text: str, bad: list[str]) -> Iterator[tuple[object, int]]:
     """Objects of many lines, one after the other."""
-    at, line = 0, 1
+    at = 0
+    line = 1
     while True:
         start = SPACE.match(text, at).end()
         if start == len(text):
@@ -93,7 +98,11 @@ def keys_of_lists(value) -> list[str]:
         return []
     keys = []
     for key, item in value.items():
-        if isinstance(item, list) and len(item) > 0 and all(isinstance(each, dict) for each in item):
+        if (
+            isinstance(item, list)
+            and len(item) > 0
+            and all(isinstance(each, dict) for each in item)
+        ):
             keys.append(key)
     return keys
 

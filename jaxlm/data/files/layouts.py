@@ -19,10 +19,18 @@ import pyarrow.parquet
 from jaxlm.data.files import encodings, formats
 from jaxlm.data.files.delimited import EXCEL_LINE, is_number
 
-KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}  # by name; the others are text
+KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+}  # by name; the others are text
 # What names a language is never JSON lines, whatever it begins with.
 CODE = ".rst .tex .html .py .c .h .cc .cpp .cu .js .ts .java .go .rs .sh".split()
-DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"}  # of tables; the first is usual, the others are taken by the header
+DELIMITERS = {
+    ".csv": ",;\t|",
+    ".tsv": "\t,;|",
+}  # of tables; the first is usual, the others are taken by the header
 TABLE_BYTES = 1 << 20  # of a table looked at, to see how it is quoted
 MOST_BYTES = 16 << 20  # looked at where the first JSON object is that long
 OBJECT_CHARS = 32 << 20  # of one JSON object of a list at most, so that memory is bounded
@@ -50,11 +58,15 @@ class Layout:
 
     @property
     def documents(self) -> str:
-        return {"text": "one document", "parquet": "one document a row"}.get(self.kind, "one document a record")
+        return {"text": "one document", "parquet": "one document a row"}.get(
+            self.kind, "one document a record"
+        )
 
     @property
     def field(self) -> str:
-        return "key" if self.kind in ("json", "jsonl") else "column"
+        if self.kind in ("json", "jsonl"):
+            return "key"
+        return "column"
 
 
 TEXT = Layout()
@@ -104,7 +116,9 @@ def _see_json(path: str, suffix: str, compression: str, head: bytes, key: str) -
         head = formats.beginning(path, compression, size)
     if not found and suffix == ".json":
         problem = _not_json(path, compression, text, whole)
-        return replace(LINES, problem=problem) if problem else LINES
+        if problem:
+            return replace(LINES, problem=problem)
+        return LINES
     return found
 
 
@@ -140,7 +154,9 @@ def _list_in(text: str, whole: bool, suffix: str) -> tuple[Layout | None, list[d
     records, clean = _leading(text)
     if clean and not records and KINDS.get(suffix) == "jsonl":
         return Layout("json", "an empty JSON list"), []
-    return (Layout("json", "a JSON list"), records) if records else (None, [])
+    if records:
+        return (Layout("json", "a JSON list"), records)
+    return (None, [])
 
 
 def _object(line: str) -> dict | None:
@@ -148,7 +164,9 @@ def _object(line: str) -> dict | None:
         value = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        return value
+    return None
 
 
 def _leading(text: str) -> tuple[list[dict], bool]:
@@ -169,11 +187,14 @@ def values(blocks: Iterable[str]) -> Iterator[object]:
 
     Raises: ValueError where it is broken, breaks off, or has a value above OBJECT_CHARS.
     """
-    decoder, blocks = json.JSONDecoder(), iter(blocks)
-    buffer, at = _more("", blocks)[0], 0
+    decoder = json.JSONDecoder()
+    blocks = iter(blocks)
+    buffer = _more("", blocks)[0]
+    at = 0
     at = BETWEEN.match(buffer).end()
     in_list = buffer.startswith("[", at)
-    closed, ended = False, False
+    closed = False
+    ended = False
     at += in_list
     while True:
         between = BETWEEN_IN_LIST if in_list and not closed else BETWEEN
@@ -207,7 +228,8 @@ def values(blocks: Iterable[str]) -> Iterator[object]:
 
 def _more(rest: str, blocks: Iterator[str]) -> tuple[str, bool]:
     """(twice as much text or more, so that a long value is tried a few times only; whether it was the last)."""
-    got, size = [rest], len(rest)
+    got = [rest]
+    size = len(rest)
     for block in blocks:
         got.append(block)
         size += len(block)
@@ -234,7 +256,9 @@ def _not_json(path: str, compression: str, text: str, whole: bool) -> str:
         except (ValueError, RecursionError) as error:
             return f"broken JSON: {error}"
     typed = formats.typed(path, compression, "jq -c .", path + ".jsonl")
-    return f"a JSON object above {MOST_BYTES >> 20} MiB on many lines; write a record a line: {typed}"
+    return (
+        f"a JSON object above {MOST_BYTES >> 20} MiB on many lines; write a record a line: {typed}"
+    )
 
 
 def _no_key(path: str, compression: str, key: str, records: list[dict], found: Layout) -> str:
@@ -256,7 +280,10 @@ def missing_key(what: str, key: str, lengths: dict[str, int]) -> str:
     """That there is no such key (or column), which there are, and which may be meant. lengths: of the text under each,
     0 where it is none."""
     names = list(map(str, lengths))
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    if len(names) > SHOWN:
+        more = f" and {len(names) - SHOWN:,} more"
+    else:
+        more = ""
     message = f"no {what} {key!r}; there are {', '.join(names[:SHOWN]) or 'none'}{more}"
     texts = [str(name) for name, length in lengths.items() if length]
     if not texts:
@@ -278,7 +305,8 @@ def _likeliest(key: str, names: list[str], lengths: dict[str, int]) -> str:
 
 def _see_table(path: str, suffix: str, compression: str, key: str) -> Layout:
     head = formats.beginning(path, compression, TABLE_BYTES)
-    text, whole = _text(head), len(head) < TABLE_BYTES
+    text = _text(head)
+    whole = len(head) < TABLE_BYTES
     told = EXCEL_LINE.match(text)
     delimiters = [told[1]] if told else DELIMITERS[suffix]
     text = text[told.end() :] if told else text
@@ -287,7 +315,9 @@ def _see_table(path: str, suffix: str, compression: str, key: str) -> Layout:
         rows, _ = _rows(text, whole, delimiter, quoted=True, most=1)
         headers[delimiter] = [cell.strip() for cell in rows[0]] if rows else []
         if headers[delimiter].count(key) > 1:
-            problem = f"a table with several columns {key!r}; give each another name in its first line"
+            problem = (
+                f"a table with several columns {key!r}; give each another name in its first line"
+            )
             return Layout("table", "a table", problem)
         if key in headers[delimiter]:
             quoted = delimiter != "\t" or _is_quoted(text, whole)
@@ -300,7 +330,9 @@ def _see_table(path: str, suffix: str, compression: str, key: str) -> Layout:
     return Layout("table", "a table", problem, delimiter)
 
 
-def _rows(text: str, whole: bool, delimiter: str, quoted: bool, most: int) -> tuple[list[list[str]], bool]:
+def _rows(
+    text: str, whole: bool, delimiter: str, quoted: bool, most: int
+) -> tuple[list[list[str]], bool]:
     """(the first rows of a table, whether all of them are as the rules of quotes want)."""
     lines = text.split("\n")
     if not whole:
@@ -338,8 +370,15 @@ def _is_quoted(text: str, whole: bool) -> bool:
     if not right or any(len(row) != len(rows[0]) for row in rows):
         return False
     unquoted, _ = _rows(text, whole, "\t", quoted=False, most=1 << 20)
-    plain = {cell for row in unquoted for cell in row}
-    new = [cell for row in rows for cell in row if cell not in plain]
+    plain = set()
+    for row in unquoted:
+        for cell in row:
+            plain.add(cell)
+    new = []
+    for row in rows:
+        for cell in row:
+            if cell not in plain:
+                new.append(cell)
     needed = any(mark in cell for cell in new for mark in '"\t\n')
     return needed or all(cell.startswith('"') for cell in unquoted[0])
 
@@ -353,10 +392,13 @@ def _no_column(path: str, compression: str, rows: list[list[str]], delimiter: st
     names[header.index(max(lengths, key=lengths.get))] = key
     shown = ", ".join(repr(cell[:MOST_OF_NAME]) for cell in header[:SHOWN])
     plain = formats.DECOMPRESS[compression]
-    typed = f"{{ printf '{delimiter.join(names)}\\n'; {plain} {shlex.quote(path)}; }}".replace("\t", "\\t")
+    typed = f"{{ printf '{delimiter.join(names)}\\n'; {plain} {shlex.quote(path)}; }}".replace(
+        "\t", "\\t"
+    )
     new = shlex.quote(formats.before_suffix(path, ".named"))
     return (
-        f"a table whose first line is no header: it has {shown}; write the names of its columns first: {typed} > {new}"
+        f"a table whose first line is no header: it has {shown}; "
+        f"write the names of its columns first: {typed} > {new}"
     )
 
 
@@ -383,23 +425,37 @@ def _parquet_problem(path: str, key: str) -> str:
             if not is_bytes(schema.field(schema.names.index(key)).type):
                 return ""
             batch = next(file.iter_batches(batch_size=SAMPLE, columns=[key]), None)
-            cells = batch.column(0).cast(pa.large_binary()).drop_null().to_pylist() if batch else []
+            if batch:
+                cells = batch.column(0).cast(pa.large_binary()).drop_null().to_pylist()
+            else:
+                cells = []
     except (OSError, pa.ArrowException):
         return ""
     found = encodings.doubt(b"\n".join(cells)[: formats.HEAD_BYTES])
-    return f"parquet whose column {key!r} has bytes that are {found.reason}" if found else ""
+    if found:
+        return f"parquet whose column {key!r} has bytes that are {found.reason}"
+    return ""
 
 
 def is_text(kind: pa.DataType) -> bool:
     """Whether values of a type of Arrow's are text, or bytes that may be."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    strings = (pa.types.is_string(kind), pa.types.is_large_string(kind), pa.types.is_string_view(kind))
+    strings = (
+        pa.types.is_string(kind),
+        pa.types.is_large_string(kind),
+        pa.types.is_string_view(kind),
+    )
     return any(strings) or is_bytes(kind)
 
 
 def is_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    tests = (
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_binary_view,
+        pa.types.is_fixed_size_binary,
+    )
     return any(test(kind) for test in tests)

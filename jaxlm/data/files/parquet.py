@@ -12,7 +12,10 @@ def open_parquet(file: Opened):
     """A pyarrow.parquet.ParquetFile. Raises DataError where it is none."""
     import pyarrow.parquet  # late: its threads make an arena of malloc's, see jaxlm/run/process.py
 
-    source = pa.BufferReader(read_bytes(file)) if file.compression else file.path
+    if file.compression:
+        source = pa.BufferReader(read_bytes(file))
+    else:
+        source = file.path
     try:
         return pyarrow.parquet.ParquetFile(source)
     except (pa.ArrowException, OSError) as error:
@@ -23,7 +26,9 @@ def read_columns(path: str, table, names: list[str]) -> dict[str, list]:
     """The columns of these names, as Python values. Raises DataError with the row and the column of a bad value."""
     for name in names:
         if table.schema_arrow.names.count(name) > 1:
-            raise DataError(f"{path}: it has {table.schema_arrow.names.count(name)} columns of the name {name}")
+            raise DataError(
+                f"{path}: it has {table.schema_arrow.names.count(name)} columns of the name {name}"
+            )
         refuse_type(path, name, table.schema_arrow.field(name).type)
     try:
         read = table.read(columns=leaves_of(table, names))
@@ -66,9 +71,13 @@ def values_of(path: str, name: str, column: pa.ChunkedArray) -> list:
         try:
             as_text(value.as_py())
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{row}: its column {name} is not UTF-8 text: {error.reason}") from None
+            raise DataError(
+                f"{path}:{row}: its column {name} is not UTF-8 text: {error.reason}"
+            ) from None
         except (ValueError, OverflowError, pa.ArrowException) as error:
-            raise DataError(f"{path}:{row}: its column {name} ({column.type}) can't be read: {error}") from None
+            raise DataError(
+                f"{path}:{row}: its column {name} ({column.type}) can't be read: {error}"
+            ) from None
     raise DataError(f"{path}: its column {name} ({column.type}) can't be read")
 
 

@@ -16,7 +16,8 @@ MOST_PIECES = 12  # into which commas, or plus signs, may cut one path
 
 def paths_of(spec: str) -> list[str]:
     """The files of a spec, those in parallel as "a.de+a.en". Raises DataError that names what is not there."""
-    paths, missing = [], []
+    paths = []
+    missing = []
     for item in items_of(spec):
         parts = parts_of(item)
         found = [matches(part) for part in parts]
@@ -27,7 +28,10 @@ def paths_of(spec: str) -> list[str]:
         paths += ["+".join(files) for files in zip(*found)]
     if missing or not paths:
         folder = Path(missing[0]).parent if missing else Path()
-        where = "" if folder.is_dir() else f"; there is no directory {folder}"
+        if folder.is_dir():
+            where = ""
+        else:
+            where = f"; there is no directory {folder}"
         near = near_path(missing[0]) if missing else ""
         raise DataError(f"there is no file {', '.join(missing) or repr(spec)}{where}{near}")
     return paths
@@ -51,7 +55,9 @@ def relative(spec: str) -> str:
 
 def relative_path(path: str) -> str:
     inside = os.path.relpath(path)
-    return path if inside.startswith(os.pardir) else inside
+    if inside.startswith(os.pardir):
+        return path
+    return inside
 
 
 def items_of(spec: str) -> list[str]:
@@ -70,7 +76,9 @@ def parts_of(item: str) -> list[str]:
     folders = [os.path.dirname(first) for first in heads(pieces) if matches(first)]
     folder = folders[0] if folders else os.path.dirname(pieces[0])
     parts = []
-    for part in rejoined(pieces, "+", lambda part: matches(part) or matches(os.path.join(folder, part))):
+    for part in rejoined(
+        pieces, "+", lambda part: matches(part) or matches(os.path.join(folder, part))
+    ):
         beside = os.path.join(folder, part)
         here = matches(part)
         parts.append(beside if matches(beside) and not here else part)
@@ -85,7 +93,8 @@ def heads(pieces: list[str]) -> list[str]:
 
 def rejoined(pieces: list[str], mark: str, exists: Callable[[str], bool]) -> list[str]:
     """The pieces, those put together again that are one path that exists: the longest such."""
-    items, start = [], 0
+    items = []
+    start = 0
     while start < len(pieces):
         count = min(len(pieces) - start, MOST_PIECES)
         while count > 1 and not exists(mark.join(pieces[start : start + count]).strip()):
@@ -107,7 +116,8 @@ def matches(pattern: str) -> list[str]:
 def literal_folders(pattern: str) -> str:
     """The pattern with the folders that exist under that very name escaped, such as data[1]/*.tsv."""
     *folders, last = pattern.split(os.sep)
-    seen, kept = "", []
+    seen = ""
+    kept = []
     for folder in folders:
         seen += folder + os.sep
         kept.append(glob.escape(folder) if os.path.isdir(seen) else folder)

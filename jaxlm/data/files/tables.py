@@ -63,7 +63,8 @@ def read_examples(spec: str, task: str, columns: str) -> tuple[list[dict], list[
     """
     found = Found(task, columns_given(columns, task))
     for path in paths_of(spec):
-        num_examples, num_bad = len(found.examples), len(found.bad)
+        num_examples = len(found.examples)
+        num_bad = len(found.bad)
         try:
             read_file(path, found)
         except DataError as error:
@@ -85,7 +86,8 @@ def refuse(bad: list[str]) -> None:
 
 def shortened(said: list[str]) -> list[str]:
     """The lines, each "PLACE: WHAT", those of the same WHAT once, and SHOWN at most."""
-    first, repeats = {}, Counter()
+    first = {}
+    repeats = Counter()
     for line in said:
         what = line.partition(": ")[2] or line
         first.setdefault(what, line)
@@ -139,11 +141,16 @@ def add_json(file: example_files.Opened, text: str, found: Found) -> None:
         chosen = choose_named(file.path, names, found.task, found.given)
     except DataError as error:
         record, _ = pairs[0]
-        hint = json_records.within(file.path, record) if len(pairs) == 1 else ""
+        if len(pairs) == 1:
+            hint = json_records.within(file.path, record)
+        else:
+            hint = ""
         if not hint and not found.given:
             hint = json_records.inside(file.path, record, max(2, len(needed_of(found.task))))
         raise DataError(f"{file.path}: {hint}" if hint else str(error)) from None
-    add_records(file.path, [record for record, _ in pairs], [line for _, line in pairs], chosen, found)
+    add_records(
+        file.path, [record for record, _ in pairs], [line for _, line in pairs], chosen, found
+    )
 
 
 def add_sentences(file: example_files.Opened, text: str, found: Found) -> bool:
@@ -158,7 +165,9 @@ def add_sentences(file: example_files.Opened, text: str, found: Found) -> bool:
 
 
 def add_table(file: example_files.Opened, text: str, found: Found) -> None:
-    style = delimited.style_of(text, file.suffix, lambda cells: is_header(cells, found.task, found.given))
+    style = delimited.style_of(
+        text, file.suffix, lambda cells: is_header(cells, found.task, found.given)
+    )
     if style is None:
         raise DataError(f"{file.path}: not a file of examples; they are {example_files.KINDS}")
     pairs = list(delimited.read(file.path, text, style, found.bad))
@@ -169,7 +178,9 @@ def add_table(file: example_files.Opened, text: str, found: Found) -> None:
     add_cells(file.path, [cells for cells, _ in pairs], [line for _, line in pairs], style, found)
 
 
-def add_cells(path: str, records: list[list[str]], lines, style: delimited.Style | None, found: Found) -> None:
+def add_cells(
+    path: str, records: list[list[str]], lines, style: delimited.Style | None, found: Found
+) -> None:
     """Adds the rows of a table."""
     if not records:
         return
@@ -177,15 +188,21 @@ def add_cells(path: str, records: list[list[str]], lines, style: delimited.Style
     width = len(records[0])
     quotes = " that has no quotes" if style and style.quotes else ""
     more = f" ({style.name} within a text{quotes}?)" if style else ""
-    fewer = " (a column left out, or a new line within a text?)" if style else ""
-    whole, places = [], []
+    if style:
+        fewer = " (a column left out, or a new line within a text?)"
+    else:
+        fewer = ""
+    whole = []
+    places = []
     for record, line in zip(records[chosen.start :], lines[chosen.start :]):
         if len(record) == width:
             whole.append(record)
             places.append(line)
         else:
             hint = more if len(record) > width else fewer
-            found.bad.append(f"{path}:{line}: {len(record)} columns, the first line has {width}{hint}")
+            found.bad.append(
+                f"{path}:{line}: {len(record)} columns, the first line has {width}{hint}"
+            )
     before = len(found.examples)
     add_records(path, whole, places, chosen, found)
     if found.task == "tag":
@@ -194,11 +211,15 @@ def add_cells(path: str, records: list[list[str]], lines, style: delimited.Style
 
 def add_records(path: str, records: list, lines, chosen: Chosen, found: Found) -> None:
     """Adds the examples of records, dicts or lists of cells, by the columns that were chosen."""
-    columns, form = chosen.columns, chosen.form
+    columns = chosen.columns
+    form = chosen.form
     needed = [role for role in columns if role in (form.needed if form else ROLES[found.task])]
     for record, line in zip(records, lines):
         place = f"{path}:{line}"
-        get = record.get if isinstance(record, dict) else record.__getitem__
+        if isinstance(record, dict):
+            get = record.get
+        else:
+            get = record.__getitem__
         example = {}
         for role, key in columns.items():
             value = get(key)
@@ -210,7 +231,10 @@ def add_records(path: str, records: list, lines, chosen: Chosen, found: Found) -
             continue
         if form or found.task in CONVERTED:
             try:
-                example = form.example(example) if form else dialogues.own_columns(example, found.task)
+                if form:
+                    example = form.example(example)
+                else:
+                    example = dialogues.own_columns(example, found.task)
             except ValueError as error:
                 found.bad.append(f"{place}: {error}")
                 continue
@@ -235,7 +259,8 @@ def is_missing(value) -> bool:
 
 def columns_given(columns: str, task: str) -> dict[str, str]:
     """config.data.columns as {column of the task: name or number}. Raises DataError."""
-    roles, given = roles_of(task), {}
+    roles = roles_of(task)
+    given = {}
     for item in columns.replace(",", " ").split():
         role, _, name = item.partition("=")
         if role not in roles:
@@ -269,13 +294,19 @@ def is_header(cells: list[str], task: str, given: dict[str, str]) -> bool:
     return wanted <= set(known) or form or (task == "sft" and "messages" in known)
 
 
-def choose_cells(path: str, records: list[list[str]], style: delimited.Style | None, found: Found) -> Chosen:
+def choose_cells(
+    path: str, records: list[list[str]], style: delimited.Style | None, found: Found
+) -> Chosen:
     """Which columns of a table are which. Raises DataError."""
-    task, given = found.task, found.given
+    task = found.task
+    given = found.given
     cells = [cell.strip() for cell in records[0]]
     named = any(not name.isdecimal() for name in given.values())
     header = named or is_header(cells, task, given)
-    names = cells if header else [str(place) for place in range(len(cells))]
+    if header:
+        names = cells
+    else:
+        names = [str(place) for place in range(len(cells))]
     if not header and not given:
         suspect_header(path, records, task, style)
         given = in_order(path, cells, task, style)
@@ -289,7 +320,9 @@ def choose_cells(path: str, records: list[list[str]], style: delimited.Style | N
     return Chosen(places, chosen.form, int(header))
 
 
-def in_order(path: str, cells: list[str], task: str, style: delimited.Style | None) -> dict[str, str]:
+def in_order(
+    path: str, cells: list[str], task: str, style: delimited.Style | None
+) -> dict[str, str]:
     """The columns of a table without a header, by place. Raises DataError where there are more or fewer."""
     needed = needed_of(task)
     if task == "sft":
@@ -333,7 +366,9 @@ def choose_named(path: str, names: list[str], task: str, given: dict[str, str]) 
     for role, name in given.items():  # by place, although there are names
         if name not in names and name.isdecimal() and int(name) < len(names):
             chosen[role] = names[int(name)]
-    missing = [chosen.get(role, role) for role in [*needed, *given] if chosen.get(role) not in names]
+    missing = [
+        chosen.get(role, role) for role in [*needed, *given] if chosen.get(role) not in names
+    ]
     half = task == "sft" and not given and is_half(chosen, names)
     if missing or not chosen or half:
         raise DataError(unclear(path, names, task, list(dict.fromkeys(missing))))
@@ -359,22 +394,32 @@ def is_half(chosen: dict[str, str], names: list[str]) -> bool:
     return "response" not in chosen or len(names) > 1
 
 
-def unclear(path: str, names: list[str], task: str, missing: list[str] = (), header: bool = True) -> str:
+def unclear(
+    path: str, names: list[str], task: str, missing: list[str] = (), header: bool = True
+) -> str:
     """Why it is not clear which column is which, and what to type. header: whether these are names, not a first row."""
     needed = needed_of(task)
     shown = ", ".join(repr(name if len(name) <= 24 else name[:24] + "...") for name in names[:12])
     if not missing and len(names) < len(needed):
         return f"{path}: its first line has {len(names)} of the {len(needed)} columns {', '.join(needed)}"
-    what = f"no column {' and no column '.join(missing)}" if missing else "it is not clear which column is which"
+    if missing:
+        what = f"no column {' and no column '.join(missing)}"
+    else:
+        what = "it is not clear which column is which"
     hint = did_you_mean(missing[0], names) if missing else ""
     if missing and len(names) < len(needed):
         return f"{path}: {what}{hint}; it has {shown}, and needed are {', '.join(needed)}"
     roles = likely_roles(len(names), task)
     alike = named_alike(names, roles)
-    if task == "dpo" and not {"chosen", "rejected"} & set(alike):  # any guess would prefer the wrong side
+    if task == "dpo" and not {"chosen", "rejected"} & set(
+        alike
+    ):  # any guess would prefer the wrong side
         return f"{path}: {what}{hint}; it has {shown}, and needed are {', '.join(needed)}"
     named = header or len(alike) == len(roles)
-    columns = suggestion(names, task) if named else by_place(len(names), task)
+    if named:
+        columns = suggestion(names, task)
+    else:
+        columns = by_place(len(names), task)
     return (
         f"{path}: {what}{hint}; it has {shown}. Say so, by name or by place from 0: "
         f'--config.data.columns="{columns}" (in evaluate: --columns)'
@@ -384,7 +429,9 @@ def unclear(path: str, names: list[str], task: str, missing: list[str] = (), hea
 def likely_roles(num_columns: int, task: str) -> list[str]:
     """The columns of a task that a table with so many has."""
     if task == "sft":
-        return ["prompt", "response"] if num_columns > 1 else ["messages"]
+        if num_columns > 1:
+            return ["prompt", "response"]
+        return ["messages"]
     return needed_of(task)[:num_columns]
 
 
@@ -431,7 +478,9 @@ def named_alike(names: list[str], roles: list[str]) -> dict[str, str]:
     return taken
 
 
-def suspect_header(path: str, records: list[list[str]], task: str, style: delimited.Style | None) -> None:
+def suspect_header(
+    path: str, records: list[list[str]], task: str, style: delimited.Style | None
+) -> None:
     """Refuses a first line that would be learned as an example although it looks like a header of other names."""
     cells = [cell.strip() for cell in records[0]]
     doubtful = style is not None and style.quotes and all(cell.isidentifier() for cell in cells)
@@ -441,7 +490,9 @@ def suspect_header(path: str, records: list[list[str]], task: str, style: delimi
             of_numbers = len(others) > 0 and all(map(delimited.is_number, others[:100]))
             doubtful |= of_numbers and not delimited.is_number(cells[1])
         else:
-            doubtful |= len(others) >= 10 and cells[1] not in others and len(set(others)) <= len(others) / 2
+            doubtful |= (
+                len(others) >= 10 and cells[1] not in others and len(set(others)) <= len(others) / 2
+            )
     if doubtful and len(cells) >= len(needed_of(task)):
         places = by_place(len(cells), task)
         raise DataError(

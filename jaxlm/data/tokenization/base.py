@@ -139,4 +139,6 @@ class Prefixed(Tokenizer):
 
 def replace_surrogates(text: str) -> tuple[str, int]:
     """The text with U+FFFD for each lone surrogate, which UTF-8 can't write, and how many there were."""
-    return (text, 0) if text.isascii() else re.subn("[\ud800-\udfff]", "\ufffd", text)
+    if text.isascii():
+        return (text, 0)
+    return re.subn("[\ud800-\udfff]", "\ufffd", text)

@@ -23,7 +23,11 @@ KINDS = (
     *SPACES,
     ("capital letters are lost", r"[A-Z\u00c0-\u00de\u0391-\u03a9\u0410-\u042f]", "Ab"),
     ("accents are lost", r"[\u00e0-\u00fe\u0100-\u017f\u0300-\u036f]", "\u00e9"),
-    ("compatibility characters are replaced", r"[\u00bc-\u00be\u2026\u2122\u3000\ufb00-\ufb06\uff01-\uff5e]", "\ufb01"),
+    (
+        "compatibility characters are replaced",
+        r"[\u00bc-\u00be\u2026\u2122\u3000\ufb00-\ufb06\uff01-\uff5e]",
+        "\ufb01",
+    ),
 )
 
 
@@ -33,7 +37,8 @@ class Kept:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._tokens = self._characters = self._sampled = self._changed = 0
-        self._lost, self._kinds = Counter(), Counter()
+        self._lost = Counter()
+        self._kinds = Counter()
         self._example: tuple[str, str] | None = None
 
     def look_at(self, text: str, ids: np.ndarray) -> None:
@@ -87,7 +92,8 @@ class Kept:
 def add(records: list[dict]) -> dict:
     """The records of all parts together; an older version's lack what it didn't count."""
     total = Counter()
-    lost, kinds = Counter(), Counter()
+    lost = Counter()
+    kinds = Counter()
     examples = []
     for record in records:
         for key in ("unknown_tokens", "unknown_characters", "sampled", "changed"):
@@ -96,13 +102,20 @@ def add(records: list[dict]) -> dict:
         kinds.update(record.get("kinds", {}))
         examples.append(record.get("example"))
     example = next((pair for pair in examples if pair), None)
-    return {**total, "lost": dict(lost.most_common(SHOWN)), "kinds": dict(kinds), "example": example}
+    return {
+        **total,
+        "lost": dict(lost.most_common(SHOWN)),
+        "kinds": dict(kinds),
+        "example": example,
+    }
 
 
 def unknown_in_words(kept: dict) -> str:
     """What of a text is unknown, for people. kept: of `add`, with how many `tokens` and `characters` it has."""
-    unknown, lost = kept["unknown_tokens"], kept["unknown_characters"]
-    tokens, characters = kept["tokens"], kept["characters"]
+    unknown = kept["unknown_tokens"]
+    lost = kept["unknown_characters"]
+    tokens = kept["tokens"]
+    characters = kept["characters"]
     share = lost / max(1, characters)
     examples = ", ".join(map(repr, kept["lost"]))
     text = f"{share:.2%} of the text ({lost:,} of {characters:,} characters), such as {examples}"
@@ -121,7 +134,9 @@ def give_back_in_words(kept: dict, tokenizer: Tokenizer) -> str | None:
     for name, _, probe in KINDS:
         if kept["kinds"].get(name):
             back = tokenizer.decode(tokenizer.encode(probe))
-            tells = back and back != probe and not tokenizer.lost(probe)  # not by words that it doesn't know
+            tells = (
+                back and back != probe and not tokenizer.lost(probe)
+            )  # not by words that it doesn't know
             shown = f" ({probe!r} comes back as {back!r})" if tells else ""
             changes.append(f"{name}{shown}")
     if kept["example"]:
@@ -135,7 +150,9 @@ def give_back_in_words(kept: dict, tokenizer: Tokenizer) -> str | None:
 
 def shortened(text: str) -> str:
     text = text.strip("\u2581 ") or text
-    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."
+    if len(text) <= SHOWN_CHARS:
+        return text
+    return text[: SHOWN_CHARS - 3] + "..."
 
 
 def same(text: str, back: str) -> bool:

@@ -21,8 +21,12 @@ class Notes:
     """What was odd about a part. `bad` and `broken` list the sources by name."""
 
     counts: Counter = field(default_factory=Counter)  # the keys of prepare.COUNTS
-    bad: list[tuple[str, int, str]] = field(default_factory=list)  # (source, record, reason), BAD_SHOWN at most
-    broken: list[tuple[str, str, int]] = field(default_factory=list)  # (source, reason, records read)
+    bad: list[tuple[str, int, str]] = field(
+        default_factory=list
+    )  # (source, record, reason), BAD_SHOWN at most
+    broken: list[tuple[str, str, int]] = field(
+        default_factory=list
+    )  # (source, reason, records read)
     records: dict[str, int] = field(default_factory=dict)  # lines or rows seen, by source
 
 
@@ -33,11 +37,13 @@ def character(data: bytes | bytearray, index: int) -> int:
 
 def texts(blocks: Iterable[bytes], notes: Notes) -> Iterator[str]:
     """Text in blocks that are cut between characters, without a byte order mark."""
-    rest, first = b"", True
+    rest = b""
+    first = True
     for block in blocks:
         data = rest + block
         cut = character(data, len(data) - 1) if data else 0
-        text, rest = decode(data[:cut], notes), data[cut:]
+        text = decode(data[:cut], notes)
+        rest = data[cut:]
         if first and text.startswith("\ufeff"):
             notes.counts["byte_order_marks"] += 1
             text = text[1:]
@@ -48,7 +54,8 @@ def texts(blocks: Iterable[bytes], notes: Notes) -> Iterator[str]:
 
 def lines(blocks: Iterable[bytes], notes: Notes) -> Iterator[bytes]:
     """Lines of any length, without their ends; not the last one of a file that breaks off."""
-    known, rest = len(notes.broken), []
+    known = len(notes.broken)
+    rest = []
     for block in blocks:
         *whole, tail = block.split(b"\n")
         if whole:
@@ -60,7 +67,9 @@ def lines(blocks: Iterable[bytes], notes: Notes) -> Iterator[bytes]:
         yield b"".join(rest)
 
 
-def pieces(blocks: Iterable[bytes], notes: Notes, starts: bool = True, ends: bool = True) -> Iterator[Piece]:
+def pieces(
+    blocks: Iterable[bytes], notes: Notes, starts: bool = True, ends: bool = True
+) -> Iterator[Piece]:
     """Cuts one document (or, without `starts` or `ends`, a stretch of one) where a line ends in the second half of each
     PIECE_BYTES, else between two characters. The cuts depend on the document, not on the blocks that it comes in."""
     buffer = bytearray()
@@ -71,7 +80,8 @@ def pieces(blocks: Iterable[bytes], notes: Notes, starts: bool = True, ends: boo
             end = done + PIECE_BYTES
             cut = buffer.rfind(b"\n", done + PIECE_BYTES // 2, end) + 1 or character(buffer, end)
             yield Piece(decode(buffer[done:cut], notes), starts, False)
-            starts, done = False, cut
+            starts = False
+            done = cut
         del buffer[:done]
     yield Piece(decode(buffer, notes), starts, ends)
 

@@ -13,8 +13,15 @@ from jaxlm.data.tokenization.tokenizer_json import around_the_text, special_toke
 from jaxlm.errors import ConfigError, DataError
 
 ROLES = ("bos", "eos")
-IDS = "tokenizer_ids.json"  # what a run's tokenizer begins and ends a text with, beside the tokenizer
-FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+IDS = (
+    "tokenizer_ids.json"  # what a run's tokenizer begins and ends a text with, beside the tokenizer
+)
+FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "config.json",
+)
 OWN = "the sentencepiece model"
 BY_NAME = "by its name"
 POST_PROCESSOR = "post-processor of tokenizer.json"
@@ -79,7 +86,10 @@ def of_files(tokenizer, folder: Path) -> None:
     Raises: DataError where one of them can't be read.
     """
     for role in ROLES:
-        if getattr(tokenizer, f"{role}_id") is not None and getattr(tokenizer, f"{role}_from") is None:
+        if (
+            getattr(tokenizer, f"{role}_id") is not None
+            and getattr(tokenizer, f"{role}_from") is None
+        ):
             put(tokenizer, role, getattr(tokenizer, f"{role}_id"), OWN)
     said = {}
     for name in FILES:
@@ -103,7 +113,10 @@ def of_flags(tokenizer, bos: str | None, eos: str | None) -> None:
             put(tokenizer, role, None, f"--{role}")
             continue
         if given.isascii() and given.isdecimal():
-            id_ = int(given) if tokenizer.token(int(given)) is not None else None
+            if tokenizer.token(int(given)) is not None:
+                id_ = int(given)
+            else:
+                id_ = None
         else:
             id_ = tokenizer.token_id(given)
         if id_ is None:
@@ -121,7 +134,10 @@ def write_tokenizer(folder, tokenizer) -> None:
 
 def ids_of(tokenizer) -> dict:
     """bos_id, eos_id and, where they are known, who said so: as JSON."""
-    keys = [f"{role}_{what}" for role in ROLES for what in ("id", "from")]
+    keys = []
+    for role in ROLES:
+        for what in ("id", "from"):
+            keys.append(f"{role}_{what}")
     return {key: getattr(tokenizer, key) for key in keys}
 
 
@@ -144,7 +160,9 @@ def read_ids(folder: Path) -> dict | None:
 def config_of_a_run(folder: Path) -> dict | None:
     """The flat config of a training run in this folder; None where config.json is of something else, or missing."""
     config = _read_json(folder / "config.json")
-    return config if "model.name" in config else None
+    if "model.name" in config:
+        return config
+    return None
 
 
 def of_an_older_run(tokenizer, config: dict) -> None:
@@ -167,11 +185,15 @@ def _put_first_that_fits(tokenizer, role: str, said: list[tuple]) -> None:
         id_ = value if by_id else tokenizer.token_id(value)
         if id_ is None or tokenizer.token(id_) is None:
             shown = f"token {value}" if by_id else f"{value!r}"
-            tokenizer.notes.append(f"{name} says that {role} is {shown}, which this tokenizer doesn't have")
+            tokenizer.notes.append(
+                f"{name} says that {role} is {shown}, which this tokenizer doesn't have"
+            )
         elif by_id and tokenizer.special_ids and id_ not in tokenizer.special_ids:
             # Configs of models often keep defaults that fit another vocabulary.
             shown = f"token {value}, {tokenizer.token(id_)!r}"
-            tokenizer.notes.append(f"{name} says that {role} is {shown}, which is no special token: not followed")
+            tokenizer.notes.append(
+                f"{name} says that {role} is {shown}, which is no special token: not followed"
+            )
         else:
             put(tokenizer, role, id_, name)
             return
@@ -202,7 +224,10 @@ def _no_such_token(tokenizer, given: str) -> str:
     if not special:
         return f"this tokenizer has no such token; its ids are 0 to {tokenizer.vocab_size - 1:,}"
     shown = ", ".join(special[:12])
-    more = f" and {len(special) - 12:,} more" if len(special) > 12 else ""
+    if len(special) > 12:
+        more = f" and {len(special) - 12:,} more"
+    else:
+        more = ""
     return f"this tokenizer has no such token; its special tokens are {shown}{more}; none is for no token{near}"
 
 
@@ -215,8 +240,12 @@ def _read_json(path: Path) -> dict:
     except OSError as error:
         raise DataError(f"{path}, beside the tokenizer, can't be read: {error.strerror}") from None
     except ValueError as error:
-        raise DataError(f"{path}, beside the tokenizer, is not JSON ({error}); copy it again or take it away") from None
-    return content if isinstance(content, dict) else {}
+        raise DataError(
+            f"{path}, beside the tokenizer, is not JSON ({error}); copy it again or take it away"
+        ) from None
+    if isinstance(content, dict):
+        return content
+    return {}
 
 
 def _first_of(words: Iterable[str], candidates: Collection[str]) -> str | None:

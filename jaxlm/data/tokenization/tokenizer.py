@@ -14,14 +14,22 @@ from jaxlm.data.tokenization.specials import END_OF_TEXT
 from jaxlm.data.tokenization.words import SPLITS, text_of, word_spans, words_in
 from jaxlm.errors import ConfigError, DataError
 
-HUB_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # in a folder, in order
+HUB_NAMES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)  # in a folder, in order
 
 
 class Bytes(Tokenizer):
     """The UTF-8 bytes of the text, and 256 as beginning and end of text."""
 
-    name, filename = "bytes", "tokenizer.json"
-    vocab_size, bos_id, eos_id = 257, 256, 256
+    name = "bytes"
+    filename = "tokenizer.json"
+    vocab_size = 257
+    bos_id = 256
+    eos_id = 256
 
     def __init__(self, data: bytes = b""):
         del data  # there is nothing to configure
@@ -32,7 +40,9 @@ class Bytes(Tokenizer):
     def token(self, id_: int) -> str | None:
         if id_ == self.eos_id:
             return END_OF_TEXT
-        return f"<0x{id_:02X}>" if 0 <= id_ < 256 else None
+        if 0 <= id_ < 256:
+            return f"<0x{id_:02X}>"
+        return None
 
     def _encode(self, text: str):
         return np.frombuffer(text.encode(), dtype=np.uint8)
@@ -50,7 +60,8 @@ class Bytes(Tokenizer):
 class Chars(Tokenizer):
     """One id per distinct character, in the order of code points; no special tokens."""
 
-    name, filename = "chars", "tokenizer.json"
+    name = "chars"
+    filename = "tokenizer.json"
 
     def __init__(self, data: bytes):
         self.characters = json.loads(data)["characters"]
@@ -61,7 +72,9 @@ class Chars(Tokenizer):
         return json.dumps({"jaxlm": self.name, "characters": self.characters}).encode()
 
     def token(self, id_: int) -> str | None:
-        return self.characters[id_] if 0 <= id_ < self.vocab_size else None
+        if 0 <= id_ < self.vocab_size:
+            return self.characters[id_]
+        return None
 
     def _encode(self, text: str):
         points = _code_points(text)
@@ -89,7 +102,8 @@ class Words(Tokenizer):
     A file of an earlier version does not say how words are split: they are what stands between white space.
     """
 
-    name, filename = "words", "tokenizer.json"
+    name = "words"
+    filename = "tokenizer.json"
     UNKNOWN = "<unk>"
     unknown_id = 0
 
@@ -97,7 +111,9 @@ class Words(Tokenizer):
         content = json.loads(data)
         self.split = content.get("split", "spaces")
         if self.split not in SPLITS:
-            raise ValueError(f"it splits words at {self.split!r}; this version knows {', '.join(SPLITS)}")
+            raise ValueError(
+                f"it splits words at {self.split!r}; this version knows {', '.join(SPLITS)}"
+            )
         self.words = [self.UNKNOWN, *content["words"]]
         self.vocab_size = len(self.words)
         self._ids = {word: i for i, word in enumerate(self.words)}
@@ -109,7 +125,9 @@ class Words(Tokenizer):
         return json.dumps(content).encode()
 
     def token(self, id_: int) -> str | None:
-        return self.words[id_] if 0 <= id_ < self.vocab_size else None
+        if 0 <= id_ < self.vocab_size:
+            return self.words[id_]
+        return None
 
     def lost(self, text: str) -> list[str]:
         return [word for word in words_in(text, self.split) if word not in self._ids]
@@ -127,19 +145,23 @@ class Words(Tokenizer):
 class SentencePiece(Prefixed):
     """A sentencepiece model: one trained here, or anyone's .model file."""
 
-    name, filename = "sentencepiece", "tokenizer.model"
+    name = "sentencepiece"
+    filename = "tokenizer.model"
     # Appended to a model, which is a protobuf message: of two values of a field the last counts.
     # ModelProto.normalizer_spec (3) { add_dummy_prefix (3): false }, as in sentencepiece_model.proto.
     NO_PREFIX = b"\x1a\x02\x18\x00"
 
     def __init__(self, data: bytes):
         if not data:
-            raise ValueError("the file is empty")  # sentencepiece would say so only when it is first used
+            raise ValueError(
+                "the file is empty"
+            )  # sentencepiece would say so only when it is first used
         self._data = data
         self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         self.vocab_size = self._model.get_piece_size()
         bos, eos = (i if i >= 0 else None for i in (self._model.bos_id(), self._model.eos_id()))
-        self.bos_id, self.eos_id = eos if bos is None else bos, eos
+        self.bos_id = eos if bos is None else bos
+        self.eos_id = eos
         self.unknown_id = self._model.unk_id()
         bare = self._bare or self._model
         # sentencepiece writes a space as U+2581, so that U+2581 itself would come back as a space: it goes in as bytes.
@@ -161,7 +183,9 @@ class SentencePiece(Prefixed):
         return self._data
 
     def token(self, id_: int) -> str | None:
-        return self._model.id_to_piece(id_) if 0 <= id_ < self.vocab_size else None
+        if 0 <= id_ < self.vocab_size:
+            return self._model.id_to_piece(id_)
+        return None
 
     @cached_property
     def special_ids(self) -> set[int]:
@@ -188,7 +212,8 @@ class SentencePiece(Prefixed):
         parts = [text]
         if self._space is not None:
             parts = text.split("\u2581")
-        ids, offsets = [], []
+        ids = []
+        offsets = []
         begin = 0
         model = self._model
         for number, part in enumerate(parts):
@@ -221,7 +246,8 @@ class SentencePiece(Prefixed):
 class HuggingFace(Prefixed):
     """Hugging Face's tokenizer.json. Special tokens that are spelled out in a text are read as plain text."""
 
-    name, filename = "huggingface", "tokenizer.json"
+    name = "huggingface"
+    filename = "tokenizer.json"
 
     def __init__(self, data: bytes):
         self._data = data
@@ -231,7 +257,9 @@ class HuggingFace(Prefixed):
         content = json.loads(data)
         specials.of_tokenizer_json(content, ids, self)
         self._added = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
-        self._special = {ids[token] for token in tokenizer_json.special_tokens(content) if token in ids}
+        self._special = {
+            ids[token] for token in tokenizer_json.special_tokens(content) if token in ids
+        }
         self.unknown_id = tokenizer_json.unknown_id(content["model"], ids)
         self._drops = tokenizer_json.drops_text(content, ids)
 
@@ -239,7 +267,9 @@ class HuggingFace(Prefixed):
         try:
             import tokenizers
         except ImportError:
-            raise ConfigError('reading a Hugging Face tokenizer.json needs: pip install -e ".[hf]"') from None
+            raise ConfigError(
+                'reading a Hugging Face tokenizer.json needs: pip install -e ".[hf]"'
+            ) from None
         model = tokenizers.Tokenizer.from_str(content)
         model.encode_special_tokens = True
         model.no_truncation()
@@ -253,7 +283,9 @@ class HuggingFace(Prefixed):
         splitter = tokenizer_json.without_prefix(content.get("pre_tokenizer"))
         if (normalizer, splitter) == (content.get("normalizer"), content.get("pre_tokenizer")):
             return None
-        return self._read_model(json.dumps({**content, "normalizer": normalizer, "pre_tokenizer": splitter}))
+        return self._read_model(
+            json.dumps({**content, "normalizer": normalizer, "pre_tokenizer": splitter})
+        )
 
     @cached_property
     def _strips(self) -> bool:
@@ -265,7 +297,9 @@ class HuggingFace(Prefixed):
     def token(self, id_: int) -> str | None:
         if id_ in self._added:
             return self._added[id_]  # the library writes some with a space before them
-        return self._model.id_to_token(id_) if 0 <= id_ < self.vocab_size else None
+        if 0 <= id_ < self.vocab_size:
+            return self._model.id_to_token(id_)
+        return None
 
     def token_id(self, token: str) -> int | None:
         return self._model.token_to_id(token)
@@ -280,7 +314,9 @@ class HuggingFace(Prefixed):
     def lost(self, text: str) -> list[str]:
         encoding = self._model.encode(text, add_special_tokens=False)
         if not self._drops:
-            offsets = dict.fromkeys(o for id_, o in zip(encoding.ids, encoding.offsets) if id_ == self.unknown_id)
+            offsets = dict.fromkeys(
+                o for id_, o in zip(encoding.ids, encoding.offsets) if id_ == self.unknown_id
+            )
             return [text[start:stop] for start, stop in offsets]
         known = np.zeros(len(text), bool)
         for id_, (start, stop) in zip(encoding.ids, encoding.offsets):
@@ -346,7 +382,9 @@ def load(path: str | Path) -> Tokenizer:
     entry = store.load_manifest(path)["tokenizer"]
     tokenizer = _read(store.inside(path, entry["file"]), entry["name"])
     if tokenizer.fingerprint != entry["sha256"]:
-        raise DataError(f"{path / entry['file']} is not the tokenizer that the data was prepared with (SHA-256)")
+        raise DataError(
+            f"{path / entry['file']} is not the tokenizer that the data was prepared with (SHA-256)"
+        )
     # Data that an earlier version prepared keep the begin and the end that they were written with.
     specials.put_ids(tokenizer, entry)
     return tokenizer
@@ -366,7 +404,10 @@ def _with_ids(tokenizer: Tokenizer, file: Path) -> Tokenizer:
 
 def _refuse_folder(path: Path) -> None:
     """Raises DataError: a folder has no tokenizer that can be read."""
-    known = [name for name in ("vocab.json", "merges.txt", "vocab.txt", "tekken.json") if (path / name).is_file()]
+    known = []
+    for name in ("vocab.json", "merges.txt", "vocab.txt", "tekken.json"):
+        if (path / name).is_file():
+            known.append(name)
     if known or any((path / name).is_file() for name in specials.FILES):  # of a hub
         there = f"it has {' and '.join(known)}, but " if known else ""
         raise DataError(
@@ -386,7 +427,10 @@ def _read(path: Path, name: str | None = None) -> Tokenizer:
         raise DataError(f"the tokenizer {path} can't be read: {error.strerror}") from None
     try:
         if name is None:
-            name = json.loads(data).get("jaxlm", HuggingFace.name) if path.suffix == ".json" else SentencePiece.name
+            if path.suffix == ".json":
+                name = json.loads(data).get("jaxlm", HuggingFace.name)
+            else:
+                name = SentencePiece.name
         return from_bytes(name, data)
     except ConfigError:
         raise

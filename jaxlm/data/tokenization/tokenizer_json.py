@@ -14,7 +14,8 @@ def around_the_text(processor: dict | None) -> tuple[str | None, str | None]:
         return _around_the_template(processor)
     if kind in ("BertProcessing", "RobertaProcessing"):
         return processor["cls"][0], processor["sep"][0]
-    before, after = None, None
+    before = None
+    after = None
     if kind == "Sequence":
         for part in processor["processors"]:
             first, last = around_the_text(part)
@@ -25,7 +26,8 @@ def around_the_text(processor: dict | None) -> tuple[str | None, str | None]:
 
 def _around_the_template(processor: dict) -> tuple[str | None, str | None]:
     """The first special token on each side of the text."""
-    before, after = [], []
+    before = []
+    after = []
     side = before
     for piece in processor["single"]:
         if "Sequence" in piece:

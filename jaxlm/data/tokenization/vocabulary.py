@@ -8,12 +8,21 @@ from collections.abc import Iterable
 
 import sentencepiece
 
-from jaxlm.data.tokenization.tokenizer import END_OF_TEXT, Bytes, Chars, SentencePiece, Tokenizer, Words
+from jaxlm.data.tokenization.tokenizer import (
+    END_OF_TEXT,
+    Bytes,
+    Chars,
+    SentencePiece,
+    Tokenizer,
+    Words,
+)
 from jaxlm.data.tokenization.words import characters_apart, words_in
 from jaxlm.errors import ConfigError, DataError
 
 SAMPLE_CHARS = 10_000_000  # enough for a vocabulary; more text changes few pieces and takes longer
-CHUNK_CHARS = 4096  # the trainer's unit of text; it drops what is longer than its max_sentence_length
+CHUNK_CHARS = (
+    4096  # the trainer's unit of text; it drops what is longer than its max_sentence_length
+)
 MADE = ("words", "sentencepiece", "bytes", "chars")
 
 
@@ -25,22 +34,35 @@ def chars_from(characters: Iterable[str]) -> Tokenizer:
     return Chars(json.dumps({"characters": alphabet}).encode())
 
 
-def words_from(texts: Iterable[str], vocab_size: int, min_count: int = 1, split: str = "spaces") -> Tokenizer:
+def words_from(
+    texts: Iterable[str], vocab_size: int, min_count: int = 1, split: str = "spaces"
+) -> Tokenizer:
     """The tokenizer of the commonest words, at most `vocab_size` with the unknown one. split: see words.word_spans."""
     counts = Counter(word for text in texts for word in words_in(text, split))
-    common = sorted((word for word in counts if counts[word] >= min_count), key=lambda word: (-counts[word], word))
+    common = sorted(
+        (word for word in counts if counts[word] >= min_count),
+        key=lambda word: (-counts[word], word),
+    )
     words = [word for word in common if word != Words.UNKNOWN]
     content = {"words": words[: vocab_size - 1], "split": split}
     return Words(json.dumps(content).encode())
 
 
-def make(kind: str, texts: list[str], vocab_size: int, min_count: int = 1, apart: bool = False) -> Tokenizer:
+def make(
+    kind: str, texts: list[str], vocab_size: int, min_count: int = 1, apart: bool = False
+) -> Tokenizer:
     """The tokenizer of these texts: words | sentencepiece | bytes | chars.
 
     apart: no word or piece spans two characters of a script without spaces, and no word holds punctuation marks.
     """
     split = "characters" if apart else "spaces"
-    pieces = [part for text in texts for part in characters_apart(text)] if apart else texts
+    if apart:
+        pieces = []
+        for text in texts:
+            for part in characters_apart(text):
+                pieces.append(part)
+    else:
+        pieces = texts
     makers = {
         "words": lambda: words_from(texts, vocab_size, min_count, split),
         "sentencepiece": lambda: train_sentencepiece(pieces, vocab_size),
@@ -90,7 +112,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
                 f"vocab_size {vocab_size} is too small for this text, whose bytes and characters alone need {need[1]}; "
                 f"pass --vocab_size={2 * int(need[1])} or more"
             ) from None
-        raise ConfigError("there is too little text to train sentencepiece on; use --tokenizer=bytes") from error
+        raise ConfigError(
+            "there is too little text to train sentencepiece on; use --tokenizer=bytes"
+        ) from error
     return SentencePiece(file.getvalue())
 
 
@@ -99,7 +123,10 @@ class Sample:
 
     def __init__(self, limit: int):
         self.chunks: list[str] = []
-        self._limit, self._size, self._seen, self._stride = limit, 0, 0, 1
+        self._limit = limit
+        self._size = 0
+        self._seen = 0
+        self._stride = 1
 
     def add(self, text: str) -> None:
         for start in range(0, len(text), CHUNK_CHARS):

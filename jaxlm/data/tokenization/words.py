@@ -13,7 +13,9 @@ APART = (
     "\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
 WIDE = "\u3001\u3002\uff0c\uff01\uff1f\uff1a\uff1b"  # marks that have their own space
-NO_SPACE_BEFORE = ".,;:!?%)]}/\u060c\u061b\u061f\u0964\u2019\u201d\u00bb\u2026\u300d\u300f\uff09" + WIDE
+NO_SPACE_BEFORE = (
+    ".,;:!?%)]}/\u060c\u061b\u061f\u0964\u2019\u201d\u00bb\u2026\u300d\u300f\uff09" + WIDE
+)
 NO_SPACE_AFTER = "([{/\u00bf\u00a1$\u00a3\u20ac#\u2018\u201c\u00ab\u300c\u300e\uff08" + WIDE
 QUOTES = ('"', "'")
 SHORT_FORMS = ("s", "d", "m", "re", "ve", "ll")  # of text that comes with "it 's"
@@ -22,7 +24,10 @@ SHORT_FORMS = ("s", "d", "m", "re", "ve", "ll")  # of text that comes with "it '
 @cache
 def marks() -> str:
     """The combining marks of Unicode, joiners and the soft hyphen, as the inside of a regular expression's []."""
-    found = {i for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)).startswith("M")}
+    found = set()
+    for i in range(sys.maxunicode + 1):
+        if unicodedata.category(chr(i)).startswith("M"):
+            found.add(i)
     begins = sorted(i for i in found if i - 1 not in found)
     ends = sorted(i for i in found if i + 1 not in found)
     ranges = [f"{chr(begin)}-{chr(end)}" for begin, end in zip(begins, ends)]
@@ -111,7 +116,8 @@ def text_of(words: list[str], split: str) -> str:
 
 def _space_before(words: list[str], i: int, opened: set[str], split: str) -> bool:
     """Whether there is a space between words i - 1 and i. opened: quotation marks that are not closed before i."""
-    before, word = words[i - 1], words[i]
+    before = words[i - 1]
+    word = words[i]
     if word in opened or before in opened:
         return False
     if before[-1] == word[0]:

@@ -10,14 +10,19 @@ from jaxlm.data.files.conll import words_of
 from jaxlm.data.files.tables import read_examples
 from jaxlm.errors import DataError
 
-SENTENCES = [(["EU", "rejects", "German", "call"], ["B-ORG", "O", "B-MISC", "O"]), (["Peter"], ["B-PER"])]
+SENTENCES = [
+    (["EU", "rejects", "German", "call"], ["B-ORG", "O", "B-MISC", "O"]),
+    (["Peter"], ["B-PER"]),
+]
 
 
 def lines(mark, between=(), sentences=SENTENCES):
     """The sentences with other columns between word and tag."""
     blocks = []
     for words, tags in sentences:
-        blocks.append("".join(mark.join([word, *between, tag]) + "\n" for word, tag in zip(words, tags)))
+        blocks.append(
+            "".join(mark.join([word, *between, tag]) + "\n" for word, tag in zip(words, tags))
+        )
     return "\n".join(blocks)
 
 
@@ -39,7 +44,8 @@ FORMS = {
     "documents": lines("\t") + "-DOCSTART-\tO\n\n",
     "windows": "\ufeff" + lines("\t").replace("\n", "\r\n"),
     "many blank lines": lines("\t").replace("\n\n", "\n\n\t\n \n") + "\n\n",
-    "comments": "# id a-b\tdomain=x\n" + lines(" ", ("_", "_")).replace("\n\n", "\n\n# id c-d\tdomain=y\n"),
+    "comments": "# id a-b\tdomain=x\n"
+    + lines(" ", ("_", "_")).replace("\n\n", "\n\n# id c-d\tdomain=y\n"),
     "commas": "word,tag\n" + lines(","),
 }
 
@@ -84,8 +90,12 @@ def test_a_sentence_a_row_is_read_as_before(tmp_path):
     text = "".join(f"{words}\t{tags}\n" for words, tags in rows)
     for content in (text, text.replace("\n", "\n\n"), "words\ttags\n" + text):
         assert read(tmp_path / "a.tsv", content) == rows
-    dicts = "".join(json.dumps({"words": words.split(), "tags": tags.split()}) + "\n" for words, tags in rows)
-    assert read(tmp_path / "a.jsonl", dicts) == [(words.split(), tags.split()) for words, tags in rows]
+    dicts = "".join(
+        json.dumps({"words": words.split(), "tags": tags.split()}) + "\n" for words, tags in rows
+    )
+    assert read(tmp_path / "a.jsonl", dicts) == [
+        (words.split(), tags.split()) for words, tags in rows
+    ]
 
 
 def test_columns_by_place_and_by_name(tmp_path):
@@ -112,7 +122,9 @@ def test_what_is_not_clear_is_refused_with_what_to_type(tmp_path, content, said)
 
 def test_sentences_are_learned_whole(tmp_path):
     (tmp_path / "a.tsv").write_text(lines("\t"))
-    config = small_config(task__name="tag", data__tokenizer="words", data__train=str(tmp_path / "a.tsv"))
+    config = small_config(
+        task__name="tag", data__tokenizer="words", data__train=str(tmp_path / "a.tsv")
+    )
     config.data.val = config.data.train
     assert label_names(config) == ("B-MISC", "B-ORG", "B-PER", "O")
     assert [int(piece["weights"].sum()) for piece in Examples(config, "train").pieces] == [4, 1]

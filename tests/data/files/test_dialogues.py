@@ -39,7 +39,11 @@ SFT = [
         {"messages": [{"role": "system", "content": "be"}, user("hi"), says("hello")]},
         "ShareGPT",
     ),
-    ({"conversation": [user("hi"), says("hello")]}, {"messages": [user("hi"), says("hello")]}, "ShareGPT"),
+    (
+        {"conversation": [user("hi"), says("hello")]},
+        {"messages": [user("hi"), says("hello")]},
+        "ShareGPT",
+    ),
     ({"messages": TURNS}, {"messages": [user("hi"), says("hello")]}, ""),
     (ALPACA | {"text": "all"}, {"prompt": "add\n\n1 2", "response": "3"}, "Alpaca"),
     (ALPACA | {"input": ""}, {"prompt": "add", "response": "3"}, "Alpaca"),
@@ -48,9 +52,17 @@ SFT = [
         {"messages": [user("a"), says("b"), user("add\n\n1 2"), says("3")]},
         "Alpaca",
     ),
-    ({"instruction": "add", "context": "1 2", "response": "3"}, {"prompt": "add\n\n1 2", "response": "3"}, "context"),
+    (
+        {"instruction": "add", "context": "1 2", "response": "3"},
+        {"prompt": "add\n\n1 2", "response": "3"},
+        "context",
+    ),
     ({"prompt": "a", "completion": "b"}, {"prompt": "a", "response": "b"}, "completion"),
-    ({"prompt": [user("a")], "completion": [says("b")]}, {"messages": [user("a"), says("b")]}, "completion"),
+    (
+        {"prompt": [user("a")], "completion": [says("b")]},
+        {"messages": [user("a"), says("b")]},
+        "completion",
+    ),
     (
         {"messages": [user([{"type": "text", "text": "a"}]), says("b") | {"weight": 0}]},
         {"messages": [user("a"), says("b") | {"weight": 0}]},
@@ -63,7 +75,9 @@ SFT = [
 @pytest.mark.parametrize(("record", "expected", "told"), SFT, ids=range(len(SFT)))
 def test_dialogues_are_read_and_told(tmp_path, record, expected, told, caplog):
     assert read(tmp_path / "a.jsonl", record, record) == [expected, expected]
-    assert bool(caplog.text) == bool(told) and told in caplog.text and caplog.text.count("taken for") <= 1
+    assert bool(caplog.text) == bool(told)
+    assert told in caplog.text
+    assert caplog.text.count("taken for") <= 1
 
 
 def test_a_table_of_instructions_is_read(tmp_path):
@@ -92,9 +106,13 @@ def test_what_to_type_for_other_columns_works_as_typed(tmp_path, record):
 def test_speakers_that_are_not_known_are_named(tmp_path):
     tool = {"conversations": [TURNS[0], {"from": "tool", "value": "x"}, TURNS[1]]}
     assert "a.jsonl:1: a message of 'tool'" in refused(tmp_path / "a.jsonl", tool)
-    assert "did you mean human?" in refused(tmp_path / "a.jsonl", {"conversations": [{"from": "humn", "value": "x"}]})
+    assert "did you mean human?" in refused(
+        tmp_path / "a.jsonl", {"conversations": [{"from": "humn", "value": "x"}]}
+    )
     assert "a dialogue is a list" in refused(tmp_path / "a.jsonl", {"conversations": "hi"})
-    assert "has a speaker and a text" in refused(tmp_path / "a.jsonl", {"conversations": [{"from": "human"}]})
+    assert "has a speaker and a text" in refused(
+        tmp_path / "a.jsonl", {"conversations": [{"from": "human"}]}
+    )
 
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -122,7 +140,9 @@ def test_preferences_without_a_prompt_are_refused_truly(tmp_path):
     record = {"system": "s", "question": "p", "chosen": "c", "rejected": "r"}
     message = refused(path, record, task="dpo")
     assert 'columns="prompt=question chosen=chosen rejected=rejected"' in message
-    assert read(path, record, task="dpo", columns="prompt=question chosen=chosen rejected=rejected") == [PAIR]
+    assert read(
+        path, record, task="dpo", columns="prompt=question chosen=chosen rejected=rejected"
+    ) == [PAIR]
     other = {"chosen": [user("p"), says("c")], "rejected": [user("z"), says("r")]}
     assert "the same dialogue but for one last message" in refused(path, other, task="dpo")
 
@@ -130,9 +150,13 @@ def test_preferences_without_a_prompt_are_refused_truly(tmp_path):
 def test_of_a_long_prompt_the_answers_alone_are_compared(tmp_path):
     file = tmp_path / "a.jsonl"
     read(file, PAIR | {"prompt": LONG, "rejected": "r r"}, PAIR, task="dpo")
-    config = small_config(task__name="dpo", data__tokenizer="words", data__train=str(file), data__val=str(file))
+    config = small_config(
+        task__name="dpo", data__tokenizer="words", data__train=str(file), data__val=str(file)
+    )
     source = Examples(config, "train")
     assert {"p", "q", "x", "c", "r"} <= set(source.tokenizer.words)
     for piece in source.pieces:
-        assert piece["weights"].sum(axis=1).tolist() in ([2.0, 3.0], [2.0, 2.0]), "the answer and its end"
+        assert piece["weights"].sum(axis=1).tolist() in ([2.0, 3.0], [2.0, 2.0]), (
+            "the answer and its end"
+        )
     assert np.shape(source.pieces[0]["tokens"])[0] == 2

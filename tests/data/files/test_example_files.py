@@ -87,7 +87,10 @@ def test_json_is_read_under_any_name(tmp_path, name):
 def test_what_stands_between_columns_is_seen_by_the_header(tmp_path, name, mark, caplog):
     said = '"fine, or so"' if mark == "," else "fine, or so"
     text = f"label{mark}text\ngood{mark}{said}\nbad{mark}no\n"
-    assert read(tmp_path / name, text) == [{"text": "fine, or so", "label": "good"}, {"text": "no", "label": "bad"}]
+    assert read(tmp_path / name, text) == [
+        {"text": "fine, or so", "label": "good"},
+        {"text": "no", "label": "bad"},
+    ]
     own = {"a.csv": ",", "a.tsv": "\t", "a.txt": "\t"}.get(name)
     assert ("between its columns" in caplog.text) == (mark != own)
 
@@ -130,12 +133,29 @@ def squad(questions):
     return {"version": "2", "data": [{"title": "t", "paragraphs": [paragraph, paragraph]}]}
 
 
-QUESTION = {"id": "1", "question": "who?", "answers": [{"text": "cat", "answer_start": 12}], "is_impossible": False}
+QUESTION = {
+    "id": "1",
+    "question": "who?",
+    "answers": [{"text": "cat", "answer_start": 12}],
+    "is_impossible": False,
+}
 UNKNOWN = {"id": "2", "question": "why?", "answers": []}
 NESTED = [
-    (squad([QUESTION]), "qa", {"question": "who?", "context": "a cat and a cat", "answer": ["cat"], "start": [12]}),
-    (squad([UNKNOWN]), "qa", {"question": "why?", "context": "a cat and a cat", "answer": [], "start": []}),
-    ({"id": "0", "pair": {"source": "ja", "target": "yes"}}, "seq2seq", {"source": "ja", "target": "yes"}),
+    (
+        squad([QUESTION]),
+        "qa",
+        {"question": "who?", "context": "a cat and a cat", "answer": ["cat"], "start": [12]},
+    ),
+    (
+        squad([UNKNOWN]),
+        "qa",
+        {"question": "why?", "context": "a cat and a cat", "answer": [], "start": []},
+    ),
+    (
+        {"id": "0", "pair": {"source": "ja", "target": "yes"}},
+        "seq2seq",
+        {"source": "ja", "target": "yes"},
+    ),
 ]
 
 
@@ -183,9 +203,12 @@ def parquet(path, **columns):
 
 
 INVALID = pa.Array.from_buffers(
-    pa.string(), 2, [None, pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0])), pa.py_buffer(b"a\xff\xfe")]
+    pa.string(),
+    2,
+    [None, pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0])), pa.py_buffer(b"a\xff\xfe")],
 )
-TEXT, LABEL = pa.array(["a", "b"]), pa.array(["x", "y"])
+TEXT = pa.array(["a", "b"])
+LABEL = pa.array(["x", "y"])
 UNUSED = {
     "nanoseconds": pa.array([1, 2], pa.timestamp("ns")),
     "year_10000": pa.array([253402300800000000, 1], pa.timestamp("us")),
@@ -198,7 +221,10 @@ UNUSED = {
 @pytest.mark.parametrize("name", list(UNUSED))
 def test_a_column_that_is_not_used_does_not_matter(tmp_path, name):
     path = parquet(tmp_path / "a.parquet", text=TEXT, label=LABEL, **{name: UNUSED[name]})
-    assert read_examples(path, "classify", "")[0] == [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    assert read_examples(path, "classify", "")[0] == [
+        {"text": "a", "label": "x"},
+        {"text": "b", "label": "y"},
+    ]
 
 
 @pytest.mark.parametrize("name", list(UNUSED)[:4])
@@ -208,13 +234,23 @@ def test_a_column_that_is_used_and_bad_is_named(tmp_path, name):
         read_examples(path, "classify", "")
 
 
-KINDS = [pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(1)]
+KINDS = [
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.binary_view(),
+    pa.binary(1),
+]
 KINDS += [pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.binary())]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_texts_of_every_type_are_read_alike(tmp_path, kind):
-    text = pa.array([b"a", b"b"], kind) if kind == pa.binary(1) else TEXT.cast(kind)
+    if kind == pa.binary(1):
+        text = pa.array([b"a", b"b"], kind)
+    else:
+        text = TEXT.cast(kind)
     path = parquet(tmp_path / "a.parquet", text=text, label=LABEL)
     assert [e["text"] for e in read_examples(path, "classify", "")[0]] == ["a", "b"]
 
@@ -229,8 +265,13 @@ def test_bytes_that_are_no_text_and_numbers_that_are_told(tmp_path, caplog):
 
 
 def test_times_within_messages_are_not_read(tmp_path):
-    message = pa.struct([("role", pa.string()), ("content", pa.large_string()), ("at", pa.timestamp("ns"))])
-    said = [{"role": "user", "content": "a", "at": 1}, {"role": "assistant", "content": "b", "at": 2}]
+    message = pa.struct(
+        [("role", pa.string()), ("content", pa.large_string()), ("at", pa.timestamp("ns"))]
+    )
+    said = [
+        {"role": "user", "content": "a", "at": 1},
+        {"role": "assistant", "content": "b", "at": 2},
+    ]
     path = parquet(tmp_path / "a.parquet", messages=pa.array([said], pa.list_(message)))
     expected = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert read_examples(path, "sft", "")[0] == [{"messages": expected}]
@@ -246,12 +287,21 @@ ODD = ["a,b", "c+d", "[1]", "a file", "x, y+z [2]", "c++"]
 def test_a_path_that_exists_is_one_path_anywhere_in_a_spec(tmp_path, monkeypatch, odd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / odd).mkdir()
-    files = [f"{odd}.tsv", "plain.tsv", f"{odd}/{odd}.tsv", f"{odd}/1.de", f"{odd}/1.en", f"{odd}.de", f"{odd}.en"]
+    files = [
+        f"{odd}.tsv",
+        "plain.tsv",
+        f"{odd}/{odd}.tsv",
+        f"{odd}/1.de",
+        f"{odd}/1.en",
+        f"{odd}.de",
+        f"{odd}.en",
+    ]
     for file in files:
         (tmp_path / file).write_text("x\ty\n")
     for spec in (f"{odd}.tsv", f"{odd}.tsv,plain.tsv", f"plain.tsv, {odd}.tsv,{odd}/{odd}.tsv"):
         found = paths_of(spec)
-        assert set(found) <= set(files) and len(found) == spec.count(".tsv")
+        assert set(found) <= set(files)
+        assert len(found) == spec.count(".tsv")
         assert paths_of(absolute(spec)) == [str(tmp_path / file) for file in found]
     pair = f"{odd}/1.de+{odd}/1.en"
     for spec in (pair, f"{odd}/1.de+1.en", f"{odd}/*.de+{odd}/*.en"):
@@ -275,11 +325,15 @@ RECIPES = {
     "multi30k.py": "cpu lstm gpu", "qa.py": "", "quickstart.py": "", "shakespeare_char.py": "cpu lstm masked ngram gpu",
     "sst2.py": "ngrams lstm", "summarize.py": "", "vectors.py": "skipgram glove",
 }  # fmt: skip
-VARIANTS = [f"{name}:{arg}".rstrip(":") for name, args in RECIPES.items() for arg in args.split() or [""]]
+VARIANTS = [
+    f"{name}:{arg}".rstrip(":") for name, args in RECIPES.items() for arg in args.split() or [""]
+]
 
 
 def test_every_recipe_is_tried():
-    assert sorted(RECIPES) == sorted(file for file in os.listdir(f"{ROOT}/configs") if file.endswith(".py"))
+    assert sorted(RECIPES) == sorted(
+        file for file in os.listdir(f"{ROOT}/configs") if file.endswith(".py")
+    )
 
 
 @pytest.mark.parametrize("recipe", VARIANTS)
@@ -302,4 +356,6 @@ def test_a_recipes_own_paths_work(tmp_path, monkeypatch, recipe):
         for name in names:
             with open(os.path.join(folder, name), "w") as file:
                 file.write("x\n")
-        assert [parts_of(path) for path in paths_of(spec)] == [[os.path.join(folder, name) for name in names]]
+        assert [parts_of(path) for path in paths_of(spec)] == [
+            [os.path.join(folder, name) for name in names]
+        ]

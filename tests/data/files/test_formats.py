@@ -24,7 +24,14 @@ from jaxlm.data import shard_jobs as parts
 from jaxlm.data.files import layouts
 from jaxlm.errors import DataError
 
-DOCS = ["first, with a comma", 'a "quoted" word', "two\nlines\n", "tab\there", "\u4e2d\u6587 \U0001f600", "x" * 200]
+DOCS = [
+    "first, with a comma",
+    'a "quoted" word',
+    "two\nlines\n",
+    "tab\there",
+    "\u4e2d\u6587 \U0001f600",
+    "x" * 200,
+]
 
 
 def lines(docs=DOCS, key: str = "text") -> str:
@@ -45,13 +52,15 @@ def write(path: Path, data: str | bytes) -> Path:
 
 def documents(path: Path, key: str = "text") -> list[str]:
     """The documents of one file, where nothing is wrong with it."""
-    notes, found = readers.Notes(), []
+    notes = readers.Notes()
+    found = []
     for spans in parts.plan(readers.find([str(path)], key)):
         for piece in readers.read(spans, key, notes):
             if piece.first:
                 found.append("")
             found[-1] += piece.text
-    assert not notes.bad and not notes.broken
+    assert not notes.bad
+    assert not notes.broken
     return found
 
 
@@ -79,7 +88,10 @@ READ = {
     "b.csv": (lines(), "JSON lines"),
     "a.json": (json.dumps([{"text": doc} for doc in DOCS]), "a JSON list"),
     "b.json": (json.dumps([{"text": doc} for doc in DOCS], indent=2), "a JSON list"),
-    "c.json": ("\n".join(json.dumps({"text": doc, "n": {"m": []}}, indent=1) for doc in DOCS), "JSON objects"),
+    "c.json": (
+        "\n".join(json.dumps({"text": doc, "n": {"m": []}}, indent=1) for doc in DOCS),
+        "JSON objects",
+    ),
     "c.txt": (json.dumps([{"text": doc} for doc in DOCS], indent=2), "a JSON list"),
     "c.jsonl": ("".join(json.dumps({"text": doc}, indent=4) for doc in DOCS), "JSON objects"),
     "a.csv": (table(), "a table"),
@@ -110,7 +122,10 @@ def test_a_record_may_be_longer_than_what_is_looked_at(tmp_path):
     for name, text in (
         ("a.txt", lines(docs)),
         ("b.json", json.dumps([{"text": doc} for doc in docs])),
-        ("c.json", json.dumps({"text": docs[0]}, indent=1) + json.dumps({"text": docs[1]}, indent=1)),
+        (
+            "c.json",
+            json.dumps({"text": docs[0]}, indent=1) + json.dumps({"text": docs[1]}, indent=1),
+        ),
         ("d.csv", table(docs)),
         ("e.tsv", table(docs, delimiter="\t")),
     ):
@@ -150,8 +165,12 @@ def test_the_line_by_which_excel_tells_its_delimiter_is_no_header(tmp_path, deli
     for name in ("a.csv", "a.tsv"):
         path = write(tmp_path / name, line.format(delimiter) + table(delimiter=delimiter))
         assert documents(path) == DOCS
-    path = write(tmp_path / "b.csv", line.format(delimiter) + table(key="content", delimiter=delimiter))
-    with pytest.raises(DataError, match="there are id, content; say where the text is: --text_key=content"):
+    path = write(
+        tmp_path / "b.csv", line.format(delimiter) + table(key="content", delimiter=delimiter)
+    )
+    with pytest.raises(
+        DataError, match="there are id, content; say where the text is: --text_key=content"
+    ):
         readers.find([str(path)])
 
 
@@ -175,14 +194,18 @@ def test_what_is_broken_is_told_with_its_place(tmp_path, name, text, where):
     path = write(tmp_path / name, text)
     with pytest.raises(DataError, match=f"{where}(.|\n)*on_bad_record=skip"):
         prepare.prepare([str(path)], tmp_path / "out", "bytes", workers=1)
-    prepare.prepare([str(path)], tmp_path / "out", "bytes", workers=1, on_bad_record="skip", val_fraction=0)
+    prepare.prepare(
+        [str(path)], tmp_path / "out", "bytes", workers=1, on_bad_record="skip", val_fraction=0
+    )
 
 
 # ---------------------------------------------------------------- the key
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.json", "a.csv", "a.tsv", "a.parquet"])
-@pytest.mark.parametrize(("there", "given"), [("content", "text"), ("Text", "text"), ("review_body", "text")])
+@pytest.mark.parametrize(
+    ("there", "given"), [("content", "text"), ("Text", "text"), ("review_body", "text")]
+)
 def test_a_key_that_is_not_there_is_told_with_those_that_are(tmp_path, name, there, given):
     path = tmp_path / name
     if name == "a.parquet":
@@ -196,7 +219,8 @@ def test_a_key_that_is_not_there_is_told_with_those_that_are(tmp_path, name, the
     else:
         write(path, lines(key=there))
     reason = refused(path, given)
-    assert f"'{given}'; there are id, " in reason and reason.endswith(f"--text_key={there}")
+    assert f"'{given}'; there are id, " in reason
+    assert reason.endswith(f"--text_key={there}")
     assert documents(path, there)[-1] in (DOCS[-1], "long text")
 
 
@@ -216,11 +240,15 @@ def test_a_table_whose_column_is_not_clear_is_refused(tmp_path):
 
 
 def test_a_table_without_a_header_is_refused_with_the_command_that_writes_one(tmp_path):
-    rows = "".join(f"{i}\tA sentence with some words, and number {i} among them.\n" for i in range(20))
+    rows = "".join(
+        f"{i}\tA sentence with some words, and number {i} among them.\n" for i in range(20)
+    )
     path = write(tmp_path / "a b.tsv", rows)
     command = refused(path).partition("columns first: ")[2]
     subprocess.run(["bash", "-c", command], check=True)
-    assert documents(tmp_path / "a b.named.tsv") == [row.split("\t")[1] for row in rows.splitlines()]
+    assert documents(tmp_path / "a b.named.tsv") == [
+        row.split("\t")[1] for row in rows.splitlines()
+    ]
 
 
 # ---------------------------------------------------------------- what is no text
@@ -257,8 +285,20 @@ def binary(kind: str, tmp_path: Path) -> bytes:
     }[kind]
 
 
-WORDS = {"png": "a PNG image", "jpeg": "a JPEG image", "elf": "a program", "mp3": "MP3", "pickle": "pickle"}
-WORDS |= {"gguf": "GGUF", "safetensors": "safetensors", "sqlite": "SQLite", "npy": "NumPy", "docx": "Word"}
+WORDS = {
+    "png": "a PNG image",
+    "jpeg": "a JPEG image",
+    "elf": "a program",
+    "mp3": "MP3",
+    "pickle": "pickle",
+}
+WORDS |= {
+    "gguf": "GGUF",
+    "safetensors": "safetensors",
+    "sqlite": "SQLite",
+    "npy": "NumPy",
+    "docx": "Word",
+}
 WORDS |= {"random": "not text: ", "floats": "not text: ", "ids": "not text: "}
 
 
@@ -294,15 +334,21 @@ WIDE = [
 
 @pytest.mark.parametrize(("text", "encoding"), LEGACY + WIDE)
 @pytest.mark.parametrize("times", [1, 5000])
-def test_text_that_is_not_utf8_is_refused_with_the_command_that_converts_it(tmp_path, text, encoding, times):
+def test_text_that_is_not_utf8_is_refused_with_the_command_that_converts_it(
+    tmp_path, text, encoding, times
+):
     text *= times
     path = write(tmp_path / "a b.txt", text.encode(encoding))
     reason = refused(path)
-    assert ("(a guess)" in reason) == ((text, encoding) not in WIDE and not encoding.startswith("UTF"))
+    assert ("(a guess)" in reason) == (
+        (text, encoding) not in WIDE and not encoding.startswith("UTF")
+    )
     command = reason.partition("convert it: ")[2]
     subprocess.run(["bash", "-c", command], check=True)
     assert documents(tmp_path / "a b.utf8.txt") == [text]
-    assert "bzip2 -dc " in refused(write(tmp_path / "a.csv.bz2", bz2.compress(text.encode(encoding))))
+    assert "bzip2 -dc " in refused(
+        write(tmp_path / "a.csv.bz2", bz2.compress(text.encode(encoding)))
+    )
 
 
 def test_a_few_stray_bytes_are_counted_and_not_refused(tmp_path):
@@ -320,7 +366,14 @@ def test_a_few_stray_bytes_are_counted_and_not_refused(tmp_path):
 
 # ---------------------------------------------------------------- parquet
 
-KINDS = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()]
+KINDS = [
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.binary_view(),
+]
 KINDS += [pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int32(), pa.binary())]
 
 
@@ -330,13 +383,17 @@ def test_every_type_of_text_in_parquet_is_read(tmp_path, kind):
     if pa.types.is_dictionary(kind):
         values = values.cast(kind.value_type).dictionary_encode()
     path = tmp_path / "a"  # whatever its name
-    pyarrow.parquet.write_table(pa.table({"id": list(range(len(DOCS))), "text": values.cast(kind)}), path)
+    pyarrow.parquet.write_table(
+        pa.table({"id": list(range(len(DOCS))), "text": values.cast(kind)}), path
+    )
     assert documents(path) == DOCS
     assert format_of(path) == 'parquet, one document a row (column "text")'
 
 
 def test_only_the_column_of_the_text_is_read(tmp_path):
-    broken = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 2], "<i4")), pa.py_buffer(b"\xff\xfe"))
+    broken = pa.StringArray.from_buffers(
+        2, pa.py_buffer(np.array([0, 1, 2], "<i4")), pa.py_buffer(b"\xff\xfe")
+    )
     columns = {
         "text": ["a", "b"],
         "nanoseconds": pa.array([1, 2], pa.timestamp("ns", tz="UTC")),
@@ -365,7 +422,14 @@ def test_the_format_of_each_file_is_one_line(tmp_path):
     write(tmp_path / "c4-train.00000-of-01024.json.gz", gzip.compress(lines().encode()))
     write(tmp_path / "notes.txt", "text\n".encode("utf-16"))
     write(tmp_path / "z", "text\n")
-    command = [sys.executable, "-m", "jaxlm.data.prepare", "--input=*", "--output=out", "--tokenizer=bytes"]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxlm.data.prepare",
+        "--input=*",
+        "--output=out",
+        "--tokenizer=bytes",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.stderr.splitlines()[:3] == [
         'c4-train.00000-of-01024.json.gz: JSON lines, gzip, one document a record (key "text")',
@@ -386,7 +450,9 @@ def test_files_of_one_format_are_told_together(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("name", ["a,b.txt", "a+b.txt", "a [1].txt", "what?.txt", "star*.txt", "~a.txt"])
+@pytest.mark.parametrize(
+    "name", ["a,b.txt", "a+b.txt", "a [1].txt", "what?.txt", "star*.txt", "~a.txt"]
+)
 def test_a_path_that_exists_is_one_path(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / f"{name} folder"

@@ -13,7 +13,12 @@ from jaxlm.data.files.paths import absolute, paths_of
 from jaxlm.data.files.tables import read_examples, refuse
 from jaxlm.errors import DataError
 
-ROWS = [("a fine day", "good"), ('he said "no",\tthen', "bad"), ("zwölf\u2028 Boxer \x85", "good"), ("", "bad")]
+ROWS = [
+    ("a fine day", "good"),
+    ('he said "no",\tthen', "bad"),
+    ("zwölf\u2028 Boxer \x85", "good"),
+    ("", "bad"),
+]
 ROWS = [(text.replace("\t", " "), label) for text, label in ROWS]
 
 
@@ -25,11 +30,19 @@ def as_csv(rows):
 
 def as_parquet(rows):
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": t, "label": n} for t, n in rows]), sink)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"text": t, "label": n} for t, n in rows]), sink
+    )
     return sink.getvalue().to_pybytes()
 
 
-HEADER, dumps = ("text", "label"), lambda t, n: json.dumps({"text": t, "label": n}, ensure_ascii=False)
+HEADER = ("text", "label")
+
+
+def dumps(t, n):
+    return json.dumps({"text": t, "label": n}, ensure_ascii=False)
+
+
 FORMATS = {
     "header.tsv": "".join(f"{t}\t{n}\n" for t, n in [HEADER, *ROWS]),
     "plain.tsv": "".join(f"{t}\t{n}\n" for t, n in ROWS),
@@ -53,9 +66,12 @@ def write(path, content):
 @pytest.mark.parametrize("packed", ["", ".gz"])
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_every_format_says_the_same(tmp_path, name, packed):
-    examples, places = read_examples(write(tmp_path / (name + packed), FORMATS[name]), "classify", "")
+    examples, places = read_examples(
+        write(tmp_path / (name + packed), FORMATS[name]), "classify", ""
+    )
     assert [(e["text"], e["label"]) for e in examples] == ROWS
-    assert len(places) == len(ROWS) and all(name in place for place in places)
+    assert len(places) == len(ROWS)
+    assert all(name in place for place in places)
 
 
 def test_quotes_and_line_ends_in_a_csv(tmp_path):
@@ -63,7 +79,9 @@ def test_quotes_and_line_ends_in_a_csv(tmp_path):
     path = write(tmp_path / "a.csv", as_csv([HEADER, *rows, ("x", "good")]))
     examples, places = read_examples(path, "classify", "")
     assert [(e["text"], e["label"]) for e in examples[:2]] == rows
-    assert [place.rsplit(":")[-1] for place in places] == ["2", "5", "6"], "the lines that an editor shows"
+    assert [place.rsplit(":")[-1] for place in places] == ["2", "5", "6"], (
+        "the lines that an editor shows"
+    )
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
@@ -97,15 +115,21 @@ def test_absolute_specs_name_the_same_files(tmp_path, monkeypatch):
 
 def test_what_is_wrong_in_many_places_is_said_once():
     with pytest.raises(
-        DataError, match=r"^3 problems in the examples:\n  a:1: no x \(and so in 1 more\)\n  a:3: no y$"
+        DataError,
+        match=r"^3 problems in the examples:\n  a:1: no x \(and so in 1 more\)\n  a:3: no y$",
     ):
         refuse(["a:1: no x", "a:2: no x", "a:3: no y"])
 
 
-@pytest.mark.parametrize("columns", ["text=review label=stars", "text=1,label=2", "label=stars text=1"])
+@pytest.mark.parametrize(
+    "columns", ["text=review label=stars", "text=1,label=2", "label=stars text=1"]
+)
 def test_columns_by_name_and_by_place(tmp_path, columns):
     rows = [("id", "review", "stars"), ("7", "fine", "5"), ("8", "bad", "1")]
-    for name, content in (("a.tsv", "".join("\t".join(row) + "\n" for row in rows)), ("a.csv", as_csv(rows))):
+    for name, content in (
+        ("a.tsv", "".join("\t".join(row) + "\n" for row in rows)),
+        ("a.csv", as_csv(rows)),
+    ):
         examples, _ = read_examples(write(tmp_path / name, content), "classify", columns)
         assert {"text": "fine", "label": "5"} in examples
     path = write(tmp_path / "a.jsonl", '{"id": 7, "review": "fine", "stars": 5}\n')
@@ -119,8 +143,13 @@ def test_pairs_of_texts_and_what_may_be_missing(tmp_path):
     ]  # fmt: skip
     path = write(tmp_path / "b.tsv", "hi\thello\n")
     assert read_examples(path, "sft", "")[0] == [{"prompt": "hi", "response": "hello"}]
-    path = write(tmp_path / "c.jsonl", '{"x": 1, "text": "a", "label": "b"}\n{"text": "a", "label": "b", "text2": "c"}')
-    assert "text2" in read_examples(path, "classify", "")[0][1], "a column that only later examples have"
+    path = write(
+        tmp_path / "c.jsonl",
+        '{"x": 1, "text": "a", "label": "b"}\n{"text": "a", "label": "b", "text2": "c"}',
+    )
+    assert "text2" in read_examples(path, "classify", "")[0][1], (
+        "a column that only later examples have"
+    )
 
 
 # ---------------------------------------------------------------- mistakes
@@ -183,18 +212,36 @@ def test_a_number_of_the_row_is_not_suggested_as_its_text(tmp_path, header, type
 @pytest.mark.parametrize(
     ("header", "task", "typed", "first"),
     [
-        ("Review Text,Label Name", "classify", "text=Review_Text label=Label_Name", {"text": "a 1", "label": "1"}),
-        ("nr,the words,the tags", "tag", "words=the_words tags=the_tags", {"words": "1", "tags": "a 1"}),
-        ("a text , the  label", "classify", "text=a_text label=the_label", {"text": "a 1", "label": "1"}),
+        (
+            "Review Text,Label Name",
+            "classify",
+            "text=Review_Text label=Label_Name",
+            {"text": "a 1", "label": "1"},
+        ),
+        (
+            "nr,the words,the tags",
+            "tag",
+            "words=the_words tags=the_tags",
+            {"words": "1", "tags": "a 1"},
+        ),
+        (
+            "a text , the  label",
+            "classify",
+            "text=a_text label=the_label",
+            {"text": "a 1", "label": "1"},
+        ),
     ],
 )
-def test_what_a_message_proposes_is_understood_although_names_have_spaces(tmp_path, header, task, typed, first):
+def test_what_a_message_proposes_is_understood_although_names_have_spaces(
+    tmp_path, header, task, typed, first
+):
     columns = header.count(",") + 1
     rows = "".join(",".join(["a 1", "1", "a 1"][:columns]) + "\n" for _ in range(20))
     path = write(tmp_path / "a.csv", f"{header}\n{rows}")
     assert f'--config.data.columns="{typed}"' in refused(path, task)
     examples, _ = read_examples(path, task, typed)
-    assert len(examples) == 20 and examples[0] == first
+    assert len(examples) == 20
+    assert examples[0] == first
 
 
 @pytest.mark.parametrize(
@@ -211,20 +258,28 @@ def test_a_proposal_goes_by_names_before_places(tmp_path, header, columns, propo
 
 
 def test_no_guess_is_made_which_answer_is_the_better_one(tmp_path):
-    for names in (("instruction", "input", "output"), ("question", "answer", "score"), ("a", "b", "c", "d")):
+    for names in (
+        ("instruction", "input", "output"),
+        ("question", "answer", "score"),
+        ("a", "b", "c", "d"),
+    ):
         path = write(tmp_path / "a.jsonl", json.dumps(dict.fromkeys(names, "x")) + "\n")
         message = refused(path, "dpo")
-        assert "needed are prompt, chosen, rejected" in message and "--config" not in message
+        assert "needed are prompt, chosen, rejected" in message
+        assert "--config" not in message
 
 
 @pytest.mark.parametrize(
     ("task", "header"), [("seq2seq", "de\ten"), ("sft", "my question\treply"), ("tag", "was\twie")]
 )
-def test_a_first_line_unlike_all_others_is_told_where_it_is_taken_as_an_example(tmp_path, caplog, task, header):
+def test_a_first_line_unlike_all_others_is_told_where_it_is_taken_as_an_example(
+    tmp_path, caplog, task, header
+):
     rows = "".join(f"dies ist Satz {i}\tit is sentence {i}\n" for i in range(30))
     found, _ = read_examples(write(tmp_path / "a.tsv", f"{header}\n{rows}"), task, "")
     (line,) = caplog.messages
-    assert len(found) == 31 and "is taken as an example" in line
+    assert len(found) == 31
+    assert "is taken as an example" in line
     typed = line.rpartition('--config.data.columns="')[2].partition('"')[0]
     assert len(read_examples(str(tmp_path / "a.tsv"), task, typed)[0]) == 30
     caplog.clear()
@@ -235,10 +290,14 @@ def test_a_first_line_unlike_all_others_is_told_where_it_is_taken_as_an_example(
 
 
 def test_ten_problems_are_shown_of_all_files(tmp_path):
-    write(tmp_path / "1.tsv", "text\tlabel\n" + "".join("ragged\t" * n + "\n" for n in range(2, 1202)))
+    write(
+        tmp_path / "1.tsv", "text\tlabel\n" + "".join("ragged\t" * n + "\n" for n in range(2, 1202))
+    )
     write(tmp_path / "2.jsonl", "")
     message = refused(f"{tmp_path}/*")
-    assert message.startswith("1,201 problems") and message.count("1.tsv:") == 10 and "and 1,191 more" in message
+    assert message.startswith("1,201 problems")
+    assert message.count("1.tsv:") == 10
+    assert "and 1,191 more" in message
 
 
 def test_files_that_are_not_there(tmp_path):
@@ -248,7 +307,9 @@ def test_files_that_are_not_there(tmp_path):
     write(tmp_path / "a.de", "a\nb\n")
     write(tmp_path / "a.en", "a\n")
     message = refused(f"{tmp_path}/a.de+{tmp_path}/a.en", "seq2seq")
-    assert "as many lines each" in message and "a.de has 2" in message and "a.en has 1" in message
+    assert "as many lines each" in message
+    assert "a.de has 2" in message
+    assert "a.en has 1" in message
     assert "b.en" in refused(f"{tmp_path}/a.de+{tmp_path}/b.en", "seq2seq")
     message = refused(tmp_path / "train.tsv", columns="txt=0 label=1")
     assert "no column 'txt'; did you mean text?" in message

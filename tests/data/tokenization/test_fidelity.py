@@ -17,7 +17,9 @@ from jaxlm.errors import DataError
 
 ENGLISH = "the cat sat on the mat, and the dog ran to the old house by the sea. "
 CHINESE = "\u4eca\u5929\u5929\u6c14\u5f88\u597d"
-TEXT = "  def f(x):\n\tif x:  # two  spaces\n        return {'a': 12}\n\nthe cat sat  on the mat\n" * 3
+TEXT = (
+    "  def f(x):\n\tif x:  # two  spaces\n        return {'a': 12}\n\nthe cat sat  on the mat\n" * 3
+)
 
 
 def piece_model(**options) -> tokenizer.Tokenizer:
@@ -45,7 +47,10 @@ def json_model(**parts_) -> tokenizer.Tokenizer:
         setattr(model, name, value(library))
     alphabet = library.pre_tokenizers.ByteLevel.alphabet()
     trainer = library.trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=[*alphabet, *TEXT], special_tokens=["<s>"], show_progress=False
+        vocab_size=500,
+        initial_alphabet=[*alphabet, *TEXT],
+        special_tokens=["<s>"],
+        show_progress=False,
     )
     model.train_from_iterator([ENGLISH, TEXT], trainer)
     return tokenizer.from_bytes("huggingface", model.to_str().encode())
@@ -58,7 +63,9 @@ def llama(lib) -> dict:
 
 def llama_decoder(lib):
     decoders = lib.decoders
-    return decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
 
 
 def metaspace(scheme):
@@ -91,20 +98,24 @@ KEEP_ALL = set(PREFIXED) - {"sentencepiece that strips", "words of metaspace"}
 
 @pytest.mark.parametrize("kind", PREFIXED)
 def test_a_text_is_the_same_wherever_it_is_cut(kind):
-    model, rng = PREFIXED[kind](), np.random.default_rng(0)
+    model = PREFIXED[kind]()
+    rng = np.random.default_rng(0)
     whole = model.decode(model.encode(TEXT))
     if kind in KEEP_ALL:
         assert fidelity.same(TEXT, whole)
     for _ in range(20):
         cuts = np.unique([0, len(TEXT), *rng.integers(1, len(TEXT), 4)])
-        ids, before = [], ""
+        ids = []
+        before = ""
         for start, stop in pairwise(cuts):
             ids.append(model.encode(TEXT[start:stop], after=before))
             before = TEXT[:stop]
         assert model.decode(np.concatenate(ids)) == whole
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "sentencepiece that strips", "llama", "byte level"])
+@pytest.mark.parametrize(
+    "kind", ["sentencepiece", "sentencepiece that strips", "llama", "byte level"]
+)
 @pytest.mark.parametrize("form", ["txt", "jsonl"])
 def test_long_documents_are_written_as_they_are(tmp_path, monkeypatch, kind, form):
     """In pieces, and in parts that begin anywhere: at a line, or between two characters."""
@@ -121,7 +132,9 @@ def test_long_documents_are_written_as_they_are(tmp_path, monkeypatch, kind, for
         jsonl(file, [text])
     (tmp_path / model.filename).write_bytes(model.to_bytes())
     given = str(tmp_path / model.filename)
-    prepare.prepare([str(file)], tmp_path / "out", given, val_fraction=0, workers=1, allow_unknown=True)
+    prepare.prepare(
+        [str(file)], tmp_path / "out", given, val_fraction=0, workers=1, allow_unknown=True
+    )
     data = store.Store(tmp_path / "out", "train")
     assert data.num_documents == 1
     back = model.decode(data.read(0, data.num_tokens))
@@ -140,7 +153,9 @@ def word_model(unknown: str | None = "<unk>") -> tokenizer.Tokenizer:
     library = pytest.importorskip("tokenizers")
     words = sorted(set(ENGLISH.replace(",", " ").replace(".", " ").split()))
     ids = {word: i for i, word in enumerate([",", ".", *words, *([unknown] if unknown else [])])}
-    model = library.Tokenizer(library.models.WordLevel(ids, **({"unk_token": unknown} if unknown else {})))
+    model = library.Tokenizer(
+        library.models.WordLevel(ids, **({"unk_token": unknown} if unknown else {}))
+    )
     model.pre_tokenizer = library.pre_tokenizers.Whitespace()
     return tokenizer.from_bytes("huggingface", model.to_str().encode())
 
@@ -148,7 +163,9 @@ def word_model(unknown: str | None = "<unk>") -> tokenizer.Tokenizer:
 def letters_model() -> tokenizer.Tokenizer:
     """A BPE without an unknown token, which leaves out what it does not know."""
     library = pytest.importorskip("tokenizers")
-    model = library.Tokenizer(library.models.BPE({letter: i for i, letter in enumerate(sorted(set(ENGLISH)))}, []))
+    model = library.Tokenizer(
+        library.models.BPE({letter: i for i, letter in enumerate(sorted(set(ENGLISH)))}, [])
+    )
     return tokenizer.from_bytes("huggingface", model.to_str().encode())
 
 
@@ -161,28 +178,37 @@ def prepared(tmp_path, model, docs, **options):
     file = tmp_path / f"given-{model.filename}"
     file.write_bytes(model.to_bytes())
     arguments = {"val_fraction": 0, "workers": 1, "overwrite": True, **options}
-    manifest = prepare.prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", str(file), **arguments)
+    manifest = prepare.prepare(
+        [str(tmp_path / "a.jsonl")], tmp_path / "out", str(file), **arguments
+    )
     return manifest, prepare.summary(manifest, tmp_path / "out").splitlines()
 
 
 @pytest.mark.parametrize("kind", LOSES)
 def test_text_that_a_tokenizer_lacks_is_told_as_a_share_and_refused(tmp_path, kind):
-    model, docs = LOSES[kind](), [ENGLISH, CHINESE * 10]
+    model = LOSES[kind]()
+    docs = [ENGLISH, CHINESE * 10]
     share = 60 / (60 + len(ENGLISH))
-    with pytest.raises(DataError, match=rf"{share:.2%} of the text \(60 of .*\u4eca.*--allow_unknown"):
+    with pytest.raises(
+        DataError, match=rf"{share:.2%} of the text \(60 of .*\u4eca.*--allow_unknown"
+    ):
         prepared(tmp_path, model, docs)
     assert not (tmp_path / "out").exists()
     manifest, lines = prepared(tmp_path, model, docs, allow_unknown=True)
     assert manifest["counts"]["unknown_characters"] == 60
     (line,) = [line for line in lines if "of the text" in line]
-    assert line.startswith("note: ") and f"{share:.2%} of the text (60 of" in line and "\u4eca" in line
+    assert line.startswith("note: ")
+    assert f"{share:.2%} of the text (60 of" in line
+    assert "\u4eca" in line
 
 
 @pytest.mark.parametrize("kind", LOSES)
 def test_up_to_a_hundredth_is_told_alone_and_nothing_where_all_is_known(tmp_path, kind):
     model = LOSES[kind]()
     _, lines = prepared(tmp_path, model, [ENGLISH] * 20 + [CHINESE])
-    assert [line for line in lines if line.startswith("note: ") and "0.43% of the text (6 of" in line]
+    assert [
+        line for line in lines if line.startswith("note: ") and "0.43% of the text (6 of" in line
+    ]
     manifest, lines = prepared(tmp_path, model, [ENGLISH] * 20)
     assert not [line for line in lines if "of the text" in line]
     assert manifest["counts"]["unknown_tokens"] == manifest["counts"]["unknown_characters"] == 0
@@ -191,15 +217,26 @@ def test_up_to_a_hundredth_is_told_alone_and_nothing_where_all_is_known(tmp_path
 def test_the_refusal_is_one_error_with_exit_code_3(tmp_path):
     (tmp_path / "t.model").write_bytes(piece_model().to_bytes())
     jsonl(tmp_path / "a.jsonl", [CHINESE])
-    arguments = ("--input", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer", tmp_path / "t.model")
+    arguments = (
+        "--input",
+        tmp_path / "a.jsonl",
+        "--output",
+        tmp_path / "out",
+        "--tokenizer",
+        tmp_path / "t.model",
+    )
     result = run(*arguments, "--val_fraction=0")
-    assert result.returncode == 3 and "Traceback" not in result.stderr
-    assert "error: 1 of 3 tokens" in result.stderr and "100.00% of the text" in result.stderr
+    assert result.returncode == 3
+    assert "Traceback" not in result.stderr
+    assert "error: 1 of 3 tokens" in result.stderr
+    assert "100.00% of the text" in result.stderr
 
 
 def test_words_that_are_made_here_may_lack_the_rare_ones(tmp_path):
     jsonl(tmp_path / "a.jsonl", [ENGLISH, "seldom rare"])
-    manifest = prepare.prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", "words", vocab_size=8, workers=1)
+    manifest = prepare.prepare(
+        [str(tmp_path / "a.jsonl")], tmp_path / "out", "words", vocab_size=8, workers=1
+    )
     assert "of the text (" in prepare.summary(manifest, tmp_path / "out")
     assert manifest["counts"]["unknown_characters"] > 10
 
@@ -225,11 +262,31 @@ def byte_level(**more) -> tokenizer.Tokenizer:
 @pytest.mark.parametrize(
     "model, docs, told",
     [
-        (lambda: piece_model(), ["the cat\tsat on"] + ["the cat"] * 3, "tabs are lost ('a\\tb' comes back as 'a b')"),
-        (lambda: piece_model(), ["the cat\nsat"] + ["the cat"] * 3, "newlines are lost ('a\\nb' comes back as 'a b')"),
-        (lambda: piece_model(), ["cat  sat"] + ["a cat"] * 3, "runs of spaces shrink ('a  b' comes back as 'a b')"),
-        (lambda: byte_level(normalizer=lower), ["The Cat", *["cat"] * 3], "capital letters are lost ('Ab' comes back"),
-        (lambda: byte_level(normalizer=lower), ["caf\u00e9", *["cat"] * 3], "accents are lost ('\u00e9' comes back"),
+        (
+            lambda: piece_model(),
+            ["the cat\tsat on"] + ["the cat"] * 3,
+            "tabs are lost ('a\\tb' comes back as 'a b')",
+        ),
+        (
+            lambda: piece_model(),
+            ["the cat\nsat"] + ["the cat"] * 3,
+            "newlines are lost ('a\\nb' comes back as 'a b')",
+        ),
+        (
+            lambda: piece_model(),
+            ["cat  sat"] + ["a cat"] * 3,
+            "runs of spaces shrink ('a  b' comes back as 'a b')",
+        ),
+        (
+            lambda: byte_level(normalizer=lower),
+            ["The Cat", *["cat"] * 3],
+            "capital letters are lost ('Ab' comes back",
+        ),
+        (
+            lambda: byte_level(normalizer=lower),
+            ["caf\u00e9", *["cat"] * 3],
+            "accents are lost ('\u00e9' comes back",
+        ),
         (
             lambda: byte_level(normalizer=lambda lib: lib.normalizers.NFKC()),
             ["\uff21\ufb01", *["cat"] * 3],
@@ -246,7 +303,8 @@ def test_what_does_not_come_back_is_told_in_one_line(tmp_path, model, docs, told
     _, lines = prepared(tmp_path, model(), docs)
     (line,) = [line for line in lines if "give the text back" in line]
     assert line.startswith("note: this tokenizer doesn't give the text back: ")
-    assert told in line and "in 25% of the documents (4 were looked at)" in line
+    assert told in line
+    assert "in 25% of the documents (4 were looked at)" in line
 
 
 def test_no_example_is_given_of_words_that_are_unknown(tmp_path):
@@ -264,7 +322,8 @@ def test_nothing_is_told_where_all_comes_back_but_for_the_first_space(tmp_path, 
 
 def test_only_texts_with_unknown_tokens_are_looked_at_closer():
     model = piece_model()
-    kept, asked = fidelity.Kept(model), []
+    kept = fidelity.Kept(model)
+    asked = []
     lost = model.lost
     model.lost = lambda text: asked.append(text) or lost(text)
     for text in (ENGLISH, CHINESE, "the cat"):
@@ -274,6 +333,9 @@ def test_only_texts_with_unknown_tokens_are_looked_at_closer():
 
 
 def test_newlines_are_told_of_texts_with_unknown_text_too(tmp_path):
-    _, lines = prepared(tmp_path, piece_model(), [f"the cat\n{CHINESE}", CHINESE], allow_unknown=True)
+    _, lines = prepared(
+        tmp_path, piece_model(), [f"the cat\n{CHINESE}", CHINESE], allow_unknown=True
+    )
     (line,) = [line for line in lines if "give the text back" in line]
-    assert "newlines are lost" in line and "in 50% of the documents" in line
+    assert "newlines are lost" in line
+    assert "in 50% of the documents" in line

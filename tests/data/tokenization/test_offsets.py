@@ -35,24 +35,37 @@ def trained(**options) -> tokenizer.Tokenizer:
     """A sentencepiece model as others make them: with a space in front, normalised."""
     file = io.BytesIO()
     text = ["the king saw the moon and the old king, and the kings"] * 20
-    given = {"model_type": "bpe", "vocab_size": 300, "hard_vocab_limit": False, "minloglevel": 2} | options
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=file, **given)
+    given = {
+        "model_type": "bpe",
+        "vocab_size": 300,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+    } | options
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=file, **given
+    )
     return tokenizer.from_bytes("sentencepiece", file.getvalue())
 
 
 def hugging_face(kind: str) -> tokenizer.Tokenizer:
     library = pytest.importorskip("tokenizers")
-    pre, models, trainers = library.pre_tokenizers, library.models, library.trainers
+    pre = library.pre_tokenizers
+    models = library.models
+    trainers = library.trainers
     if kind == "byte-level":
         model = library.Tokenizer(models.BPE())
         model.pre_tokenizer = pre.ByteLevel(add_prefix_space=True)
         model.post_processor = library.processors.ByteLevel(trim_offsets=True)
-        trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=300, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False
+        )
     elif kind == "word-piece":
         model = library.Tokenizer(models.WordPiece(unk_token="[UNK]"))
         model.normalizer = library.normalizers.BertNormalizer()
         model.pre_tokenizer = pre.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=["[UNK]"], show_progress=False)
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=90, special_tokens=["[UNK]"], show_progress=False
+        )
     else:
         model = library.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
         model.normalizer = library.normalizers.Sequence(
@@ -70,8 +83,12 @@ MAKE = {
     "chars": lambda: vocabulary.chars_from(PLAIN),
     "words": lambda: vocabulary.make("words", [PLAIN], 1000),
     "words between spaces": lambda: tokenizer.Words(json.dumps({"words": PLAIN.split()}).encode()),
-    "sentencepiece": lambda: vocabulary.train_sentencepiece(["the king (1990-1992) \u6771\u4eac\u306f"] * 20, 330),
-    "llama": lambda: trained(byte_fallback=True, remove_extra_whitespaces=False, normalization_rule_name="identity"),
+    "sentencepiece": lambda: vocabulary.train_sentencepiece(
+        ["the king (1990-1992) \u6771\u4eac\u306f"] * 20, 330
+    ),
+    "llama": lambda: trained(
+        byte_fallback=True, remove_extra_whitespaces=False, normalization_rule_name="identity"
+    ),
     "t5": lambda: trained(model_type="unigram", vocab_size=40),
     "suffix": lambda: trained(treat_whitespace_as_suffix=True, byte_fallback=True),
     "byte-level": lambda: hugging_face("byte-level"),
@@ -92,7 +109,9 @@ def test_offsets_never_decrease_and_lie_in_the_text(kind):
         assert ids.dtype == np.int32 and offsets.shape == (len(ids), 2), text
         np.testing.assert_array_equal(ids, kind[1].encode(text))
         assert (np.diff(offsets, axis=0) >= 0).all(), text
-        assert (offsets >= 0).all() and (offsets <= len(text)).all() and (offsets[:, 0] <= offsets[:, 1]).all()
+        assert (offsets >= 0).all()
+        assert (offsets <= len(text)).all()
+        assert (offsets[:, 0] <= offsets[:, 1]).all()
 
 
 def test_every_character_has_a_token(kind):
@@ -117,7 +136,8 @@ def test_a_token_stands_for_its_own_characters(name):
         for begin in starts:  # tokens of one character are decoded together
             mine = offsets[:, 0] == begin
             end = offsets[mine, 1].max(initial=begin)
-            said, meant = made.decode(ids[mine]), text[begin:end]
+            said = made.decode(ids[mine])
+            meant = text[begin:end]
             assert said.strip(" ") == meant.strip(" "), (text, begin)
 
 
@@ -126,7 +146,8 @@ def test_lower_case_that_is_longer_keeps_the_places():
     for name in ("bytes", "sentencepiece", "words between spaces"):
         ids, offsets = Encoder(MAKE[name](), True).with_offsets(text)
         np.testing.assert_array_equal(ids, Encoder(MAKE[name](), True)(text))
-        assert offsets.max() == len(text) and (np.diff(offsets, axis=0) >= 0).all()
+        assert offsets.max() == len(text)
+        assert (np.diff(offsets, axis=0) >= 0).all()
     x = Encoder(tokenizer.Bytes(), True).with_offsets(text)
     assert x[1][x[0] == ord("x")].tolist() == [[2, 3]]
 
@@ -171,24 +192,31 @@ def test_the_answer_is_its_own_characters(name, context, answer):
     }[name]()
     start = context.index(answer)
     for lowercase in (False, True):
-        said = learned({"question": "q", "context": context, "answer": answer, "start": start}, made, lowercase)
+        said = learned(
+            {"question": "q", "context": context, "answer": answer, "start": start}, made, lowercase
+        )
         if name in ("bytes", "chars"):
             assert said == answer.strip()
-        assert answer.strip() in said and len(said) < len(context) + (answer == context)
+        assert answer.strip() in said
+        assert len(said) < len(context) + (answer == context)
 
 
 def test_the_place_counts_not_the_word():
     made = tokenizer.Bytes()
     example = {"question": "q", "context": "1992-1992-1992", "answer": "1992", "start": 5}
     piece = EXAMPLES["qa"](example, Encoder(made, False), Vocabulary(made, "qa"), ())
-    assert np.flatnonzero(piece["targets"] & START) == 3 + 5 and np.flatnonzero(piece["targets"] & STOP) == 3 + 8
+    assert np.flatnonzero(piece["targets"] & START) == 3 + 5
+    assert np.flatnonzero(piece["targets"] & STOP) == 3 + 8
 
 
-@pytest.mark.parametrize("name", ["bytes", "chars", "sentencepiece", "words between spaces", "byte-level"])
+@pytest.mark.parametrize(
+    "name", ["bytes", "chars", "sentencepiece", "words between spaces", "byte-level"]
+)
 def test_spaced_text_is_learned_as_ever(name):
     """Words encoded apart, the space with the word after it: what runs of earlier versions go on from."""
     made = MAKE[name]()
-    words, vocab = ["the", "king", "the", "(1990-1992),"], Vocabulary(made, "qa")
+    words = ["the", "king", "the", "(1990-1992),"]
+    vocab = Vocabulary(made, "qa")
     pieces = [made.encode(" " * bool(i) + word) for i, word in enumerate(words)]
     question = [vocab.begin, *made.encode("king"), vocab.end]
     ends = len(question) + np.cumsum([len(piece) for piece in pieces])
@@ -212,7 +240,15 @@ def test_a_start_that_is_no_number_is_told(start):
 def test_an_answer_without_a_token_is_told():
     made = hugging_face("word-piece")
     with pytest.raises(ValueError, match="no token for its answer"):
-        learned({"question": "q", "context": "a\u0301 \u0301\u0301 b", "answer": "\u0301\u0301", "start": 3}, made)
+        learned(
+            {
+                "question": "q",
+                "context": "a\u0301 \u0301\u0301 b",
+                "answer": "\u0301\u0301",
+                "start": 3,
+            },
+            made,
+        )
 
 
 def test_long_answers_of_small_tokens_can_be_said():
@@ -224,18 +260,27 @@ def test_long_answers_of_small_tokens_can_be_said():
 
 def made_questions(folder, count: int, seed: int) -> list[dict]:
     """Half of them of text without spaces, half of a year between other characters."""
-    rng, examples = np.random.default_rng(seed), []
-    cities, lands = list("\u6771\u5317\u5357\u897f\u5927"), list("\u65e5\u97d3\u4e2d\u82f1\u72ec")
+    rng = np.random.default_rng(seed)
+    examples = []
+    cities = list("\u6771\u5317\u5357\u897f\u5927")
+    lands = list("\u65e5\u97d3\u4e2d\u82f1\u72ec")
     for i in range(count):
         city, land = ("".join(rng.choice(kind, 2)) for kind in (cities, lands))
-        begin, end = rng.integers(1000, 1990), rng.integers(1990, 2020)
+        begin = rng.integers(1000, 1990)
+        end = rng.integers(1990, 2020)
         first = bool(rng.integers(2))
         if i % 2:
             context = f"{city}\u5e02\u306f{land}\u56fd\u306e\u9996\u90fd\u3067\u3059\u3002"
-            example = {"question": "\u5e02" if first else "\u56fd", "answer": city if first else land}
+            example = {
+                "question": "\u5e02" if first else "\u56fd",
+                "answer": city if first else land,
+            }
         else:
             context = f"He was king ({begin}-{end}), then not."
-            example = {"question": "from" if first else "to", "answer": str(begin if first else end)}
+            example = {
+                "question": "from" if first else "to",
+                "answer": str(begin if first else end),
+            }
         examples.append(example | {"context": context})
     lines = [json.dumps(example) + "\n" for example in examples]
     folder.joinpath(f"{seed}.jsonl").write_text("".join(lines))
@@ -245,11 +290,16 @@ def made_questions(folder, count: int, seed: int) -> list[dict]:
 @pytest.mark.parametrize("kind", ["words", "sentencepiece"])
 def test_a_tokenizer_made_for_answers_has_their_ends(tmp_path, caplog, kind):
     made_questions(tmp_path, 200, 0)
-    changes = {"task__name": "qa", "data__tokenizer": kind, "data__train": str(tmp_path / "0.jsonl")}
+    changes = {
+        "task__name": "qa",
+        "data__tokenizer": kind,
+        "data__train": str(tmp_path / "0.jsonl"),
+    }
     source = Examples(small_config(**changes), "train")
     assert all(piece["exact"] for piece in source.pieces)
     (told,) = caplog.messages
-    assert f"data.tokenizer={kind} is made finer" in told and "(0% are left)" in told
+    assert f"data.tokenizer={kind} is made finer" in told
+    assert "(0% are left)" in told
 
 
 def test_answers_that_end_inside_of_a_token_are_told(tmp_path, caplog):
@@ -265,9 +315,14 @@ def test_answers_that_end_inside_of_a_token_are_told(tmp_path, caplog):
 def test_words_that_are_answers_as_they_stand_keep_their_tokenizer(tmp_path, spaced, caplog):
     example = {"question": "where?", "context": spaced, "answer": "Berlin"}
     (tmp_path / "a.jsonl").write_text(json.dumps(example) + "\n")
-    changes = {"task__name": "qa", "data__tokenizer": "words", "data__train": str(tmp_path / "a.jsonl")}
+    changes = {
+        "task__name": "qa",
+        "data__tokenizer": "words",
+        "data__train": str(tmp_path / "a.jsonl"),
+    }
     source = Examples(small_config(**changes), "train")
-    assert source.tokenizer.split == "spaces" and not caplog.messages
+    assert source.tokenizer.split == "spaces"
+    assert not caplog.messages
 
 
 @pytest.mark.slow
@@ -281,7 +336,9 @@ def test_answers_without_spaces_are_learned(tmp_path, kind):
     }  # fmt: skip
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     program("jaxlm.train", "--config=configs/qa.py", f"--workdir={tmp_path / 'run'}", *flags)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     print(kind, rows[-1])
     assert rows[-1]["eval/exact_match"] >= 95
 
@@ -297,11 +354,15 @@ def test_each_word_has_its_tag_once(name):
         made = vocabulary.chars_from(" ".join(words))
     labels = tuple("ABCDEFG")
     encode = Encoder(made, False)
-    piece = EXAMPLES["tag"]({"words": words, "tags": list(labels)}, encode, Vocabulary(made, "tag"), labels)
+    piece = EXAMPLES["tag"](
+        {"words": words, "tags": list(labels)}, encode, Vocabulary(made, "tag"), labels
+    )
     first = np.flatnonzero(piece["weights"])
     assert piece["targets"][first].tolist() == list(range(len(words)))
     ids = piece["tokens"][piece["tokens"] < made.vocab_size]
-    np.testing.assert_array_equal(ids, made.encode(" ".join(words)), "as the text is encoded elsewhere")
+    np.testing.assert_array_equal(
+        ids, made.encode(" ".join(words)), "as the text is encoded elsewhere"
+    )
     if name in LOSSLESS:
         parts = np.split(piece["tokens"], first[1:])
         assert [made.decode(part).strip() for part in parts] == words
@@ -311,6 +372,8 @@ def test_a_word_that_the_tokenizer_drops_is_still_tagged():
     made = hugging_face("word-piece")
     vocab = Vocabulary(made, "tag")
     words = ["\u0301", "king", "", "\u200b", "the", "\u0301"]
-    piece = EXAMPLES["tag"]({"words": words, "tags": list("ABABAB")}, Encoder(made, False), vocab, ("A", "B"))
+    piece = EXAMPLES["tag"](
+        {"words": words, "tags": list("ABABAB")}, Encoder(made, False), vocab, ("A", "B")
+    )
     assert piece["targets"][piece["weights"] > 0].tolist() == [0, 1, 0, 1, 0, 1]
     assert (piece["tokens"] == vocab.mask).sum() == 4

@@ -33,7 +33,10 @@ def hugging_face() -> tokenizer.Tokenizer:
     model.decoder = library.decoders.ByteLevel()
     alphabet = library.pre_tokenizers.ByteLevel.alphabet()
     trainer = library.trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+        vocab_size=400,
+        initial_alphabet=alphabet,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
     )
     model.train_from_iterator(NASTY, trainer)
     return tokenizer.from_bytes("huggingface", model.to_str().encode())
@@ -55,7 +58,8 @@ def any_tokenizer(request):
 @pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
 def test_decode_inverts_encode(any_tokenizer, text):
     ids = any_tokenizer.encode(text)
-    assert ids.dtype == np.int32 and ids.ndim == 1
+    assert ids.dtype == np.int32
+    assert ids.ndim == 1
     assert not len(ids) or (ids.min() >= 0 and ids.max() < any_tokenizer.vocab_size)
     assert any_tokenizer.decode(ids) == text
 
@@ -77,7 +81,8 @@ def test_from_bytes_inverts_to_bytes(any_tokenizer, tmp_path):
     (tmp_path / any_tokenizer.filename).write_bytes(any_tokenizer.to_bytes())
     loaded = tokenizer.load(tmp_path / any_tokenizer.filename)
     for other in (again, loaded):
-        assert other.name == any_tokenizer.name and other.fingerprint == any_tokenizer.fingerprint
+        assert other.name == any_tokenizer.name
+        assert other.fingerprint == any_tokenizer.fingerprint
         assert (other.vocab_size, other.bos_id, other.eos_id) == (
             any_tokenizer.vocab_size,
             any_tokenizer.bos_id,
@@ -87,14 +92,17 @@ def test_from_bytes_inverts_to_bytes(any_tokenizer, tmp_path):
 
 
 def test_every_truncation_of_a_tokenizer_file_is_refused_by_name(any_tokenizer, tmp_path):
-    data, file = any_tokenizer.to_bytes(), tmp_path / any_tokenizer.filename
+    data = any_tokenizer.to_bytes()
+    file = tmp_path / any_tokenizer.filename
     for size in np.linspace(0, len(data) - 1, 15, dtype=int):
         file.write_bytes(data[:size])
         with pytest.raises(DataError, match=any_tokenizer.filename):
             tokenizer.load(file)
 
 
-@pytest.mark.parametrize("content", [b"\0\1garbage", b"[1]", b'{"jaxlm": "chars"}', b"{}", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [b"\0\1garbage", b"[1]", b'{"jaxlm": "chars"}', b"{}", b"\xff\xfe"]
+)
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 def test_garbage_is_refused_by_name(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -134,13 +142,18 @@ def test_training_is_silent_and_the_same_every_time():
         "from jaxlm.data.tokenization.vocabulary import train_sentencepiece as t\n"
         "print(t(['some text to train on, ' + chr(i) * i for i in range(97, 200)], 500).fingerprint)"
     )
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": n}
+    runs = []
+    for n in "12":
+        runs.append(
+            subprocess.run(
+                [sys.executable, "-c", script],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": n},
+            )
         )
-        for n in "12"
-    ]
-    assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout) == 65
+    assert runs[0].stdout == runs[1].stdout
+    assert len(runs[0].stdout) == 65
     assert runs[0].stderr == ""
 
 
@@ -171,7 +184,12 @@ def template(before: list[str], after: list[str]) -> dict:
 
 
 DEEPSEEK = ["<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"]
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": True,
+    "trim_offsets": True,
+    "use_regex": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -181,7 +199,10 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": Tru
         (template(["<go>"], []), ("<go>", "</s>")),
         (template([], ["<stop>", "<go>"]), ("<s>", "<stop>")),
         ({"type": "BertProcessing", "cls": ["<go>", 3], "sep": ["<stop>", 4]}, ("<go>", "<stop>")),
-        ({"type": "Sequence", "processors": [BYTE_LEVEL, template(["<go>"], ["<stop>"])]}, ("<go>", "<stop>")),
+        (
+            {"type": "Sequence", "processors": [BYTE_LEVEL, template(["<go>"], ["<stop>"])]},
+            ("<go>", "<stop>"),
+        ),
         (BYTE_LEVEL, ("<s>", "</s>")),
         (None, ("<s>", "</s>")),
     ],
