@@ -10,6 +10,7 @@
 #   --create_flags --ssh_flags: more for gcloud; --poll=SECONDS between looks (30); --tries: then it gives up (40)
 #   Each is also an environment variable, in capitals.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '1d;/^# /!q;s/^# //p' "$0"; exit ;; esac
 cd "$(dirname "$0")/.."
 # shellcheck source=/dev/null
 source launch/tpu_parts.sh
