@@ -58,8 +58,7 @@ run() { # TRAIN_FLAGS. Looks what there is, and does what comes next, until trai
   exit "$code"
 }
 
-known=" NAME ZONE PROJECT ACCELERATOR_TYPE RUNTIME_VERSION SPOT NODE_COUNT SETUP CREATE_FLAGS SSH_FLAGS POLL TRIES "
-known+="KEEP DRY_RUN "
+known=" NAME ZONE PROJECT ACCELERATOR_TYPE RUNTIME_VERSION SPOT NODE_COUNT SETUP CREATE_FLAGS SSH_FLAGS POLL TRIES KEEP DRY_RUN "
 for flag in $known; do printf -v "$flag" %s "${!flag:-}"; done
 command=${1:-}; shift || true
 while [ "${1:---}" != -- ]; do
