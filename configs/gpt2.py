@@ -9,7 +9,7 @@
 OpenAI's tokenizer.
 350m, 1.3b: 354,599,936 and 1,315,276,800 parameters, in the shapes of GPT-2 medium and of GPT-3 XL (Brown et al. 2020).
 
-On one H100 (README, "How fast"): 508,000, 206,000 and 64,500 tokens/s.
+On one H100 (docs/speed.md): 508,000, 206,000 and 64,500 tokens/s.
 """
 
 from jaxlm.config import base, variant

@@ -3,7 +3,8 @@
 # encoder and n-grams. Usage: bash launch/baselines.sh TEXT [DIR]   (default runs/baselines; about 15 minutes on 2 cores;
 # PYTHON=... uses that one and installs nothing; what is done is not done again)
 set -euo pipefail
-case ${1:--h} in -*) sed -n '2,4s/^# //p' "$0"; exit 2 ;; esac
+case ${1:-} in -h | --help) sed -n '1d;/^# /!q;s/^# //p' "$0"; exit ;; esac
+case ${1:--} in -*) bash "$0" --help >&2; exit 2 ;; esac
 text=$(realpath "$1")
 dir=$(realpath -m "${2:-$(dirname "$0")/../runs/baselines}")
 cd "$(dirname "$0")/.."

@@ -6,7 +6,8 @@
 # (default runs/fitting; 4 minutes on 2 cores; PYTHON=... uses that one and installs nothing; what is done is not done
 # again, so another TEXT needs another DIR)
 set -euo pipefail
-case ${1:--h} in -*) sed -n '2,7s/^# //p' "$0"; exit 2 ;; esac
+case ${1:-} in -h | --help) sed -n '1d;/^# /!q;s/^# //p' "$0"; exit ;; esac
+case ${1:--} in -*) bash "$0" --help >&2; exit 2 ;; esac
 [ -f "$1" ] || { echo "error: $1: there is no such file; give a text file" >&2; exit 3; }
 text=$(realpath "$1")
 dir=$(realpath -m "${2:-$(dirname "$0")/../runs/fitting}")

@@ -6,6 +6,7 @@
 # this script got too (Ctrl-C), and for --no_restart. CUDA_VISIBLE_DEVICES=0,1 takes fewer GPUs; PYTHON=... uses that
 # one and installs nothing; --dry_run prints the commands and runs none.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '1d;/^# /!q;s/^# //p' "$0"; exit ;; esac
 cd "$(dirname "$0")/.."
 
 dry_run='' restart=1
@@ -18,7 +19,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
   shift
 done
 if [ "${1:-}" != -- ] || [ $# -lt 2 ]; then
-  sed -n '2,7s/^# //p' launch/gpu_node.sh >&2
+  bash launch/gpu_node.sh --help >&2
   exit 2
 fi
 shift

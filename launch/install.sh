@@ -2,6 +2,7 @@
 # Makes .venv with jaxlm in it, for the accelerator that is here. Usage: bash launch/install.sh [EXTRA,...]
 # Needs Python >= 3.11 with venv, or uv. Done before and nothing changed: returns at once.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '1d;/^# /!q;s/^# //p' "$0"; exit ;; esac
 cd "$(dirname "$0")/.."
 
 [ $# -le 1 ] || { echo "usage: bash launch/install.sh [EXTRA,...], such as ${1},$2" >&2; exit 2; }

@@ -2,7 +2,8 @@
 # From the Python standard library's source to a small model that writes Python, in minutes.
 # Usage: bash launch/quickstart.sh [DIR]   (default runs/quickstart; PYTHON=... uses that one and installs nothing)
 set -euo pipefail
-case ${1:-} in -*) sed -n '2,3s/^# //p' "$0"; exit 2 ;; esac
+case ${1:-} in -h | --help) sed -n '1d;/^# /!q;s/^# //p' "$0"; exit ;; esac
+case ${1:-} in -*) bash "$0" --help >&2; exit 2 ;; esac
 dir=$(realpath -m "${1:-$(dirname "$0")/../runs/quickstart}")
 cd "$(dirname "$0")/.."
 [ -n "${PYTHON:-}" ] || bash launch/install.sh

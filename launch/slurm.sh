@@ -12,6 +12,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@300
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '1d;/^# /!q;s/^# //p' "$0"; exit ;; esac
 
 dry_run='' flags=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do

@@ -3,6 +3,7 @@
 # --all adds what is slow (marked slow): drills, comparisons with other libraries, larger compiles; under 60 minutes.
 # --pods alone compiles every recipe for a pod, of up to 1,024 chips, and holds it against its docstring; 20 minutes.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '1d;/^# /!q;s/^# //p' "$0"; exit ;; esac
 cd "$(dirname "$0")/.."
 bash launch/install.sh test
 

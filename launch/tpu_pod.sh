@@ -10,6 +10,7 @@
 #   --create_flags --ssh_flags: more for gcloud; --poll=SECONDS between looks (30); --tries: then it gives up (40)
 #   Each is also an environment variable, in capitals.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '1d;/^# /!q;s/^# //p' "$0"; exit ;; esac
 cd "$(dirname "$0")/.."
 # shellcheck source=/dev/null
 source launch/tpu_parts.sh
@@ -57,8 +58,7 @@ run() { # TRAIN_FLAGS. Looks what there is, and does what comes next, until trai
   exit "$code"
 }
 
-known=" NAME ZONE PROJECT ACCELERATOR_TYPE RUNTIME_VERSION SPOT NODE_COUNT SETUP CREATE_FLAGS SSH_FLAGS POLL TRIES "
-known+="KEEP DRY_RUN "
+known=" NAME ZONE PROJECT ACCELERATOR_TYPE RUNTIME_VERSION SPOT NODE_COUNT SETUP CREATE_FLAGS SSH_FLAGS POLL TRIES KEEP DRY_RUN "
 for flag in $known; do printf -v "$flag" %s "${!flag:-}"; done
 command=${1:-}; shift || true
 while [ "${1:---}" != -- ]; do

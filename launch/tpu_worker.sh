@@ -2,6 +2,7 @@
 # What tpu_pod.sh runs on each worker of a pod. Usage: bash launch/tpu_worker.sh install | start TRAIN_FLAGS | look
 # Says "done: HOST" when all went well.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '1d;/^# /!q;s/^# //p' "$0"; exit ;; esac
 cd "$(dirname "$0")/.."
 
 case $1 in

@@ -1,4 +1,4 @@
-"""The commands that README.md, the recipes, the programs and the launchers show, and what each becomes as a test.
+"""The commands that README.md, docs/, recipes, programs and launchers show, and what each becomes as a test.
 
 A new command needs a line in RULES only where none there fits; `small` then makes its config tiny. As a program of its
 own this module runs commands one after the other in one process: [[word, ...], ...] as JSON on its standard input.
@@ -111,11 +111,22 @@ def rule_of(command: Command) -> Rule:
 # ---------------------------------------------------------------- what is shown
 
 
+def pages() -> dict[str, str]:
+    """The text of README.md and of each page of docs/, in the order in which README first links them."""
+    readme = (ROOT / "README.md").read_text()
+    linked = re.findall(r"\]\((docs/[\w-]+\.md)", readme)
+    files = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "docs").glob("*.md"))]
+    texts = {"README.md": readme}
+    for place in [*linked, *files]:
+        texts[place] = (ROOT / place).read_text()
+    return texts
+
+
 def shown() -> list[Command]:
     """Every command, in the order of each file."""
-    commands = in_markdown("README.md", (ROOT / "README.md").read_text())
-    for file in sorted((ROOT / "docs").glob("**/*.md")):
-        commands += in_markdown(str(file.relative_to(ROOT)), file.read_text())
+    commands = []
+    for place, text in pages().items():
+        commands += in_markdown(place, text)
     for folder in ("configs", "jaxlm"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             text = ast.get_docstring(ast.parse(file.read_text())) or ""

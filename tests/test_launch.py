@@ -416,6 +416,29 @@ def test_dry_runs_print_the_commands_and_call_nothing(tmp_path, name, flags):
     assert any(words[-2:] == TRAIN for words in commands), run.stdout
 
 
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)
+def test_help_is_all_that_help_does(path, flag, tmp_path):
+    """It finds no program but sed, and leaves no file behind."""
+    tools = tmp_path / "tools"
+    empty = tmp_path / "empty"
+    tools.mkdir()
+    empty.mkdir()
+    (tools / "sed").symlink_to(shutil.which("sed"))
+    run = subprocess.run(
+        [shutil.which("bash"), str(path), flag],
+        cwd=empty,
+        env={"PATH": str(tools)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert not run.stderr
+    if path.name != "tpu_parts.sh":  # is sourced
+        assert "Usage" in run.stdout
+    assert not list(empty.iterdir())
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)
 def test_scripts_are_sound_bash(path):
     check = ["shellcheck"] if shutil.which("shellcheck") else ["bash", "-n"]

@@ -1,4 +1,4 @@
-"""Every command that is shown to people is sound, and runs; README's Python too.
+"""Every command that README.md and docs/ show is sound, and runs; their Python too.
 
 Fast: each command is read by the parser of its program, its config is checked, and what a launcher would do is printed.
 Slow: those that need no pod, made small, in the order in which they are shown. tests/commands.py says which is which.
@@ -25,10 +25,10 @@ from jaxlm.config.check import check
 from jaxlm.config.keys import base
 from jaxlm.config.recipe import flatten, load, override
 
-README = (ROOT / "README.md").read_text()
+PAGES = commands.pages()
 SHOWN = shown()
 PROGRAMS = sorted({command.words[2] for command in SHOWN if command.words[:2] == ("python", "-m")})
-PYTHON = commands.blocks(README, "python")
+PYTHON = [block for text in PAGES.values() for block in commands.blocks(text, "python")]
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +132,9 @@ def test_programs_speak_of_flags_that_exist(monkeypatch):
             assert flag in known, f"{module} speaks of {flag}, which no program has"
 
 
-def test_flags_and_keys_in_readmes_sentences_exist(monkeypatch):
-    prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_and_keys_in_sentences_exist(page, monkeypatch):
+    prose = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
     spans = " ".join(re.findall(r"`([^`]+)`", prose))
     known = every_flag(monkeypatch)
     known |= set(
@@ -143,21 +144,48 @@ def test_flags_and_keys_in_readmes_sentences_exist(monkeypatch):
     )
     outside = re.sub(r"XLA_FLAGS=\S+|(gcloud|kubectl|git|pip|uv) .*", "", spans)
     for flag in re.findall(r"(?<![\w-])--[a-z_]+", outside):
-        assert flag in known, f"README.md speaks of {flag}, which no program has"
+        assert flag in known, f"{page} speaks of {flag}, which no program has"
     keys = flatten(base())
     sections = "|".join({key.partition(".")[0] for key in keys if "." in key})
     for key in re.findall(rf"(?<![\w./])(?:config\.)?((?:{sections})\.[a-z_]+)\b(?![./(])", spans):
         assert key in keys or key.endswith((".py", ".json")), (
-            f"README.md speaks of the key {key}, which there is not"
+            f"{page} speaks of the key {key}, which there is not"
         )
 
 
-def test_readmes_extras_exist():
+@pytest.mark.parametrize("page", PAGES)
+def test_extras_exist(page):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    for names in re.findall(r'"\.\[([\w,]+)\]"', README):
+    for names in re.findall(r'"\.\[([\w,]+)\]"', PAGES[page]):
         assert set(names.split(",")) <= extras.keys()
+
+
+def anchors(text: str) -> set[str]:
+    """The names that a page's headings have in links."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name
+        assert target.exists(), f"{page} links {link}"
+        if anchor:
+            assert anchor in anchors(target.read_text()), f"{page} links {link}"
+
+
+def test_readme_is_a_front_door():
+    """It has at most 200 lines, and links every page."""
+    readme = PAGES["README.md"]
+    assert len(readme.splitlines()) <= 200
+    for page in PAGES:
+        assert page == "README.md" or f"({page})" in readme
 
 
 # ---------------------------------------------------------------- slow

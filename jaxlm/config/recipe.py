@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from jaxlm.cli import did_you_mean
 from jaxlm.config.keys import MESH_AXES, ROLES, STRATEGIES, base
+from jaxlm.config.shipped import find
 from jaxlm.errors import ConfigError, UserError
 
 COUNTED = (r"^embed/ratio$", 0.0)  # of optim.rates: model.ngram_weights are not trained
@@ -24,16 +25,9 @@ WRONG_TYPE = r"field '(\w+)'.*?\. (.*) is of original type .* to type <class '(.
 
 
 def load(spec: str) -> ConfigDict:
-    """Config of a recipe, `FILE.py` or `FILE.py:ARG`. Raises ConfigError where there is none, or no such ARG."""
+    """Config of a recipe: `FILE.py` or `NAME`, also with `:ARG`. Raises ConfigError where there is none such."""
     name, _, arg = spec.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        known = sorted(
-            str(p) for p in (path.parent if path.parent.is_dir() else Path("configs")).glob("*.py")
-        )
-        raise ConfigError(
-            f"--config={spec}: there is no file {name}{did_you_mean(name, known)} (found: {' '.join(known) or 'none'})"
-        )
+    path = find(name)
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     if module_spec is None:
         raise ConfigError(f"--config={spec}: a recipe is a .py file that defines get_config()")

@@ -1,7 +1,7 @@
 """How long a compiled step should take on chips that are not here, in parts, and how good that is.
 
 hlo.py finds work and communication in the program. A chip's data sheet (jaxlm/parallel/chips.py) and the constants
-below, each with a meaning and fitted to published measurements (README, "plan"), turn them into seconds.
+below, each with a meaning and fitted to published measurements (docs/plan.md), turn them into seconds.
 """
 
 import math

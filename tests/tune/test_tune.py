@@ -394,16 +394,16 @@ def test_a_best_value_at_the_edge_of_its_range_is_told(text, value, end):
     assert not problems
 
 
-def readme_commands():
-    """The words of each tune command in README.md."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+def shown_commands():
+    """The words of each tune command in docs/tuning.md."""
+    text = (ROOT / "docs/tuning.md").read_text().replace("\\\n", " ")
     return [
         shlex.split(line) for line in text.splitlines() if line.startswith("python -m jaxlm.tune ")
     ]
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_every_combination_of_the_ends_of_readmes_spaces_is_a_valid_config(command, monkeypatch):
+@pytest.mark.parametrize("command", shown_commands())
+def test_every_combination_of_the_ends_of_shown_spaces_is_a_valid_config(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     (recipe,) = [word.removeprefix("--config=") for word in command if word.startswith("--config=")]
     forms = [word.removeprefix("--space=") for word in command if word.startswith("--space=")]
