@@ -53,7 +53,13 @@ class Layout(NamedTuple):
     extra: tuple[str, ...]  # axes that shard positions only between layers
 
 
-def attention_layout(B: int, T: int, N: int, K: int, mesh) -> Layout:
+def attention_layout(
+    B: int,
+    T: int,
+    N: int,
+    K: int,
+    mesh,
+) -> Layout:
     """The layout of queries [B, T, N, H] and keys [B, S, K, H] as jaxlm.parallel.linear.columns leaves them.
 
     Heads are over the tensor axis; positions are where it does not divide the heads.
@@ -163,7 +169,12 @@ def place_specs(layout: Layout, places_T: jax.Array | None) -> tuple[tuple, tupl
 # ---------------------------------------------------------------- on one device's shards
 
 
-def own_keys(k_BSKH: jax.Array, num_heads: int, group: int, layout: Layout) -> jax.Array:
+def own_keys(
+    k_BSKH: jax.Array,
+    num_heads: int,
+    group: int,
+    layout: Layout,
+) -> jax.Array:
     """Within shard_map: keys, or values, of this device's positions for its `num_heads` query heads."""
     if layout.length_S != layout.inside:
         k_BSKH = gather(k_BSKH, 1, layout.extra)
@@ -173,13 +184,25 @@ def own_keys(k_BSKH: jax.Array, num_heads: int, group: int, layout: Layout) -> j
     return k_BSKH[:, :, own_kv_heads(num_heads, group, device)]
 
 
-def own_kv_heads(num_heads: int, group: int, index: jax.Array) -> jax.Array:
+def own_kv_heads(
+    num_heads: int,
+    group: int,
+    index: jax.Array,
+) -> jax.Array:
     """int [.]: of all key-value heads those that the index-th `num_heads` query heads need, in equal groups."""
     step = math.gcd(num_heads, group)
     return (index * num_heads + jnp.arange(0, num_heads, step)) // group
 
 
-def attend_gathered(attend: Callable, q_BTNH, k_BSKH, v_BSKH, at_T, at_S, names) -> jax.Array:
+def attend_gathered(
+    attend: Callable,
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    at_T,
+    at_S,
+    names,
+) -> jax.Array:
     """Within shard_map: [B, T, N, H] over the keys of all devices along the axes `names`."""
 
     def gather_last(x):
@@ -223,7 +246,17 @@ def ring(
     return out_BTNH
 
 
-def ring_forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, flash, axis, window, softcap):
+def ring_forward(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    at_T,
+    at_S,
+    flash,
+    axis,
+    window,
+    softcap,
+):
     forward, _ = flash
 
     def step(carry, _):

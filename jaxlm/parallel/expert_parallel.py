@@ -133,7 +133,12 @@ def weight_specs(weights: dict, logical: dict, mesh) -> dict[str, PartitionSpec]
     return specs
 
 
-def gather_kernels(kernels: dict, specs: dict, logical: dict, like: jax.Array) -> dict:
+def gather_kernels(
+    kernels: dict,
+    specs: dict,
+    logical: dict,
+    like: jax.Array,
+) -> dict:
     """Within shard_map: this device's experts, whole along `expert_embed`. like: the activations they will meet."""
     whole = {}
     for name, kernel in kernels.items():
@@ -232,14 +237,23 @@ def num_devices(names: tuple[str, ...]) -> int:
     return math.prod(map(jax.lax.axis_size, names))
 
 
-def all_to_all(a: jax.Array, names: tuple[str, ...], split: int, join: int) -> jax.Array:
+def all_to_all(
+    a: jax.Array,
+    names: tuple[str, ...],
+    split: int,
+    join: int,
+) -> jax.Array:
     """Within shard_map: dimension `split` over these mesh axes, whose parts of `join` are put together."""
     if not names:
         return a
     return jax.lax.all_to_all(a, names, split, join, tiled=True)
 
 
-def earlier_choices(ids_BTX: jax.Array, places_T: jax.Array, experts: int) -> jax.Array:
+def earlier_choices(
+    ids_BTX: jax.Array,
+    places_T: jax.Array,
+    experts: int,
+) -> jax.Array:
     """int32 [B, T, X]: how many tokens of the row, at earlier places, chose the same expert."""
     order_T = jnp.argsort(places_T)
     one_hot_BTXE = jax.nn.one_hot(ids_BTX, experts, dtype=jnp.int32)

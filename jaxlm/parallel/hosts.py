@@ -283,7 +283,11 @@ def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
     return np.flatnonzero(held)
 
 
-def to_global(batch: dict[str, np.ndarray], mesh: Mesh, num_rows: int) -> dict[str, jax.Array]:
+def to_global(
+    batch: dict[str, np.ndarray],
+    mesh: Mesh,
+    num_rows: int,
+) -> dict[str, jax.Array]:
     """The local_rows(mesh, num_rows) of a batch, or all its rows -> global arrays [num_rows, ...]."""
     here = local_rows(mesh, num_rows)
 

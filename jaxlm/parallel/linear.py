@@ -134,7 +134,11 @@ def columns(
     return call(x_BTD, *kernels)
 
 
-def plain_columns(x_BTD: jax.Array, kernel: jax.Array, tensordot: Callable) -> jax.Array:
+def plain_columns(
+    x_BTD: jax.Array,
+    kernel: jax.Array,
+    tensordot: Callable,
+) -> jax.Array:
     """x kernel without a mesh: [B, T, ...]."""
     if tensordot is not jnp.tensordot:
         return tensordot(x_BTD, kernel, 1)
@@ -194,7 +198,11 @@ def can_check(mesh, tensordot: Callable) -> bool:
     return mesh.shape["stage"] == 1 or tensordot is jnp.tensordot
 
 
-def sum_parts(y: jax.Array, summed: tuple[str, ...], positions: tuple[str, ...]) -> jax.Array:
+def sum_parts(
+    y: jax.Array,
+    summed: tuple[str, ...],
+    positions: tuple[str, ...],
+) -> jax.Array:
     """Within shard_map: y [B, T, ...] summed over `summed`; of them, the axes of `positions` keep their own alone."""
     scattered = tuple(name for name in summed if name in positions)
     rest = tuple(name for name in summed if name not in positions)
@@ -204,7 +212,11 @@ def sum_parts(y: jax.Array, summed: tuple[str, ...], positions: tuple[str, ...])
     return y
 
 
-def lookup(table_VD: jax.Array, ids_BT: jax.Array, axes: tuple) -> jax.Array:
+def lookup(
+    table_VD: jax.Array,
+    ids_BT: jax.Array,
+    axes: tuple,
+) -> jax.Array:
     """Rows of a table -> residual activations [B, T, D]; each device looks up those that it holds.
 
     Where D is sharded, either the table is gathered, or, where a device has fewer tokens than that has rows, every
@@ -244,7 +256,11 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array, axes: tuple) -> jax.Array:
     return call(table_VD, ids_BT)
 
 
-def take_own(table_VD: jax.Array, ids_BT: jax.Array, names: tuple[str, ...]) -> jax.Array:
+def take_own(
+    table_VD: jax.Array,
+    ids_BT: jax.Array,
+    names: tuple[str, ...],
+) -> jax.Array:
     """Within shard_map: [B, T, D], zeros for rows that other devices hold. names: mesh axes that shard the rows."""
     V = table_VD.shape[0]
     first = 0
@@ -258,7 +274,11 @@ def take_own(table_VD: jax.Array, ids_BT: jax.Array, names: tuple[str, ...]) -> 
     return y_BTD
 
 
-def exchange(y: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
+def exchange(
+    y: jax.Array,
+    axis: int,
+    names: tuple[str, ...],
+) -> jax.Array:
     """Within shard_map: from a part of D for all along `axis` to all of D for this device's part of it."""
     if not names:
         return y

@@ -121,7 +121,12 @@ def abstract_mesh(config: ConfigDict, num_devices: int) -> AbstractMesh:
 # ---------------------------------------------------------------- which axes shard what
 
 
-def split_axes(axis: str | None, size: int, mesh, rules=RULES) -> tuple[str, ...]:
+def split_axes(
+    axis: str | None,
+    size: int,
+    mesh,
+    rules=RULES,
+) -> tuple[str, ...]:
     """The mesh axes that shard a dimension of this size: those of its rule that have devices and divide it."""
     names = []
     parts = 1
@@ -237,7 +242,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 # ---------------------------------------------------------------- code that sees one device's shards
 
 
-def gather(x: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
+def gather(
+    x: jax.Array,
+    axis: int,
+    names: tuple[str, ...],
+) -> jax.Array:
     """Within shard_map: all the shards along these mesh axes. The transpose is `scatter_sum`."""
     if not names:
         return x
@@ -246,7 +255,11 @@ def gather(x: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
     return jax.lax.all_gather(x, names, axis=axis, tiled=True)
 
 
-def scatter_sum(x: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
+def scatter_sum(
+    x: jax.Array,
+    axis: int,
+    names: tuple[str, ...],
+) -> jax.Array:
     """Within shard_map: this device's part, along `axis`, of the sum over these mesh axes."""
     if not names:
         return x
@@ -268,7 +281,11 @@ def wrong_scatters() -> bool:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather_by_sums(x: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
+def gather_by_sums(
+    x: jax.Array,
+    axis: int,
+    names: tuple[str, ...],
+) -> jax.Array:
     """`gather` whose transpose is not jax's reduce-scatter."""
     return jax.lax.all_gather(x, names, axis=axis, tiled=True)
 
@@ -284,7 +301,12 @@ def gather_by_sums_backward(axis, names, _, gradient):
 gather_by_sums.defvjp(gather_by_sums_forward, gather_by_sums_backward)
 
 
-def gather_weight(kernel: jax.Array, entries, like: jax.Array, start: int = 0) -> jax.Array:
+def gather_weight(
+    kernel: jax.Array,
+    entries,
+    like: jax.Array,
+    start: int = 0,
+) -> jax.Array:
     """Within shard_map: a weight, whole along the dimensions from `start` on that have these spec entries.
 
     like: the activation that it will meet. Copies along axes that only shard the activation are made first, so that
@@ -317,7 +339,12 @@ def shardings(abstract, axes, mesh, rules=RULES):
     return jax.tree.map(sharding, abstract, axes)
 
 
-def warn_unsharded(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh, rules) -> None:
+def warn_unsharded(
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    mesh,
+    rules,
+) -> None:
     """Logs the mesh axes that should shard a dimension and do not divide it."""
     for axis, size in zip(axes, shape):
         split = split_axes(axis, size, mesh, rules)
@@ -327,7 +354,12 @@ def warn_unsharded(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh, r
 
 
 @functools.cache  # once, although a parameter's moments have the same shape
-def say_unsharded(axis: str, size: int, name: str, parts: int) -> None:
+def say_unsharded(
+    axis: str,
+    size: int,
+    name: str,
+    parts: int,
+) -> None:
     logging.getLogger("jaxlm").warning(
         "axis %s of %d is not divided by %s=%d: whole there", axis, size, name, parts
     )

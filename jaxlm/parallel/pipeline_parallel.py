@@ -91,7 +91,12 @@ def pipeline(
     return out_BTD, jax.tree.map(partial(without_bubble, S=S, M=M, V=V), extra)
 
 
-def without_bubble(leaf: jax.Array, S: int, M: int, V: int) -> jax.Array:
+def without_bubble(
+    leaf: jax.Array,
+    S: int,
+    M: int,
+    V: int,
+) -> jax.Array:
     """[iterations, S, ...] -> [V, S, M, ...].
 
     Stage s meets microbatch m for round v at iteration v M + m + s; what it did before and after is the bubble.
@@ -101,7 +106,11 @@ def without_bubble(leaf: jax.Array, S: int, M: int, V: int) -> jax.Array:
     return leaf[when_VSM, stage_S1]
 
 
-def split_layers(leaf: jax.Array, S: int, V: int) -> jax.Array:
+def split_layers(
+    leaf: jax.Array,
+    S: int,
+    V: int,
+) -> jax.Array:
     """[R, ...] -> [S, V, R / (S V), ...], on the devices of their stages."""
     leaf = leaf.reshape(V, S, -1, *leaf.shape[1:]).swapaxes(0, 1)
     others = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1)
@@ -115,11 +124,21 @@ def layers_of_round(leaf: jax.Array, turn: jax.Array) -> jax.Array:
     return at_index(leaf, turn)
 
 
-def at_index(x: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
+def at_index(
+    x: jax.Array,
+    index: jax.Array,
+    axis: int = 0,
+) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False)
 
 
-def store(waiting_SM: jax.Array, x_S: jax.Array, i: jax.Array, S: int, M: int) -> jax.Array:
+def store(
+    waiting_SM: jax.Array,
+    x_S: jax.Array,
+    i: jax.Array,
+    S: int,
+    M: int,
+) -> jax.Array:
     """waiting [S, M, B, T, D] with what the stages passed on in iteration i, x [S, B, T, D].
 
     What comes round to stage 0 waits there for its next round, or for the end.

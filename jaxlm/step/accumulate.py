@@ -35,7 +35,8 @@ def accumulate(
         return jax.tree.map(add_to, totals, gradient(params, rows, key)), None
 
     microbatches = (split_rows(batch, parts), jax.random.split(key, parts))
-    (grads, sums), _ = jax.lax.scan(add, (grads, sums), microbatches)
+    totals, _ = jax.lax.scan(add, (grads, sums), microbatches)
+    grads, sums = totals
     return optax.tree.cast(grads, jnp.float32), sums
 
 

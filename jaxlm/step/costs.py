@@ -1,5 +1,6 @@
 """What a run costs, by arithmetic: parameters, FLOPs, bytes per device. Nothing here touches a device."""
 
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -56,7 +57,8 @@ def reach(config: ConfigDict) -> dict[str, int]:
     """The tokens that one sees at most in a row, itself included, by the letter of its layer in model.layers."""
     m = config.model
     T = config.data.seq_len
-    return {"S": min(m.window, m.context_length, T), "L": min(m.context_length, T)}
+    long = min(m.context_length, T)
+    return {"S": min(m.window, long), "L": long}
 
 
 def flops_per_token(config: ConfigDict, params) -> int:
@@ -74,8 +76,9 @@ def flops_per_token(config: ConfigDict, params) -> int:
     flops = 6 * (active_parameters(config, params) - embedding_parameters(params))
     if m.name in ATTENDING:
         seen = reach(config)
-        attended = sum(seen[m.layers[i % len(m.layers)]] for i in range(m.num_layers))
-        flops += 12 * m.num_heads * m.head_dim * attended
+        pattern = itertools.cycle(m.layers)
+        for kind in itertools.islice(pattern, m.num_layers):
+            flops += 12 * m.num_heads * m.head_dim * seen[kind]
     return flops
 
 
@@ -91,9 +94,11 @@ def bytes_per_device(abstract, shardings) -> int:
     """Of one device's shards of a tree."""
 
     def size(x, sharding):
-        return math.prod(sharding.shard_shape(x.shape)) * itemsize(x.dtype)
+        shard = sharding.shard_shape(x.shape)
+        return math.prod(shard) * itemsize(x.dtype)
 
-    return sum(jax.tree.leaves(jax.tree.map(size, abstract, shardings)))
+    sizes = jax.tree.map(size, abstract, shardings)
+    return sum(jax.tree.leaves(sizes))
 
 
 def human(num_bytes: float) -> str:
@@ -156,7 +161,8 @@ def matrices(config: ConfigDict, mesh):
     places = state_shardings(config, mesh)
     leaves = jax.tree.leaves_with_path(state.params)
     names = jax.tree.leaves(axes.params)
-    for (path, leaf), logical, place in zip(leaves, names, jax.tree.leaves(places.params)):
+    shardings = jax.tree.leaves(places.params)
+    for (path, leaf), logical, place in zip(leaves, names, shardings):
         looked_up = "unembed" in state.params and path[0].key == "embed"
         if not looked_up and {"embed", "expert_embed"} & set(logical):
             yield path, leaf, logical, place
@@ -256,7 +262,9 @@ def memory_lines(config: ConfigDict, state, places) -> Lines:
     ]
     if config.train.ema:
         lines.append(("  average (EMA)", human(ema)))
-    saved = sum(math.prod(x.shape) * itemsize(x.dtype) for x in jax.tree.leaves(state))
+    saved = 0
+    for leaf in jax.tree.leaves(state):
+        saved += math.prod(leaf.shape) * itemsize(leaf.dtype)
     return [*lines, ("checkpoint", human(saved))]
 
 
@@ -305,7 +313,8 @@ def kernel_of(kind: str, config: ConfigDict, mesh) -> str:
     shards = config.train.grad_accumulation * batch_shards(mesh)
     rows = math.ceil(config.train.batch_size / shards)
     heads = math.ceil(m.num_heads / mesh.shape["tensor"])
-    q = jax.ShapeDtypeStruct((rows, T, heads, m.head_dim), np.dtype(m.dtype))
+    shape = (rows, T, heads, m.head_dim)
+    q = jax.ShapeDtypeStruct(shape, np.dtype(m.dtype))
     causal = m.name != "encoder"
     in_order = mesh.shape["sequence"] == 1
     sees_all = reach(config)[kind] == T or not causal
@@ -326,11 +335,13 @@ def kernel_of(kind: str, config: ConfigDict, mesh) -> str:
 def sharding_table(params, shardings) -> str:
     """One line for each parameter, layers that are alike being one: name, shape, sharding, shape on a device."""
     alike = defaultdict(list)  # names of the same parameter in several layers
-    for (path, leaf), place in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(shardings)):
+    leaves = jax.tree.leaves_with_path(params)
+    for (path, leaf), place in zip(leaves, jax.tree.leaves(shardings)):
         name = name_of(path)
         kind = re.sub(r"block_\d+", "block_*", name)
+        sharding = spec_text(place.spec, leaf.ndim)
         shard = str(place.shard_shape(leaf.shape))
-        alike[kind, str(leaf.shape), spec_text(place.spec, leaf.ndim), shard].append(name)
+        alike[kind, str(leaf.shape), sharding, shard].append(name)
     rows = [("parameter", "shape", "sharding", "on each device")]
     for (kind, *cells), names in alike.items():
         label = names[0]

@@ -116,7 +116,11 @@ def teacher_section(config: ConfigDict) -> ConfigDict:
     return ConfigDict(dict(config.task.teacher_model))
 
 
-def routing_sums(aux: dict, weight_B: jax.Array, config: ConfigDict) -> tuple[jax.Array, dict]:
+def routing_sums(
+    aux: dict,
+    weight_B: jax.Array,
+    config: ConfigDict,
+) -> tuple[jax.Array, dict]:
     """(the routers' weighted losses, {"load": tree of token counts [layers, experts], "dropped": assignments}).
 
     The second is {} for a dense model. aux: from `forward`. weight_B: float32, of each row.

@@ -35,8 +35,10 @@ def pool(
     x_BTD = x_BTD.astype(jnp.float32)
     mask_BMT = example_masks(segments_BT, examples)
     if kind == "max":
-        top_BMD = jnp.max(jnp.where(mask_BMT[..., None], x_BTD[:, None], NEVER), axis=2)
-        return jnp.where(jnp.any(mask_BMT, axis=2)[..., None], top_BMD, 0)
+        own_BMTD = jnp.where(mask_BMT[..., None], x_BTD[:, None], NEVER)
+        top_BMD = jnp.max(own_BMTD, axis=2)
+        used_BM = jnp.any(mask_BMT, axis=2)
+        return jnp.where(used_BM[..., None], top_BMD, 0)
     if kind == "first":
         mask_BMT &= positions_BT[:, None] == 0
     if kind == "last":
@@ -56,7 +58,8 @@ def class_nats(
 ) -> tuple[jax.Array, jax.Array]:
     """(cross-entropy, what is learned: smoothed, focal) in nats. logits: [..., C], labels: int [...]."""
     log_p = jax.nn.log_softmax(logits)
-    nats = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+    label_log_p = jnp.take_along_axis(log_p, labels[..., None], axis=-1)
+    nats = -label_log_p[..., 0]
     smooth = task.label_smoothing
     learned = (1 - smooth) * nats - smooth * jnp.mean(log_p, axis=-1)
     return nats, focal(learned, nats, task)
@@ -75,7 +78,11 @@ def binary_nats(
     return jnp.sum(nats, axis=-1), jnp.sum(learned, axis=-1)
 
 
-def focal(loss: jax.Array, nats: jax.Array, task: ConfigDict) -> jax.Array:
+def focal(
+    loss: jax.Array,
+    nats: jax.Array,
+    task: ConfigDict,
+) -> jax.Array:
     """The loss, less of what is already probable: (1 - p)^task.focal of it (Lin et al. 2017)."""
     if not task.focal:
         return loss
@@ -163,11 +170,16 @@ def logits_of_labels(
     return apply_head(params, x_BMD)
 
 
-def class_divergence(logits: jax.Array, targets: jax.Array, temperature: float) -> jax.Array:
+def class_divergence(
+    logits: jax.Array,
+    targets: jax.Array,
+    temperature: float,
+) -> jax.Array:
     """Nats [...] by which classes [..., C] diverge from a teacher's, times temperature^2 (Hinton et al. 2015)."""
     log_q = jax.nn.log_softmax(targets / temperature)
     log_p = jax.nn.log_softmax(logits / temperature)
-    return temperature**2 * jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
+    apart = jnp.exp(log_q) * (log_q - log_p)
+    return temperature**2 * jnp.sum(apart, axis=-1)
 
 
 def in_row_order(x_BT: jax.Array, places: jax.Array | None) -> jax.Array:
@@ -198,8 +210,11 @@ def span_loss(
     same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
     beside_BTSC = jnp.where(same_BTS[..., None], logits_BTC[:, None], NEVER)
     nats_BTC = jax.nn.logsumexp(beside_BTSC, axis=2) - logits_BTC
-    given_BTC = jnp.stack([bits_BT & START != 0, bits_BT & STOP != 0], axis=-1)
-    learned_BT = jnp.sum(jnp.where(given_BTC, nats_BTC, 0), axis=-1) / 2
+    start_BT = bits_BT & START != 0
+    stop_BT = bits_BT & STOP != 0
+    given_BTC = jnp.stack([start_BT, stop_BT], axis=-1)
+    given_nats_BTC = jnp.where(given_BTC, nats_BTC, 0)
+    learned_BT = jnp.sum(given_nats_BTC, axis=-1) / 2
     loss = jnp.sum(jnp.where(segments_BT != 0, learned_BT, 0))
     router_loss, routing = routing_sums(aux, jnp.sum(batch["weights"], axis=1), config)
     return {

@@ -183,7 +183,8 @@ def negatives_loss(
     scores_BTN = pair_scores(params, x_BTD, batch["tokens"], contexts_BTN)
     true_BT = -jax.nn.log_sigmoid(scores_BTN[..., 0])
     false_BTN = -jax.nn.log_sigmoid(-scores_BTN[..., 1:])
-    nats_BT = true_BT + jnp.sum(jnp.where(drawn_BTN == true_BT1, 0, false_BTN), axis=-1)
+    counted_BTN = jnp.where(drawn_BTN == true_BT1, 0, false_BTN)
+    nats_BT = true_BT + jnp.sum(counted_BTN, axis=-1)
     return plain_sums(nats_BT, batch["weights"])
 
 
@@ -245,8 +246,10 @@ def total_weight(batch: dict, config: ConfigDict) -> jax.Array:
     """What the loss of a batch is divided by, float32, at least 1: its weights in sum; of preferences, the pairs."""
     if config.task.name == "dpo":
         pairs_B = jnp.max(batch["segments"][:, 0], axis=-1)
-        return jnp.maximum(jnp.sum(pairs_B).astype(jnp.float32), 1.0)
-    return jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+        weight = jnp.sum(pairs_B).astype(jnp.float32)
+    else:
+        weight = jnp.sum(batch["weights"])
+    return jnp.maximum(weight, 1.0)
 
 
 def without(sums: dict, *names: str) -> dict:

@@ -59,7 +59,8 @@ def cosine(config: ConfigDict, peak: float) -> optax.Schedule:
 def wsd(config: ConfigDict, peak: float) -> optax.Schedule:
     """Warm-up, stable, decay: Hu et al. 2024."""
     o = config.optim
-    cooldown = max(round(o.cooldown_fraction * config.train.steps), 1)
+    cooldown = round(o.cooldown_fraction * config.train.steps)
+    cooldown = max(cooldown, 1)
     stable = max(decay_steps(config) - cooldown, 0)
     return optax.linear_schedule(peak, peak * o.end_factor, cooldown, stable)
 
@@ -221,7 +222,8 @@ def by_depth(tree, config: ConfigDict) -> dict:
     depths = tree_map_with_path(depth, tree)
     parts = {}
     for wanted in sorted(set(jax.tree.leaves(depths))):
-        parts[str(wanted)] = jax.tree.map(functools.partial(where_equal, wanted), tree, depths)
+        select = functools.partial(where_equal, wanted)
+        parts[str(wanted)] = jax.tree.map(select, tree, depths)
     return parts
 
 
@@ -293,8 +295,9 @@ def muon_dimensions(tree):
 def fans(path, x) -> tuple[int, int]:
     """(inputs, outputs) of a parameter that Muon takes for a matrix."""
     dims = first_match(MATRICES, path)
-    inputs = math.prod(x.shape[i] for i in np.atleast_1d(dims.reduction_axis))
-    outputs = math.prod(x.shape[i] for i in np.atleast_1d(dims.output_axis))
+    shape = np.array(x.shape)
+    inputs = int(np.prod(shape[np.atleast_1d(dims.reduction_axis)]))
+    outputs = int(np.prod(shape[np.atleast_1d(dims.output_axis)]))
     return inputs, outputs
 
 
@@ -349,7 +352,11 @@ def stack(tree, members: list[list[int]]) -> list[jax.Array]:
     return stacks
 
 
-def unstack(stacks: list[jax.Array], members: list[list[int]], structure):
+def unstack(
+    stacks: list[jax.Array],
+    members: list[list[int]],
+    structure,
+):
     """The tree of this structure whose leaves `stack` put together."""
     leaves = {}
     for indices, whole in zip(members, stacks):
@@ -407,7 +414,8 @@ def clip(grads, norm: jax.Array, limit: float):
     """The gradients, of this norm, scaled to a norm of at most `limit`; 0: as they are."""
     if not limit:
         return grads
-    return optax.tree.scale(jnp.minimum(1.0, limit / (norm + 1e-6)), grads)
+    factor = jnp.minimum(1.0, limit / (norm + 1e-6))
+    return optax.tree.scale(factor, grads)
 
 
 def optimizer_step(grads, params, opt_state, config: ConfigDict) -> tuple:
@@ -417,7 +425,12 @@ def optimizer_step(grads, params, opt_state, config: ConfigDict) -> tuple:
     return combine(optax.apply_updates(trained, updates), frozen), opt_state
 
 
-def average(ema: dict | None, params: dict, step: jax.Array, config: ConfigDict) -> dict | None:
+def average(
+    ema: dict | None,
+    params: dict,
+    step: jax.Array,
+    config: ConfigDict,
+) -> dict | None:
     """The moving average of parameters one step on, in the dtypes of `ema`; None where none is kept.
 
     Its decay is train.ema, but rises to it from 0.1, so that the first parameters are soon forgotten.
@@ -425,5 +438,10 @@ def average(ema: dict | None, params: dict, step: jax.Array, config: ConfigDict)
     if ema is None:
         return None
     decay = jnp.minimum(config.train.ema, (1 + step) / (10 + step))
-    mean = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
-    return optax.tree.cast_like(restore_frozen(mean, params, config), ema)
+
+    def mix(old, new):
+        return decay * old + (1 - decay) * new
+
+    mean = jax.tree.map(mix, ema, params)
+    mean = restore_frozen(mean, params, config)
+    return optax.tree.cast_like(mean, ema)

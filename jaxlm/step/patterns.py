@@ -143,7 +143,8 @@ def stack_sizes(params, config: ConfigDict) -> tuple[dict[str, int], dict[str, i
     for path, leaf in jax.tree.leaves_with_path(params):
         if match := STACK.match(name_of(path)):
             stack = match[1]
-            blocks[stack] = max(blocks.get(stack, 0), int(match[2]) + 1)
+            block = int(match[2])
+            blocks[stack] = max(blocks.get(stack, 0), block + 1)
             rounds[stack] = 1
             if config.model.scan:
                 rounds[stack] = leaf.shape[0]

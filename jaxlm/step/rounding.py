@@ -8,6 +8,7 @@ many small updates add up.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import tree_map_with_path
 from ml_collections import ConfigDict
@@ -70,19 +71,25 @@ def widen(tree, config: ConfigDict):
     return jax.tree.map(to_float32, tree)
 
 
-def round_like(new: tuple, old: tuple, step: jax.Array, config: ConfigDict) -> tuple:
+def round_like(
+    new: tuple,
+    old: tuple,
+    step: jax.Array,
+    config: ConfigDict,
+) -> tuple:
     """`new` in the dtypes of `old`, as config.optim.rounding says. Both: (parameters, optimizer state).
 
     The random numbers follow from the seed, the step and the place in the tree alone: they are the same on any mesh,
     and after a restart.
     """
     if config.optim.rounding == "nearest":
-        return jax.tree.map(lambda x, before: x.astype(before.dtype), new, old)
+        return optax.tree.cast_like(new, old)
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     key = jax.random.fold_in(key, STREAM)
     leaves, structure = jax.tree.flatten(new)
+    pairs = zip(leaves, jax.tree.leaves(old), strict=True)
     results = []
-    for number, (x, before) in enumerate(zip(leaves, jax.tree.leaves(old), strict=True)):
+    for number, (x, before) in enumerate(pairs):
         if is_narrow(before):
             leaf_key = jax.random.fold_in(key, number)
             x = stochastic_round(x.astype(jnp.float32), leaf_key)
@@ -90,7 +97,11 @@ def round_like(new: tuple, old: tuple, step: jax.Array, config: ConfigDict) -> t
     return structure.unflatten(results)
 
 
-def moved_share(new: dict, old: dict, config: ConfigDict) -> dict[str, jax.Array]:
+def moved_share(
+    new: dict,
+    old: dict,
+    config: ConfigDict,
+) -> dict[str, jax.Array]:
     """{"moved_share": part of the trained bfloat16 parameters that a step has changed}; {} where there are none."""
     new_leaves = narrow_leaves(new, config)
     old_leaves = narrow_leaves(old, config)
@@ -118,7 +129,12 @@ def bits_of(x: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------- before the first step
 
 
-def warnings(params: dict, start: int, config: ConfigDict, mesh) -> list[str]:
+def warnings(
+    params: dict,
+    start: int,
+    config: ConfigDict,
+    mesh,
+) -> list[str]:
     """A line for each thing that bfloat16 would lose in the steps from `start` on.
 
     params: the values they begin with, on the mesh. To be called on every process.
@@ -128,7 +144,12 @@ def warnings(params: dict, start: int, config: ConfigDict, mesh) -> list[str]:
     return lost_updates(params, start, config, mesh) + lost_decays(config)
 
 
-def lost_updates(params: dict, start: int, config: ConfigDict, mesh) -> list[str]:
+def lost_updates(
+    params: dict,
+    start: int,
+    config: ConfigDict,
+    mesh,
+) -> list[str]:
     """The warning that many updates would be rounded away, judged by the optimizer's usual ones."""
     assumption = assumed_update(config)
     if assumption is None:
@@ -162,8 +183,9 @@ def assumed_update(config: ConfigDict) -> str | None:
 def largest_rate(config: ConfigDict, start: int) -> float:
     """The largest learning rate of the steps from `start` on."""
     last = max(config.train.stop_at - 1, start)
-    steps = np.linspace(start, last, 200).astype(np.int32)
-    rates = jax.vmap(learning_rate(config))(steps)
+    steps = np.linspace(start, last, 200)
+    rate = jax.vmap(learning_rate(config))
+    rates = rate(steps.astype(np.int32))
     return float(jnp.max(rates))
 
 
@@ -171,9 +193,10 @@ def lost_share(params: dict, rate: float, config: ConfigDict, mesh) -> float:
     """Part of the trained bfloat16 parameters whose usual updates are below 2^-9 of their values."""
     sizes = usual_sizes(params, rate, config)
     trained, _ = partition(params, config)
+    values = jax.tree.leaves(trained)
     narrow = []
     narrow_sizes = []
-    for x, size in zip(jax.tree.leaves(trained), jax.tree.leaves(sizes), strict=True):
+    for x, size in zip(values, jax.tree.leaves(sizes), strict=True):
         if is_narrow(x):
             narrow.append(x)
             narrow_sizes.append(size)
@@ -186,7 +209,8 @@ def lost_share(params: dict, rate: float, config: ConfigDict, mesh) -> float:
             if config.optim.name == "adafactor":
                 root_mean_square = jnp.sqrt(jnp.mean(jnp.square(x)))
                 size = size * jnp.maximum(root_mean_square, 1e-3)
-            lost += jnp.mean(x * LOST_BELOW > size, dtype=jnp.float32) * (x.size / total)
+            lost_here = jnp.mean(x * LOST_BELOW > size, dtype=jnp.float32)
+            lost += lost_here * (x.size / total)
         return lost
 
     whole = NamedSharding(mesh, PartitionSpec())
@@ -205,7 +229,13 @@ def usual_sizes(params: dict, rate: float, config: ConfigDict):
     return tree_map_with_path(size, trained, factors)
 
 
-def usual_size(path, x: jax.Array, rate: float, count: int, config: ConfigDict) -> float:
+def usual_size(
+    path,
+    x: jax.Array,
+    rate: float,
+    count: int,
+    config: ConfigDict,
+) -> float:
     """How large an update of this parameter usually is; for Adafactor in units of its root mean square.
 
     count: of the trained parameters.

@@ -95,7 +95,8 @@ def trace_state(config: FrozenConfigDict) -> tuple[State, State]:
     boxed = jax.eval_shape(partial(initial_parameters, build(config), 0))
     names = jax.tree.leaves(nn.get_partition_spec(boxed))
     parameters = {}
-    for (path, leaf), axes in zip(jax.tree.leaves_with_path(shapes.params), names, strict=True):
+    leaves = jax.tree.leaves_with_path(shapes.params)
+    for (path, leaf), axes in zip(leaves, names, strict=True):
         parameters[tuple(path)] = (leaf.shape, axes)
     axes = jax.tree_util.tree_map_with_path(partial(leaf_axes, parameters), shapes)
     if config.task.teacher_model:
