@@ -53,13 +53,7 @@ class Layout(NamedTuple):
     extra: tuple[str, ...]  # axes that shard positions only between layers
 
 
-def attention_layout(
-    B: int,
-    T: int,
-    N: int,
-    K: int,
-    mesh,
-) -> Layout:
+def attention_layout(B: int, T: int, N: int, K: int, mesh) -> Layout:
     """The layout of queries [B, T, N, H] and keys [B, S, K, H] as jaxlm.parallel.linear.columns leaves them.
 
     Heads are over the tensor axis; positions are where it does not divide the heads.

@@ -65,7 +65,6 @@ def mixture(
     repeats, E where it has none; float32 [B, T, X]; a tree of [B, ...].
     mlp(kernels, rows, sizes_E) -> rows: the experts on [M, D] sorted by expert, or on [E, M, D] where sizes is None.
     """
-
     compute = partial(route_and_run, route=route, slots=slots)
     mesh = even_mesh(*x_BTD.shape[:2])
     if mesh is None:
@@ -77,13 +76,6 @@ def mixture(
     kernel_specs = weight_specs(kernels, logical, mesh)
     up = dict(zip(logical["up"], kernel_specs["up"]))
 
-    axes = Axes(
-        experts=names_of(up["expert"]),
-        positions=names_of(between),
-        mlp=names_of(up["mlp"]),
-        count=len(kernels["up"]) // math.prod(mesh.shape[name] for name in names_of(up["expert"])),
-    )
-
     def on_shard(x, segments, places, router, kernels):
         whole_router = {}
         for name, weight in router.items():
@@ -92,6 +84,12 @@ def mixture(
         def run(rows, sizes):
             return mlp(gather_kernels(kernels, kernel_specs, logical, x), rows, sizes)
 
+        axes = Axes(
+            experts=names_of(up["expert"]),
+            positions=names_of(between),
+            mlp=names_of(up["mlp"]),
+            count=len(kernels["up"]),
+        )
         return compute(x, segments, places, whole_router, run, axes)
 
     residual = PartitionSpec(batch, between)

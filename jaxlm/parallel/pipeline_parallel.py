@@ -91,12 +91,7 @@ def pipeline(
     return out_BTD, jax.tree.map(partial(without_bubble, S=S, M=M, V=V), extra)
 
 
-def without_bubble(
-    leaf: jax.Array,
-    S: int,
-    M: int,
-    V: int,
-) -> jax.Array:
+def without_bubble(leaf: jax.Array, S: int, M: int, V: int) -> jax.Array:
     """[iterations, S, ...] -> [V, S, M, ...].
 
     Stage s meets microbatch m for round v at iteration v M + m + s; what it did before and after is the bubble.
@@ -106,11 +101,7 @@ def without_bubble(
     return leaf[when_VSM, stage_S1]
 
 
-def split_layers(
-    leaf: jax.Array,
-    S: int,
-    V: int,
-) -> jax.Array:
+def split_layers(leaf: jax.Array, S: int, V: int) -> jax.Array:
     """[R, ...] -> [S, V, R / (S V), ...], on the devices of their stages."""
     leaf = leaf.reshape(V, S, -1, *leaf.shape[1:]).swapaxes(0, 1)
     others = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1)
@@ -124,11 +115,7 @@ def layers_of_round(leaf: jax.Array, turn: jax.Array) -> jax.Array:
     return at_index(leaf, turn)
 
 
-def at_index(
-    x: jax.Array,
-    index: jax.Array,
-    axis: int = 0,
-) -> jax.Array:
+def at_index(x: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False)
 
 
