@@ -25,7 +25,7 @@ from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import make_mesh, partition_spec, shardings
 from jaxlm.run.checkpoint import Checkpoints, items, on_host
 from jaxlm.step.costs import human, reach
-from jaxlm.step.losses import rows_of
+from jaxlm.step.forward import rows_of
 from jaxlm.step.state import apply_gradients, gradients, init_state
 
 REPEATS = 10

@@ -39,7 +39,8 @@ from jaxlm.models.vectors import word_vectors
 from jaxlm.parallel.hosts import fetch, to_global
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.run.checkpoint import Checkpoints, config_of, tokenizer_of
-from jaxlm.step.losses import mesh_order, token_losses
+from jaxlm.step.forward import mesh_order
+from jaxlm.step.losses import token_losses
 from jaxlm.step.state import abstract_state, state_shardings
 
 HEADS = {  # what the models of keys.HEADED are

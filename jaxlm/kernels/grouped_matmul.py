@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.megablox import gmm
 
 from jaxlm.kernels.quantized import tensordot
 from jaxlm.kernels.tpu_attention import LANES
-from jaxlm.parallel.expert_parallel import nowhere, permute
+from jaxlm.parallel.expert_parallel import out_of_range, permute
 from jaxlm.parallel.mesh import platform
 
 
@@ -53,12 +53,12 @@ def blocks(rows_MD, kernel_EDF, sizes_E, quantize="none"):
     row_N = starts_E[group_N] + (index_N - block_starts_E[group_N]) * R
     row_NR = row_N[:, None] + jnp.arange(R)
     inside_NR = (row_NR < ends_E[group_N][:, None]) & (group_N < E)[:, None]
-    source_NR = jnp.where(inside_NR, row_NR, nowhere(N * R, M).reshape(N, R))
+    source_NR = jnp.where(inside_NR, row_NR, out_of_range(N * R, M).reshape(N, R))
     x_NRD = permute(rows_MD, source_NR)
     y_NRF = multiply_each(x_NRD, kernel_EDF[group_N], quantize)
     group_M = group(ends_E, index_M)
     place_M = block_starts_E[group_M] * R + index_M - starts_E[group_M]
-    return permute(y_NRF.reshape(-1, F), jnp.where(group_M < E, place_M, nowhere(M, N * R)))
+    return permute(y_NRF.reshape(-1, F), jnp.where(group_M < E, place_M, out_of_range(M, N * R)))
 
 
 TILE = (512, 1024, 1024)  # of rows, inputs and outputs: 11 MiB of a TPU's vector memory in bfloat16

@@ -196,7 +196,7 @@ def update_bias(bias_E, load_E, rate: float) -> jax.Array:
 def balance(params: dict, routing: dict, config) -> tuple[dict, dict]:
     """(params with the routers' biases moved towards an even load, metrics of the routing) of a mixture of experts.
 
-    routing: `jaxlm.step.losses.routing_sums` of the whole batch; {} for a dense model, of which nothing changes.
+    routing: `jaxlm.step.forward.routing_sums` of the whole batch; {} for a dense model, of which nothing changes.
     """
     if not routing:
         return params, {}

@@ -1,4 +1,4 @@
-"""Chips: what each can do, and what its compiler is told.
+"""Chips: what each can do, and the options of its compiler.
 
 Figures of one device as jax counts them (a chip; of TPU v4 and v5p both cores together), from the makers' documents.
 """
@@ -38,7 +38,7 @@ CHIPS = {
     "h100": Chip(("H100",), 989e12, 79 * GIB, 3352 * GB, 450 * GB, 50 * GB),
     "h200": Chip(("H200",), 989e12, 141 * GB, 4800 * GB, 450 * GB, 50 * GB),
 }
-# What the compiler is told, {option: (value, reason)}; by train and by plan alike, so a refusal is found before a run.
+# Compiler options, {option: (value, reason)}. train and plan use the same, so a refusal is found before a run.
 TPU_OPTIONS = {
     "xla_tpu_enable_data_parallel_all_reduce_opt": (
         True,
@@ -75,19 +75,19 @@ PCIE = {"H100 PCIe": 756e12}  # slower cards of the same name
 
 
 def find_chip(device_kind: str) -> str | None:
-    """The key of CHIPS for jax's word for a device, or None."""
-    words = []
+    """The key of CHIPS for jax's word for a device, or None. 'TPU v5 lite' is v5e, although 'TPU v5' is v5p."""
+    longest = ""
+    found = None
     for name, chip in CHIPS.items():
         for kind in chip.kinds:
-            if kind in device_kind:
-                words.append((kind, name))
-    if words:
-        return max(words, key=lambda item: len(item[0]))[1]
-    return None
+            if kind in device_kind and len(kind) > len(longest):
+                longest = kind
+                found = name
+    return found
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s, or None for a chip that is not in the table: then nothing is made of it."""
+    """Dense bfloat16 FLOP/s, or None for a chip that is not in the table."""
     for kind, flops in PCIE.items():
         if kind in device_kind:
             return flops

@@ -18,13 +18,17 @@ from pathlib import PurePath
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxlm.errors import ConfigError
-from jaxlm.parallel.mesh import partition_spec
+from jaxlm.parallel.mesh import batch_sharding
 
 ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(\d{1,5})")  # HOST:PORT or [IPv6]:PORT
+# Set in what srun starts, not in a batch script itself.
 SLURM_TASK = "SLURM_JOB_ID SLURM_STEP_NODELIST SLURM_NTASKS SLURM_PROCID SLURM_LOCALID".split()
+REQUIRED_TOGETHER = ("coordinator", "num_processes", "process_id")
+# The least value of each flag that is a number.
+LEAST = {"num_processes": 1, "process_id": 0, "connect_timeout": 1, "heartbeat_timeout": 1}
 
 
 # ---------------------------------------------------------------- meeting
@@ -66,17 +70,22 @@ def connect(args: argparse.Namespace) -> None:
     Raises ConfigError where the flags are wrong or the others are not met in time.
     """
     flags, connect_timeout, heartbeat_timeout = parse_flags(args)
-    method = "deactivate" if flags else cluster(os.environ)
+    if flags:
+        method = "deactivate"
+    else:
+        method = cluster(os.environ)
     if method is None or flags.get("num_processes") == 1:
         return
     if flags.get("process_id") == 0:
         require_free_port(flags["coordinator_address"])
-    # A process that fails alone waits at its end for the others, which wait for it in a collective: not longer either.
-    timeouts = {
-        "heartbeat_timeout_seconds": heartbeat_timeout,
-        "shutdown_timeout_seconds": heartbeat_timeout,
-    }
-    meet(connect_timeout, cluster_detection_method=method, **timeouts, **flags)
+    meet(
+        connect_timeout,
+        cluster_detection_method=method,
+        heartbeat_timeout_seconds=heartbeat_timeout,
+        # A process that fails alone waits at its end for the others, which wait for it in a collective.
+        shutdown_timeout_seconds=heartbeat_timeout,
+        **flags,
+    )
     if method in ("slurm", "ompi") and alone_on_node(os.environ):
         # jax has given this process the one GPU that has its number on the node.
         jax.config.update("jax_cuda_visible_devices", "all")
@@ -90,40 +99,48 @@ def parse_flags(args: argparse.Namespace) -> tuple[dict, int, int]:
 
     Raises one ConfigError with every problem.
     """
-    names = ("coordinator", "num_processes", "process_id")
-    missing = [f"--{name}" for name in names if getattr(args, name) is None]
+    missing = [f"--{name}" for name in REQUIRED_TOGETHER if getattr(args, name) is None]
     problems = []
-    numbers = {}
-    if 0 < len(missing) < len(names):
+    if 0 < len(missing) < len(REQUIRED_TOGETHER):
         problems.append(
-            f"{' and '.join(missing)}: missing; give each process all of --{', --'.join(names)}, or none"
+            f"{' and '.join(missing)}: missing; give each process all of "
+            f"--{', --'.join(REQUIRED_TOGETHER)}, or none"
         )
-    for name, least in (
-        ("num_processes", 1),
-        ("process_id", 0),
-        ("connect_timeout", 1),
-        ("heartbeat_timeout", 1),
-    ):
+    numbers = {}
+    for name, least in LEAST.items():
         text = getattr(args, name)
-        if text is not None and (not text.isdecimal() or int(text) < least):
-            problems.append(f"--{name}={text}: must be a whole number from {least} on")
-        elif text is not None:
+        if text is None:
+            continue
+        if text.isdecimal() and int(text) >= least:
             numbers[name] = int(text)
+        else:
+            problems.append(f"--{name}={text}: must be a whole number from {least} on")
     count = numbers.get("num_processes")
     process = numbers.get("process_id")
     if count is not None and process is not None and process >= count:
         problems.append(
             f"--process_id={process}: must be from 0 to {count - 1}, --num_processes being {count}"
         )
-    match = ADDRESS.fullmatch(args.coordinator or "")
-    if args.coordinator is not None and not (match and 0 < int(match[2]) < 2**16):
+    if args.coordinator is not None and not is_address(args.coordinator):
         problems.append(
             f"--coordinator={args.coordinator}: must be HOST:PORT of process 0, such as node0:8476"
         )
     if problems:
         raise ConfigError("\n".join(problems))
-    flags = {"coordinator_address": args.coordinator, "num_processes": count, "process_id": process}
-    return {} if missing else flags, numbers["connect_timeout"], numbers["heartbeat_timeout"]
+    flags = {}
+    if not missing:
+        flags = {
+            "coordinator_address": args.coordinator,
+            "num_processes": count,
+            "process_id": process,
+        }
+    return flags, numbers["connect_timeout"], numbers["heartbeat_timeout"]
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is HOST:PORT or [IPv6]:PORT."""
+    match = ADDRESS.fullmatch(text)
+    return match is not None and 0 < int(match[2]) < 2**16
 
 
 def cluster(environ: Mapping[str, str]) -> str | None:
@@ -143,13 +160,10 @@ def cluster(environ: Mapping[str, str]) -> str | None:
             "this launcher (Open MPI 5 or later) names no host that all processes can meet at; start each of them with "
             "--coordinator=HOST:PORT --num_processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK"
         )
-    if all(
-        name in environ for name in SLURM_TASK
-    ):  # not in a batch script itself, only in what srun starts
-        tasks = min(
-            number("SLURM_NTASKS", 1), number("SLURM_STEP_NUM_TASKS", environ["SLURM_NTASKS"])
-        )
-        if tasks > 1:
+    if set(SLURM_TASK) <= set(environ):
+        tasks = number("SLURM_NTASKS", 1)
+        step_tasks = number("SLURM_STEP_NUM_TASKS", tasks)
+        if min(tasks, step_tasks) > 1:
             return "slurm"
         return None
     # jax sets the first where it finds TPU chips and their library.
@@ -166,12 +180,11 @@ def cluster(environ: Mapping[str, str]) -> str | None:
 
 
 def alone_on_node(environ: Mapping[str, str]) -> bool:
-    """True where SLURM or Open MPI started one process on each node, so that it should have all of the node's GPUs."""
+    """Whether SLURM or Open MPI started one process on each node, which should then have all of the node's GPUs."""
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in environ:
         return environ["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
-    return environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS")) == environ.get(
-        "SLURM_STEP_NUM_NODES"
-    )
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS"))
+    return tasks == environ.get("SLURM_STEP_NUM_NODES")
 
 
 def require_free_port(address: str) -> None:
@@ -188,7 +201,7 @@ def require_free_port(address: str) -> None:
 def meet(timeout: int, **options) -> None:
     """jax.distributed.initialize(**options). Raises ConfigError where it has not met the others in `timeout` seconds.
 
-    jax itself would abort the process then; so it gets more time than it needs, in a thread that is not waited for.
+    jax itself would abort the process then. So it gets more time than it needs, in a thread that is not waited for.
     """
     failures = []
 
@@ -202,19 +215,17 @@ def meet(timeout: int, **options) -> None:
     thread.start()
     thread.join(timeout)
     if thread.is_alive():
+        where = ""
         if "coordinator_address" in options:
             where = f" at {options['coordinator_address']}"
-        else:
-            where = ""
         raise ConfigError(
             f"the processes of this run have not met{where} in {timeout} s. Start all of them, process 0 on the host "
             "that --coordinator names, with one --num_processes and each its own --process_id; firewalls must let the "
             "port through; --connect_timeout waits longer"
         )
     if failures:
-        raise ConfigError(
-            f"cannot join the other processes of this run: {failures[0]}"
-        ) from failures[0]
+        error = failures[0]
+        raise ConfigError(f"cannot join the other processes of this run: {error}") from error
 
 
 # ---------------------------------------------------------------- agreeing
@@ -224,9 +235,8 @@ def require_same(text: str, problem: str) -> None:
     """Raises ConfigError that begins with `problem`, on every process, where `text` is not the same on all of them."""
     if jax.process_count() == 1:
         return
-    digests = multihost_utils.process_allgather(
-        np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    )
+    digest = hashlib.sha256(text.encode()).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
     others = [str(i) for i, digest in enumerate(digests) if (digest != digests[0]).any()]
     if others:
         raise ConfigError(
@@ -242,15 +252,14 @@ def require_shared(directory: PurePath) -> None:
     if jax.process_index() == 0:
         note.write_text(uuid.uuid4().hex)
     multihost_utils.sync_global_devices("written")
-    require_same(
-        read_if_there(note),
-        f"{directory}: not one directory, on a file system that all hosts share",
-    )
+    problem = f"{directory}: not one directory, on a file system that all hosts share"
+    require_same(read_if_there(note), problem)
     if jax.process_index() == 0:
         note.unlink()
 
 
 def read_if_there(path: PurePath) -> str:
+    """The text of a file, "" where there is none."""
     try:
         return path.read_text()
     except FileNotFoundError:
@@ -267,28 +276,35 @@ def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
     They need not be an equal share nor in one piece: where the batch is on fewer devices than there are (tensor
     parallelism, pipeline stages), several processes hold the same rows.
     """
-    sharding = NamedSharding(mesh, partition_spec(("batch",), (num_rows,), mesh))
-    places = sharding.addressable_devices_indices_map((num_rows,)).values()
-    return np.unique(np.concatenate([np.arange(num_rows)[rows] for (rows,) in places]))
+    held = np.zeros(num_rows, bool)
+    sharding = batch_sharding((num_rows,), mesh)
+    for index in sharding.addressable_devices_indices_map((num_rows,)).values():
+        held[index] = True
+    return np.flatnonzero(held)
 
 
-def to_global(batch: dict[str, np.ndarray], mesh: Mesh, num_rows: int) -> dict[str, jax.Array]:
+def to_global(
+    batch: dict[str, np.ndarray],
+    mesh: Mesh,
+    num_rows: int,
+) -> dict[str, jax.Array]:
     """The local_rows(mesh, num_rows) of a batch, or all its rows -> global arrays [num_rows, ...]."""
     here = local_rows(mesh, num_rows)
 
-    def one(x):
+    def global_array(x):
         shape = (num_rows, *x.shape[1:])
-        rows = here if len(x) == len(here) else np.arange(num_rows)
-        spec = partition_spec(("batch",) + (None,) * (x.ndim - 1), shape, mesh)
+        rows = here
+        if len(x) == num_rows:
+            rows = np.arange(num_rows)
 
         def shard(index):
             start, stop, _ = index[0].indices(num_rows)
             first = np.searchsorted(rows, start)
             return x[(slice(first, first + stop - start), *index[1:])]
 
-        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), shard)
+        return jax.make_array_from_callback(shape, batch_sharding(shape, mesh), shard)
 
-    return jax.tree.map(one, batch)
+    return jax.tree.map(global_array, batch)
 
 
 def fetch(x: jax.Array) -> np.ndarray:

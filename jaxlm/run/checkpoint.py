@@ -27,7 +27,7 @@ from jaxlm.data.tokenization import tokenizer as tokenizers
 from jaxlm.errors import CheckpointError
 from jaxlm.parallel.mesh import platform
 from jaxlm.run.workdir import in_bucket, run_directory
-from jaxlm.step.optim import name_of
+from jaxlm.step.patterns import name_of
 from jaxlm.step.state import State
 
 ITEMS = {

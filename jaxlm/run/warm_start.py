@@ -23,7 +23,8 @@ from jaxlm.models import ngram
 from jaxlm.models.bag import log_count_ratios
 from jaxlm.run.checkpoint import Checkpoints, as_target, config_of, known_config, tokenizer_of
 from jaxlm.run.workdir import run_directory
-from jaxlm.step.optim import name_of, schedule
+from jaxlm.step.optim import schedule
+from jaxlm.step.patterns import name_of
 from jaxlm.step.state import abstract_state, state_shardings
 
 # Keys of the model section that say nothing of the parameters it starts from: the new run's own.

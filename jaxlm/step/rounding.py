@@ -8,20 +8,23 @@ many small updates add up.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import tree_map_with_path
 from ml_collections import ConfigDict
 
-from jaxlm.step.optim import MATRICES, fans, first_match, rate_factors, schedule, split
+from jaxlm.step.optim import MATRICES, fans, learning_rate
+from jaxlm.step.patterns import first_match, partition, rate_factors
 
 NARROW = jnp.bfloat16
-LOST_BELOW = 2.0**-9  # of a value: a smaller update is lost whatever the value's bits are
-NO_DECAY = 2.0**-8  # a mean that forgets less than this part of itself in a step may never fall
-STREAM = (
-    2**31 - 1
-)  # folded into a step's key: other random numbers than dropout's and the microbatches'
-TOLD_FROM = (
-    0.1  # share of the parameters whose updates are lost, from which on it is worth a warning
-)
+# Of a value: a smaller update is lost whatever the value's bits are.
+LOST_BELOW = 2.0**-9
+# A mean that forgets less than this part of itself in a step may never fall.
+NO_DECAY = 2.0**-8
+# Folded into a step's key: other random numbers than those of dropout and of microbatches.
+STREAM = 2**31 - 1
+# Share of the parameters whose updates are lost, from which on there is a warning.
+WARN_FROM = 0.1
 # Root mean square of an update over the learning rate. Adam's is 0.2 to 0.4 in practice (Liu et al. 2025, Moonlight).
 USUAL = {"adam": 0.3, "adamw": 0.3, "lion": 1.0}
 # The keys that say how slowly what an optimizer keeps in a parameter's dtype forgets.
@@ -55,47 +58,68 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x.astype(NARROW))
 
 
-def widened(tree, config: ConfigDict):
-    """The tree in float32, where its results are to be rounded stochastically; else as it is."""
+def widen(tree, config: ConfigDict):
+    """The tree with its bfloat16 leaves in float32 where optim.rounding is stochastic; else the tree unchanged."""
+
+    def to_float32(x):
+        if is_narrow(x):
+            return x.astype(jnp.float32)
+        return x
+
     if config.optim.rounding == "nearest":
         return tree
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if is_narrow(x) else x, tree)
+    return jax.tree.map(to_float32, tree)
 
 
-def rounded(new, old, step: jax.Array, config: ConfigDict):
-    """`new` in the dtypes of `old`, as config.optim.rounding says.
+def round_like(
+    new: tuple,
+    old: tuple,
+    step: jax.Array,
+    config: ConfigDict,
+) -> tuple:
+    """`new` in the dtypes of `old`, as config.optim.rounding says. Both: (parameters, optimizer state).
 
     The random numbers follow from the seed, the step and the place in the tree alone: they are the same on any mesh,
     and after a restart.
     """
     if config.optim.rounding == "nearest":
-        return jax.tree.map(lambda x, was: x.astype(was.dtype), new, old)
+        return optax.tree.cast_like(new, old)
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     key = jax.random.fold_in(key, STREAM)
-    leaves, tree = jax.tree.flatten(new)
+    leaves, structure = jax.tree.flatten(new)
+    pairs = zip(leaves, jax.tree.leaves(old), strict=True)
     results = []
-    for number, (x, was) in enumerate(zip(leaves, jax.tree.leaves(old), strict=True)):
-        if is_narrow(was):
-            x = stochastic_round(x.astype(jnp.float32), jax.random.fold_in(key, number))
-        results.append(x.astype(was.dtype))
-    return tree.unflatten(results)
+    for number, (x, before) in enumerate(pairs):
+        if is_narrow(before):
+            leaf_key = jax.random.fold_in(key, number)
+            x = stochastic_round(x.astype(jnp.float32), leaf_key)
+        results.append(x.astype(before.dtype))
+    return structure.unflatten(results)
 
 
-def moved_share(new: dict, old: dict, config: ConfigDict) -> dict[str, jax.Array]:
+def moved_share(
+    new: dict,
+    old: dict,
+    config: ConfigDict,
+) -> dict[str, jax.Array]:
     """{"moved_share": part of the trained bfloat16 parameters that a step has changed}; {} where there are none."""
-    pairs = zip(
-        jax.tree.leaves(split(new, config)[0]), jax.tree.leaves(split(old, config)[0]), strict=True
-    )
-    narrow = [(x, was) for x, was in pairs if is_narrow(was)]
-    if not narrow:
+    new_leaves = narrow_leaves(new, config)
+    old_leaves = narrow_leaves(old, config)
+    if not old_leaves:
         return {}
-    total = sum(x.size for x, _ in narrow)
+    total = sum(x.size for x in old_leaves)
     share = jnp.zeros(())
-    for x, was in narrow:
+    for x, before in zip(new_leaves, old_leaves, strict=True):
         # Bits, not values: XLA may compare what x was before it was rounded.
-        changed = bits_of(x) != bits_of(was)
+        changed = bits_of(x) != bits_of(before)
         share += jnp.mean(changed, dtype=jnp.float32) * (x.size / total)
     return {"moved_share": share}
+
+
+def narrow_leaves(params: dict, config: ConfigDict) -> list:
+    """The trained parameters in bfloat16."""
+    trained, _ = partition(params, config)
+    return [x for x in jax.tree.leaves(trained) if is_narrow(x)]
 
 
 def bits_of(x: jax.Array) -> jax.Array:
@@ -105,26 +129,34 @@ def bits_of(x: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------- before the first step
 
 
-def warnings(params: dict, start: int, config: ConfigDict, mesh) -> list[str]:
+def warnings(
+    params: dict,
+    start: int,
+    config: ConfigDict,
+    mesh,
+) -> list[str]:
     """A line for each thing that bfloat16 would lose in the steps from `start` on.
 
     params: the values they begin with, on the mesh. To be called on every process.
     """
-    trained = split(params, config)[0]
-    narrow = any(map(is_narrow, jax.tree.leaves(trained)))
-    if not narrow or config.optim.rounding == "stochastic":
+    if config.optim.rounding == "stochastic" or not narrow_leaves(params, config):
         return []
     return lost_updates(params, start, config, mesh) + lost_decays(config)
 
 
-def lost_updates(params: dict, start: int, config: ConfigDict, mesh) -> list[str]:
+def lost_updates(
+    params: dict,
+    start: int,
+    config: ConfigDict,
+    mesh,
+) -> list[str]:
     """The warning that many updates would be rounded away, judged by the optimizer's usual ones."""
-    assumption = assumed(config)
+    assumption = assumed_update(config)
     if assumption is None:
         return []
     rate = largest_rate(config, start)
     share = lost_share(params, rate, config, mesh)
-    if share < TOLD_FROM:
+    if share < WARN_FROM:
         return []
     return [
         f"warning: model.param_dtype=bfloat16 will round away the updates of about {share:.0%} of the parameters at a "
@@ -134,7 +166,7 @@ def lost_updates(params: dict, start: int, config: ConfigDict, mesh) -> list[str
     ]
 
 
-def assumed(config: ConfigDict) -> str | None:
+def assumed_update(config: ConfigDict) -> str | None:
     """In words, how large an update is taken to be; None where nothing is known of it."""
     o = config.optim
     if o.name == "sgd":
@@ -151,39 +183,59 @@ def assumed(config: ConfigDict) -> str | None:
 def largest_rate(config: ConfigDict, start: int) -> float:
     """The largest learning rate of the steps from `start` on."""
     last = max(config.train.stop_at - 1, start)
-    steps = np.linspace(start, last, 200).astype(np.int32)
-    rate = schedule(config, config.optim.learning_rate)
-    return float(jnp.max(jax.vmap(rate)(steps)))
+    steps = np.linspace(start, last, 200)
+    rate = jax.vmap(learning_rate(config))
+    rates = rate(steps.astype(np.int32))
+    return float(jnp.max(rates))
 
 
 def lost_share(params: dict, rate: float, config: ConfigDict, mesh) -> float:
     """Part of the trained bfloat16 parameters whose usual updates are below 2^-9 of their values."""
-    trained = split(params, config)[0]
-    factors = split(rate_factors(params, config), config)[0]
-    count = sum(x.size for x in jax.tree.leaves(trained))
-    sizes = jax.tree_util.tree_map_with_path(
-        lambda path, x, factor: usual_size(path, x, rate, count, config) * factor, trained, factors
-    )
+    sizes = usual_sizes(params, rate, config)
+    trained, _ = partition(params, config)
     values = jax.tree.leaves(trained)
-    narrow = [
-        (x, size) for x, size in zip(values, jax.tree.leaves(sizes), strict=True) if is_narrow(x)
-    ]
-    total = sum(x.size for x, _ in narrow)
+    narrow = []
+    narrow_sizes = []
+    for x, size in zip(values, jax.tree.leaves(sizes), strict=True):
+        if is_narrow(x):
+            narrow.append(x)
+            narrow_sizes.append(size)
+    total = sum(x.size for x in narrow)
 
     def share(values):
         lost = 0.0
-        for x, (_, size) in zip(values, narrow):
+        for x, size in zip(values, narrow_sizes):
             x = jnp.abs(x.astype(jnp.float32))
-            if config.optim.name == "adafactor":  # of at least 1e-3
-                size = size * jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(x))), 1e-3)
-            lost += jnp.mean(x * LOST_BELOW > size, dtype=jnp.float32) * (x.size / total)
+            if config.optim.name == "adafactor":
+                root_mean_square = jnp.sqrt(jnp.mean(jnp.square(x)))
+                size = size * jnp.maximum(root_mean_square, 1e-3)
+            lost_here = jnp.mean(x * LOST_BELOW > size, dtype=jnp.float32)
+            lost += lost_here * (x.size / total)
         return lost
 
     whole = NamedSharding(mesh, PartitionSpec())
-    return float(jax.jit(share, out_shardings=whole)([x for x, _ in narrow]))
+    return float(jax.jit(share, out_shardings=whole)(narrow))
 
 
-def usual_size(path, x: jax.Array, rate: float, count: int, config: ConfigDict) -> float:
+def usual_sizes(params: dict, rate: float, config: ConfigDict):
+    """Tree of the trained parameters: how large an update of each usually is, as `usual_size` has it."""
+    trained, _ = partition(params, config)
+    factors, _ = partition(rate_factors(params, config), config)
+    count = sum(x.size for x in jax.tree.leaves(trained))
+
+    def size(path, x, factor):
+        return usual_size(path, x, rate, count, config) * factor
+
+    return tree_map_with_path(size, trained, factors)
+
+
+def usual_size(
+    path,
+    x: jax.Array,
+    rate: float,
+    count: int,
+    config: ConfigDict,
+) -> float:
     """How large an update of this parameter usually is; for Adafactor in units of its root mean square.
 
     count: of the trained parameters.
@@ -204,7 +256,10 @@ def usual_size(path, x: jax.Array, rate: float, count: int, config: ConfigDict) 
 def lost_decays(config: ConfigDict) -> list[str]:
     """The warning that a mean of the optimizer's forgets too slowly for bfloat16, in which it is kept."""
     o = config.optim
-    slow = [f"optim.{key}={o[key]:g}" for key in DECAYS[o.name] if 1 - o[key] < NO_DECAY]
+    slow = []
+    for key in DECAYS[o.name]:
+        if 1 - o[key] < NO_DECAY:
+            slow.append(f"optim.{key}={o[key]:g}")
     if o.name == "adafactor" and config.train.stop_at > 1024:  # 1024^-0.8 = 2^-8
         slow = ["adafactor's decay, 1 - step^-0.8, from step 1024 on"]
     if not slow:

@@ -53,7 +53,7 @@ from jaxlm.run.warm_start import (
 )
 from jaxlm.run.workdir import Hold, run_directory, write_whole
 from jaxlm.step import costs
-from jaxlm.step.optim import split
+from jaxlm.step.patterns import partition
 from jaxlm.step.rounding import warnings
 from jaxlm.step.state import (
     State,
@@ -203,7 +203,7 @@ def train(
         flops = costs.flops_per_token(config, state.params)
         peak = peak_flops(jax.devices()[0].device_kind)
         monitor = Monitor(workdir, config, start, flops, peak)
-        trained = costs.num_parameters(split(state.params, config)[0])
+        trained = costs.num_parameters(partition(state.params, config)[0])
         if 0 < trained < parameters:
             some = f", {trained:,} ({trained / parameters:.1%}) of them trained,"
         else:

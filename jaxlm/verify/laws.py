@@ -16,8 +16,8 @@ from jaxlm.models import build
 from jaxlm.parallel.hosts import to_global
 from jaxlm.parallel.mesh import make_mesh, replicated_share
 from jaxlm.step.costs import bytes_per_device
-from jaxlm.step.losses import arguments, rows_of
-from jaxlm.step.optim import split
+from jaxlm.step.forward import arguments, rows_of
+from jaxlm.step.patterns import partition
 from jaxlm.step.state import (
     State,
     abstract_state,
@@ -96,7 +96,7 @@ def train_on(config: ConfigDict, mesh, batches, start: int = 0) -> Run:
         step = jax.jit(
             step,
             donate_argnums=0,
-            out_shardings=(places, None, split(places.params, config)[0], None),
+            out_shardings=(places, None, partition(places.params, config)[0], None),
         )
         state = init_state(config, mesh)
         losses = []

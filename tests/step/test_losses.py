@@ -8,7 +8,7 @@ from conftest import small_config
 
 from jaxlm.data.examples import Examples
 from jaxlm.data.transforms import ALLOWED, START, STOP
-from jaxlm.step import losses
+from jaxlm.step import forward, losses
 
 B = 3
 T = 10
@@ -50,7 +50,7 @@ def run(monkeypatch):
     """(task, batch, settings) -> (sums, gradients of the objective) of `parameters(0)`, the teacher's being (1)."""
 
     def one(name, batch, rows=B, **settings):
-        monkeypatch.setattr(losses, "build_section", Given)
+        monkeypatch.setattr(forward, "build_section", Given)
         given = settings | {
             "data__examples_per_row": M,
             "model__num_labels": C,

@@ -19,7 +19,7 @@ from jaxlm.kernels.cross_entropy import logits_of
 from jaxlm.models import build
 from jaxlm.models.transformer import unembedding
 from jaxlm.parallel.hosts import to_global
-from jaxlm.step import losses
+from jaxlm.step import forward
 from jaxlm.step.losses import loss_of, total_weight
 from jaxlm.step.state import abstract_state, gradients, state_shardings
 from jaxlm.verify import __main__ as verify
@@ -262,7 +262,7 @@ OF_TEXT = {
 @pytest.mark.parametrize("task", [*TOKEN_TASKS, *ROLES])
 def test_a_key_is_followed_where_the_table_says_so(task, folder, monkeypatch):
     """By the first batches, and by what the loss of any hidden states computes: with the key, and without it."""
-    monkeypatch.setattr(losses, "build_section", Given)
+    monkeypatch.setattr(forward, "build_section", Given)
 
     def said(**settings):
         c = config_of(task, folder, **{"data__enc_len": 64} | settings)

@@ -18,7 +18,8 @@ from jaxlm.errors import ConfigError
 from jaxlm.parallel.hosts import to_global
 from jaxlm.parallel.mesh import replicated_share
 from jaxlm.run.checkpoint import Checkpoints
-from jaxlm.step.optim import OPTIMIZERS, name_of, optimizer, rate_factors, require_cover, schedule
+from jaxlm.step.optim import OPTIMIZERS, optimizer, schedule
+from jaxlm.step.patterns import name_of, rate_factors, require_cover
 from jaxlm.step.state import abstract_state, gradients, init_state, state_shardings, train_step
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
