@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from jaxlm.config.keys import ATTENDING, MESH_AXES
 from jaxlm.config.recipe import pipeline_microbatches
+from jaxlm.config.tasks import task_of
 from jaxlm.kernels.attention import choose
 from jaxlm.parallel.mesh import RULES, abstract_mesh, batch_shards, names_of
 from jaxlm.parallel.pipeline_parallel import bubble_fraction
@@ -60,7 +61,7 @@ def flops_per_token(config: ConfigDict, params) -> int:
     seen = reach(config)
     if m.name == "ngram":
         return 0
-    if m.name == "vectors" and (config.task.negatives or config.task.name == "glove"):
+    if m.name == "vectors" and (config.task.negatives or task_of(config).loss == "glove"):
         return 6 * m.embed_dim * (1 + config.task.negatives)  # a product with each context
     attended = sum(seen[m.layers[i % len(m.layers)]] for i in range(m.num_layers))
     multiplying = active_parameters(config, params) - embedding_parameters(params)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from jaxlm.config.keys import LABELLED
+from jaxlm.config.tasks import task_of
 from jaxlm.data.transforms import ALLOWED, START, STOP
 from jaxlm.kernels.attention import NEVER
 from jaxlm.kernels.cross_entropy import Mix, divergence
@@ -222,13 +222,16 @@ def squares(outputs, labels, task) -> tuple[jax.Array, jax.Array]:
     return error, error
 
 
-SCORES = {
-    "classify": jax.nn.softmax,
-    "tag": jax.nn.softmax,
-    "multilabel": jax.nn.sigmoid,
-    "regress": lambda x: x,
+SCORES = {  # Task.loss -> scores of the head's outputs
+    "cross_entropy": jax.nn.softmax,
+    "binary_cross_entropy": jax.nn.sigmoid,
+    "squared_error": lambda x: x,
 }
-NATS = {"classify": class_nats, "tag": class_nats, "multilabel": binary_nats, "regress": squares}
+NATS = {
+    "cross_entropy": class_nats,
+    "binary_cross_entropy": binary_nats,
+    "squared_error": squares,
+}
 
 
 def label_loss(
@@ -240,21 +243,22 @@ def label_loss(
     """
     batch, places = mesh_order(batch)
     x_BTD, aux = forward(model, params, batch, places, config, dropout_key)
-    outputs = logits_of_labels(params, x_BTD, batch, config.task.name, config.model.pooling)
+    outputs = logits_of_labels(params, x_BTD, batch, config.model.pooling)
     labels = batch["labels"] if "labels" in batch else batch["targets"]
-    nats, learned = NATS[config.task.name](outputs, labels, config.task)
+    kind = task_of(config).loss
+    nats, learned = NATS[kind](outputs, labels, config.task)
     more = {}
     weights = batch["weights"]
     if config.task.distill:
         section = teacher_section(config)
         T = config.task.temperature
         y_BTD, _ = forward(build_section(section), teacher, batch, places, config)
-        taught = logits_of_labels(teacher, y_BTD, batch, config.task.name, section.pooling)
+        taught = logits_of_labels(teacher, y_BTD, batch, section.pooling)
         theirs, mine = (jax.nn.log_softmax(z / T) for z in (taught, outputs))
         apart = T**2 * jnp.sum(jnp.exp(theirs) * (theirs - mine), axis=-1)
         learned = (1 - config.task.distill) * learned + config.task.distill * apart
         more["divergence"] = jnp.sum(weights * apart)
-    if config.task.name in ("classify", "tag"):
+    if task_of(config).has_classes:
         more["accuracy"] = jnp.sum(weights * (jnp.argmax(outputs, axis=-1) == labels))
     tokens_B = jnp.sum(
         batch["segments"] != 0, axis=1
@@ -265,15 +269,13 @@ def label_loss(
         "loss": jnp.sum(weights * nats),
         "weight": jnp.sum(weights),
         "routing": routing,
-        "scores": in_row_order(
-            SCORES[config.task.name](outputs), None if "labels" in batch else places
-        ),
+        "scores": in_row_order(SCORES[kind](outputs), None if "labels" in batch else places),
     }
 
 
-def logits_of_labels(params, x_BTD, batch, task: str, pooling: str) -> jax.Array:
+def logits_of_labels(params, x_BTD, batch, pooling: str) -> jax.Array:
     """float32 [B, M, C] of examples, or [B, T, C] of tokens."""
-    if task in LABELLED:
+    if "labels" in batch:
         x_BTD = pool(
             x_BTD, batch["segments"], batch["positions"], batch["labels"].shape[1], pooling
         )
@@ -406,26 +408,27 @@ def plain_sums(loss_BT, weights_BT) -> dict:
     return {"objective": loss, "loss": loss, "weight": jnp.sum(weights_BT), "routing": {}}
 
 
-LOSSES = {
-    "classify": label_loss,
-    "multilabel": label_loss,
-    "regress": label_loss,
-    "tag": label_loss,
-    "qa": span_loss,
-    "dpo": preference_loss,
+LOSSES = {  # Task.loss -> its function
+    "token": token_loss,
+    "cross_entropy": label_loss,
+    "binary_cross_entropy": label_loss,
+    "squared_error": label_loss,
+    "span": span_loss,
+    "preference": preference_loss,
     "glove": glove_loss,
-}  # and token_loss for all others
+}
 
 
 def loss_of(config: ConfigDict):
-    if config.task.name == "skipgram" and config.task.negatives:
+    task = task_of(config)
+    if config.task.negatives and "task.negatives" in task.keys:
         return negatives_loss
-    return LOSSES.get(config.task.name, token_loss)
+    return LOSSES[task.loss]
 
 
 def total_weight(batch: dict, config: ConfigDict) -> jax.Array:
     """What the loss of a batch is divided by: the sum of its weights; of preferences, the pairs."""
-    if config.task.name == "dpo":
+    if task_of(config).is_preference:
         first = partial(jnp.max, axis=-1)(batch["segments"][:, 0])
         return jnp.maximum(jnp.sum(first).astype(jnp.float32), 1.0)
     return jnp.maximum(jnp.sum(batch["weights"]), 1.0)
