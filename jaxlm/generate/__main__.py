@@ -232,7 +232,7 @@ def read_sentences(path: str, config: ConfigDict) -> list[dict]:
     """The sentences of a file with a word a line, for a model that tags; [] of any other."""
     if task_of(config).answer != "tags" or path.endswith(RECORDS):
         return []
-    given = columns_given(config.data.columns, "tag")
+    given = columns_given(config.data.columns, config.task.name)
     sentences = conll.words_of(path, text_of(path), suffix_of(path), given, label_names(config))
     if sentences:
         words = sum(map(len, sentences))

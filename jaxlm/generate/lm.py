@@ -236,7 +236,7 @@ class LM:
         return Neighbors(fetch(word_vectors(self.params)), self.tokenizer, where)
 
     def _fill(self, text: str) -> list[list[tuple[str, float]]]:
-        vocab = Vocabulary(self.tokenizer, "mlm")
+        vocab = Vocabulary(self.tokenizer, self.config.task.name)
         parts = text.split("[MASK]")
         if self.tokenizer.name not in SPELLED:  # the space before a hidden token is of that token
             parts[:-1] = [part.rstrip(" ") for part in parts[:-1]]

@@ -27,7 +27,7 @@ from jaxlm.step.state import abstract_state, gradients, state_shardings
 from jaxlm.verify import __main__ as verify
 from jaxlm.verify.laws import GRADIENT_TOLERANCE, unpacked, worst
 
-ENCODERS = ("mlm", "tag", "qa", "classify", "multilabel", "regress")
+ENCODERS = [name for name, task in TASKS.items() if task.has_head or name == "mlm"]
 CASES = {name: {"task__name": name} for name in TASKS} | {
     "lm distilled": {"task__name": "lm", "task__distill": 0.5, "task__temperature": 2.0},
     "seq2seq distilled": {
@@ -103,13 +103,15 @@ def config_of(case, folder=None, **more):
         "train__batch_size": ROWS, "model__vocab_size": 376, **CASES[case], **more,
     }  # fmt: skip
     task = settings["task__name"]
-    kinds = (
-        dict.fromkeys(("span_corruption", "ul2", "seq2seq"), "encoder_decoder")
-        | dict.fromkeys(ENCODERS, "encoder")
-        | {"glove": "vectors"}
-    )
-    settings.setdefault("model__name", kinds.get(task, "decoder"))
-    if task in ("classify", "multilabel", "tag"):
+    record = TASKS[task]
+    if record.reads_source:
+        settings.setdefault("model__name", "encoder_decoder")
+    elif record.has_head or record.answer == "hidden":
+        settings.setdefault("model__name", "encoder")
+    elif record.loss == "glove":
+        settings.setdefault("model__name", "vectors")
+    settings.setdefault("model__name", "decoder")
+    if record.has_label_names:
         settings["data__labels"] = verify.LABELS
     if folder:
         key, file = (
