@@ -27,7 +27,6 @@ from jaxlm.step.state import abstract_state, gradients, state_shardings
 from jaxlm.verify import __main__ as verify
 from jaxlm.verify.laws import GRADIENT_TOLERANCE, unpacked, worst
 
-ENCODERS = [name for name, task in TASKS.items() if task.has_head or name == "mlm"]
 CASES = {name: {"task__name": name} for name in TASKS} | {
     "lm distilled": {"task__name": "lm", "task__distill": 0.5, "task__temperature": 2.0},
     "seq2seq distilled": {
