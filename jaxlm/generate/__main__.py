@@ -87,8 +87,8 @@ def main(argv: list[str]) -> None:
     if TASKS[task].answers_examples and not (args.prompt or args.input):
         raise ConfigError(f"--prompt or --input: what is a model of task {task} to answer?")
     prompts = args.prompt or ([] if args.input else [""])
-    if TASKS[task].answer == "span":  # a question is nothing without its context
-        prompts = [question_of(prompt) for prompt in prompts]
+    if len(TASKS[task].asked_columns) > 1:  # a question is nothing without its context
+        prompts = [question_of(prompt, task) for prompt in prompts]
     if args.input:
         prompts += read_sentences(args.input, lm.config) or read_input(args.input, task)
     if TASKS[task].answers_examples:
@@ -200,17 +200,25 @@ def text_in(record):
     return record
 
 
-def question_of(prompt: str) -> dict | str:
-    """An example of qa, of a --prompt that is one as JSON."""
+def question_of(prompt: str, task: str) -> dict:
+    """An example of a task that is asked with several columns, of a --prompt that is one as JSON.
+
+    Raises ConfigError of any other prompt.
+    """
     try:
         example = json.loads(prompt)
     except json.JSONDecodeError:
         example = None
     if isinstance(example, dict):
         return example
-    like = '{"question": "Who wrote it?", "context": "Ann wrote it."}'
+    if TASKS[task].answer == "span":
+        about = "a context"
+        like = '{"question": "Who wrote it?", "context": "Ann wrote it."}'
+    else:
+        about = "an example of its columns"
+        like = json.dumps(dict.fromkeys(TASKS[task].asked_columns, "TEXT"))
     raise ConfigError(
-        f"--prompt={prompt}: a model of task qa is asked about a context: --prompt='{like}'"
+        f"--prompt={prompt}: a model of task {task} is asked about {about}: --prompt='{like}'"
     )
 
 

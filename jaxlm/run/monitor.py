@@ -245,6 +245,9 @@ def proposal(config: ConfigDict, workdir: PurePath, tokenizer, flags: str = "") 
         prompt = "[MASK]"
     elif task.answer == "span":
         prompt = EXAMPLE
+    elif len(task.asked_columns) > 1:
+        text = known_text(tokenizer, config.data.lowercase)
+        prompt = json.dumps(dict.fromkeys(task.asked_columns, text))
     elif task.answers_examples or (program == "generate" and tokenizer.bos_id is None):
         prompt = known_text(tokenizer, config.data.lowercase)
     asked = f" --prompt={shlex.quote(prompt)}" if prompt else ""

@@ -373,8 +373,9 @@ def test_a_run_proposes_what_works_as_typed(task, tokenizer):
     assert program in ("evaluate", "generate")
     assert flags[0] == "--workdir=my runs/it's"
     prompt = "".join(flag.removeprefix("--prompt=") for flag in flags[1:])
-    if task == "qa":
-        assert examples_of(task, ("question", "context"), question_of(prompt))
+    asked = TASKS[task].asked_columns
+    if len(asked) > 1:
+        assert examples_of(task, asked, question_of(prompt, task))
     elif task == "mlm":
         assert prompt == "[MASK]"
     elif TASKS[task].answers_examples or (task == "lm" and tokenizer.bos_id is None):
@@ -386,4 +387,4 @@ def test_a_run_proposes_what_works_as_typed(task, tokenizer):
 
 def test_a_question_needs_its_context():
     with pytest.raises(ConfigError, match=r"--prompt=Who\?: .*asked about a context: --prompt='{"):
-        question_of("Who?")
+        question_of("Who?", "qa")
