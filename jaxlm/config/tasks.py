@@ -47,19 +47,28 @@ class Column:
     """A column of a task's examples."""
 
     name: str
-    holds: str = "text"  # text | label | words | tags | answer | place | messages
+    is_text: bool = True  # one text a cell, which a number may stand for
     required: bool = True
     asked: bool = False  # whether lm.answer needs it; a text alone is taken as the first of these
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned, from what, and what a trained model answers."""
+    """What is learned, from what, and what a trained model answers.
+
+    answer is one of
+        continuation            what follows a text
+        hidden                  the tokens that are masked
+        vectors                 of words
+        class, labels, number   of an example: one class, several that hold together, a number
+        tags                    a class for each word
+        span                    a part of the context
+        text                    one that the model writes
+        ""                      nothing: it is for other models to start from
+    """
 
     name: str  # task.name
     models: tuple[str, ...]  # the values of model.name that can learn it
-    # continuation: what follows a text | hidden: masked tokens | vectors: of words | text: one that it writes
-    # class, labels, number: of an example | tags: a class for each word | span: a part of the context | "": nothing
     answer: str
     columns: tuple[Column, ...] = ()  # of an example, in order; (): it learns from prepared tokens
     transform: str = ""  # in data/transforms.py; "": none
@@ -158,7 +167,7 @@ class Task:
 
 
 TEXT = Column("text", asked=True)
-LABEL = Column("label", "label")
+LABEL = Column("label", is_text=False)
 SECOND_TEXT = Column("text2", required=False)
 
 ALL = (
@@ -276,7 +285,7 @@ ALL = (
         "tag",
         models=READERS,
         answer="tags",
-        columns=(Column("words", "words", asked=True), Column("tags", "tags")),
+        columns=(Column("words", is_text=False, asked=True), Column("tags", is_text=False)),
         transform="tag",
         loss="cross_entropy",
         metrics=(
@@ -298,8 +307,8 @@ ALL = (
         columns=(
             Column("question", asked=True),
             Column("context", asked=True),
-            Column("answer", "answer"),
-            Column("start", "place", required=False),
+            Column("answer", is_text=False),
+            Column("start", is_text=False, required=False),
         ),
         transform="qa",
         loss="span",
@@ -321,7 +330,7 @@ ALL = (
         models=CAUSAL,
         answer="text",
         columns=(
-            Column("messages", "messages", required=False),
+            Column("messages", is_text=False, required=False),
             Column("prompt", required=False, asked=True),
             Column("response", required=False),
         ),
@@ -353,7 +362,7 @@ def text_columns() -> tuple[str, ...]:
     """The columns that hold text, of all tasks."""
     names = []
     for task in ALL:
-        names += [column.name for column in task.columns if column.holds == "text"]
+        names += [column.name for column in task.columns if column.is_text]
     return tuple(dict.fromkeys(names))
 
 
