@@ -76,15 +76,21 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def did_you_mean(word: str, allowed) -> str:
-    """' (did you mean X?)', or '' where nothing is near."""
+def nearest(word: str, allowed) -> str:
+    """The shortest that begins with the word, else the most similar; '' where nothing is near."""
+    longer = []
     if len(word) > 2:
         longer = sorted((each for each in allowed if each.startswith(word)), key=len)
-    else:
-        longer = []
     near = longer[:1] or difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
     if near:
-        return f"; did you mean {near[0]}?"
+        return near[0]
+    return ""
+
+
+def did_you_mean(word: str, allowed) -> str:
+    """'; did you mean X?', or '' where nothing is near."""
+    if near := nearest(word, allowed):
+        return f"; did you mean {near}?"
     return ""
 
 

@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 
 from jaxlm import cli
 from jaxlm.bench import parts as dissect
-from jaxlm.config.check import check, require
-from jaxlm.config.keys import ROLES
+from jaxlm.config.check import check
+from jaxlm.config.problems import require
 from jaxlm.config.recipe import load, override, resolve
+from jaxlm.config.tasks import task_of
 from jaxlm.data.batches import Prefetch, describe, train_batches
 from jaxlm.data.synthetic import random_tokens
 from jaxlm.errors import ConfigError, DataError
@@ -163,7 +164,7 @@ def with_data(config: ConfigDict, folder: Path) -> tuple[ConfigDict, str, list[s
         vocab_size, config.data.labels, _ = describe(config)
         where = config.data.mixture or config.data.path or config.data.train
     except DataError as error:
-        if config.task.name in ROLES or config.data.mixture:
+        if task_of(config).from_examples or config.data.mixture:
             raise
         vocab_size = config.model.vocab_size or VOCABULARY
         random_tokens(folder, vocab_size, RANDOM_TOKENS, config.seed)
@@ -298,7 +299,7 @@ def main(argv: list[str]) -> int:
         else:
             attention = ""
         tokens = f"{figures['tokens_per_step']:,} tokens a step" + ", padding too" * (
-            config.task.name in ROLES
+            task_of(config).from_examples
         )
         print(f"{figures['parameters']:,} parameters on {figures['devices']}, {tokens}{attention}")
         print("\n".join(lines(figures)), flush=True)

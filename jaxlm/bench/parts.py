@@ -16,6 +16,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.config.recipe import flatten
+from jaxlm.config.tasks import task_of
 from jaxlm.data.batches import train_batches
 from jaxlm.errors import UserError
 from jaxlm.kernels.cross_entropy import Mix, weighted
@@ -95,7 +96,7 @@ def step_parts(config: ConfigDict, mesh) -> dict[str, float]:
         found["attention"] = sum(one[kind] for kind in kinds)
         if not m.num_experts:
             found["MLP"] = m.num_layers * layer(MLP(m, m.mlp_dim), mesh, x_BTD)
-    if c.task.name == "lm":
+    if task_of(c).is_plain_lm:
         table = unembedding(state.params)
         options = {"softcap": c.model.logit_softcap, "chunk": c.train.loss_chunk}
 

@@ -1,26 +1,22 @@
-"""What a config must satisfy, checked all at once before any device does work. No jax."""
+"""What a config must satisfy, checked all at once before any device does work. No jax.
+
+Each check yields its problems. The mesh's are in mesh_rules.py.
+"""
 
 import math
 import os
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from jaxlm.cli import did_you_mean
-from jaxlm.config.keys import (
-    ATTENDING,
-    CHOICES,
-    FOLLOWED,
-    LABELLED,
-    METRICS,
-    OF_TEXTS,
-    ROLES,
-    TOKEN_TASKS,
-    TWO_SIDED,
-    base,
-)
+from jaxlm.config.keys import ATTENDING, CHOICES, base
 from jaxlm.config.mesh_rules import mesh, nearest_divisors, nearest_multiples
+from jaxlm.config.problems import Problem
 from jaxlm.config.recipe import flatten, set_key
+from jaxlm.config.tasks import TEXT_METRICS, task_of, tasks_using
 from jaxlm.errors import ConfigError
 
 AT_LEAST_ONE = (
@@ -46,25 +42,63 @@ BELOW_ONE = (
     "model.dropout model.recurrent_dropout train.ema optim.b1 optim.b2 optim.momentum task.label_smoothing "
     "data.word_dropout task.subsample"
 ).split()
+PROPORTIONS = "optim.end_factor optim.cooldown_fraction task.fim_rate task.distill".split()
 
 
-def require(problems: list[str]) -> None:
-    """Raises one ConfigError that lists them all, if there are any."""
-    if problems:
-        if len(problems) == 1:
-            count = "1 problem"
-        else:
-            count = f"{len(problems)} problems"
-        raise ConfigError(f"{count} in the config:\n" + "\n".join(f"  - {p}" for p in problems))
+class Range(NamedTuple):
+    """The numbers that some keys may have."""
+
+    keys: list[str]
+    rule: str
+    low: float
+    high: float = math.inf
+    has_low: bool = True  # whether low itself is allowed
+    has_high: bool = False
+    default: float | None = None  # allowed outside of the range: "derive it"
+
+    def allows(self, value: float) -> bool:
+        if value == self.default:
+            return True
+        above = value > self.low or (self.has_low and value == self.low)
+        below = value < self.high or (self.has_high and value == self.high)
+        return above and below
 
 
-def check(c: ConfigDict, devices: int | None = None, vocab_size: int | None = None) -> list[str]:
+RANGES = (
+    Range(AT_LEAST_ONE, "must be at least 1", 1, has_high=True),
+    Range(AT_LEAST_ZERO, "must not be negative", 0),
+    Range(
+        ["optim.warmup_steps"],
+        "must not be negative, or -1 for 5% of train.steps",
+        -1,
+        has_high=True,
+    ),
+    Range(POSITIVE, "must be positive", 0, has_low=False),
+    Range(BELOW_ONE, "must be in [0, 1)", 0, 1),
+    Range(
+        ["optim.layer_decay"],
+        "must be in (0, 1]; 1: every layer alike",
+        0,
+        1,
+        has_low=False,
+        has_high=True,
+    ),
+    Range(PROPORTIONS, "must be in [0, 1]", 0, 1, has_high=True),
+    Range(["task.mask_rate"], "must be in (0, 1)", 0, 1, has_low=False),
+    Range(["task.span_length"], "must be at least 1", 1, has_high=True),
+    Range(["model.embed_dropout"], "must be in [0, 1), or -1 for model.dropout", 0, 1, default=-1),
+)
+
+
+def check(
+    c: ConfigDict, devices: int | None = None, vocab_size: int | None = None
+) -> list[Problem]:
     """Every problem of a config, each with key, value, rule and the nearest valid value; empty where it is sound.
 
     devices: how many there are, if known. vocab_size: the tokenizer's, if known.
     """
-    problems = ranges(c)
-    bad = {problem.removeprefix("config.").partition("=")[0] for problem in problems}
+    problems = list(ranges(c))
+    bad = {problem.key for problem in problems}
     sections = {key.split(".")[0] for key in bad}  # arithmetic on nonsense would only add noise
     if not sections & {"model", "data"}:
         problems += model(c, vocab_size)
@@ -75,309 +109,298 @@ def check(c: ConfigDict, devices: int | None = None, vocab_size: int | None = No
     return problems + mesh(c, devices, bad)
 
 
-def ranges(c: ConfigDict) -> list[str]:
+def ranges(c: ConfigDict) -> Iterator[Problem]:
+    """The keys whose own value no config may have."""
     flat = flatten(c)
-    problems = []
-    for keys, rule, ok in (
-        (AT_LEAST_ONE, "must be at least 1", lambda v: v >= 1),
-        (AT_LEAST_ZERO, "must not be negative", lambda v: 0 <= v < math.inf),
-        (
-            ["optim.warmup_steps"],
-            "must not be negative, or -1 for 5% of train.steps",
-            lambda v: v >= -1,
-        ),
-        (POSITIVE, "must be positive", lambda v: 0 < v < math.inf),
-        (BELOW_ONE, "must be in [0, 1)", lambda v: 0 <= v < 1),
-        (["optim.layer_decay"], "must be in (0, 1]; 1: every layer alike", lambda v: 0 < v <= 1),
-        (
-            ["optim.end_factor", "optim.cooldown_fraction", "task.fim_rate", "task.distill"],
-            "must be in [0, 1]",
-            lambda v: 0 <= v <= 1,
-        ),
-        (["task.mask_rate"], "must be in (0, 1)", lambda v: 0 < v < 1),
-        (["task.span_length"], "must be at least 1", lambda v: v >= 1),
-        (
-            ["model.embed_dropout"],
-            "must be in [0, 1), or -1 for model.dropout",
-            lambda v: v == -1 or 0 <= v < 1,
-        ),
-    ):
-        problems += [f"config.{key}={flat[key]}: {rule}" for key in keys if not ok(flat[key])]
-    for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
-            hint = did_you_mean(flat[key], allowed)
-            problems.append(f"config.{key}={flat[key]}: must be one of {', '.join(allowed)}{hint}")
+    for numbers in RANGES:
+        for key in numbers.keys:
+            if not numbers.allows(flat[key]):
+                yield Problem(key, flat[key], numbers.rule)
+    for key, words in CHOICES.items():
+        if flat[key] not in words:
+            rule = f"must be one of {', '.join(words)}"
+            yield Problem(key, flat[key], rule, did_you_mean(flat[key], words))
     if not c.model.layers or set(c.model.layers) - set("SL"):
-        problems.append(
-            f"config.model.layers={c.model.layers!r}: a pattern of S (window) and L (whole context), such as SSSL"
-        )
-    return problems
+        rule = "a pattern of S (window) and L (whole context), such as SSSL"
+        yield Problem("model.layers", repr(c.model.layers), rule)
 
 
-def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
+# ---------------------------------------------------------------- the model
+
+
+def model(c: ConfigDict, vocab_size: int | None) -> Iterator[Problem]:
     m = c.model
-    problems = []
-    attends = m.name in ATTENDING and m.num_layers
-    if attends and not m.head_dim and m.embed_dim % m.num_heads:
-        problems.append(
-            f"config.model.num_heads={m.num_heads}: must divide config.model.embed_dim={m.embed_dim} "
-            f"(nearest: {nearest_divisors(m.num_heads, m.embed_dim)}), or set config.model.head_dim"
-        )
-    elif attends and m.positions == "rope" and (m.head_dim or m.embed_dim // m.num_heads) % 2:
-        problems.append("config.model.head_dim: must be even for positions=rope")
-    if attends and m.num_kv_heads and m.num_heads % m.num_kv_heads:
-        problems.append(
-            f"config.model.num_kv_heads={m.num_kv_heads}: must divide config.model.num_heads={m.num_heads} "
-            f"(nearest: {nearest_divisors(m.num_kv_heads, m.num_heads)})"
-        )
+    if m.name in ATTENDING and m.num_layers:
+        yield from heads(m)
     if m.num_layers % len(m.layers) and m.scan:
-        problems.append(
-            f"config.model.layers={m.layers!r}: with scan=True its length {len(m.layers)} must divide "
-            f"config.model.num_layers={m.num_layers} ({nearest_multiples(m.num_layers, len(m.layers))}), or scan=False"
+        nearest = nearest_multiples(m.num_layers, len(m.layers))
+        yield Problem(
+            "model.layers",
+            repr(m.layers),
+            f"with scan=True its length {len(m.layers)} must divide "
+            f"config.model.num_layers={m.num_layers} ({nearest}), or scan=False",
         )
     if m.positions == "sinusoidal" and m.embed_dim % 2:
-        problems.append(
-            f"config.model.embed_dim={m.embed_dim}: must be even for positions=sinusoidal"
-        )
-    longest = max(("seq_len", "enc_len"), key=lambda key: c.data[key])
+        yield Problem("model.embed_dim", m.embed_dim, "must be even for positions=sinusoidal")
+    longest = max(("seq_len", "enc_len"), key=c.data.get)
     if m.positions == "learned" and 0 < m.context_length < c.data[longest]:
         table = f"the table of learned positions, config.model.context_length={m.context_length}"
-        problems.append(f"config.data.{longest}={c.data[longest]}: longer than {table}")
+        yield Problem(f"data.{longest}", c.data[longest], f"longer than {table}")
     if m.attention_softcap and m.attention not in ("auto", "reference", "blockwise", "tokamax"):
-        problems.append(
-            f"config.model.attention={m.attention}: has no attention_softcap; set auto or reference"
+        yield Problem(
+            "model.attention", m.attention, "has no attention_softcap; set auto or reference"
         )
     if m.num_experts and m.experts_per_token > m.num_experts:
-        problems.append(
-            f"config.model.experts_per_token={m.experts_per_token}: there are only config.model.num_experts="
-            f"{m.num_experts} experts"
-        )
+        rule = f"there are only config.model.num_experts={m.num_experts} experts"
+        yield Problem("model.experts_per_token", m.experts_per_token, rule)
     if m.embed_ngrams > 1 and m.name not in ("decoder", "encoder"):
-        problems.append(
-            f"config.model.embed_ngrams={m.embed_ngrams}: is of decoders and encoders; set 1"
-        )
+        yield Problem("model.embed_ngrams", m.embed_ngrams, "is of decoders and encoders; set 1")
     if vocab_size and 0 < m.vocab_size < vocab_size:
-        problems.append(
-            f"config.model.vocab_size={m.vocab_size}: the tokenizer of config.data has {vocab_size} ids; "
-            f"set 0 (as the tokenizer) or at least {vocab_size}"
+        yield Problem(
+            "model.vocab_size",
+            m.vocab_size,
+            f"the tokenizer of config.data has {vocab_size} ids; set 0 (as the tokenizer) or at least {vocab_size}",
         )
-    return problems
 
 
-def task(c: ConfigDict) -> list[str]:
+def heads(m: ConfigDict) -> Iterator[Problem]:
+    """m: the model section of a model with attention heads."""
+    if not m.head_dim and m.embed_dim % m.num_heads:
+        nearest = nearest_divisors(m.num_heads, m.embed_dim)
+        yield Problem(
+            "model.num_heads",
+            m.num_heads,
+            f"must divide config.model.embed_dim={m.embed_dim} (nearest: {nearest}), or set config.model.head_dim",
+        )
+    elif m.positions == "rope" and (m.head_dim or m.embed_dim // m.num_heads) % 2:
+        yield Problem("model.head_dim", None, "must be even for positions=rope")
+    if m.num_kv_heads and m.num_heads % m.num_kv_heads:
+        nearest = nearest_divisors(m.num_kv_heads, m.num_heads)
+        yield Problem(
+            "model.num_kv_heads",
+            m.num_kv_heads,
+            f"must divide config.model.num_heads={m.num_heads} (nearest: {nearest})",
+        )
+
+
+# ---------------------------------------------------------------- the task
+
+
+def task(c: ConfigDict) -> Iterator[Problem]:
     """What the task, its model and its data must be to each other."""
-    k = c.task
-    m = c.model
+    yield from model_of_task(c)
+    yield from data_of_task(c)
+    yield from features(c)
+    yield from evaluation(c)
+    yield from objective(c)
+    yield from word_vectors(c)
+    yield from unused(c)
+
+
+def model_of_task(c: ConfigDict) -> Iterator[Problem]:
+    name = c.model.name
+    models = task_of(c).models
+    if name not in models:
+        yield Problem("model.name", name, f"task {c.task.name} needs {' or '.join(models)}")
+
+
+def data_of_task(c: ConfigDict) -> Iterator[Problem]:
+    record = task_of(c)
     d = c.data
-    problems = []
-    causal = ("decoder", "lstm")
-    both_ways = ("encoder", "bilstm")
-    two_sided = ("encoder_decoder", "lstm_seq2seq")
-    kinds = {
-        "lm": (*causal, "ngram"), "mlm": both_ways, "prefix_lm": ("decoder",), "fim": causal,
-        "skipgram": ("vectors", "decoder"), "glove": ("vectors",), "sft": causal, "dpo": causal,
-    }.get(k.name, two_sided if k.name in TWO_SIDED else (*both_ways, *causal))  # fmt: skip
-    if k.name in LABELLED:
-        kinds += ("bag",)
-    if m.name not in kinds:
-        problems.append(f"config.model.name={m.name}: task {k.name} needs {' or '.join(kinds)}")
-    if k.name in ROLES and (d.path or d.mixture):
-        problems.append(
-            f"config.data.path: task {k.name} learns from examples; give config.data.train and data.val"
-        )
-    if k.name in TOKEN_TASKS and (d.train or d.val):
-        problems.append(
-            f"config.data.train: task {k.name} learns from prepared tokens; give config.data.path"
-        )
-    if "S" in m.layers and (m.name != "decoder" or k.name == "prefix_lm"):
-        problems.append(
-            f"config.model.layers={m.layers!r}: windows (S) are for causal decoders; set L"
-        )
+    if record.from_examples and (d.path or d.mixture):
+        rule = f"task {record.name} learns from examples; give config.data.train and data.val"
+        yield Problem("data.path", None, rule)
+    if not record.from_examples and (d.train or d.val):
+        rule = f"task {record.name} learns from prepared tokens; give config.data.path"
+        yield Problem("data.train", None, rule)
+
+
+def features(c: ConfigDict) -> Iterator[Problem]:
+    """What some models and tasks do not have."""
+    m = c.model
+    record = task_of(c)
+    attends = m.name in ATTENDING
+    if "S" in m.layers and (m.name != "decoder" or record.reads_prefix):
+        rule = "windows (S) are for causal decoders; set L"
+        yield Problem("model.layers", repr(m.layers), rule)
     if m.name == "encoder_decoder" and (m.num_experts or c.mesh.stage > 1):
-        problems.append(
-            "config.model.name=encoder_decoder: has no experts and no pipeline; set num_experts=0, mesh.stage=1"
+        rule = "has no experts and no pipeline; set num_experts=0, mesh.stage=1"
+        yield Problem("model.name", m.name, rule)
+    reads_padding = m.name == "encoder_decoder" or (
+        m.name in ("encoder", "bag") and record.from_examples
+    )
+    if reads_padding and not c.data.isolate:
+        rule = f"the {m.name} of task {record.name} would read padding; set True"
+        yield Problem("data.isolate", False, rule)
+    if not attends and (c.mesh.sequence > 1 or c.mesh.stage > 1 or m.lora_rank):
+        rule = "has no sequence or stage axis and no LoRA; set mesh.sequence=1 ..."
+        yield Problem("model.name", m.name, rule)
+    if not attends and m.quantize != "none":
+        yield Problem(
+            "model.quantize", m.quantize, f"is of Transformers, not of {m.name}; set none"
         )
-    if not d.isolate and (
-        m.name == "encoder_decoder" or (m.name in ("encoder", "bag") and k.name in ROLES)
-    ):
-        problems.append(
-            f"config.data.isolate=False: the {m.name} of task {k.name} would read padding; set True"
-        )
-    if m.name not in ATTENDING and (c.mesh.sequence > 1 or c.mesh.stage > 1 or m.lora_rank):
-        problems.append(
-            f"config.model.name={m.name}: has no sequence or stage axis and no LoRA; set mesh.sequence=1 ..."
-        )
-    if m.name not in ATTENDING and m.quantize != "none":
-        problems.append(
-            f"config.model.quantize={m.quantize}: is of Transformers, not of {m.name}; set none"
-        )
-    if m.ngram_weights != "none" and (m.name != "bag" or k.name != "classify"):
-        problems.append(
-            f"config.model.ngram_weights={m.ngram_weights}: is of a bag of n-grams that learns classes; set none, or "
-            "model.name=bag and task.name=classify"
+    if m.ngram_weights != "none" and (m.name != "bag" or record.answer != "class"):
+        yield Problem(
+            "model.ngram_weights",
+            m.ngram_weights,
+            "is of a bag of n-grams that learns classes; set none, or model.name=bag and task.name=classify",
         )
     if m.name == "bilstm" and (m.hidden_dim or m.embed_dim) % 2:
-        problems.append(
-            f"config.model.hidden_dim={m.hidden_dim}: must be even for bilstm, half for each direction"
-        )
+        rule = "must be even for bilstm, half for each direction"
+        yield Problem("model.hidden_dim", m.hidden_dim, rule)
     if m.lora_rank:
         try:
             re.compile(m.lora_targets)
         except re.error as error:
-            problems.append(
-                f"config.model.lora_targets={m.lora_targets!r}: not a regular expression: {error}"
-            )
-    if (metric := c.eval.metric) not in METRICS[k.name]:
-        problems.append(
-            f"config.eval.metric={metric}: an evaluation of task {k.name} has {', '.join(METRICS[k.name])}"
-            f"{did_you_mean(metric, METRICS[k.name])}"
-        )
-    elif metric in OF_TEXTS and not c.eval.generate:
-        problems.append(
-            f"config.eval.metric={metric}: needs texts; set config.eval.generate=100, say"
-        )
-    return problems + objective(c) + word_vectors(c) + in_vain(c)
+            rule = f"not a regular expression: {error}"
+            yield Problem("model.lora_targets", repr(m.lora_targets), rule)
 
 
-def objective(c: ConfigDict) -> list[str]:
+def evaluation(c: ConfigDict) -> Iterator[Problem]:
+    """eval.metric must be one that an evaluation of the task reports."""
+    metric = c.eval.metric
+    known = task_of(c).metrics
+    if metric not in known:
+        rule = f"an evaluation of task {c.task.name} has {', '.join(known)}"
+        yield Problem("eval.metric", metric, rule, did_you_mean(metric, known))
+    elif metric in TEXT_METRICS and not c.eval.generate:
+        yield Problem("eval.metric", metric, "needs texts; set config.eval.generate=100, say")
+
+
+def objective(c: ConfigDict) -> Iterator[Problem]:
     """What is learned: from whom, and how much each example counts."""
     k = c.task
-    m = c.model
-    problems = []
+    is_preference = task_of(c).is_preference
     if k.class_weights != "none" and k.balanced_sampling:
-        problems.append(
-            f"config.task.class_weights={k.class_weights}: rare classes would be raised twice; set it to none, or "
-            "config.task.balanced_sampling=False"
+        yield Problem(
+            "task.class_weights",
+            k.class_weights,
+            "rare classes would be raised twice; set it to none, or config.task.balanced_sampling=False",
         )
     if k.distill and not k.teacher:
-        problems.append(
-            f"config.task.distill={k.distill}: needs config.task.teacher, a run directory"
-        )
-    if k.temperature != 1 and not k.distill and k.name in FOLLOWED["task.temperature"]:
-        problems.append(
-            f"config.task.temperature={k.temperature}: is of distillation; set config.task.distill as well"
-        )
-    if k.teacher and not k.distill and k.name != "dpo":
-        problems.append(
-            f"config.task.teacher={k.teacher}: teaches nothing; set config.task.distill=0.5, say, as well"
-        )
-    if k.name == "dpo" and not (k.teacher or c.train.init_from):
-        problems.append(
-            "config.train.init_from: dpo starts from a model, which is its reference; give a run directory"
-        )
-    if k.label_smoothing and m.logit_softcap:
-        problems.append(
-            "config.task.label_smoothing: not with config.model.logit_softcap; set one of them to 0"
-        )
-    return problems
+        yield Problem("task.distill", k.distill, "needs config.task.teacher, a run directory")
+    if k.temperature != 1 and not k.distill and k.name in tasks_using("task.temperature"):
+        rule = "is of distillation; set config.task.distill as well"
+        yield Problem("task.temperature", k.temperature, rule)
+    if k.teacher and not k.distill and not is_preference:
+        rule = "teaches nothing; set config.task.distill=0.5, say, as well"
+        yield Problem("task.teacher", k.teacher, rule)
+    if is_preference and not (k.teacher or c.train.init_from):
+        rule = f"{k.name} starts from a model, which is its reference; give a run directory"
+        yield Problem("train.init_from", None, rule)
+    if k.label_smoothing and c.model.logit_softcap:
+        rule = "not with config.model.logit_softcap; set one of them to 0"
+        yield Problem("task.label_smoothing", None, rule)
 
 
-def word_vectors(c: ConfigDict) -> list[str]:
+def word_vectors(c: ConfigDict) -> Iterator[Problem]:
     """What the losses of pairs of words cannot do."""
-    glove = c.task.name == "glove"
+    record = task_of(c)
+    glove = record.loss == "glove"
     if not glove and not c.task.negatives:
-        return []
-    problems = []
-    if glove:
-        this = "task glove"
-    else:
-        this = f"config.task.negatives={c.task.negatives}"
-    if not glove and c.task.name == "skipgram" and c.model.name != "vectors":
-        problems.append(
-            f"config.model.name={c.model.name}: {this} needs two vectors a word and no layers; set vectors, or "
-            "config.task.negatives=0"
-        )
+        return
+    this = "task glove" if glove else f"config.task.negatives={c.task.negatives}"
+    if "task.negatives" in record.keys and c.model.name != "vectors":
+        rule = f"{this} needs two vectors a word and no layers; set vectors, or config.task.negatives=0"
+        yield Problem("model.name", c.model.name, rule)
     if glove and c.data.mixture:
-        problems.append(
-            "config.data.mixture: task glove counts the words of one directory; prepare the texts together, and give "
-            "config.data.path"
+        yield Problem(
+            "data.mixture",
+            None,
+            "task glove counts the words of one directory; prepare the texts together, and give config.data.path",
         )
     flat = flatten(c)
     for key in ("task.label_smoothing", "task.distill", "train.z_loss", "model.logit_softcap"):
-        if flat[key] and not (glove and key in FOLLOWED):  # which `in_vain` tells
-            problems.append(
-                f"config.{key}={flat[key]}: is of a softmax, which {this} has not; set 0"
-            )
-    return problems
+        reported = glove and tasks_using(key)  # by `unused`
+        if flat[key] and not reported:
+            yield Problem(key, flat[key], f"is of a softmax, which {this} has not; set 0")
 
 
-def in_vain(c: ConfigDict) -> list[str]:
-    """The keys that are set, and that config.task does not follow."""
+def unused(c: ConfigDict) -> Iterator[Problem]:
+    """The keys that are set, and that config.task does not use."""
     default = flatten(base())
-    given = flatten(c)
-    derived = {
+    derived = {  # what `resolve` makes of the default
         "data.enc_len": c.data.seq_len,
         "eval.max_tokens": c.data.seq_len,
-    }  # what `resolve` makes of the default
-    return [
-        f"config.{key}={given[key]}: task {c.task.name} does not follow it (but {', '.join(tasks)}); leave it out"
-        for key, tasks in FOLLOWED.items()
-        if c.task.name not in tasks
-        and given[key] not in (default[key], derived.get(key, default[key]))
-    ]
+    }
+    for key, value in flatten(c).items():
+        tasks = tasks_using(key)
+        if not tasks or c.task.name in tasks:
+            continue
+        if value not in (default[key], derived.get(key, default[key])):
+            rule = f"task {c.task.name} does not follow it (but {', '.join(tasks)}); leave it out"
+            yield Problem(key, value, rule)
 
 
-def forget(c: ConfigDict) -> None:
-    """Sets what config.task does not follow back to its default."""
-    default = flatten(base())
-    for key, tasks in FOLLOWED.items():
-        if c.task.name not in tasks:
-            set_key(c, key, default[key])
+def reset_unused(c: ConfigDict) -> None:
+    """Sets the keys that config.task does not use back to their defaults."""
+    for key, value in flatten(base()).items():
+        tasks = tasks_using(key)
+        if tasks and c.task.name not in tasks:
+            set_key(c, key, value)
 
 
-def training(c: ConfigDict) -> list[str]:
+# ---------------------------------------------------------------- training
+
+
+def training(c: ConfigDict) -> Iterator[Problem]:
     t = c.train
     o = c.optim
-    problems = []
     if t.batch_size % t.grad_accumulation:
-        problems.append(
-            f"config.train.batch_size={t.batch_size}: must be a multiple of config.train.grad_accumulation="
-            f"{t.grad_accumulation} ({nearest_multiples(t.batch_size, t.grad_accumulation)})"
-        )
+        nearest = nearest_multiples(t.batch_size, t.grad_accumulation)
+        rule = f"must be a multiple of config.train.grad_accumulation={t.grad_accumulation} ({nearest})"
+        yield Problem("train.batch_size", t.batch_size, rule)
     if t.loss_chunk and c.data.seq_len % t.loss_chunk:
         nearest = nearest_divisors(t.loss_chunk, c.data.seq_len)
-        problems.append(
-            f"config.train.loss_chunk={t.loss_chunk}: must divide config.data.seq_len={c.data.seq_len} "
-            f"(nearest: {nearest}), or be 0"
-        )
+        rule = f"must divide config.data.seq_len={c.data.seq_len} (nearest: {nearest}), or be 0"
+        yield Problem("train.loss_chunk", t.loss_chunk, rule)
     if o.warmup_steps > t.steps:
-        problems.append(
-            f"config.optim.warmup_steps={o.warmup_steps}: more than config.train.steps={t.steps}; "
-            f"set --config.optim.warmup_steps={t.steps // 10}, say"
+        yield Problem(
+            "optim.warmup_steps",
+            o.warmup_steps,
+            f"more than config.train.steps={t.steps}; set --config.optim.warmup_steps={t.steps // 10}, say",
         )
     if o.rounding == "stochastic" and c.model.param_dtype == "float32":
-        problems.append(
-            "config.optim.rounding=stochastic: rounds nothing, since config.model.param_dtype=float32; set "
-            "--config.optim.rounding=nearest, or --config.model.param_dtype=bfloat16"
+        yield Problem(
+            "optim.rounding",
+            o.rounding,
+            "rounds nothing, since config.model.param_dtype=float32; set --config.optim.rounding=nearest, or "
+            "--config.model.param_dtype=bfloat16",
         )
     if t.stop_at > t.steps:
-        problems.append(f"config.train.stop_at={t.stop_at}: beyond config.train.steps={t.steps}")
+        yield Problem("train.stop_at", t.stop_at, f"beyond config.train.steps={t.steps}")
     if c.eval.patience and not c.eval.every:
-        problems.append("config.eval.patience: needs evaluations; set config.eval.every")
-    factors = []
-    for key, item in [
-        *(("decay", item) for item in o.decay),
-        *(("rates", item) for item in o.rates),
-    ]:
-        try:
-            pattern, factor = item
-            re.compile(pattern)
-            if not 0 <= factor < math.inf:
-                raise ValueError("the factor must not be negative")
-            factors += [factor] * (key == "rates")
-        except (TypeError, ValueError, re.error) as error:
-            problems.append(
-                f"config.optim.{key}: {item!r} is not (regular expression, factor): {error}"
-            )
-    if factors and not any(factors):
-        problems.append(
-            "config.optim.rates: freezes every parameter; give some pattern a factor above 0"
-        )
+        yield Problem("eval.patience", None, "needs evaluations; set config.eval.every")
+    yield from patterns(o)
     try:
         mixture(c)
     except ConfigError as error:
-        problems.append(str(error))
-    return problems
+        yield error.args[0]
+
+
+def patterns(o: ConfigDict) -> Iterator[Problem]:
+    """The (regular expression, factor) pairs of optim.decay and optim.rates. o: the optim section."""
+    for key in ("decay", "rates"):
+        for item in o[key]:
+            if why := unlike_pattern(item):
+                rule = f"{item!r} is not (regular expression, factor): {why}"
+                yield Problem(f"optim.{key}", None, rule)
+    factors = [item[1] for item in o.rates if not unlike_pattern(item)]
+    if factors and not any(factors):
+        rule = "freezes every parameter; give some pattern a factor above 0"
+        yield Problem("optim.rates", None, rule)
+
+
+def unlike_pattern(item) -> str:
+    """Why this is no (regular expression, factor); empty where it is one."""
+    try:
+        pattern, factor = item
+        re.compile(pattern)
+        if 0 <= factor < math.inf:
+            return ""
+    except (TypeError, ValueError, re.error) as error:
+        return str(error)
+    return "the factor must not be negative"
 
 
 def sources_of(spec: str) -> list[str]:
@@ -394,20 +417,24 @@ def sources_of(spec: str) -> list[str]:
 
 
 def mixture(c: ConfigDict) -> list[tuple[str, float]]:
-    """[(directory, weight)] of config.data, weights summing to 1. Raises ConfigError that says what is wrong."""
+    """[(directory, weight)] of config.data, weights summing to 1. Raises ConfigError of a Problem."""
     if not c.data.mixture:
         return [(c.data.path, 1.0)]
     sources = []
     for item in sources_of(c.data.mixture):
-        path, equals, text = item.strip().rpartition("=")
-        try:
-            weight = float(text) if equals else math.nan
-        except ValueError:
-            weight = math.nan
+        path, _, text = item.strip().rpartition("=")
+        weight = weight_of(text)
         if not (path and 0 < weight < math.inf):
-            raise ConfigError(
-                f"config.data.mixture: {item!r} is not DIR=WEIGHT with a positive weight"
-            )
+            rule = f"{item!r} is not DIR=WEIGHT with a positive weight"
+            raise ConfigError(Problem("data.mixture", None, rule))
         sources.append((path, weight))
     total = sum(weight for _, weight in sources)
     return [(path, weight / total) for path, weight in sources]
+
+
+def weight_of(text: str) -> float:
+    """NaN where the text is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,6 +1,8 @@
-"""Every key of the config once, with its default and the reason it exists, and what the words among them may be."""
+"""Every key of the config once, with its default and its reason, and the words that some of them may be."""
 
 from ml_collections import ConfigDict
+
+from jaxlm.config.tasks import TASKS
 
 MESH_AXES = ("data", "fsdp", "stage", "expert", "sequence", "tensor")
 STRATEGIES = {  # mesh.strategy -> the axis that takes the devices left over
@@ -11,112 +13,13 @@ STRATEGIES = {  # mesh.strategy -> the axis that takes the devices left over
     "sequence": "sequence",
     "expert": "expert",
 }
-# What is learned from a stream of tokens, and from files of examples: task.name -> the columns of an example, in order
-# (a mark: it may be missing). See jaxlm/data/transforms.py.
-FORETELLING = (
-    "lm",
-    "mlm",
-    "prefix_lm",
-    "fim",
-    "span_corruption",
-    "ul2",
-    "skipgram",
-)  # a token, out of all
-TOKEN_TASKS = (*FORETELLING, "glove")
-VECTORS = ("skipgram", "glove")  # what is wanted of them is the vectors of words
-ROLES = {
-    "classify": ("text", "label", "text2?"),
-    "multilabel": ("text", "label", "text2?"),
-    "regress": ("text", "label", "text2?"),
-    "tag": ("words", "tags"),
-    "qa": ("question", "context", "answer", "start?"),
-    "seq2seq": ("source", "target"),
-    "sft": ("messages?", "prompt?", "response?"),
-    "dpo": ("prompt", "chosen", "rejected"),
-}
-GROUP = "group"  # a column beside them, by whose values evaluate tells figures apart
-TWO_SIDED = ("span_corruption", "ul2", "seq2seq")  # a source is read, a target written
-ATTENDING = ("decoder", "encoder", "encoder_decoder")  # models with heads
-LABELLED = ("classify", "multilabel", "regress")  # one label an example, not one a token
-HEADED = (
-    *LABELLED,
-    "tag",
-    "qa",
-)  # answered by a head of model.num_labels outputs, not from the vocabulary
-WRITTEN = ("seq2seq", "sft", "dpo")  # answered with a text that the model writes
-ANSWERING = (*ROLES, "mlm")  # models that answer an example
-SILENT = (
-    "span_corruption",
-    "ul2",
-    *VECTORS,
-)  # to start others from, or for their embeddings: they answer nothing
-# What an evaluation in training may tell, where the data and the libraries that are here allow it: for eval.metric.
-METRICS = dict.fromkeys(
-    (*FORETELLING, "seq2seq", "sft"), ("loss", "perplexity", "tokens", "divergence")
-)
-METRICS["lm"] += ("bits_per_byte", "bytes")
-METRICS |= {
-    "glove": ("loss", "pairs"),
-    "classify": (
-        "loss", "accuracy", "precision", "recall", "f1", "f1_micro", "f1_positive", "auc", "log_loss", "divergence"
-    ),
-    "multilabel": ("loss", "f1", "f1_micro", "exact_match", "auc", "divergence"),
-    "regress": ("loss", "mse", "mae", "pearson", "spearman", "divergence"),
-    "tag": (
-        "loss", "accuracy", "f1", "f1_micro", "entity_precision", "entity_recall", "entity_f1", "divergence"
-    ),
-    "qa": ("loss", "exact_match", "f1", "divergence"),
-    "dpo": ("loss", "accuracy", "margin", "pairs"),
-}  # fmt: skip
-OF_TEXTS = (
-    "bleu",
-    "chrf",
-    "rouge1",
-    "rouge2",
-    "rougeL",
-    "rougeLsum",
-)  # where eval.generate is not 0
-METRICS |= {task: METRICS[task] + OF_TEXTS for task in WRITTEN}
-# Keys that only some tasks follow: elsewhere they would be set in vain.
-FOLLOWED = {
-    "task.mask_rate": ("mlm", "span_corruption", "ul2"),
-    "task.whole_words": ("mlm",),
-    "task.span_length": ("span_corruption", "ul2"),
-    "task.fim_rate": ("fim",),
-    "task.window": VECTORS,
-    "task.negatives": ("skipgram",),
-    "task.subsample": ("skipgram",),
-    "task.x_max": ("glove",),
-    "task.label_smoothing": (*FORETELLING, "classify", "tag", *WRITTEN),
-    "task.class_weights": ("classify", "tag"),
-    "task.balanced_sampling": ("classify",),
-    "task.focal": ("classify", "multilabel", "tag"),
-    "task.distill": (*FORETELLING, "classify", "tag", "seq2seq", "sft"),
-    "task.temperature": (*FORETELLING, "classify", "tag", "seq2seq", "sft"),
-    "task.beta": ("dpo",),
-    "model.pooling": LABELLED,
-    "data.columns": tuple(ROLES),
-    "data.tokenizer": tuple(ROLES),
-    "data.vocab_size": tuple(ROLES),
-    "data.min_count": tuple(ROLES),
-    "data.lowercase": tuple(ROLES),
-    "data.labels": ("classify", "multilabel", "tag"),
-    "data.pack": tuple(ROLES),
-    "data.examples_per_row": tuple(ROLES),
-    "data.word_dropout": tuple(ROLES),
-    "data.enc_len": TWO_SIDED,
-    "eval.generate": WRITTEN,
-    "eval.beams": WRITTEN,
-    "eval.max_tokens": WRITTEN,
-    "eval.length_penalty": WRITTEN,
-    "eval.bleu_tokenize": WRITTEN,
-}
+ATTENDING = ("decoder", "encoder", "encoder_decoder")  # models with attention heads
 # As sacrebleu's BLEU.TOKENIZERS has them; zh, ja-mecab and ko-mecab divide what has no spaces, char every character.
 BLEU_TOKENIZERS = (
     "13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "none", "spm", "flores101", "flores200", "spBLEU-1K"
 )  # fmt: skip
 CHOICES = {
-    "task.name": (*TOKEN_TASKS, *ROLES),
+    "task.name": tuple(TASKS),
     "task.class_weights": ("none", "balanced"),
     "model.name": tuple(
         "decoder encoder encoder_decoder lstm bilstm lstm_seq2seq ngram bag vectors".split()
@@ -159,28 +62,27 @@ def base() -> ConfigDict:
     c.seed = 0  # parameters, dropout and the order of data all follow from it
 
     c.task = k = ConfigDict()
-    k.name = "lm"  # what is learned: a key of jaxlm.data.transforms.TRANSFORMS
+    k.name = "lm"  # what is learned: a task of jaxlm/config/tasks.py
     k.mask_rate = 0.15  # mlm, span_corruption: part of the tokens that is hidden (BERT, T5: 0.15)
     k.whole_words = False  # mlm: hide all pieces of a word, or none
     k.span_length = 3.0  # span_corruption: mean tokens of a hidden span
     k.fim_rate = 0.5  # fim: part of the documents whose middle is moved to their end
     k.window = 5  # skipgram, glove: words to either side that belong to a word's context
-    # skipgram: words drawn by their counts^0.75, from which the true one is told (Mikolov et al. 2013: 5 to 20 for
-    # small data, 2 to 5 for large); 0: it is foretold out of the whole vocabulary.
+    # skipgram: words drawn by their counts^0.75 that the true one is told apart from (Mikolov et al. 2013: 5 to 20 for
+    # small data, 2 to 5 for large); 0: a softmax over the whole vocabulary instead.
     k.negatives = 0
-    k.subsample = 0.0  # skipgram: a word of share f of the text is passed over by 1 - sqrt(subsample / f); 0: none is
+    # skipgram: a word of share f of the text is left out with probability 1 - sqrt(subsample / f); 0: none is
+    k.subsample = 0.0
     k.x_max = 100.0  # glove: the count from which on a pair weighs 1 (Pennington et al. 2014)
-    k.label_smoothing = (
-        0.0  # part of the target's probability that is spread over all (Szegedy et al. 2016)
-    )
+    # part of the target's probability that is spread over all (Szegedy et al. 2016)
+    k.label_smoothing = 0.0
     k.class_weights = "none"  # none | balanced (each class counts alike, however rare)
     k.balanced_sampling = False  # rare classes are shown as often as the commonest
     k.focal = 0.0  # focusing exponent of the focal loss (Lin et al. 2017); 0: cross-entropy
     k.teacher = ""  # distillation and dpo: run directory of the model to learn from; dpo: "" is train.init_from
     k.teacher_model = ()  # its model section; filled in
-    k.distill = (
-        0.0  # weight of the divergence from the teacher; 1 - distill: that of the task's own loss
-    )
+    # weight of the divergence from the teacher; 1 - distill: that of the task's own loss
+    k.distill = 0.0
     k.temperature = 1.0  # of teacher and student in distillation (Hinton et al. 2015)
     k.beta = 0.1  # dpo: how far to stay with the reference (Rafailov et al. 2023)
 
@@ -193,31 +95,27 @@ def base() -> ConfigDict:
     m.head_dim = 0  # 0: embed_dim / num_heads
     m.mlp_dim = 0  # hidden width of the MLP; 0: 4 x embed_dim, or 8/3 x embed_dim to a multiple of 64 for swiglu
     m.vocab_size = 0  # 0: as the tokenizer; larger is allowed (padding for even shards)
-    m.context_length = (
-        0  # furthest a token looks back, and the table length of learned positions; 0: data.seq_len
-    )
+    # furthest a token looks back, and the table length of learned positions; 0: data.seq_len
+    m.context_length = 0
     m.norm = "rms"  # rms | layer
     m.norm_place = "pre"  # pre | post (after the residual sum, as in 2017)
     m.norm_eps = 1e-6  # added to the variance (Llama and GPT-2: 1e-5)
     m.mlp = "swiglu"  # swiglu | gelu | relu | relu2
     m.num_experts = 0  # experts of each MLP (mixture of experts); 0: dense
-    m.experts_per_token = 2  # that a token is sent to
+    m.experts_per_token = 2  # experts that each token is sent to
     m.expert_dim = 0  # hidden width of each; 0: as mlp_dim
-    m.shared_experts = 0  # and these always, as one MLP of their summed width
+    m.shared_experts = 0  # experts that every token goes to, as one MLP of their summed width
     m.capacity_factor = 0.0  # an expert takes this x its even share of a row's tokens and drops others; 0: drops none
-    m.router = (
-        "softmax"  # softmax | sigmoid (scores one by one, choice by score + bias: DeepSeek-V3)
-    )
+    # softmax | sigmoid (scores one by one, choice by score + bias: DeepSeek-V3)
+    m.router = "softmax"
     m.balance_loss = 0.01  # weight of the loss that spreads each row's tokens over the experts
     m.router_z_loss = 0.0  # weight of log(Z)^2 of the router (ST-MoE: 1e-3)
-    m.balance_rate = (
-        0.0  # step of the routers' bias towards an even load (DeepSeek-V3: 1e-3); 0: no bias
-    )
+    # step of the routers' bias towards an even load (DeepSeek-V3: 1e-3); 0: no bias
+    m.balance_rate = 0.0
     m.positions = "rope"  # rope | learned | sinusoidal | none
     m.rope_theta = 10_000.0  # base of the rotary wavelengths
-    m.layers = (
-        "L"  # pattern repeated over the layers: L looks at the whole context, S at `window` tokens
-    )
+    # pattern repeated over the layers: L looks at the whole context, S at `window` tokens
+    m.layers = "L"
     m.window = 256  # tokens that an S layer sees, itself included
     m.qk_norm = False  # RMS norm of queries and keys, steadies large learning rates
     m.bias = False  # biases in linear layers (GPT-2 has them, most later models do not); glove: of words, filled in
@@ -226,55 +124,47 @@ def base() -> ConfigDict:
     m.attention_softcap = 0.0  # the same on attention logits; 0: off
     m.scale_embeddings = False  # times sqrt(embed_dim), as in 2017
     m.hidden_dim = 0  # LSTMs: width of the state; 0: embed_dim
-    m.cross_attention = (
-        "dot"  # LSTMs: how a decoder scores the encoder's positions: dot | additive | bilinear
-    )
-    m.recurrent_dropout = 0.0  # LSTMs: on the state that goes round, the same at every step
+    # LSTMs: how a decoder scores the encoder's positions: dot | additive | bilinear
+    m.cross_attention = "dot"
+    m.recurrent_dropout = 0.0  # LSTMs: on the recurrent state, the same mask at every step
     m.encoder_layers = 0  # encoder_decoder: blocks of the encoder; 0: as num_layers
     m.num_labels = 0  # outputs of a head for classes, tags, spans or numbers; 0: as the task and its data ask for
     m.pooling = "mean"  # mean | sum | max | first | last: of an example's tokens, for its label
     m.lora_rank = 0  # width of low-rank adapters beside frozen weights (LoRA); 0: none
     m.lora_alpha = 16.0  # they count alpha / rank times
     m.lora_targets = "query|value"  # regex of the linear maps that get one
-    m.order = 6  # ngram, bag: tokens of the longest; of ngram, the last of which is foretold
+    m.order = 6  # ngram, bag: tokens of the longest n-gram; ngram predicts the last of them
     m.embed_ngrams = 1  # decoder, encoder: tokens of the longest run that has an embedding of its own; 1: tokens alone
     m.buckets = 131_072  # bag, embed_ngrams: rows of the table of n-grams, which are found in it by their hash
-    m.ngram_weights = (
-        "none"  # bag, classify: none | log_count_ratio (of an n-gram in the classes; NBSVM)
-    )
+    # bag, classify: none | log_count_ratio (of an n-gram in the classes; NBSVM)
+    m.ngram_weights = "none"
     m.discount = 0.0  # ngram: taken from each count; 0: three, estimated (Chen & Goodman 1998)
     m.ngrams = ()  # how many of each length are stored; filled in
     m.dropout = 0.0  # on embeddings and on each block's output
     m.embed_dropout = -1.0  # on embeddings alone; -1: as dropout
-    m.embed_std = (
-        0.02  # standard deviation of the initial embeddings; matrices start at 1 / sqrt(inputs)
-    )
+    # standard deviation of the initial embeddings; matrices start at 1 / sqrt(inputs)
+    m.embed_std = 0.02
     m.scan = True  # one compiled layer for all: fast compiles; False unrolls, faster on CPU
-    m.scan_unroll = (
-        1  # rounds of layers in the body of that loop: more can overlap, and take longer to compile
-    )
+    # rounds of layers in the body of that loop: more can overlap, and take longer to compile
+    m.scan_unroll = 1
     m.remat = "none"  # what the backward pass recomputes: none | full | dots (all but products) | attention
     m.attention = "auto"  # or reference | dense (CPU) | blockwise | splash (TPU) | xla | cudnn | tokamax (GPUs)
-    m.context_parallel = (
-        "ring"  # how attention meets the keys of other devices (mesh.sequence): ring | all_gather
-    )
-    m.pipeline_microbatches = (
-        0  # parts of a microbatch in flight over mesh.stage; 0: up to 4 a stage
-    )
-    m.pipeline_rounds = (
-        1  # times that each goes round all stages; more: less bubble, more transfers (circular)
-    )
-    m.quantize = (
-        "none"  # products of linear layers in 8 bits, forward and backward: none | fp8 | int8
-    )
+    # how attention meets the keys of other devices (mesh.sequence): ring | all_gather
+    m.context_parallel = "ring"
+    # parts of a microbatch in flight over mesh.stage; 0: up to 4 a stage
+    m.pipeline_microbatches = 0
+    # times that each passes through all stages; more: less bubble, more transfers (circular)
+    m.pipeline_rounds = 1
+    # products of linear layers in 8 bits, forward and backward: none | fp8 | int8
+    m.quantize = "none"
     m.dtype = "bfloat16"  # of the computation
     m.param_dtype = "float32"  # of the stored parameters
 
     c.data = d = ConfigDict()
     d.path = ""  # a directory made by jaxlm.data.prepare
     d.mixture = ""  # instead of path: "DIR=0.7,DIR=0.3", sampled with these weights
-    d.train = ""  # of a task with examples: their files, .tsv .csv .jsonl .parquet .conll or a.de+b.en in parallel
-    d.val = ""  # the same to measure on
+    d.train = ""  # tasks from examples: their files, .tsv .csv .jsonl .parquet .conll or a.de+b.en in parallel
+    d.val = ""  # the same, to evaluate on
     d.columns = ""  # "text=sentence label=gold" or, by place, "text=0 label=3"; "": by name, or in the task's order
     d.tokenizer = "sentencepiece"  # words | sentencepiece | bytes | chars, made from data.train; or a file or directory
     d.vocab_size = 8000  # of the tokenizer that is made (words, sentencepiece)
@@ -295,9 +185,8 @@ def base() -> ConfigDict:
     t.steps = 1000  # length of the run and of the schedule
     t.batch_size = 32  # rows in one optimizer step, over all devices
     t.grad_accumulation = 1  # microbatches a step: less memory, the same result
-    t.accumulation_dtype = (
-        "float32"  # of the sum of their gradients; bfloat16: half of its memory, rounded each time
-    )
+    # of the sum of their gradients; bfloat16: half of its memory, rounded each time
+    t.accumulation_dtype = "float32"
     t.stop_at = 0  # end cleanly after this step, leaving the schedule as it is; 0: at steps
     t.loss_chunk = 0  # positions whose logits exist at one time; 0: GPU 1 GiB of them, TPU 512 MiB, CPU up to 64
     t.z_loss = 0.0  # weight of log(Z)^2, keeps logits from drifting (PaLM: 1e-4)
@@ -307,15 +196,13 @@ def base() -> ConfigDict:
     c.optim = o = ConfigDict()
     o.name = "adamw"  # sgd | adam | adamw | adafactor | lion | muon (matrices by Muon, the rest by AdamW)
     o.learning_rate = 3e-4  # peak
-    o.schedule = (
-        "cosine"  # constant | linear | cosine | wsd | inverse_sqrt, each after a linear warm-up
-    )
+    # constant | linear | cosine | wsd | inverse_sqrt, each after a linear warm-up
+    o.schedule = "cosine"
     o.warmup_steps = -1  # steps from peak / warmup_steps up to the peak; -1: 5% of train.steps
     o.end_factor = 0.1  # final learning rate / peak (linear, cosine, wsd)
     o.cooldown_fraction = 0.2  # part of the run in which wsd decays
-    o.weight_decay = (
-        0.1  # decoupled, times the learning rate; in sgd and adam a part of the gradient (L2)
-    )
+    # decoupled, times the learning rate; in sgd and adam a part of the gradient (L2)
+    o.weight_decay = 0.1
     # Ordered (regex, factor of weight_decay); the first that is found in a parameter's name counts.
     o.decay = ((r"norm|bias|positions", 0.0), (r".*", 1.0))
     o.l1 = 0.0  # times sign(parameter), added to the gradient of what decay gives a factor above 0 (L1 penalty)
@@ -328,17 +215,14 @@ def base() -> ConfigDict:
     o.clip = 1.0  # largest global norm of the gradients; 0: off
     o.adam_learning_rate = 0.0  # muon: peak for embeddings, norms and biases; 0: as learning_rate
     o.momentum = 0.95  # sgd (0: none), muon
-    o.rounding = (
-        "nearest"  # of bfloat16 parameters and moments: nearest | stochastic (small updates add up)
-    )
+    # of bfloat16 parameters and moments: nearest | stochastic (small updates add up)
+    o.rounding = "nearest"
     o.nesterov = False  # sgd: step along gradient + momentum x the new sum, a look ahead
 
-    c.mesh = (
-        ConfigDict()
-    )  # devices along each axis; 0: 1, or for the strategy's axis (then data) the devices left
-    c.mesh.strategy = (
-        "data"  # which axis takes them: data | zero1 | fsdp | tensor | sequence | expert
-    )
+    # devices along each axis; 0: 1, or for the strategy's axis (then data) the devices left
+    c.mesh = ConfigDict()
+    # which axis takes them: data | zero1 | fsdp | tensor | sequence | expert
+    c.mesh.strategy = "data"
     c.mesh.data = 0  # copies of the parameters, each with its own rows (zero1: optimizer state split over them)
     c.mesh.fsdp = 0  # rows and parameters both sharded
     c.mesh.stage = 0  # pipeline stages: layers
@@ -358,15 +242,14 @@ def base() -> ConfigDict:
     c.eval.batches = 0  # batches an evaluation; 0: the whole validation split
     c.eval.metric = "loss"  # of an evaluation: what the best checkpoint and patience go by
     c.eval.patience = 0  # stop after this many evaluations without a new best; 0: never
-    c.eval.generate = 0  # examples that are answered and scored at each evaluation (keys.WRITTEN): BLEU, chrF, ROUGE
+    # tasks that write texts: examples scored at each evaluation (BLEU, chrF, ROUGE)
+    c.eval.generate = 0
     c.eval.max_tokens = 0  # of an answer; 0: data.seq_len
     c.eval.beams = 1  # hypotheses of a beam search; 1: greedy
-    c.eval.length_penalty = (
-        0.6  # exponent of the length that a beam's score is divided by (Wu et al. 2016)
-    )
-    c.eval.bleu_tokenize = (
-        "13a"  # sacrebleu's, the usual one of papers; zh, ja-mecab, ko-mecab or char without spaces
-    )
+    # exponent of the length that a beam's score is divided by (Wu et al. 2016)
+    c.eval.length_penalty = 0.6
+    # sacrebleu's, the usual one of papers; zh, ja-mecab, ko-mecab or char without spaces
+    c.eval.bleu_tokenize = "13a"
 
     c.log = ConfigDict()
     c.log.every = 10  # steps between rows of metrics.jsonl

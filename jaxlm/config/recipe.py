@@ -12,39 +12,43 @@ import math
 import re
 import traceback
 from pathlib import Path
+from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from jaxlm.cli import did_you_mean
-from jaxlm.config.keys import MESH_AXES, ROLES, STRATEGIES, base
+from jaxlm.cli import did_you_mean, nearest
+from jaxlm.config.keys import MESH_AXES, STRATEGIES, base
+from jaxlm.config.problems import Problem
 from jaxlm.config.shipped import find
+from jaxlm.config.tasks import task_of
 from jaxlm.errors import ConfigError, UserError
 
 COUNTED = (r"^embed/ratio$", 0.0)  # of optim.rates: model.ngram_weights are not trained
-WRONG_TYPE = r"field '(\w+)'.*?\. (.*) is of original type .* to type <class '(.*)'>"  # as ml_collections says it
+EVERYTHING = ((r".*", 1.0),)  # the default of optim.rates
+TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+# A message of ml_collections.
+WRONG_TYPE = r"field '(\w+)'.*?\. (.*) is of original type .* to type <class '(.*)'>"
+SHORT_EXAMPLE = 8  # tokens; so many in a row decide how many examples it may hold
+
+
+# ---------------------------------------------------------------- recipes
 
 
 def load(spec: str) -> ConfigDict:
-    """Config of a recipe: `FILE.py` or `NAME`, also with `:ARG`. Raises ConfigError where there is none such."""
+    """The config of a recipe: `FILE.py` or `NAME`, also with `:ARG`. Raises ConfigError where there is none such."""
     name, _, arg = spec.partition(":")
     path = find(name)
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    if module_spec is None:
-        raise ConfigError(f"--config={spec}: a recipe is a .py file that defines get_config()")
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise recipe_error(path, error) from error
+    module = import_file(path, spec)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"--config={spec}: {name} does not define get_config()")
-    parameters = inspect.signature(module.get_config).parameters
+    parameters = inspect.signature(module.get_config).parameters.values()
     if arg and not parameters:
         raise ConfigError(f"--config={spec}: this recipe has no variants; give {name}")
-    if not arg and any(each.default is each.empty for each in parameters.values()):
+    if not arg and any(each.default is each.empty for each in parameters):
         raise ConfigError(f"--config={spec}: this recipe needs a variant; give {name}:VARIANT")
+    arguments = [arg] if arg else []
     try:
-        config = module.get_config(arg) if arg else module.get_config()
+        config = module.get_config(*arguments)
     except Exception as error:
         raise recipe_error(path, error) from error
     if not isinstance(config, ConfigDict):
@@ -59,37 +63,60 @@ def load(spec: str) -> ConfigDict:
     return config
 
 
+def import_file(path: Path, spec: str) -> ModuleType:
+    """Raises ConfigError of a file that is no recipe, with its line."""
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None:
+        raise ConfigError(f"--config={spec}: a recipe is a .py file that defines get_config()")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise recipe_error(path, error) from error
+    return module
+
+
 def recipe_error(path: Path, error: Exception) -> UserError:
     """What went wrong inside of a recipe, with the recipe's own line, which is all that its writer can change."""
     if isinstance(error, UserError):
         return error
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == str(path)]
-    line, source = (own[-1].lineno, own[-1].line) if own else (0, "")
+    line = 0
+    source = ""
+    for frame in frames:
+        if frame.filename == str(path):
+            line = frame.lineno
+            source = frame.line
     if isinstance(error, SyntaxError):
         line = error.lineno
-    by_config = "ml_collections" in frames[-1].filename  # else it is of the recipe's own objects
-    said = str(error).partition("\n")[0]
-    what = f"{type(error).__name__}: {said}"
+    what = in_words(error, "ml_collections" in frames[-1].filename, source)
+    where = f"{path}, line {line}" if line else str(path)
+    return ConfigError(f"{where}: {what}")
+
+
+def in_words(error: Exception, by_config: bool, source: str) -> str:
+    """by_config: whether a config raised it, not an object of the recipe's. source: the recipe's line."""
+    message = str(error).partition("\n")[0]
     if by_config and isinstance(error, AttributeError | KeyError):
-        word = re.search(r"\w+", said.replace("Key ", ""))[0]
-        what = unknown_key(word, source)
-    elif by_config and (wrong := re.search(WRONG_TYPE, said)):
+        word = re.search(r"\w+", message.replace("Key ", ""))[0]
+        return unknown_key(word, source)
+    wrong = re.search(WRONG_TYPE, message)
+    if by_config and wrong:
         key, value, kind = wrong.groups()
-        what = f"{key} = {value}: not a value of type {kind.rpartition('.')[2]}"
-    return ConfigError(f"{path}, line {line}: {what}" if line else f"{path}: {what}")
+        return f"{key} = {value}: not a value of type {kind.rpartition('.')[2]}"
+    return f"{type(error).__name__}: {message}"
 
 
-def unknown_key(word: str, source: str) -> str:
-    """The message of a key that a recipe's line sets or reads, and that no config has."""
+def unknown_key(word: str, source: str) -> Problem:
+    """A key that a recipe's line sets or reads, and that no config has."""
     known = flatten(base())
-    sections = [key.partition(".")[0] for key in known if "." in key]
+    sections = dict.fromkeys(key.partition(".")[0] for key in known if "." in key)
     section = re.search(rf"(\w+)\W+{word}\b", source)
     if section and section[1] in sections:
         key = f"{section[1]}.{word}"
-        return f"config.{key}: no such key{nearest_key(key, known)}"
-    hint = did_you_mean(word, dict.fromkeys(sections)) or nearest_key(word, known)
-    return f"config.{word}: no such key{hint}"
+        return Problem(key, None, "no such key", nearest_key(key, known))
+    hint = did_you_mean(word, sections) or nearest_key(word, known)
+    return Problem(word, None, "no such key", hint)
 
 
 def variant(arg: str, variants: dict) -> dict:
@@ -101,36 +128,33 @@ def variant(arg: str, variants: dict) -> dict:
     return variants[arg]
 
 
+# ---------------------------------------------------------------- keys and their values
+
+
 def flatten(c: ConfigDict, prefix: str = "") -> dict:
     """{'model.num_layers': 6, ...} in the order of `base`."""
     flat = {}
     for key, value in c.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.")
-            if isinstance(value, ConfigDict)
-            else {prefix + key: value}
-        )
+        if isinstance(value, ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat
 
 
-def override(c: ConfigDict, pairs: list[tuple[str, str]]) -> list[str]:
-    """Sets keys from (key, text) pairs, in place. Returns one problem for each that has no such key or type."""
-    problems = []
-    known = flatten(c)
-    for key, text in pairs:
-        if key not in known:
-            problems.append(f"config.{key}: no such key{nearest_key(key, known)}")
-            continue
-        try:
-            value = parse(text, known[key])
-        except (ValueError, SyntaxError, OverflowError):
-            kind = type(known[key]).__name__
-            problems.append(
-                f"config.{key}={text}: not a value of type {kind} (the default is {known[key]!r})"
-            )
-            continue
-        set_key(c, key, value)
-    return problems
+def unflatten(flat: dict) -> ConfigDict:
+    """The inverse of `flatten`, also after JSON has made lists of tuples."""
+    c = base()
+    for key, value in flat.items():
+        set_key(c, key, as_tuples(value))
+    return c
+
+
+def as_tuples(value):
+    """Lists within lists as tuples within tuples."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(as_tuples, value))
+    return value
 
 
 def set_key(c: ConfigDict, key: str, value) -> None:
@@ -138,58 +162,31 @@ def set_key(c: ConfigDict, key: str, value) -> None:
     setattr(c[section] if section else c, name, value)
 
 
-def unflatten(flat: dict) -> ConfigDict:
-    """The inverse of `flatten`, also after JSON has made lists of tuples."""
-    c = base()
-
-    def tuples(x):
-        if isinstance(x, (list, tuple)):
-            return tuple(map(tuples, x))
-        return x
-
-    for key, value in flat.items():
-        set_key(c, key, tuples(value))
-    return c
-
-
-def nearest_key(key: str, known: dict) -> str:
-    """The key of that last word in another section or of these initials, else the nearest full key or last word."""
-    last = {k.rpartition(".")[2]: k for k in known}
-    if same := last.get(key.rpartition(".")[2]) or of_initials(key, known):
-        return f"; did you mean {same}?"
-    hint = did_you_mean(key, known)
-    if not hint:
-        word = (
-            did_you_mean(key.rpartition(".")[2], last).removeprefix("; did you mean ").rstrip("?")
-        )
-        hint = f"; did you mean {last[word]}?" if word else ""
-    return hint
-
-
-def of_initials(key: str, known: dict) -> str:
-    """The keys whose last word has these initials, as lr is short for learning_rate: of that section, or of any."""
-    section, _, short = key.rpartition(".")
-    found = []
-    for name in known:
-        words = name.rpartition(".")[2].split("_")
-        if len(words) > 1 and "".join(word[:1] for word in words) == short:
-            found.append(name)
-    near = [name for name in found if name.startswith(f"{section}.")]
-    return " or ".join(near or found)
+def override(c: ConfigDict, pairs: list[tuple[str, str]]) -> list[Problem]:
+    """Sets keys from (key, text) pairs, in place. Returns one problem for each that has no such key or type."""
+    problems = []
+    known = flatten(c)
+    for key, text in pairs:
+        if key not in known:
+            problems.append(Problem(key, None, "no such key", nearest_key(key, known)))
+            continue
+        try:
+            set_key(c, key, parse(text, known[key]))
+        except (ValueError, SyntaxError, OverflowError):
+            kind = type(known[key]).__name__
+            rule = f"not a value of type {kind} (the default is {known[key]!r})"
+            problems.append(Problem(key, text, rule))
+    return problems
 
 
 def parse(text: str, default):
     """Text as a value of the default's type. Integers may be written 1e6 or 1_000_000. Raises ValueError."""
     if isinstance(default, bool):
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if text.lower() not in words:
+        if text.lower() not in TRUTHS:
             raise ValueError(text)
-        return words[text.lower()]
+        return TRUTHS[text.lower()]
     if isinstance(default, int):
-        number = float(text) if re.search(r"[.eE]", text) else int(text)
-        if number != int(number):
-            raise ValueError(text)
-        return int(number)
+        return parse_int(text)
     if isinstance(default, float):
         return float(text)
     if isinstance(default, tuple):
@@ -200,66 +197,128 @@ def parse(text: str, default):
     return text
 
 
+def parse_int(text: str) -> int:
+    """Raises ValueError of a number that is not whole."""
+    if not re.search(r"[.eE]", text):
+        return int(text)
+    number = float(text)
+    if number != int(number):
+        raise ValueError(text)
+    return int(number)
+
+
+def nearest_key(key: str, known: dict) -> str:
+    """A hint: the key of that last word in another section or of these initials, else the nearest key or last word."""
+    word = key.rpartition(".")[2]
+    by_word = {name.rpartition(".")[2]: name for name in known}
+    meant = by_word.get(word) or of_initials(key, known) or nearest(key, known)
+    if not meant:
+        meant = by_word.get(nearest(word, by_word), "")
+    if meant:
+        return f"; did you mean {meant}?"
+    return ""
+
+
+def of_initials(key: str, known: dict) -> str:
+    """The keys whose last word has these initials, as lr is short for learning_rate: of that section, or of any."""
+    section, _, short = key.rpartition(".")
+    found = []
+    for name in known:
+        words = name.rpartition(".")[2].split("_")
+        initials = "".join(word[:1] for word in words)
+        if len(words) > 1 and initials == short:
+            found.append(name)
+    near = [name for name in found if name.startswith(f"{section}.")]
+    return " or ".join(near or found)
+
+
+# ---------------------------------------------------------------- what is derived
+
+
 def mesh_sizes(c: ConfigDict) -> dict[str, int]:
     """{axis: size}, where at most one size, that of the axis that takes the devices left over, is -1."""
     sizes = {axis: c.mesh[axis] for axis in MESH_AXES}
     strategy = STRATEGIES.get(c.mesh.strategy)
     if c.mesh.slices > 1 and sizes.get(c.mesh.across) == 0 and c.mesh.across != strategy:
         sizes[c.mesh.across] = c.mesh.slices
-    free = [axis for axis in (strategy, "data") if axis and sizes[axis] == 0]
-    if free and -1 not in sizes.values():
-        sizes[free[0]] = -1
+    if -1 not in sizes.values():
+        for axis in (strategy, "data"):
+            if axis and sizes[axis] == 0:
+                sizes[axis] = -1
+                break
     return {axis: size or 1 for axis, size in sizes.items()}
 
 
 def pipeline_microbatches(m: ConfigDict, rows: int, stages: int) -> int:
     """Parts that the pipeline makes of a microbatch of which a device has `rows` rows. m: the model section."""
-    return m.pipeline_microbatches or max(n for n in range(1, 4 * stages + 1) if rows % n == 0)
+    if m.pipeline_microbatches:
+        return m.pipeline_microbatches
+    return max(n for n in range(1, 4 * stages + 1) if rows % n == 0)
 
 
 def num_labels(c: ConfigDict) -> int:
     """Outputs of the head that a task needs, 0: none."""
-    return {"qa": 2, "regress": 1}.get(c.task.name, len(c.data.labels))
+    fixed = {"span": 2, "number": 1}
+    return fixed.get(task_of(c).answer, len(c.data.labels))
+
+
+def mlp_dim(m: ConfigDict) -> int:
+    """The usual hidden width of an MLP. m: the model section."""
+    if m.mlp == "swiglu":
+        return 64 * math.ceil(m.embed_dim * 8 / 3 / 64)
+    return 4 * m.embed_dim
+
+
+def fill(section: ConfigDict, **derived) -> None:
+    """Sets the keys of a section that are 0 or empty."""
+    for key, value in derived.items():
+        section[key] = section[key] or value
 
 
 def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
-    """A copy of a checked config in which every "derive it" is a number. vocab_size: the data's, see `data.open`."""
+    """A copy of a checked config in which every "derive it" is a number. vocab_size: see data.batches.describe."""
     c = c.copy_and_resolve_references()
     m = c.model
-    m.num_kv_heads = m.num_kv_heads or m.num_heads
-    m.head_dim = m.head_dim or m.embed_dim // m.num_heads
-    m.mlp_dim = m.mlp_dim or (
-        64 * math.ceil(m.embed_dim * 8 / 3 / 64) if m.mlp == "swiglu" else 4 * m.embed_dim
+    d = c.data
+    record = task_of(c)
+    fill(
+        m,
+        num_kv_heads=m.num_heads,
+        head_dim=m.embed_dim // m.num_heads,
+        mlp_dim=mlp_dim(m),
+        vocab_size=vocab_size,
+        encoder_layers=m.num_layers,
+        hidden_dim=m.embed_dim,
+        num_labels=num_labels(c),
+        bias=record.loss == "glove",
     )
-    m.expert_dim = m.expert_dim or m.mlp_dim
-    m.vocab_size = m.vocab_size or vocab_size
-    m.encoder_layers = m.encoder_layers or m.num_layers
-    m.hidden_dim = m.hidden_dim or m.embed_dim
-    m.num_labels = m.num_labels or num_labels(c)
-    c.data.enc_len = c.data.enc_len or c.data.seq_len
-    m.context_length = m.context_length or max(c.data.seq_len, c.data.enc_len)
-    if (
-        c.task.name in ROLES and not c.data.examples_per_row
-    ):  # an example of 8 tokens is a short one
-        c.data.examples_per_row = max(c.data.seq_len // 8, 1) if c.data.pack else 1
-    m.bias = m.bias or c.task.name == "glove"
-    if m.name == "ngram":  # counted, not trained
-        m.ngrams = m.ngrams or (m.vocab_size,) * m.order  # until it is
-        c.optim.decay = c.optim.rates = ((r".*", 0.0),)
-        c.train.steps = c.train.stop_at = 1
-    elif m.name == "vectors" and not m.bias and c.optim.decay == base().optim.decay:
-        c.optim.decay = (
-            (r".*", 1.0),
-        )  # there is no norm and no bias, which a pattern would be for
-    elif m.ngram_weights != "none" and c.optim.rates[0] != COUNTED:
-        c.optim.rates = (COUNTED, *c.optim.rates)
-    elif m.lora_rank and c.optim.rates == ((r".*", 1.0),):  # adapters, and a head that is new
-        c.optim.rates = ((r"lora_|^head/", 1.0), (r".*", 0.0))
-    c.train.stop_at = c.train.stop_at or c.train.steps
-    c.eval.max_tokens = c.eval.max_tokens or c.data.seq_len
+    fill(m, expert_dim=m.mlp_dim)
+    fill(d, enc_len=d.seq_len)
+    fill(m, context_length=max(d.seq_len, d.enc_len))
+    if record.from_examples:
+        fill(d, examples_per_row=max(d.seq_len // SHORT_EXAMPLE, 1) if d.pack else 1)
+    resolve_training(c)
+    fill(c.train, stop_at=c.train.steps)
+    fill(c.eval, max_tokens=d.seq_len)
     if c.optim.warmup_steps == -1:
         c.optim.warmup_steps = c.train.steps // 20
-    else:
-        c.optim.warmup_steps = c.optim.warmup_steps
-    c.optim.adam_learning_rate = c.optim.adam_learning_rate or c.optim.learning_rate
+    fill(c.optim, adam_learning_rate=c.optim.learning_rate)
     return c
+
+
+def resolve_training(c: ConfigDict) -> None:
+    """Sets what is trained, and what decays, of models in which that is not everything."""
+    m = c.model
+    o = c.optim
+    if m.name == "ngram":  # counted, not trained
+        fill(m, ngrams=(m.vocab_size,) * m.order)  # until it is counted
+        o.decay = ((r".*", 0.0),)
+        o.rates = ((r".*", 0.0),)
+        c.train.steps = 1
+        c.train.stop_at = 1
+    elif m.name == "vectors" and not m.bias and o.decay == base().optim.decay:
+        o.decay = EVERYTHING  # it has no norm and no bias, which a pattern would be for
+    elif m.ngram_weights != "none" and o.rates[0] != COUNTED:
+        o.rates = (COUNTED, *o.rates)
+    elif m.lora_rank and o.rates == EVERYTHING:  # adapters, and a head that is new
+        o.rates = ((r"lora_|^head/", 1.0), (r".*", 0.0))

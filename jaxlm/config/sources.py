@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from jaxlm.config import recipe
 from jaxlm.config.keys import base
+from jaxlm.config.problems import Problem
 from jaxlm.errors import ConfigError
 
 SAVED = "config.json"  # of a run: every key, resolved
@@ -43,7 +44,8 @@ def load_saved(path: epath.Path) -> ConfigDict:
     problems = []
     for key in flat:
         if key not in known:
-            problems.append(f"config.{key}: no such key{recipe.nearest_key(key, known)}")
+            problem = Problem(key, None, "no such key", recipe.nearest_key(key, known))
+            problems.append(str(problem))
     if problems:
         raise ConfigError(
             f"--config={path} is not of this version of jaxlm, or not a run's config.json:\n"

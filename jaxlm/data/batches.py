@@ -33,7 +33,7 @@ from grain.experimental import index_shuffle
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.config.check import mixture
-from jaxlm.config.keys import ROLES, TWO_SIDED
+from jaxlm.config.tasks import task_of
 from jaxlm.data.examples import Examples, label_names, stamps, tokenizer_of
 from jaxlm.data.pairs import Pairs
 from jaxlm.data.row_layout import from_tokens, row_shapes
@@ -146,20 +146,20 @@ class Documents:
         self.config = config
         self.store = store
         self.num_tokens = store.num_tokens
-        if config.task.name in TWO_SIDED:
+        if task_of(config).reads_source:
             self.length = config.data.enc_len
         else:
             self.length = config.data.seq_len
         self.num_rows = num_rows(store, self.length)
         self.fingerprint = store.fingerprint
-        if config.task.name == "lm":
+        if task_of(config).is_plain_lm:
             self.vocab = None
         else:
             self.vocab = Vocabulary(tokenizer, config.task.name, shares)
 
     def read(self, rows: np.ndarray, keys: list[tuple]) -> dict[str, np.ndarray]:
         """The batch of these row numbers; one past the end is padding. keys: of what is random in each row."""
-        batch = read_rows(self.store, rows, self.length, self.config.task.name != "skipgram")
+        batch = read_rows(self.store, rows, self.length, not task_of(self.config).learns_vectors)
         if self.vocab:
             return from_tokens(batch, keys, self.config, self.vocab)
         return batch
@@ -171,7 +171,7 @@ def open_sources(config: ConfigDict, split: str, tokenizer=None) -> list:
     tokenizer: a model's, where it is not the data's own; then examples of labels that it doesn't know are left out.
     Raises DataError that names every problem.
     """
-    if config.task.name in ROLES:
+    if task_of(config).from_examples:
         if tokenizer:
             return [Examples(config, split, tokenizer, only_known_labels=True)]
         files = stamps(config.data.train) + stamps(
@@ -179,10 +179,10 @@ def open_sources(config: ConfigDict, split: str, tokenizer=None) -> list:
         )
         return [_examples(FrozenConfigDict(config), split, files)]
     stores = open_stores(config, split)
-    if config.task.name == "glove":
+    if task_of(config).transform == "pairs":
         return [Pairs(config, store) for store in stores]
     tokenizer = tokenizer or (
-        None if config.task.name == "lm" else tokenizers.load(mixture(config)[0][0])
+        None if task_of(config).is_plain_lm else tokenizers.load(mixture(config)[0][0])
     )
     if config.task.negatives or config.task.subsample:
         shares = token_shares(config)
@@ -219,7 +219,7 @@ def _examples(config: FrozenConfigDict, split: str, stamps: tuple) -> Examples:
 
 def describe(config: ConfigDict) -> tuple[int, tuple[str, ...], int]:
     """(ids of the vocabulary, names of the labels, tokens of the training data). Raises DataError, ConfigError."""
-    if config.task.name in ROLES:
+    if task_of(config).from_examples:
         if not config.data.train:
             raise DataError(
                 f"config.data.train is empty: give the examples of task {config.task.name}"
@@ -228,12 +228,12 @@ def describe(config: ConfigDict) -> tuple[int, tuple[str, ...], int]:
         labels = label_names(config)
         return Vocabulary(tokenizer, config.task.name).size, labels, 0
     stores = open_stores(config, "train")
-    if config.task.name == "lm":
+    if task_of(config).is_plain_lm:
         extra = 0
     else:
         extra = Vocabulary(load_tokenizer(config), config.task.name).size
     # it learns from pairs
-    if config.task.name == "glove":
+    if task_of(config).transform == "pairs":
         tokens = 0
     else:
         tokens = sum(store.num_tokens for store in stores)
@@ -242,7 +242,7 @@ def describe(config: ConfigDict) -> tuple[int, tuple[str, ...], int]:
 
 def load_tokenizer(config: ConfigDict):
     """The tokenizer of config.data."""
-    if config.task.name in ROLES:
+    if task_of(config).from_examples:
         return tokenizer_of(FrozenConfigDict(config.data), config.task.name)
     return tokenizers.load(mixture(config)[0][0])
 
@@ -304,7 +304,7 @@ def train_batches(config: ConfigDict, rows: slice | np.ndarray = ALL) -> grain.M
     place = np.arange(B)[rows]
     # else a row costs more than a call, and waits would add up
     b = len(place)
-    plain = config.task.name == "lm"
+    plain = task_of(config).is_plain_lm
     if plain:
         together = max(1, BLOCK // max(1, b * config.data.seq_len))
     else:
@@ -345,7 +345,7 @@ def validation_batches(
 
     sources: `open_sources` of them, where they are open. Raises DataError where there is no validation split.
     """
-    if config.task.name in ROLES and not config.data.val:
+    if task_of(config).from_examples and not config.data.val:
         raise DataError(
             "config.data.val is empty: give examples to measure on, or set eval.every=0"
         )
@@ -384,7 +384,7 @@ def fingerprint(config: ConfigDict) -> dict:
         "sources": [source.fingerprint for source in open_sources(config, "train")],
         "tokenizer": load_tokenizer(config).fingerprint,
     }
-    if config.task.name != "lm":
+    if not task_of(config).is_plain_lm:
         known["task"] = config.task.name
         keys = "mask_rate whole_words span_length fim_rate window class_weights balanced_sampling"
         known |= {key: config.task[key] for key in keys.split()}

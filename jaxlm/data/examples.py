@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxlm.config.keys import GROUP, LABELLED
+from jaxlm.config.tasks import GROUP, TASKS, TEXT_COLUMNS, task_of
 from jaxlm.data.files.paths import parts_of, paths_of, relative
 from jaxlm.data.files.tables import read_examples, refuse
 from jaxlm.data.row_layout import lay_out, piece_lengths
@@ -40,9 +40,7 @@ from jaxlm.errors import DataError, UserError
 LOGGER = logging.getLogger("jaxlm")
 INEXACT = 0.01  # more answers than this share: a tokenizer that is made for them is made finer
 OPEN = 64  # rows that are filled at one time
-TEXTS = (
-    "text text2 words question context answer source target prompt response chosen rejected".split()
-)
+TEXTS = (*TEXT_COLUMNS, "words", "answer")
 
 
 def texts_of(examples: list[dict], lowercase: bool) -> list[str]:
@@ -90,7 +88,7 @@ def _examples_of(spec, task, columns, stamps):
     bad = []
     for example, place in zip(examples, places):
         try:
-            if task == "classify" and isinstance(example["label"], (list, tuple, dict)):
+            if TASKS[task].answer == "class" and isinstance(example["label"], (list, tuple, dict)):
                 raise ValueError(
                     "its label is a list, not one class; several are of task.name=multilabel"
                 )
@@ -160,13 +158,13 @@ def tokenizer_of(data: FrozenConfigDict, task: str):
 def _made(kind, vocab_size, min_count, lowercase, task, columns, train, stamps):
     examples = examples_of(train, task, columns)[0]
     texts = texts_of(examples, lowercase)
-    if task == "qa":
+    if TASKS[task].answer == "span":
         texts.append(
             " "
         )  # which stands for all white space of a context, also where it has new lines alone
     try:
         made = vocabulary.make(kind, texts, vocab_size, min_count)
-        if task != "qa" or kind not in ("words", "sentencepiece"):
+        if TASKS[task].answer != "span" or kind not in ("words", "sentencepiece"):
             return made
         finer = partial(vocabulary.make, kind, texts, vocab_size, min_count, apart=True)
         return _fit_for_answers(made, finer, examples, lowercase)
@@ -233,10 +231,10 @@ class Encoder:
         return text
 
 
-NAMES = {  # the labels of an example
-    "classify": lambda example: [label_of(example["label"])],
-    "multilabel": lambda example: split_names(example["label"]),
-    "tag": lambda example: words_of(example["tags"]),
+NAMES = {  # Task.answer -> the labels of an example
+    "class": lambda example: [label_of(example["label"])],
+    "labels": lambda example: split_names(example["label"]),
+    "tags": lambda example: words_of(example["tags"]),
 }
 
 
@@ -244,14 +242,14 @@ def label_names(config: ConfigDict) -> tuple[str, ...]:
     """The classes or tags of config.data.labels, or of the training examples, sorted: 2 before 10."""
     task = config.task.name
     train = config.data.train
-    if config.data.labels or task not in NAMES:
+    if config.data.labels or not TASKS[task].has_label_names:
         return tuple(map(str, config.data.labels))
     examples = training_examples(config.data, task)
-    counts = Counter(name for example in examples for name in NAMES[task](example))
+    counts = Counter(name for example in examples for name in NAMES[TASKS[task].answer](example))
     names = sorted(
         counts, key=(lambda name: (len(name), name)) if all(map(str.isdecimal, counts)) else None
     )
-    if task == "classify" and "" in counts:
+    if TASKS[task].answer == "class" and "" in counts:
         examples, places = examples_of(train, task, config.data.columns)
         refuse(
             [
@@ -260,7 +258,7 @@ def label_names(config: ConfigDict) -> tuple[str, ...]:
                 if not label_of(e["label"])
             ]
         )
-    if task == "classify" and len(examples) >= 20 and len(names) > len(examples) / 2:
+    if TASKS[task].answer == "class" and len(examples) >= 20 and len(names) > len(examples) / 2:
         order = 'Are the columns in another order? Say --config.data.columns="text=1 label=0"'
         if config.data.columns:
             order = f"Are config.data.columns={config.data.columns!r} right?"
@@ -270,7 +268,7 @@ def label_names(config: ConfigDict) -> tuple[str, ...]:
             f"{train}: {len(names):,} different labels in {len(examples):,} examples, such as {names[0][:60]!r}: that "
             f"is no classification. {order}, or give config.data.labels"
         )
-    if len(names) < 2 and task != "multilabel":
+    if len(names) < 2 and TASKS[task].answer != "labels":
         raise DataError(
             f"{train}: every example has the label {''.join(names)!r}; there is nothing to tell apart"
         )
@@ -282,9 +280,9 @@ def first_learned(piece: dict, task: str) -> int:
 
     Of a pair (dpo) that is one of each side, of qa the whole answer; what has no weights is learned from the first on.
     """
-    if task == "qa":  # half an answer is none
+    if TASKS[task].answer == "span":  # half an answer is none
         return int(np.argmax(piece["targets"] & STOP > 0)) + 1
-    if task in LABELLED or "weights" not in piece:
+    if TASKS[task].labels_examples or "weights" not in piece:
         return 1
     counts = piece["weights"] > 0
     return int(counts.argmax(axis=-1).max()) + 1
@@ -297,7 +295,7 @@ def with_known_labels(
 
     All of them where it knows the labels of none: then these are probably no labels, which is refused later.
     """
-    names_of = NAMES.get(config.task.name)
+    names_of = NAMES.get(task_of(config).answer)
     known = set(label_names(config))
     kept = []
     others = Counter()
@@ -366,15 +364,17 @@ class Examples:
             try:
                 if examples is not None:
                     self.examples[i] = example = plain(example)
-                self.pieces.append(EXAMPLES[task](example, self.encode, self.vocab, names))
+                self.pieces.append(
+                    EXAMPLES[TASKS[task].transform](example, self.encode, self.vocab, names)
+                )
             except KeyError as error:
                 bad.append(f"{places[i]}: no {error.args[0]}; it has {', '.join(example)}")
             except (ValueError, TypeError, AttributeError) as error:
                 bad.append(f"{places[i]}: {error}")
         refuse(bad)
-        if task == "qa" and examples is None:
+        if TASKS[task].answer == "span" and examples is None:
             self.tell_inexact()
-        if task == "dpo" and examples is None:
+        if TASKS[task].is_preference and examples is None:
             self.tell_equal()
         self.weigh(names)
         self.learnable = np.ones(
@@ -444,10 +444,10 @@ class Examples:
         if (
             self.split != "train"
             or task.class_weights == "none"
-            or task.name not in ("classify", "tag")
+            or not task_of(self.config).has_classes
         ):
             return
-        if task.name == "classify":
+        if task_of(self.config).answer == "class":
             counts = np.bincount([piece["label"] for piece in self.pieces], minlength=len(names))
             for piece in self.pieces:
                 piece["weight"] = len(self.pieces) / len(names) / counts[piece["label"]]
@@ -504,7 +504,7 @@ class Examples:
         rng = np.random.default_rng(self.config.seed)
         if self.split != "train":
             return np.arange(len(self.pieces))
-        if self.config.task.balanced_sampling and self.config.task.name == "classify":
+        if self.config.task.balanced_sampling and task_of(self.config).answer == "class":
             labels = np.array([piece["label"] for piece in self.pieces])
             most = np.bincount(labels).max()
 
@@ -541,7 +541,7 @@ class Examples:
             if len(rows[numbers[at]]) == most:
                 space[at] = -1
         cut = np.flatnonzero((lengths > taken).any(axis=1))
-        for i in cut if self.config.task.name == "qa" else ():  # half an answer is none
+        for i in cut if task_of(self.config).answer == "span" else ():  # half an answer is none
             targets = self.pieces[i]["targets"]
             if not (targets[: d.seq_len] & STOP).any():
                 self.pieces[i] |= {
@@ -588,6 +588,6 @@ class Examples:
 
     @property
     def unit(self) -> str:
-        if self.config.task.name in LABELLED:
+        if task_of(self.config).labels_examples:
             return "labels"
         return "tokens"

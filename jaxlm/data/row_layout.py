@@ -3,7 +3,7 @@
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm.config.keys import LABELLED, TWO_SIDED
+from jaxlm.config.tasks import task_of
 from jaxlm.data.transforms import TOKENS, Vocabulary
 
 
@@ -14,7 +14,7 @@ def piece_lengths(piece: dict) -> tuple[int, int]:
 
 def lay_out(pieces: list[dict], config: ConfigDict) -> dict[str, np.ndarray]:
     """One row of a batch: the pieces one after the other, those that do not fit cut off."""
-    task = config.task.name
+    task = task_of(config)
     d = config.data
     row = {}
     for key, (shape, dtype) in row_shapes(config).items():
@@ -23,7 +23,7 @@ def lay_out(pieces: list[dict], config: ConfigDict) -> dict[str, np.ndarray]:
     for number, piece in enumerate(pieces, 1):
         n = min(piece_lengths(piece)[0], d.seq_len - at)
         enc_n = min(piece_lengths(piece)[1], d.enc_len - enc_at)
-        if n <= 0 or (task in TWO_SIDED and enc_n <= 0):
+        if n <= 0 or (task.reads_source and enc_n <= 0):
             break
         here = slice(at, at + n)
         row["tokens"][..., here] = piece["tokens"][..., :n]
@@ -56,24 +56,24 @@ def lay_out(pieces: list[dict], config: ConfigDict) -> dict[str, np.ndarray]:
 
 def row_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], type]]:
     """{key: (shape, dtype)} of one row of a task's batches. config: resolved."""
-    task = config.task.name
+    task = task_of(config)
     d = config.data
     T = (d.seq_len,)
     M = (d.examples_per_row,)
-    T = (2, *T) if task == "dpo" else T
+    T = (2, *T) if task.is_preference else T
     keys = ["tokens", "positions", "segments"]
-    keys += ["targets"] * (task not in LABELLED) + ["reach"] * (task == "prefix_lm")
+    keys += ["targets"] * (not task.labels_examples) + ["reach"] * task.reads_prefix
     shapes = dict.fromkeys(keys, (T, np.int32)) | {
-        "weights": (M if task in LABELLED else T, np.float32)
+        "weights": (M if task.labels_examples else T, np.float32)
     }
-    if task in LABELLED:
-        kinds = {"classify": (M, np.int32), "regress": (M, np.float32)}
-        shapes["labels"] = kinds.get(task, ((*M, config.model.num_labels), np.float32))
-    if task == "skipgram" and config.task.negatives:
+    if task.labels_examples:
+        kinds = {"class": (M, np.int32), "number": (M, np.float32)}
+        shapes["labels"] = kinds.get(task.answer, ((*M, config.model.num_labels), np.float32))
+    if "task.negatives" in task.keys and config.task.negatives:
         shapes["negatives"] = ((config.task.negatives, d.seq_len), np.int32)
-    if task == "glove":
+    if task.transform == "pairs":
         shapes["counts"] = (T, np.float32)
-    if task in TWO_SIDED:
+    if task.reads_source:
         shapes |= dict.fromkeys(
             ("enc_tokens", "enc_positions", "enc_segments"), ((d.enc_len,), np.int32)
         )
@@ -94,7 +94,7 @@ def from_tokens(
     batch: dict, keys: list[tuple], config: ConfigDict, vocab: Vocabulary
 ) -> dict[str, np.ndarray]:
     """A batch of config.task from one of plain token rows; what is random in row i follows from keys[i] alone."""
-    make = TOKENS[config.task.name]
+    make = TOKENS[task_of(config).transform]
     rows = []
     for i, key in enumerate(keys):
         rng = np.random.default_rng(key)

@@ -3,7 +3,7 @@
 A piece is a dict of 1-D arrays: `tokens`, and of their length `targets`, `weights` and `reach` where the task has them;
 `enc_tokens`, the source; and `label`. TOKENS makes one of a stretch of a document (its ids, the inputs that foretell
 them), EXAMPLES of an example (a dict of its columns). To add an objective, add a function to one of the two tables and
-its name to jaxlm/config/recipe.py.
+name it in a record of jaxlm/config/tasks.py.
 """
 
 import json
@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from jaxlm.cli import did_you_mean
-from jaxlm.config.keys import ROLES, VECTORS
+from jaxlm.config.tasks import TASKS
 
 SPECIALS = (
     "begin end mask user assistant system prefix suffix middle".split()
@@ -24,7 +24,6 @@ SPECIALS = (
 MODES = "span_mode long_mode tail_mode".split()  # UL2's denoisers
 SENTINELS = 100  # T5: as many
 NOISE_POWER = 0.75  # of the counts by which negatives are drawn (Mikolov et al. 2013)
-PLAIN = ("lm", "prefix_lm", *VECTORS)  # tasks without special tokens
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,12 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        if self.task in ("span_corruption", "ul2"):
-            spans = len(MODES) + SENTINELS
-        else:
-            spans = 0
-        return self.tokenizer.vocab_size + (0 if self.task in PLAIN else len(SPECIALS) + spans)
+        added = {
+            "none": 0,
+            "roles": len(SPECIALS),
+            "sentinels": len(SPECIALS) + len(MODES) + SENTINELS,
+        }
+        return self.tokenizer.vocab_size + added[TASKS[self.task].special_tokens]
 
     def __getattr__(self, name: str) -> int:
         names = SPECIALS + MODES
@@ -58,7 +58,7 @@ class Vocabulary:
     @property
     def end_id(self) -> int | None:
         """What ends a text that the model writes."""
-        if self.task in PLAIN:
+        if TASKS[self.task].special_tokens == "none":
             return self.tokenizer.eos_id
         return self.end
 
@@ -544,7 +544,7 @@ def dpo(example, encode, vocab, labels) -> dict:
     for message in messages_of({"prompt": example["prompt"]}):
         before.append(message | {"weight": 0})
     both = []
-    for name in ROLES["dpo"][1:]:
+    for name in ("chosen", "rejected"):
         answer = {"role": "assistant", "content": example[name]}
         both.append(sft({"messages": [*before, answer]}, encode, vocab, labels))
     length = max(len(side["tokens"]) for side in both)

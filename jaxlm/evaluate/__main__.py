@@ -14,7 +14,8 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxlm import cli
-from jaxlm.config.keys import BLEU_TOKENIZERS, ROLES, WRITTEN
+from jaxlm.config.keys import BLEU_TOKENIZERS
+from jaxlm.config.tasks import task_of
 from jaxlm.data.batches import open_stores
 from jaxlm.data.bits_per_byte import why_none_of
 from jaxlm.data.store import Store
@@ -135,15 +136,15 @@ def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
     for key in ("beams", "length_penalty", "max_tokens", "bleu_tokenize"):
         if getattr(args, key) is not None:
             config.eval[key] = getattr(args, key)
-            if config.task.name not in WRITTEN and len(args.workdir) == 1:
+            if not task_of(config).writes_text and len(args.workdir) == 1:
                 raise ConfigError(
                     f"--{key}: not for a model of task {config.task.name}, which writes no answers"
                 )
-    if args.answers and config.task.name not in ROLES:
+    if args.answers and not task_of(config).from_examples:
         raise ConfigError(
             f"--answers={args.answers}: task {config.task.name} has no examples to answer"
         )
-    if args.columns and config.task.name not in ROLES:
+    if args.columns and not task_of(config).from_examples:
         raise ConfigError(
             f"--columns={args.columns}: task {config.task.name} has no files of examples"
         )
@@ -151,19 +152,19 @@ def evaluate(workdir: str, asked: list[str] | None, args) -> dict:
         config.data.columns = config.data.columns
     else:
         config.data.columns = args.columns
-    if args.data and config.task.name in ROLES:
+    if args.data and task_of(config).from_examples:
         config.data.val = args.data
     elif args.data:
         config.data.path = args.data
         config.data.mixture = ""
-    if config.task.name not in ROLES:
+    if not task_of(config).from_examples:
         require_tokenizer(config, lm.tokenizer)
     if args.gzip and lm.tokenizer.name == "words":
         raise ConfigError("--gzip: a tokenizer of words does not give the text back whole")
     with jax.set_mesh(lm.mesh):
         if config.task.teacher_model:
             lm.teacher = read_teacher(config, lm.mesh)
-        if config.task.name in ROLES:
+        if task_of(config).from_examples:
             data = config.data.val
         else:
             data = config.data.mixture or config.data.path

@@ -10,14 +10,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxlm.config.check import mixture
-from jaxlm.config.keys import WRITTEN
+from jaxlm.config.tasks import task_of
 from jaxlm.data.batches import Prefetch, eval_rows, open_sources, open_stores, validation_batches
 from jaxlm.data.bits_per_byte import predicted_bytes, why_none_of
 from jaxlm.data.tokenization import tokenizer as tokenizers
 from jaxlm.errors import DataError
 from jaxlm.evaluate.metrics import bleu_scorer
 from jaxlm.evaluate.score import (
-    SCORED,
     attempt,
     bleu_options,
     left_out,
@@ -35,7 +34,7 @@ class Evaluator:
 
     def __init__(self, config: ConfigDict, mesh, tokenizer=None):
         """tokenizer: the model's, where that is not config.data's own."""
-        if config.task.name in WRITTEN and config.eval.generate:
+        if task_of(config).writes_text and config.eval.generate:
             bleu_scorer(**bleu_options(config))  # so that what is missing is told before step 1
         self.config = config
         self.mesh = mesh
@@ -46,7 +45,9 @@ class Evaluator:
         self.step = jax.jit(
             partial(eval_step, config=config), out_shardings=NamedSharding(mesh, PartitionSpec())
         )
-        self.num_bytes = self.bytes_of_text() if config.task.name == "lm" else None
+        self.num_bytes = None
+        if "bits_per_byte" in task_of(config).metrics:
+            self.num_bytes = self.bytes_of_text()
 
     def bytes_of_text(self) -> int | None:
         """Of all that is foretold; None, and that is told, where the tokenizer doesn't know all of it."""
@@ -64,7 +65,7 @@ class Evaluator:
         said = []
         if 0 < e.batches < whole:
             said.append(f"the first {e.batches:,} of {whole:,} batches (eval.batches)")
-        if self.config.task.name in WRITTEN and 0 < e.generate < (
+        if task_of(self.config).writes_text and 0 < e.generate < (
             total := len(self.sources[0].examples)
         ):
             said.append(f"texts for the first {e.generate:,} of {total:,} examples (eval.generate)")
@@ -80,7 +81,7 @@ class Evaluator:
         result = self.figures(sums, complete)
         if scores is not None and installed():
             result |= self.scored(scores)
-        if config.task.name in WRITTEN and config.eval.generate:
+        if task_of(config).writes_text and config.eval.generate:
             texts = partial(score_texts, config, self.sources[0], params, config.eval.generate)
             result |= attempt("this evaluation gives no figures of texts", texts)
         return result
@@ -100,12 +101,11 @@ class Evaluator:
         for name, value in sums.items():
             if name != "weight":
                 result[name] = value / sums["weight"]
-        if self.config.task.name in (*SCORED, "dpo"):
-            return result | (
-                {"pairs": int(sums["weight"])} if self.config.task.name == "dpo" else {}
-            )
-        if self.config.task.name == "glove":
-            return result | {"pairs": int(sums["weight"])}
+        metrics = task_of(self.config).metrics
+        if "pairs" in metrics:
+            result["pairs"] = int(sums["weight"])
+        if "tokens" not in metrics:
+            return result
         if not self.config.task.negatives:  # whose nats are of no distribution over the vocabulary
             result["perplexity"] = math.exp(min(result["loss"], 700.0))
         result["tokens"] = int(sums["weight"])
@@ -133,7 +133,7 @@ class Evaluator:
                 key: sums.get(key, 0.0) + float(value)
                 for key, value in jax.device_get(part).items()
             }
-            if self.config.task.name in SCORED:
+            if task_of(self.config).has_head:
                 rows += list(hosts.fetch(scores))
         if not sums["weight"]:
             raise DataError(

@@ -24,12 +24,6 @@ NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 KNOWN_TO_ROUGE = re.compile("[a-zA-Z0-9]")
 ROUGE = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
 
-LOWER = ("loss", "perplexity", "bits", "mse", "mae", "error", "brier", "divergence")
-
-
-def less_is_better(metric: str) -> bool:
-    return any(word in metric for word in LOWER)
-
 
 def library(name: str):
     """An optional module, imported on use."""

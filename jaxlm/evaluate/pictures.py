@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxlm.config.tasks import less_is_better
 from jaxlm.errors import DataError
 from jaxlm.evaluate import metrics
-from jaxlm.evaluate.metrics import less_is_better
 
 # Okabe and Ito's colours, which the colour-blind tell apart, without the yellow, too pale for lines
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

@@ -12,14 +12,13 @@ from ml_collections import ConfigDict
 
 from jaxlm import cli
 from jaxlm.config.check import mixture
-from jaxlm.config.keys import GROUP, ROLES, WRITTEN
+from jaxlm.config.tasks import GROUP, task_of
 from jaxlm.data.examples import label_names
 from jaxlm.errors import ConfigError
 from jaxlm.evaluate import metrics, pictures
 from jaxlm.evaluate.absent import of_groups
 from jaxlm.evaluate.evaluator import Evaluator
 from jaxlm.evaluate.score import (
-    SCORED,
     answers_of,
     attempt,
     bleu_options,
@@ -30,13 +29,6 @@ from jaxlm.evaluate.score import (
     write_answers,
 )
 from jaxlm.generate.answer import BATCH
-
-INTERVALS = {  # task -> the figures that get an interval
-    "classify": ("accuracy", "f1", "auc"),
-    "multilabel": ("f1", "f1_micro"),
-    "regress": ("mse", "pearson"),
-    "qa": ("exact_match", "f1"),
-}
 
 
 class Reporter:
@@ -63,11 +55,11 @@ class Reporter:
         result = {"examples": len(self.scores), **score(config, source, self.scores)}
         for line in left_out(config, source, self.scores, result):
             warn_once(line)
-        if config.task.name == "classify":
+        if task_of(config).answer == "class":
             result |= self.of_classes(result)
         if self.args.bootstrap:
             result |= self.intervals(result)
-        if config.task.name == "classify" and self.args.pictures:
+        if task_of(config).answer == "class" and self.args.pictures:
             scores = np.stack(list(self.scores.values()))
             labels = self.gold()
             names = list(label_names(config))
@@ -94,8 +86,8 @@ class Reporter:
         return result
 
     def intervals(self, figures: dict) -> dict:
-        """The 95% intervals of the figures that INTERVALS names."""
-        names = [name for name in INTERVALS.get(self.config.task.name, ()) if name in figures]
+        """The 95% intervals of the task's figures that have one."""
+        names = [name for name in task_of(self.config).intervals if name in figures]
         numbers = list(self.scores)
         if names and not enough(numbers):
             return {}
@@ -130,7 +122,7 @@ class Reporter:
 
     def samples(self) -> dict:
         """Three texts: answers to the first examples, or what follows nothing."""
-        if self.config.task.name in WRITTEN:
+        if task_of(self.config).writes_text:
             said, wanted = self.written()
             return {
                 "samples": [f"{text!r} (wanted: {want!r})" for text, want in zip(said[:3], wanted)]
@@ -205,15 +197,15 @@ REPORTS = ("loss", "labels", "calibration", "texts", "samples", "sources", "grou
 
 def usual(config: ConfigDict, source) -> list[str]:
     """The reports that a task's model is for."""
-    task = config.task.name
+    task = task_of(config)
     words = ["loss"]
     words += (
-        ["labels"] * (task in SCORED)
-        + ["calibration"] * (task == "classify")
-        + ["texts"] * (task in WRITTEN)
+        ["labels"] * task.has_head
+        + ["calibration"] * (task.answer == "class")
+        + ["texts"] * task.writes_text
     )
-    words += ["groups"] * (task in SCORED and any(GROUP in example for example in source.examples))
-    return words + ["sources"] * (task not in ROLES and len(mixture(config)) > 1)
+    words += ["groups"] * (task.has_head and any(GROUP in example for example in source.examples))
+    return words + ["sources"] * (not task.from_examples and len(mixture(config)) > 1)
 
 
 def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) -> dict:
@@ -221,12 +213,12 @@ def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) 
     reporter = Reporter(lm, config, args)
     result = {}
     fits = {
-        "labels": config.task.name in SCORED,
+        "labels": task_of(config).has_head,
         "groups": "groups" in usual(config, reporter.source),
-        "calibration": config.task.name == "classify",
-        "texts": config.task.name in WRITTEN,
-        "samples": config.task.name in (*WRITTEN, "lm", "prefix_lm", "fim"),
-        "sources": config.task.name not in ROLES,
+        "calibration": task_of(config).answer == "class",
+        "texts": task_of(config).writes_text,
+        "samples": task_of(config).answer in ("text", "continuation"),
+        "sources": not task_of(config).from_examples,
     }
     words = asked or usual(config, reporter.source)
     if not any(fits.get(word, True) for word in words):
@@ -251,7 +243,7 @@ def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) 
             config,
             reporter.source,
             reporter.scores,
-            reporter.written if config.task.name in WRITTEN else None,
+            reporter.written if task_of(config).writes_text else None,
         )
         Path(args.answers).write_text(
             "".join(cli.readable_json(row) + "\n" for row in rows), "utf-8"

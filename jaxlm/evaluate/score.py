@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxlm.config.tasks import task_of
 from jaxlm.data.examples import label_names
 from jaxlm.errors import CheckpointError, DataError, NumericsError, UserError
 from jaxlm.evaluate import absent, metrics
 from jaxlm.generate.answer import span_said, write
 
-SCORED = ("classify", "multilabel", "regress", "tag", "qa")  # whose examples have scores
 # Faults that no evaluation may hide: no memory, a device or another host that is lost, a run that diverged.
 FAULTS = (
     MemoryError,
@@ -51,21 +51,21 @@ def score(
 ) -> dict:
     """Metrics of the examples {number: scores} of a source, or of pairs (number, scores), in which one may repeat."""
     numbers, values = zip(*(pairs or scores.items()))
-    return MEASURES[config.task.name](config, source, list(numbers), list(values))
+    return MEASURES[task_of(config).answer](config, source, list(numbers), list(values))
 
 
 def left_out(config: ConfigDict, source, scores: dict[int, np.ndarray], figures: dict) -> list[str]:
     """A line for each figure of the task that `figures`, of these scores, don't have because it has no meaning."""
-    task = config.task.name
-    if task == "classify":
+    answer = task_of(config).answer
+    if answer == "class":
         return absent.of_classes(figures)
-    if task == "multilabel":
+    if answer == "labels":
         return absent.of_sets(figures)
-    if task == "regress":
+    if answer == "number":
         labels = [source.pieces[i]["label"] for i in scores]
         predictions = [values[0] for values in scores.values()]
         return absent.of_numbers(figures, predictions, labels)
-    if task == "tag":
+    if answer == "tags":
         return absent.of_tags(figures, label_names(config))
     return []
 
@@ -120,12 +120,12 @@ def of_spans(config, source, numbers, scores) -> dict:
     return metrics.question_answering(predicted, answers)
 
 
-MEASURES = {
-    "classify": of_classes,
-    "multilabel": of_sets,
-    "regress": of_numbers,
-    "tag": of_tags,
-    "qa": of_spans,
+MEASURES = {  # Task.answer -> the figures of its scores
+    "class": of_classes,
+    "labels": of_sets,
+    "number": of_numbers,
+    "tags": of_tags,
+    "span": of_spans,
 }
 
 
@@ -135,15 +135,15 @@ def answers_of(config: ConfigDict, source, scores: dict | None, written=None) ->
         return [{**example, "answer": text} for example, text in zip(source.examples, written()[0])]
     names = label_names(config)
     say = {
-        "classify": lambda i, x: {
+        "class": lambda i, x: {
             "answer": names[int(x.argmax())],
             "scores": [float(f"{p:.12g}") for p in x],
         },
-        "multilabel": lambda i, x: {"answer": [n for n, p in zip(names, x) if p >= 0.5]},
-        "regress": lambda i, x: {"answer": float(x[0])},
-        "qa": lambda i, x: {"answer": span_said(source, i, x)},
+        "labels": lambda i, x: {"answer": [n for n, p in zip(names, x) if p >= 0.5]},
+        "number": lambda i, x: {"answer": float(x[0])},
+        "span": lambda i, x: {"answer": span_said(source, i, x)},
     }
-    speak = say.get(config.task.name, lambda i, x: {})
+    speak = say.get(task_of(config).answer, lambda i, x: {})
     return [{**source.examples[i], **speak(i, x)} for i, x in (scores or {}).items()]
 
 

@@ -18,13 +18,13 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxlm import cli
-from jaxlm.config.keys import ANSWERING, ROLES, WRITTEN
+from jaxlm.config.tasks import TASKS, task_of
 from jaxlm.data.examples import label_names
 from jaxlm.data.files import conll
 from jaxlm.data.files.example_files import NotUtf8, lines_of, opened, read_text, suffix_of
 from jaxlm.data.files.tables import columns_given
 from jaxlm.errors import ConfigError, DataError
-from jaxlm.generate.arguments import Arguments, columns_of, examples_of, is_message
+from jaxlm.generate.arguments import Arguments, examples_of, is_message
 from jaxlm.parallel import hosts
 
 SAMPLING = "max_tokens temperature top_k top_p num_samples seed stop".split()
@@ -84,14 +84,14 @@ def main(argv: list[str]) -> None:
     lm = jaxlm.load(args.workdir, step=args.step)
     task = lm.config.task.name
     refuse_useless(task, args, parser)
-    if task in ANSWERING and not (args.prompt or args.input):
+    if TASKS[task].answers_examples and not (args.prompt or args.input):
         raise ConfigError(f"--prompt or --input: what is a model of task {task} to answer?")
     prompts = args.prompt or ([] if args.input else [""])
-    if task == "qa":  # a question is nothing without its context
-        prompts = [question_of(prompt) for prompt in prompts]
+    if len(TASKS[task].asked_columns) > 1:  # a question is nothing without its context
+        prompts = [question_of(prompt, task) for prompt in prompts]
     if args.input:
         prompts += read_sentences(args.input, lm.config) or read_input(args.input, task)
-    if task in ANSWERING:
+    if TASKS[task].answers_examples:
         return answer(lm, prompts, args)
     texts = lm.generate(prompts, **{name: getattr(args, name) for name in SAMPLING})
     if jax.process_index():
@@ -105,11 +105,11 @@ def main(argv: list[str]) -> None:
 
 def refuse_useless(task: str, args, parser: cli.Parser) -> None:
     """Raises ConfigError where a flag was given that says nothing to a model of this task."""
-    if task not in ANSWERING:
+    if not TASKS[task].answers_examples:
         follows = SAMPLING
     else:
-        follows = SEARCH if task in WRITTEN else ["output"]
-    if task in WRITTEN and task != "seq2seq":  # which is searched, not sampled
+        follows = SEARCH if TASKS[task].writes_text else ["output"]
+    if TASKS[task].is_chat:  # a translation is searched, not sampled
         follows = [*follows, "temperature", "top_k", "top_p", "seed"]
     given = set()
     for name in (*SAMPLING, *SEARCH):
@@ -127,7 +127,7 @@ def refuse_useless(task: str, args, parser: cli.Parser) -> None:
 
 def answer(lm, prompts: list[str], args) -> None:
     options = {}
-    if lm.config.task.name in WRITTEN:
+    if task_of(lm.config).writes_text:
         options = {
             "beams": args.beams,
             "length_penalty": args.length_penalty,
@@ -135,7 +135,7 @@ def answer(lm, prompts: list[str], args) -> None:
         }
         options["stop"] = args.stop
         options |= {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-        if lm.config.task.name == "seq2seq":
+        if task_of(lm.config).reads_source:
             options["temperature"] = 0.0
         else:
             options["temperature"] = args.temperature
@@ -154,8 +154,8 @@ def read_input(path: str, task: str) -> list:
         return read_prompts(path)
     names, records = read_records(path)
     where = f"--input={path}"
-    if task in ROLES:
-        return examples_of(task, columns_of(task), records, where, names)
+    if TASKS[task].from_examples:
+        return examples_of(task, TASKS[task].column_names, records, where, names)
     read = Arguments(where)
     texts = [read.text(name, text_in(record)) for name, record in zip(names, records)]
     read.refuse()
@@ -200,17 +200,25 @@ def text_in(record):
     return record
 
 
-def question_of(prompt: str) -> dict | str:
-    """An example of qa, of a --prompt that is one as JSON."""
+def question_of(prompt: str, task: str) -> dict:
+    """An example of a task that is asked with several columns, of a --prompt that is one as JSON.
+
+    Raises ConfigError of any other prompt.
+    """
     try:
         example = json.loads(prompt)
     except json.JSONDecodeError:
         example = None
     if isinstance(example, dict):
         return example
-    like = '{"question": "Who wrote it?", "context": "Ann wrote it."}'
+    if TASKS[task].answer == "span":
+        about = "a context"
+        like = '{"question": "Who wrote it?", "context": "Ann wrote it."}'
+    else:
+        about = "an example of its columns"
+        like = json.dumps(dict.fromkeys(TASKS[task].asked_columns, "TEXT"))
     raise ConfigError(
-        f"--prompt={prompt}: a model of task qa is asked about a context: --prompt='{like}'"
+        f"--prompt={prompt}: a model of task {task} is asked about {about}: --prompt='{like}'"
     )
 
 
@@ -230,9 +238,9 @@ def text_of(path: str) -> str:
 
 def read_sentences(path: str, config: ConfigDict) -> list[dict]:
     """The sentences of a file with a word a line, for a model that tags; [] of any other."""
-    if config.task.name != "tag" or path.endswith(RECORDS):
+    if task_of(config).answer != "tags" or path.endswith(RECORDS):
         return []
-    given = columns_given(config.data.columns, "tag")
+    given = columns_given(config.data.columns, config.task.name)
     sentences = conll.words_of(path, text_of(path), suffix_of(path), given, label_names(config))
     if sentences:
         words = sum(map(len, sentences))

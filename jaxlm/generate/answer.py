@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from jaxlm.config.tasks import TASKS, task_of
 from jaxlm.data.examples import Examples, label_names
 from jaxlm.data.row_layout import piece_lengths
 from jaxlm.data.transforms import ALLOWED, Vocabulary, answer_text, chat, messages_of, words_of
@@ -28,7 +29,7 @@ def of_examples(source, rows: list[np.ndarray]) -> dict[int, np.ndarray]:
             labelled = "label" in source.pieces[number]
             found[number] = scores[place] if labelled else scores[at : at + length]
             at += length
-    if source.config.task.name == "classify":
+    if task_of(source.config).answer == "class":
         exact = one_less_others
     else:
 
@@ -66,26 +67,26 @@ def read_scores(config: ConfigDict, params, source) -> dict[int, np.ndarray]:
 def label(config: ConfigDict, params, tokenizer, examples: list[dict]) -> list:
     """See jaxlm.generate.lm.LM.answer. What is to be foretold need not be there."""
     names = label_names(config)
-    task = config.task.name
+    kind = task_of(config).answer
     dummy = {
-        "classify": lambda e: {"label": names[0]},
-        "multilabel": lambda e: {"label": ""},
-        "regress": lambda e: {"label": 0},
-        "tag": lambda e: {"tags": [names[0]] * len(words_of(e["words"]))},
-        "qa": lambda e: {"answer": ""},
+        "class": lambda e: {"label": names[0]},
+        "labels": lambda e: {"label": ""},
+        "number": lambda e: {"label": 0},
+        "tags": lambda e: {"tags": [names[0]] * len(words_of(e["words"]))},
+        "span": lambda e: {"answer": ""},
     }
     source = Examples(
-        config, "val", tokenizer, [{**example, **dummy[task](example)} for example in examples]
+        config, "val", tokenizer, [{**example, **dummy[kind](example)} for example in examples]
     )
     scores = read_scores(config, params, source)
     said = []
     for number, score in scores.items():
         piece = source.pieces[number]
-        if task == "regress":
+        if kind == "number":
             said.append(float(score[0]))
-        elif task == "qa":
+        elif kind == "span":
             said.append(span_said(source, number, score))
-        elif task == "tag":
+        elif kind == "tags":
             said.append(
                 [names[c] for c in score.argmax(axis=-1)[piece["weights"][: len(score)] > 0]]
             )
@@ -96,7 +97,7 @@ def label(config: ConfigDict, params, tokenizer, examples: list[dict]) -> list:
 
 def prompt_of(example: dict, encode, vocab: Vocabulary) -> tuple[np.ndarray, np.ndarray | None]:
     """(what the model goes on from, the source that it reads or None)."""
-    if vocab.task == "seq2seq":
+    if TASKS[vocab.task].reads_source:
         return np.array([vocab.begin]), np.append(encode(example["source"]), vocab.end)
     messages = messages_of({key: value for key, value in example.items() if key != "response"})
     while messages and messages[-1]["role"] == "assistant":

@@ -8,7 +8,7 @@ from operator import index
 import numpy as np
 
 from jaxlm.cli import did_you_mean
-from jaxlm.config.keys import ROLES, WRITTEN
+from jaxlm.config.tasks import TASKS
 from jaxlm.errors import ConfigError
 
 INT32 = 2**31 - 1
@@ -111,20 +111,8 @@ class Arguments:
 
 
 SPEAKERS = ("system", "user", "assistant")
-ASKED = {
-    "tag": ("words",),
-    "qa": ("question", "context"),
-    "seq2seq": ("source",),
-    "sft": ("prompt",),
-    "dpo": ("prompt",),
-}
 NO_WORDS = (type(None), bytes, dict)
 NO_TEXT = (*NO_WORDS, list, tuple)
-CHATTING = ("sft", "dpo")  # what is asked may be a dialogue
-
-
-def columns_of(task: str) -> tuple[str, ...]:
-    return tuple(role.removesuffix("?") for role in ROLES[task])
 
 
 def examples_of(
@@ -140,8 +128,8 @@ def examples_of(
     where, names: what messages call the whole and each example.
     """
     read = Arguments(where)
-    asked = ASKED.get(task, ("text",))
-    chats = task in CHATTING
+    asked = TASKS[task].asked_columns
+    chats = TASKS[task].is_chat
     if chats and "messages" not in columns:
         columns = ("messages", *columns)
     if isinstance(given, (str, dict)):
@@ -173,7 +161,7 @@ def faults_of(
     unknown = [name for name in example if name not in columns]
     if unknown:
         return [f" has {name!r}: {rule}{did_you_mean(str(name), columns)}" for name in unknown]
-    if task in CHATTING and "messages" in example:
+    if TASKS[task].is_chat and "messages" in example:
         return dialogue_faults(example["messages"])
     problems = []
     for name in asked:
@@ -278,7 +266,7 @@ def options_of(task: str, given: dict) -> tuple[list[str], dict]:
             read.problems.append(
                 f"there is no option {name}: {known}{did_you_mean(name, OF_ANSWERS)}"
             )
-        elif task not in WRITTEN:
+        elif not TASKS[task].writes_text:
             read.problems.append(
                 f"{name}={shown(value)}: not for a model of task {task}, which writes no text"
             )

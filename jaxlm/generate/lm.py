@@ -12,18 +12,10 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.cli import did_you_mean
-from jaxlm.config.keys import (
-    ANSWERING,
-    HEADED,
-    MESH_AXES,
-    ROLES,
-    SILENT,
-    TWO_SIDED,
-    VECTORS,
-    WRITTEN,
-)
+from jaxlm.config.keys import MESH_AXES
 from jaxlm.config.mesh_rules import fits
 from jaxlm.config.recipe import mesh_sizes
+from jaxlm.config.tasks import TASKS
 from jaxlm.data.batches import eval_rows
 from jaxlm.data.bits_per_byte import why_dropped, why_none
 from jaxlm.data.examples import Encoder
@@ -31,7 +23,7 @@ from jaxlm.data.tokenization.base import replace_surrogates
 from jaxlm.data.transforms import Vocabulary, join
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.generate.answer import label, write
-from jaxlm.generate.arguments import Arguments, columns_of, examples_of, options_of, sampling_of
+from jaxlm.generate.arguments import Arguments, examples_of, options_of, sampling_of
 from jaxlm.generate.decode import generate_tokens, pad_prompts, size_for
 from jaxlm.generate.neighbors import SPELLED, Neighbors
 from jaxlm.models import build, next_logits
@@ -43,12 +35,12 @@ from jaxlm.step.forward import mesh_order
 from jaxlm.step.losses import token_losses
 from jaxlm.step.state import abstract_state, state_shardings
 
-HEADS = {  # what the models of keys.HEADED are
-    "classify": "a classifier: it has scores of classes",
-    "multilabel": "a classifier: it has scores of labels",
-    "regress": "a regressor: it has one number a text",
-    "tag": "a tagger: it has scores of tags",
-    "qa": "a reader: it has scores of where an answer begins and ends",
+HEADS = {  # Task.answer -> what a model with a head is
+    "class": "a classifier: it has scores of classes",
+    "labels": "a classifier: it has scores of labels",
+    "number": "a regressor: it has one number a text",
+    "tags": "a tagger: it has scores of tags",
+    "span": "a reader: it has scores of where an answer begins and ends",
 }
 
 
@@ -155,7 +147,7 @@ class LM:
         """
         self._require_text("generate")
         task = self.config.task.name
-        if task in WRITTEN:  # a plain continuation would not be what it was tuned to write
+        if TASKS[task].writes_text:  # a plain continuation would not be what it was tuned to write
             raise UserError(
                 f"lm.generate: a model of task {task} answers prompts and dialogues; use lm.answer"
             )
@@ -198,19 +190,19 @@ class LM:
         mlm, of strings: for each [MASK], a hidden token, the five likeliest as (token, probability).
         """
         task = self.config.task.name
-        if task not in ANSWERING:
-            use = "; use lm.generate, lm.loss or lm.logits" * (task not in SILENT)
-            use = use or "; use lm.neighbors or lm.analogy" * (task in VECTORS)
+        if not TASKS[task].answers_examples:
+            use = "; use lm.generate, lm.loss or lm.logits" * (not TASKS[task].answers_nothing)
+            use = use or "; use lm.neighbors or lm.analogy" * TASKS[task].learns_vectors
             raise UserError(f"lm.answer: task {task} has no examples to answer{use}")
         stop, options = options_of(task, options)
-        if task == "mlm":
+        if TASKS[task].answer == "hidden":
             read = Arguments("lm.answer")
             texts = read.texts("examples", examples)
             read.refuse()
             return [self._fill(text) for text in texts]
-        examples = examples_of(task, columns_of(task), examples)
+        examples = examples_of(task, TASKS[task].column_names, examples)
         with jax.set_mesh(self.mesh):
-            if task not in WRITTEN:
+            if not TASKS[task].writes_text:
                 return label(self.config, self.params, self.tokenizer, examples)
             encode = Encoder(self.tokenizer, self.config.data.lowercase)
             vocab = Vocabulary(self.tokenizer, task)
@@ -245,7 +237,7 @@ class LM:
         return Neighbors(fetch(word_vectors(self.params)), self.tokenizer, where)
 
     def _fill(self, text: str) -> list[list[tuple[str, float]]]:
-        vocab = Vocabulary(self.tokenizer, "mlm")
+        vocab = Vocabulary(self.tokenizer, self.config.task.name)
         parts = text.split("[MASK]")
         if self.tokenizer.name not in SPELLED:  # the space before a hidden token is of that token
             parts[:-1] = [part.rstrip(" ") for part in parts[:-1]]
@@ -278,19 +270,19 @@ class LM:
 
     def _require_text(self, what: str) -> None:
         task = self.config.task.name
-        if task == "mlm":
+        if TASKS[task].answer == "hidden":
             raise UserError(
                 f"lm.{what}: a model of task mlm foretells hidden tokens, none that follow; use lm.answer with [MASK] "
                 'in the text, as in lm.answer("to [MASK] or not to be")'
             )
-        if task in HEADED:
+        if TASKS[task].has_head:
             raise UserError(
                 f"lm.{what}: a model of task {task} foretells no tokens that follow; use lm.answer"
             )
-        if task in TWO_SIDED:
-            use = "; use lm.answer" * (task in ROLES)
+        if TASKS[task].reads_source:
+            use = "; use lm.answer" * TASKS[task].from_examples
             raise UserError(f"lm.{what}: a model of task {task} reads a source first{use}")
-        if task in VECTORS:
+        if TASKS[task].learns_vectors:
             raise UserError(
                 f"lm.{what}: a model of task {task} has vectors of words; use lm.neighbors or lm.analogy"
             )
@@ -320,16 +312,16 @@ class LM:
     def _require_next(self) -> None:
         """Raises UserError where there are no logits of tokens, or none without a source."""
         task = self.config.task.name
-        if task in HEADED:
+        if TASKS[task].has_head:
             raise UserError(
-                f"lm.logits: a model of task {task} is {HEADS[task]}, not of tokens; use lm.answer"
+                f"lm.logits: a model of task {task} is {HEADS[TASKS[task].answer]}, not of tokens; use lm.answer"
             )
-        if task in VECTORS:
+        if TASKS[task].learns_vectors:
             raise UserError(
                 f"lm.logits: a model of task {task} has embeddings, no logits; use lm.neighbors"
             )
         if self.config.model.name in ("encoder_decoder", "lstm_seq2seq"):
-            use = "; use lm.answer" * (task in ROLES)
+            use = "; use lm.answer" * TASKS[task].from_examples
             raise UserError(f"lm.logits: a model of task {task} reads a source first{use}")
 
     def _predicted_bytes(self, texts: list[str]) -> list[float]:

@@ -15,7 +15,8 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxlm import cli
-from jaxlm.config.check import check, require
+from jaxlm.config.check import check
+from jaxlm.config.problems import Problem, require
 from jaxlm.config.recipe import load, override, resolve
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.kernels.attention import BLOCK
@@ -258,9 +259,8 @@ def main(argv: list[str]) -> int:
         quick_random_numbers()
     pod = find(args.topology, config.mesh.slices if args.slices is None else args.slices)
     if config.mesh.slices not in (1, pod.slices):
-        problems.append(
-            f"config.mesh.slices={config.mesh.slices}: --topology and --slices give {pod.slices}"
-        )
+        rule = f"--topology and --slices give {pod.slices}"
+        problems.append(Problem("mesh.slices", config.mesh.slices, rule))
     config.mesh.slices = pod.slices
     if args.search < 0 or (args.search and not pod.spec.flops):
         problems.append(

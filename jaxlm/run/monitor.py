@@ -21,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jaxlm.config.keys import ANSWERING, SILENT
+from jaxlm.config.tasks import task_of
 from jaxlm.errors import DataError
 from jaxlm.run.workdir import in_bucket, write_whole
 
@@ -231,19 +231,24 @@ class Upload:
         """Writes nothing: it may belong to another run by now."""
 
 
-EXAMPLE = '{"question": "Who wrote it?", "context": "Ann wrote it."}'  # of task qa
+EXAMPLE = (
+    '{"question": "Who wrote it?", "context": "Ann wrote it."}'  # of a task whose answer is a span
+)
 
 
 def proposal(config: ConfigDict, workdir: PurePath, tokenizer, flags: str = "") -> str:
     """The command that shows what a trained model does."""
-    task = config.task.name
-    program = "evaluate" if task in SILENT else "generate"
+    task = task_of(config)
+    program = "evaluate" if task.answers_nothing else "generate"
     prompt = ""
-    if task == "mlm":
+    if task.answer == "hidden":
         prompt = "[MASK]"
-    elif task == "qa":
+    elif task.answer == "span":
         prompt = EXAMPLE
-    elif task in ANSWERING or (program == "generate" and tokenizer.bos_id is None):
+    elif len(task.asked_columns) > 1:
+        text = known_text(tokenizer, config.data.lowercase)
+        prompt = json.dumps(dict.fromkeys(task.asked_columns, text))
+    elif task.answers_examples or (program == "generate" and tokenizer.bos_id is None):
         prompt = known_text(tokenizer, config.data.lowercase)
     asked = f" --prompt={shlex.quote(prompt)}" if prompt else ""
     return f"try python -m jaxlm.{program} --workdir={shlex.quote(str(workdir))}{flags}{asked}"

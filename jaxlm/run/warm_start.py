@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxlm.cli import near_path
-from jaxlm.config.keys import HEADED, ROLES
+from jaxlm.config.problems import Problem
 from jaxlm.config.recipe import flatten, num_labels, set_key
+from jaxlm.config.tasks import task_of
 from jaxlm.data.batches import describe, load_tokenizer, open_stores
 from jaxlm.data.examples import Examples
 from jaxlm.data.tokenization.vocabulary import MADE
@@ -62,14 +63,15 @@ def read_config(spec: str) -> ConfigDict:
     return known_config(flat, str(file))
 
 
-def inherit(config: ConfigDict) -> list[str]:
+def inherit(config: ConfigDict) -> list[Problem]:
     """Takes the model section and the tokenizer from train.init_from, the teacher's from its run; returns problems."""
     problems = []
     task = config.task
     for key, spec in (("train.init_from", config.train.init_from), ("task.teacher", task.teacher)):
         if spec and not (Path(split_step(spec)[0]) / "config.json").exists() and "://" not in spec:
             near = near_path(split_step(spec)[0])
-            problems.append(f"config.{key}={spec}: is not the --workdir of a jaxlm.train run{near}")
+            rule = "is not the --workdir of a jaxlm.train run"
+            problems.append(Problem(key, spec, rule, near))
     if problems:
         return problems
 
@@ -85,9 +87,9 @@ def inherit(config: ConfigDict) -> list[str]:
         theirs = read_config(start).model
         config.model.update({key: theirs[key] for key in theirs if key not in OWN})
         config.model.vocab_size = max(config.model.vocab_size, theirs.vocab_size)
-        if task.name in ROLES and config.data.tokenizer in MADE:
+        if task_of(config).from_examples and config.data.tokenizer in MADE:
             config.data.tokenizer = str(Path(split_step(start)[0]).absolute())
-    if task.name == "dpo":
+    if task_of(config).is_preference:
         task.teacher = task.teacher or start
     if task.teacher and not task.teacher_model:
         task.teacher_model = tuple(read_config(task.teacher).model.items())
@@ -126,14 +128,14 @@ def not_told(config: ConfigDict, vocab_size: int, problem: UserError | None) -> 
         missing = []
     else:
         missing = ["config.model.vocab_size"]
-    if config.task.name in HEADED and not (config.model.num_labels or num_labels(config)):
+    if task_of(config).has_head and not (config.model.num_labels or num_labels(config)):
         missing.append("config.model.num_labels")
     if problem and missing:
         return [f"{problem}; or set {' and '.join(missing)}, which it would tell"]
     return []
 
 
-def agree(config: ConfigDict, vocab_size: int) -> list[str]:
+def agree(config: ConfigDict, vocab_size: int) -> list[Problem]:
     """What is wrong between the data and the runs that this one builds on: other tokens, other labels.
 
     vocab_size: ids of the data and the task; a model that is begun from gets room for them. To be called after
@@ -145,28 +147,27 @@ def agree(config: ConfigDict, vocab_size: int) -> list[str]:
     for key, spec in (("train.init_from", config.train.init_from), ("task.teacher", task.teacher)):
         if not spec:
             continue
-        given = f"config.{key}={spec}"
         meta = read_meta(spec)
         theirs = tokenizer_of(meta)
         teaches = key == "task.teacher"
-        other_task = teaches and task.name in HEADED and config_of(meta).task.name != task.name
+        other_task = teaches and task_of(config).has_head and config_of(meta).task.name != task.name
         if theirs.fingerprint != mine.fingerprint and not other_task:
-            if task.name in ROLES:
+            if task_of(config).from_examples:
+                verb = "give"
                 where = "--config.data.tokenizer="
             else:
+                verb = "prepare"
                 where = "the text anew with --tokenizer="
-            problems.append(
-                f"{given}: its tokenizer ({in_words(theirs)}) is not the data's ({in_words(mine)}), so that the same "
-                f"id is another text; {'give' if task.name in ROLES else 'prepare'} {where}{split_step(spec)[0]}"
+            rule = (
+                f"its tokenizer ({in_words(theirs)}) is not the data's ({in_words(mine)}), so that the same "
+                f"id is another text; {verb} {where}{split_step(spec)[0]}"
             )
+            problems.append(Problem(key, spec, rule))
         elif teaches:
             if spec == config.train.init_from:
-                given = f"config.train.init_from={spec}"
-            else:
-                given = given
-            problems += [
-                f"{given}: {problem}" for problem in unlike(config_of(meta), config, vocab_size)
-            ]
+                key = "train.init_from"
+            rules = unlike(config_of(meta), config, vocab_size)
+            problems += [Problem(key, spec, rule) for rule in rules]
         else:
             config.model.vocab_size = max(config.model.vocab_size, vocab_size)
     return problems
@@ -186,13 +187,16 @@ def unlike(teacher: ConfigDict, config: ConfigDict, vocab_size: int) -> list[str
             f"a model of {theirs:,} ids, but the data of task {task} have {vocab_size:,}: it was trained on task "
             f"{teacher.task.name}; give a run of task {'sft, whose model knows who speaks' if task == 'dpo' else task}"
         ]
-    if task in HEADED and (teacher.task.name, teacher.data.labels) != (task, config.data.labels):
+    if task_of(config).has_head and (teacher.task.name, teacher.data.labels) != (
+        task,
+        config.data.labels,
+    ):
         same = f', or, where they mean the same, --config.data.labels="{teacher.data.labels}"'
         return [
             f"its outputs are of {head_in_words(teacher)}, this run's of {head_in_words(config)}; give another teacher"
             + same * (teacher.task.name == task)
         ]
-    if config.task.distill and task not in HEADED and theirs != mine:
+    if config.task.distill and not task_of(config).has_head and theirs != mine:
         return [
             f"a model of {theirs:,} ids, this one of {mine:,}; set --config.model.vocab_size={theirs}"
         ]

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxlm.config.keys import ATTENDING, MESH_AXES
 from jaxlm.config.recipe import pipeline_microbatches
+from jaxlm.config.tasks import task_of
 from jaxlm.kernels.attention import choose
 from jaxlm.parallel.mesh import (
     RULES,
@@ -71,7 +72,7 @@ def flops_per_token(config: ConfigDict, params) -> int:
     m = config.model
     if m.name == "ngram":
         return 0
-    if m.name == "vectors" and (config.task.negatives or config.task.name == "glove"):
+    if m.name == "vectors" and (config.task.negatives or task_of(config).loss == "glove"):
         return 6 * m.embed_dim * (1 + config.task.negatives)  # a product with each context
     flops = 6 * (active_parameters(config, params) - embedding_parameters(params))
     if m.name in ATTENDING:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from jaxlm.config.keys import LABELLED
+from jaxlm.config.tasks import task_of
 from jaxlm.data.transforms import ALLOWED, START, STOP
 from jaxlm.kernels.attention import NEVER
 from jaxlm.step.forward import example_masks, forward, forward_teacher, mesh_order, routing_sums
@@ -99,13 +99,17 @@ def squares(
     return error, error
 
 
+# Task.loss -> the scores of the head's outputs, and their losses.
 SCORES = {
-    "classify": jax.nn.softmax,
-    "tag": jax.nn.softmax,
-    "multilabel": jax.nn.sigmoid,
-    "regress": lambda outputs: outputs,
+    "cross_entropy": jax.nn.softmax,
+    "binary_cross_entropy": jax.nn.sigmoid,
+    "squared_error": lambda outputs: outputs,
 }
-NATS = {"classify": class_nats, "tag": class_nats, "multilabel": binary_nats, "regress": squares}
+NATS = {
+    "cross_entropy": class_nats,
+    "binary_cross_entropy": binary_nats,
+    "squared_error": squares,
+}
 
 
 def label_loss(
@@ -123,23 +127,24 @@ def label_loss(
     batch, places = mesh_order(batch)
     x_BTD, aux = forward(model, params, batch, places, config, dropout_key)
     task = config.task
-    outputs = logits_of_labels(params, x_BTD, batch, task.name, config.model.pooling)
-    scores = SCORES[task.name](outputs)
+    kind = task_of(config).loss
+    outputs = logits_of_labels(params, x_BTD, batch, config.model.pooling)
+    scores = SCORES[kind](outputs)
     if "labels" in batch:
         labels = batch["labels"]
     else:
         labels = batch["targets"]
         scores = in_row_order(scores, places)
-    nats, learned = NATS[task.name](outputs, labels, task)
+    nats, learned = NATS[kind](outputs, labels, task)
     weights = batch["weights"]
     sums = {}
     if task.distill:
         y_BTD, section = forward_teacher(teacher, batch, places, config)
-        targets = logits_of_labels(teacher, y_BTD, batch, task.name, section.pooling)
+        targets = logits_of_labels(teacher, y_BTD, batch, section.pooling)
         apart = class_divergence(outputs, targets, task.temperature)
         learned = (1 - task.distill) * learned + task.distill * apart
         sums["divergence"] = jnp.sum(weights * apart)
-    if task.name in ("classify", "tag"):
+    if task_of(config).has_classes:
         right = jnp.argmax(outputs, axis=-1) == labels
         sums["accuracy"] = jnp.sum(weights * right)
     # A row's routers weigh as much as its labels, and nothing in a row of padding.
@@ -159,11 +164,10 @@ def logits_of_labels(
     params: dict,
     x_BTD: jax.Array,
     batch: dict,
-    task: str,
     pooling: str,
 ) -> jax.Array:
     """float32 [B, M, C] of examples, or [B, T, C] of tokens."""
-    if task not in LABELLED:
+    if "labels" not in batch:
         return apply_head(params, x_BTD)
     examples = batch["labels"].shape[1]
     x_BMD = pool(x_BTD, batch["segments"], batch["positions"], examples, pooling)

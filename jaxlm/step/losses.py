@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from jaxlm.config.tasks import task_of
 from jaxlm.kernels.cross_entropy import Mix, divergence
 from jaxlm.models import nats_of, weighted_nats_of
 from jaxlm.models.transformer import unembedding
@@ -223,28 +224,28 @@ def plain_sums(loss_BT: jax.Array, weights_BT: jax.Array) -> dict:
 
 # ---------------------------------------------------------------- the table
 
-# Other tasks have token_loss.
-LOSSES = {
-    "classify": label_loss,
-    "multilabel": label_loss,
-    "regress": label_loss,
-    "tag": label_loss,
-    "qa": span_loss,
-    "dpo": preference_loss,
+LOSSES = {  # Task.loss -> its function
+    "token": token_loss,
+    "cross_entropy": label_loss,
+    "binary_cross_entropy": label_loss,
+    "squared_error": label_loss,
+    "span": span_loss,
+    "preference": preference_loss,
     "glove": glove_loss,
 }
 
 
 def loss_of(config: ConfigDict) -> Callable:
     """The loss of config.task, with the arguments of `token_loss`."""
-    if config.task.name == "skipgram" and config.task.negatives:
+    task = task_of(config)
+    if config.task.negatives and "task.negatives" in task.keys:
         return negatives_loss
-    return LOSSES.get(config.task.name, token_loss)
+    return LOSSES[task.loss]
 
 
 def total_weight(batch: dict, config: ConfigDict) -> jax.Array:
     """What the loss of a batch is divided by, float32, at least 1: its weights in sum; of preferences, the pairs."""
-    if config.task.name == "dpo":
+    if task_of(config).is_preference:
         pairs_B = jnp.max(batch["segments"][:, 0], axis=-1)
         weight = jnp.sum(pairs_B).astype(jnp.float32)
     else:

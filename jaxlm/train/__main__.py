@@ -17,9 +17,11 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 from ml_collections import ConfigDict
 
 from jaxlm import cli
-from jaxlm.config.check import check, require
+from jaxlm.config.check import check
 from jaxlm.config.keys import MESH_AXES
+from jaxlm.config.problems import require
 from jaxlm.config.recipe import flatten, load, override, resolve
+from jaxlm.config.tasks import less_is_better, task_of
 from jaxlm.data.batches import (
     Prefetch,
     fingerprint,
@@ -31,7 +33,6 @@ from jaxlm.data.files.paths import absolute
 from jaxlm.data.tokenization.specials import write_tokenizer
 from jaxlm.errors import CheckpointError, DataError, NumericsError
 from jaxlm.evaluate.evaluator import Evaluator
-from jaxlm.evaluate.metrics import less_is_better
 from jaxlm.evaluate.score import FAULTS, in_a_line
 from jaxlm.parallel import hosts
 from jaxlm.parallel.chips import peak_flops
@@ -213,7 +214,7 @@ def train(
             f"from step {start} to {config.train.stop_at}; {workdir}"
         )
         if config.task.teacher:
-            if config.task.name == "dpo":
+            if task_of(config).is_preference:
                 role = "reference"
             else:
                 role = f"teacher of {config.task.distill:.0%} of the loss"

@@ -23,7 +23,8 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxlm import cli
-from jaxlm.config.check import check, require
+from jaxlm.config.check import check
+from jaxlm.config.problems import require
 from jaxlm.config.recipe import load, override, set_key
 from jaxlm.data.batches import fingerprint, validation_batches
 from jaxlm.errors import ConfigError, UserError

@@ -117,7 +117,7 @@ def read_values(key: str, texts: list[str], config: ConfigDict) -> list:
     for text in texts:
         one = config.copy_and_resolve_references()
         problems += override(one, [(key, text)]) or [
-            p for p in ranges(one) if p.startswith(f"config.{key}=")
+            problem for problem in ranges(one) if problem.key == key
         ]
         values.append(flatten(one)[key])
     if problems:

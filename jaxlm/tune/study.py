@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from jaxlm.cli import did_you_mean
 from jaxlm.config.check import check
 from jaxlm.config.recipe import flatten, resolve, set_key
+from jaxlm.config.tasks import DIRECTIONS
 from jaxlm.errors import ConfigError, NumericsError, UserError
 from jaxlm.run.workdir import write_whole
 from jaxlm.tune.runner import Stopped
@@ -32,10 +33,6 @@ try:
 except ImportError:  # the program says so
     optuna = None
 
-DIRECTIONS = {  # by a word in a metric's name
-    "minimize": r"loss|perplexity|bits_per_byte|mse|error|seconds",
-    "maximize": r"accuracy|f1|auc|exact_match|bleu|chrf|rouge|pearson|margin|tokens_per_second|mfu",
-}
 FINISHED = ("done", "pruned", "refused", "diverged")  # others, running and failed, run again
 FAILURES = 3  # and no other outcome: the values are not the reason
 REASONS = 5  # shown of a search without results

@@ -30,9 +30,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxlm import cli
-from jaxlm.config.check import check, forget, require
-from jaxlm.config.keys import LABELLED, MESH_AXES, ROLES
+from jaxlm.config.check import check, reset_unused
+from jaxlm.config.keys import MESH_AXES
+from jaxlm.config.problems import require
 from jaxlm.config.recipe import flatten, load, override, resolve
+from jaxlm.config.tasks import TASKS, task_of
 from jaxlm.data.batches import train_batches
 from jaxlm.data.prepare import prepare
 from jaxlm.data.tokenization.tokenizer import Bytes
@@ -102,7 +104,7 @@ def shrink(c: ConfigDict) -> ConfigDict:
         m.num_experts = next(n for n in (8, 4, m.num_experts) if m.num_experts % n == 0)
         m.experts_per_token = min(m.experts_per_token, max(m.num_experts // 2, 1))
     if m.num_experts or (
-        c.task.name in LABELLED and m.pooling == "max"
+        task_of(c).labels_examples and m.pooling == "max"
     ):  # something is chosen, by being the largest
         c.optim.eps = max(
             c.optim.eps, 1e-3
@@ -133,7 +135,7 @@ def shrink(c: ConfigDict) -> ConfigDict:
     d.columns = ""
     d.enc_len = 64 + d.enc_len % 8 if d.enc_len else 0
     d.tokenizer, d.min_count, d.examples_per_row = "bytes", 1, min(d.examples_per_row or 4, 4)
-    if c.task.name in ("classify", "multilabel", "tag"):
+    if task_of(c).has_label_names:
         d.labels = LABELS
     else:
         d.labels = ()
@@ -158,12 +160,12 @@ def shrink(c: ConfigDict) -> ConfigDict:
         c.task.teacher = "teacher"
         c.seed = c.seed or 1
         c.task.teacher_model = tuple(resolve(c).model.items())
-    forget(c)
+    reset_unused(c)
     return c
 
 
 def needs_teacher(c: ConfigDict) -> bool:
-    return c.task.name == "dpo" or c.task.distill > 0
+    return task_of(c).is_preference or c.task.distill > 0
 
 
 EXAMPLES = {  # column -> (a random text of so many letters, a word of it, a label) -> its value
@@ -187,23 +189,28 @@ EXAMPLES = {  # column -> (a random text of so many letters, a word of it, a lab
 def make_examples(file: Path, task: str) -> None:
     """A few hundred examples of random letters, several of which fit into a row."""
     rng = np.random.default_rng(0)
-    columns = [role.rstrip("?") for role in ROLES[task]]
     rows = []
     for i in range(400):
         text = " ".join(
             "".join(rng.choice(list("abcdefgh"), n)) for n in rng.integers(1, 6, rng.integers(2, 5))
         )
-        label = {"regress": float(rng.normal()), "multilabel": list(LABELS[: i % 4])}.get(
-            task, LABELS[i % 3]
+        label = {"number": float(rng.normal()), "labels": list(LABELS[: i % 4])}.get(
+            TASKS[task].answer, LABELS[i % 3]
         )
         given = text, str(rng.choice(text.split())), label
-        rows.append({name: EXAMPLES[name](*given) for name in columns if name in EXAMPLES})
+        row = {}
+        for column in TASKS[task].columns:
+            if column.name in EXAMPLES:
+                row[column.name] = EXAMPLES[column.name](*given)
+            elif column.required:
+                row[column.name] = text
+        rows.append(row)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_data(path: Path, tiny: ConfigDict) -> None:
     """Data for a tiny config: examples of its task, or token shards, named in its section `data`."""
-    if tiny.task.name in ROLES:
+    if task_of(tiny).from_examples:
         tiny.data.train = str(path / "examples.jsonl")
         make_examples(Path(tiny.data.train), tiny.task.name)
     else:
@@ -272,7 +279,8 @@ class Trainer:
         return {row["step"]: row["loss"] for row in rows}
 
 
-RECIPE = """from jaxlm.config.recipe import unflatten
+RECIPE = """from jaxlm.config.problems import require
+from jaxlm.config.recipe import unflatten
 
 
 def get_config():
@@ -289,10 +297,10 @@ def make_teacher(config: ConfigDict, folder: Path) -> Path:
     plain.task.temperature = 1.0
     plain.task.teacher = ""
     plain.task.teacher_model = ()
-    if plain.task.name == "dpo":
+    if task_of(plain).is_preference:
         plain.task.name = "lm"
         plain.data.train = ""
-        forget(plain)
+        reset_unused(plain)
         make_data(folder, plain)
     Trainer(plain, folder)("run", "--config.train.stop_at=2")
     return folder / "run"

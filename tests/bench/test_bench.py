@@ -11,8 +11,8 @@ from conftest import small_config
 
 from jaxlm.bench import __main__ as bench
 from jaxlm.bench import parts as dissect
-from jaxlm.config.keys import ROLES, TOKEN_TASKS
 from jaxlm.config.recipe import flatten
+from jaxlm.config.tasks import TASKS
 from jaxlm.data.batches import Prefetch, batch_shapes, train_batches
 from jaxlm.data.store import Store
 from jaxlm.data.synthetic import random_tokens
@@ -61,9 +61,9 @@ def test_random_tokens_where_there_is_no_data(recipe, tmp_path, capsys):
     assert "random tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("task", (*TOKEN_TASKS, *ROLES))
+@pytest.mark.parametrize("task", TASKS)
 def test_a_random_batch_is_one_of_its_task(task):
-    if task in ("classify", "multilabel", "tag"):
+    if TASKS[task].has_label_names:
         labels = {"data__labels": ("a", "b", "c")}
     else:
         labels = {}

@@ -14,7 +14,8 @@ from conftest import program, small_config
 
 from jaxlm import cli
 from jaxlm.config import recipe as configs
-from jaxlm.config.check import check, mixture, require
+from jaxlm.config.check import check, mixture
+from jaxlm.config.problems import require
 from jaxlm.errors import ConfigError
 from jaxlm.plan import topology
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import WORDS, small_config
 
-from jaxlm.config.keys import CHOICES, TOKEN_TASKS, base
+from jaxlm.config.keys import CHOICES, base
+from jaxlm.config.tasks import TASKS
 from jaxlm.data.batches import train_batches, validation_batches
 from jaxlm.data.examples import Encoder
 from jaxlm.data.tokenization import vocabulary
@@ -375,7 +376,9 @@ def test_two_sides():
 # ---------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize("name", [name for name in TOKEN_TASKS if name != "lm"])
+@pytest.mark.parametrize(
+    "name", [task.name for task in TASKS.values() if task.transform and not task.from_examples]
+)
 def test_chance_follows_from_the_seed_and_the_step_on_any_hosts(text_dir, name):
     c = small_config(
         task__name=name,

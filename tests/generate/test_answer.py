@@ -7,8 +7,8 @@ from pathlib import PurePath
 import numpy as np
 import pytest
 
-from jaxlm.config.keys import ANSWERING, HEADED, ROLES, SILENT
 from jaxlm.config.recipe import base, resolve
+from jaxlm.config.tasks import TASKS
 from jaxlm.data.tokenization import tokenizer as tokenizers
 from jaxlm.errors import CheckpointError, ConfigError, DataError, UserError
 from jaxlm.generate.__main__ import question_of, read_input, read_prompts, write_answers
@@ -67,6 +67,7 @@ def test_answers_of_jsonl_hold_prompt_and_answer(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
+HEADED = [name for name, task in TASKS.items() if task.has_head]
 PLAIN = {"max_tokens": 5, "temperature": 0.8, "top_k": 0, "top_p": 0.0, "num_samples": 1, "seed": 0}
 
 
@@ -113,7 +114,7 @@ HELLO = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": 
 
 
 def asked(task, given):
-    return examples_of(task, tuple(role.removesuffix("?") for role in ROLES[task]), given)
+    return examples_of(task, TASKS[task].column_names, given)
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])
@@ -359,7 +360,7 @@ def test_a_line_that_is_not_json_is_named(tmp_path):
 # ---------------------------------------------------------------- what a run proposes
 
 
-@pytest.mark.parametrize("task", [*ANSWERING, "lm", *SILENT])
+@pytest.mark.parametrize("task", [name for name in TASKS if name not in ("prefix_lm", "fim")])
 @pytest.mark.parametrize(
     "tokenizer", [tokenizers.Bytes(), tokenizers.Chars(b'{"characters": "\\n bc"}')]
 )
@@ -372,11 +373,12 @@ def test_a_run_proposes_what_works_as_typed(task, tokenizer):
     assert program in ("evaluate", "generate")
     assert flags[0] == "--workdir=my runs/it's"
     prompt = "".join(flag.removeprefix("--prompt=") for flag in flags[1:])
-    if task == "qa":
-        assert examples_of(task, ("question", "context"), question_of(prompt))
+    asked = TASKS[task].asked_columns
+    if len(asked) > 1:
+        assert examples_of(task, asked, question_of(prompt, task))
     elif task == "mlm":
         assert prompt == "[MASK]"
-    elif task in ANSWERING or (task == "lm" and tokenizer.bos_id is None):
+    elif TASKS[task].answers_examples or (task == "lm" and tokenizer.bos_id is None):
         assert prompt
         assert len(tokenizer.encode(prompt))
     else:
@@ -385,4 +387,4 @@ def test_a_run_proposes_what_works_as_typed(task, tokenizer):
 
 def test_a_question_needs_its_context():
     with pytest.raises(ConfigError, match=r"--prompt=Who\?: .*asked about a context: --prompt='{"):
-        question_of("Who?")
+        question_of("Who?", "qa")

@@ -12,7 +12,9 @@ import pytest
 from conftest import OF_2017, fresh_state, mesh_of, small_config
 from test_losses import Given
 
-from jaxlm.config.keys import FOLLOWED, LABELLED, ROLES, TOKEN_TASKS, TWO_SIDED
+from jaxlm.config.keys import base
+from jaxlm.config.recipe import flatten
+from jaxlm.config.tasks import TASKS, tasks_using
 from jaxlm.data.batches import train_batches
 from jaxlm.generate.decode import beam_search, generate_tokens
 from jaxlm.kernels.cross_entropy import logits_of
@@ -25,8 +27,7 @@ from jaxlm.step.state import abstract_state, gradients, state_shardings
 from jaxlm.verify import __main__ as verify
 from jaxlm.verify.laws import GRADIENT_TOLERANCE, unpacked, worst
 
-ENCODERS = ("mlm", "tag", "qa", *LABELLED)
-CASES = {name: {"task__name": name} for name in (*TOKEN_TASKS, *ROLES)} | {
+CASES = {name: {"task__name": name} for name in TASKS} | {
     "lm distilled": {"task__name": "lm", "task__distill": 0.5, "task__temperature": 2.0},
     "seq2seq distilled": {
         "task__name": "seq2seq",
@@ -89,8 +90,9 @@ ROWS = 8
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("objectives")
     verify.make_tokens(path)
-    for task in ROLES:
-        verify.make_examples(path / f"{task}.jsonl", task)
+    for task in TASKS.values():
+        if task.from_examples:
+            verify.make_examples(path / f"{task.name}.jsonl", task.name)
     return path
 
 
@@ -100,16 +102,22 @@ def config_of(case, folder=None, **more):
         "train__batch_size": ROWS, "model__vocab_size": 376, **CASES[case], **more,
     }  # fmt: skip
     task = settings["task__name"]
-    kinds = (
-        dict.fromkeys(TWO_SIDED, "encoder_decoder")
-        | dict.fromkeys(ENCODERS, "encoder")
-        | {"glove": "vectors"}
-    )
-    settings.setdefault("model__name", kinds.get(task, "decoder"))
-    if task in ("classify", "multilabel", "tag"):
+    record = TASKS[task]
+    if record.reads_source:
+        settings.setdefault("model__name", "encoder_decoder")
+    elif record.has_head or record.answer == "hidden":
+        settings.setdefault("model__name", "encoder")
+    elif record.loss == "glove":
+        settings.setdefault("model__name", "vectors")
+    settings.setdefault("model__name", "decoder")
+    if record.has_label_names:
         settings["data__labels"] = verify.LABELS
     if folder:
-        key, file = ("data__train", f"{task}.jsonl") if task in ROLES else ("data__path", "tokens")
+        key, file = (
+            ("data__train", f"{task}.jsonl")
+            if TASKS[task].from_examples
+            else ("data__path", "tokens")
+        )
         settings[key] = str(folder / file)
     c = small_config(**settings)
     if verify.needs_teacher(c):
@@ -213,7 +221,7 @@ def on_meshes():
     for mesh, case in itertools.product(MESHES, CASES):
         if mesh not in ON.get(case, MESHES):
             continue
-        two_sided = CASES[case]["task__name"] in TWO_SIDED
+        two_sided = TASKS[CASES[case]["task__name"]].reads_source
         no_layers = case in ("classify by a bag", "glove", "skipgram with negatives")
         if not (two_sided and "stage" in mesh) and not (
             no_layers and ("stage" in mesh or "sequence" in mesh)
@@ -259,7 +267,7 @@ OF_TEXT = {
 }
 
 
-@pytest.mark.parametrize("task", [*TOKEN_TASKS, *ROLES])
+@pytest.mark.parametrize("task", TASKS)
 def test_a_key_is_followed_where_the_table_says_so(task, folder, monkeypatch):
     """By the first batches, and by what the loss of any hidden states computes: with the key, and without it."""
     monkeypatch.setattr(forward, "build_section", Given)
@@ -292,7 +300,8 @@ def test_a_key_is_followed_where_the_table_says_so(task, folder, monkeypatch):
 
         return a[1] == b[1] and all(map(equal, a[0], b[0]))
 
-    assert set(SET) | OF_TEXT == {key for key in FOLLOWED if not key.startswith("eval.")}
+    partial = {key for key in flatten(base()) if tasks_using(key)}
+    assert set(SET) | OF_TEXT == {key for key in partial if not key.startswith("eval.")}
     plain = said()
     for key, value in SET.items():
         if key in ("task.distill", "task.temperature") and task in ("multilabel", "regress"):
@@ -303,7 +312,7 @@ def test_a_key_is_followed_where_the_table_says_so(task, folder, monkeypatch):
             set_too = {}
         changed = said(**{key.replace(".", "__"): value} | set_too)
         before = said(**set_too) if set_too else plain
-        assert same(changed, before) == (task not in FOLLOWED[key]), key
+        assert same(changed, before) == (task not in tasks_using(key)), key
 
 
 # ---------------------------------------------------------------- who sees whom

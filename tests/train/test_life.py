@@ -8,7 +8,7 @@ import pytest
 from conftest import body_logits, program
 
 import jaxlm
-from jaxlm.config.keys import METRICS
+from jaxlm.config.tasks import TASKS
 from jaxlm.data.prepare import prepare
 from jaxlm.data.tokenization import vocabulary
 from jaxlm.run.checkpoint import name_of
@@ -35,7 +35,7 @@ def train(workdir, **settings):
         for key, value in json.loads(line).items():
             found.setdefault(key, []).append(value)
     told = {key.removeprefix("eval/") for key in found if key.startswith("eval/")}
-    assert told <= {*METRICS[task]}, "what eval.metric may be"
+    assert told <= {*TASKS[task].metrics}, "what eval.metric may be"
     return found
 
 

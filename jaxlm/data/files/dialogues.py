@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxlm.cli import did_you_mean
+from jaxlm.config.tasks import TASKS
 
 ROLES = {  # who speaks, as others call them
     "human": "user",
@@ -40,7 +41,7 @@ class Form(NamedTuple):
 def form_of(names: list[str], task: str) -> Form | None:
     """The form that the columns of a file tell, where they are not the task's own."""
     known = {name.casefold() for name in names}
-    for form in FORMS.get(task, ()):
+    for form in FORMS.get(TASKS[task].transform, ()):
         prompt_elsewhere = form.example is preference_alone and known & set(ASKED)
         if set(form.needed) <= known and not prompt_elsewhere:
             return form
@@ -50,7 +51,7 @@ def form_of(names: list[str], task: str) -> Form | None:
 def is_native(names: list[str], task: str) -> bool:
     """Whether a file has the columns of the task itself."""
     known = {name.casefold() for name in names}
-    if task == "sft":
+    if "messages" in TASKS[task].column_names:
         return "messages" in known or {"prompt", "response"} <= known
     return {"prompt", "chosen", "rejected"} <= known
 
@@ -60,7 +61,7 @@ def own_columns(example: dict, task: str) -> dict:
 
     What needs no change is given back as it is. Raises ValueError of what is no dialogue.
     """
-    if task == "dpo":
+    if TASKS[task].is_preference:
         return preference(example)
     if "messages" in example and is_foreign(example["messages"]):
         return example | {"messages": dialogue(example["messages"])}
@@ -274,7 +275,7 @@ def pair_of(example: dict) -> dict:
 
 SHAREGPT = "ShareGPT's dialogues (conversations of from and value)"
 ALPACA = "Alpaca's instructions (the prompt is instruction, an empty line and {about}; the response is {answer})"
-FORMS = {
+FORMS = {  # Task.transform -> the forms of its examples
     "sft": (
         Form(SHAREGPT, ("conversations",), ("system",), conversations),
         Form(SHAREGPT, ("conversation",), ("system",), conversations),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jaxlm.cli import did_you_mean
-from jaxlm.config.keys import GROUP, LABELLED, ROLES
+from jaxlm.config.tasks import GROUP, TASKS, TEXT_COLUMNS
 from jaxlm.data.files import conll, delimited, dialogues, example_files, json_records, parquet
 from jaxlm.data.files.paths import parts_of, paths_of
 from jaxlm.errors import DataError
@@ -21,7 +21,6 @@ LOGGER = logging.getLogger("jaxlm")
 SHOWN = 10  # problems
 ENOUGH = 20  # lines, to tell that the first one is unlike the others
 MOST_WORDS = 3  # in the name of a column
-OF_TEXT = "text text2 question context source target prompt response chosen rejected".split()
 USUAL_NAMES = {  # of columns, by other people; only to suggest
     "words": conll.WORD_NAMES,
     "tags": conll.TAG_NAMES,
@@ -29,7 +28,6 @@ USUAL_NAMES = {  # of columns, by other people; only to suggest
     "label": ("class", "category", "sentiment", "target", "kind", "rating", "score"),
 }
 ROW_NUMBERS = ("", "id", "idx", "index", "unnamed: 0")
-CONVERTED = ("sft", "dpo")  # whose examples others write in their own ways
 
 
 class Chosen(NamedTuple):
@@ -117,7 +115,7 @@ def read_file(path: str, found: Found) -> None:
     text = example_files.read_text(file)
     if json_records.is_json(text, file.suffix):
         add_json(file, text, found)
-    elif found.task != "tag" or not add_sentences(file, text, found):
+    elif TASKS[found.task].answer != "tags" or not add_sentences(file, text, found):
         add_table(file, text, found)
 
 
@@ -205,7 +203,7 @@ def add_cells(
             )
     before = len(found.examples)
     add_records(path, whole, places, chosen, found)
-    if found.task == "tag":
+    if TASKS[found.task].answer == "tags":
         conll.refuse_words(path, found.examples[before:], places)
 
 
@@ -213,7 +211,7 @@ def add_records(path: str, records: list, lines, chosen: Chosen, found: Found) -
     """Adds the examples of records, dicts or lists of cells, by the columns that were chosen."""
     columns = chosen.columns
     form = chosen.form
-    needed = [role for role in columns if role in (form.needed if form else ROLES[found.task])]
+    needed = [role for role in columns if role in (form.needed if form else needed_of(found.task))]
     for record, line in zip(records, lines):
         place = f"{path}:{line}"
         if isinstance(record, dict):
@@ -229,7 +227,7 @@ def add_records(path: str, records: list, lines, chosen: Chosen, found: Found) -
         if absent:
             found.bad.append(f"{place}: no {' and no '.join(absent)}")
             continue
-        if form or found.task in CONVERTED:
+        if form or TASKS[found.task].is_chat:
             try:
                 if form:
                     example = form.example(example)
@@ -245,7 +243,7 @@ def add_records(path: str, records: list, lines, chosen: Chosen, found: Found) -
 
 
 def note_numbers(example: dict, place: str, found: Found) -> None:
-    for role in OF_TEXT:
+    for role in TEXT_COLUMNS:
         if isinstance(example.get(role), (bool, int, float)):
             found.notes.append(f"{place}: its {role} is a number, which is taken as text")
 
@@ -274,11 +272,11 @@ def columns_given(columns: str, task: str) -> dict[str, str]:
 
 def roles_of(task: str) -> list[str]:
     """The columns of a task, also those that may be missing."""
-    return [role.rstrip("?") for role in ROLES[task]]
+    return list(TASKS[task].column_names)
 
 
 def needed_of(task: str) -> list[str]:
-    return [role for role in ROLES[task] if not role.endswith("?")]
+    return list(TASKS[task].required_columns)
 
 
 def is_header(cells: list[str], task: str, given: dict[str, str]) -> bool:
@@ -291,7 +289,8 @@ def is_header(cells: list[str], task: str, given: dict[str, str]) -> bool:
         return False
     wanted = set(needed_of(task) or roles_of(task)[-1:])
     form = not given and dialogues.form_of(known, task) is not None
-    return wanted <= set(known) or form or (task == "sft" and "messages" in known)
+    messages = "messages" in known and "messages" in roles_of(task)
+    return wanted <= set(known) or form or messages
 
 
 def choose_cells(
@@ -325,7 +324,7 @@ def in_order(
 ) -> dict[str, str]:
     """The columns of a table without a header, by place. Raises DataError where there are more or fewer."""
     needed = needed_of(task)
-    if task == "sft":
+    if "messages" in roles_of(task):
         roles = {1: ["messages"], 2: ["prompt", "response"]}.get(len(cells), [])
         fits = 0 < len(cells) <= len(roles)
     else:
@@ -350,9 +349,9 @@ def other_delimiter(cells: list[str], style: delimited.Style | None) -> str:
 def choose_named(path: str, names: list[str], task: str, given: dict[str, str]) -> Chosen:
     """Which columns of these names are which. Raises DataError."""
     folded = {name.casefold(): name for name in reversed(names)}
-    if task == "qa" and "answer_start" in folded:  # SQuAD's name for it
+    if TASKS[task].answer == "span" and "answer_start" in folded:  # SQuAD's name for it
         folded.setdefault("start", folded["answer_start"])
-    if not given and task in CONVERTED and not dialogues.is_native(names, task):
+    if not given and TASKS[task].is_chat and not dialogues.is_native(names, task):
         form = dialogues.form_of(names, task)
         if form:
             roles = [role for role in (*form.needed, *form.optional) if role in folded]
@@ -369,7 +368,7 @@ def choose_named(path: str, names: list[str], task: str, given: dict[str, str]) 
     missing = [
         chosen.get(role, role) for role in [*needed, *given] if chosen.get(role) not in names
     ]
-    half = task == "sft" and not given and is_half(chosen, names)
+    half = "messages" in roles_of(task) and not given and is_half(chosen, names)
     if missing or not chosen or half:
         raise DataError(unclear(path, names, task, list(dict.fromkeys(missing))))
     return Chosen(chosen)
@@ -411,7 +410,7 @@ def unclear(
         return f"{path}: {what}{hint}; it has {shown}, and needed are {', '.join(needed)}"
     roles = likely_roles(len(names), task)
     alike = named_alike(names, roles)
-    if task == "dpo" and not {"chosen", "rejected"} & set(
+    if TASKS[task].is_preference and not {"chosen", "rejected"} & set(
         alike
     ):  # any guess would prefer the wrong side
         return f"{path}: {what}{hint}; it has {shown}, and needed are {', '.join(needed)}"
@@ -428,7 +427,7 @@ def unclear(
 
 def likely_roles(num_columns: int, task: str) -> list[str]:
     """The columns of a task that a table with so many has."""
-    if task == "sft":
+    if "messages" in roles_of(task):
         if num_columns > 1:
             return ["prompt", "response"]
         return ["messages"]
@@ -484,9 +483,9 @@ def suspect_header(
     """Refuses a first line that would be learned as an example although it looks like a header of other names."""
     cells = [cell.strip() for cell in records[0]]
     doubtful = style is not None and style.quotes and all(cell.isidentifier() for cell in cells)
-    if task in LABELLED and len(cells) > 1:
+    if TASKS[task].labels_examples and len(cells) > 1:
         others = [record[1].strip() for record in records[1:] if len(record) > 1]
-        if task == "regress":
+        if TASKS[task].answer == "number":
             of_numbers = len(others) > 0 and all(map(delimited.is_number, others[:100]))
             doubtful |= of_numbers and not delimited.is_number(cells[1])
         else:
