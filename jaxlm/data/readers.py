@@ -21,9 +21,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
-from jaxlm.data.files import formats, layouts
+from jaxlm.data.files import delimited, formats, layouts, parquet
 from jaxlm.data.files.formats import COMPRESSED
+from jaxlm.data.files.json_records import stream_values
 from jaxlm.data.files.layouts import Layout
+from jaxlm.data.files.repeats import PLACES_SHOWN
 from jaxlm.data.tokenization.base import replace_surrogates
 from jaxlm.data.tokenization.pieces import PIECE_BYTES, Notes, Piece, decode, lines, pieces, texts
 from jaxlm.errors import DataError
@@ -40,7 +42,7 @@ STDLIB_SKIPS = {
     "pydoc_data",
 }
 BLOCK_BYTES = 256 << 10  # of a file read at a time
-BAD_SHOWN = 10
+BAD_SHOWN = 10  # reasons
 WRONG_SHOWN = 50  # files that are refused
 KINDS_SHOWN = 5  # of files that a directory has and that are left out
 FORMATS_SHOWN = 8  # files each with a line; more are told together
@@ -265,14 +267,14 @@ def _with_format(source: Source, key: str) -> tuple[Source, str]:
     """(a file with what it is, why it is not read or "")."""
     path = source.path
     compression = source.compression
-    head = formats.beginning(path, compression)
+    head = formats.first_bytes(path, compression)
     suffix = _suffix(path)
-    if head.startswith(formats.PARQUET):
+    if formats.is_parquet(head):
         suffix = "" if compression else ".parquet"
     reason = formats.refusal(path, suffix, compression, head)
     if reason:
         return source, reason
-    layout = layouts.see(path, suffix, compression, head, key)
+    layout = layouts.detect(path, suffix, compression, head, key)
     words = [
         layout.words,
         compression,
@@ -320,7 +322,7 @@ def _read_json(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
     name = span.source.name
     number = 0
     try:
-        for value in layouts.values(texts(_blocks(span, notes), notes)):
+        for value in stream_values(texts(_blocks(span, notes), notes)):
             number += 1
             notes.records[name] = number
             try:
@@ -343,7 +345,7 @@ def _read_table(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
     name = span.source.name
     layout = span.source.layout
     ended = (line + "\n" for line in _decoded_lines(span, notes))
-    rows = layouts.reader(ended, layout.delimiter, layout.quoted)
+    rows = delimited.reader(ended, layout.delimiter, layout.quoted)
     header = []
     start = 1
     while True:
@@ -360,7 +362,7 @@ def _read_table(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
                 return
             _bad(notes, name, start, _reason(error))
             row = []
-        if not header and start == 1 and layouts.tells_delimiter(row):
+        if not header and start == 1 and delimited.is_excel_line(row):
             pass
         elif row and not header:
             header = [cell.strip() for cell in row]
@@ -374,7 +376,7 @@ def _read_table(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
 def _reason(error: csv.Error) -> str:
     if "new-line" in str(error):
         return "a carriage return inside of a cell without quotes; a line ends with a line feed"
-    return f"{error}; a quote inside of a quoted text is written twice"
+    return f"{error}; {delimited.TWICE}"
 
 
 def _decoded_lines(span: Span, notes: Notes) -> Iterator[str]:
@@ -396,7 +398,7 @@ def _read_parquet(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
                 kind = column.type
-                strings = layouts.is_text(kind)
+                strings = parquet.is_text(kind)
                 if strings:
                     column = column.cast(
                         pa.large_binary()
@@ -457,7 +459,10 @@ def _broken(notes: Notes, name: str, error: Exception) -> None:
 
 def _bad(notes: Notes, name: str, number: int, reason: str) -> None:
     notes.counts["bad_records"] += 1
-    if len(notes.bad) < BAD_SHOWN:
+    if reason not in notes.reasons and len(notes.reasons) == BAD_SHOWN:
+        return
+    notes.reasons[reason] += 1
+    if notes.reasons[reason] <= PLACES_SHOWN:
         notes.bad.append((name, number, reason))
 
 

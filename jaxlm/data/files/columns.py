@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from jaxlm.cli import did_you_mean
 from jaxlm.config.keys import GROUP, LABELLED, ROLES
-from jaxlm.data.files import conll, delimited, dialogues
+from jaxlm.data.files import delimited, dialogues, word_columns
 from jaxlm.errors import DataError
 
 ENOUGH = 5  # lines, to tell that the first one is unlike the others
@@ -18,8 +18,8 @@ MOST_WORDS = 3  # in the name of a column
 SHOWN_COLUMNS = 12
 SHOWN_CHARS = 80  # of a first line
 USUAL_NAMES = {  # of columns, by other people; only to suggest
-    "words": tuple(chain.from_iterable(conll.WORD_NAMES)),
-    "tags": tuple(chain.from_iterable(conll.TAG_NAMES)),
+    "words": tuple(chain.from_iterable(word_columns.WORD_NAMES)),
+    "tags": tuple(chain.from_iterable(word_columns.TAG_NAMES)),
     "text": ("sentence", "review", "body", "content", "comment", "message", "tweet"),
     "label": ("class", "category", "sentiment", "target", "kind", "rating", "score"),
 }
@@ -139,7 +139,7 @@ def is_half(chosen: dict[str, str], names: list[str]) -> bool:
 def is_header(cells: list[str], task: str, given: dict[str, str]) -> bool:
     """Whether these first cells of a table are names of columns."""
     known = [cell.strip().casefold() for cell in cells]
-    named = conll.names_in(given)
+    named = word_columns.names_in(given)
     if named:
         return named <= {*known, *map(as_typed, known)}
     if len(set(known)) != len(known):
@@ -163,7 +163,7 @@ def choose_cells(
     """
     notes = []
     cells = stripped(records[0])
-    header = bool(conll.names_in(given)) or is_header(cells, task, given)
+    header = bool(word_columns.names_in(given)) or is_header(cells, task, given)
     names = cells
     if not header:
         names = [str(place) for place in range(len(cells))]

@@ -20,11 +20,11 @@ from jaxlm.data.files.columns import (
     needed_of,
 )
 from jaxlm.data.files.paths import parts_of, paths_of
+from jaxlm.data.files.repeats import shortened
+from jaxlm.data.files.word_columns import Token, row_columns
 from jaxlm.errors import DataError
 
 LOGGER = logging.getLogger("jaxlm")
-SHOWN = 10  # problems
-PLACES_SHOWN = 3  # of the same problem
 OF_TEXT = "text text2 question context source target prompt response chosen rejected".split()
 
 
@@ -71,33 +71,6 @@ def refuse(bad: list[str]) -> None:
     if bad:
         count = "1 problem" if len(bad) == 1 else f"{len(bad):,} problems"
         raise DataError(f"{count} in the examples:\n  " + "\n  ".join(shortened(bad)))
-
-
-def shortened(lines: list[str]) -> list[str]:
-    """The lines, each "PLACE: WHAT", those of the same WHAT once with their first places; SHOWN at most."""
-    places_of = {}
-    for line in lines:
-        place, colon, what = line.partition(": ")
-        if not colon:
-            place = ""
-            what = line
-        places_of.setdefault(what, []).append(place)
-    shown = [said_once(what, places) for what, places in places_of.items()]
-    if len(shown) > SHOWN:
-        return [*shown[:SHOWN], f"and {len(shown) - SHOWN:,} more"]
-    return shown
-
-
-def said_once(what: str, places: Sequence[str], count: int | None = None) -> str:
-    """One line for the same problem in several places. count: of all places, where these are only the first."""
-    line = f"{places[0]}: {what}" if places[0] else what
-    again = (count or len(places)) - 1
-    if not again:
-        return line
-    others = [place for place in places[1:PLACES_SHOWN] if place]
-    listed = f": {', '.join(others)}" if others else ""
-    more = ", ..." if others and again > len(others) else ""
-    return f"{line} (and so in {again:,} more{listed}{more})"
 
 
 # ---------------------------------------------------------------- a file
@@ -179,9 +152,9 @@ def add_words(file: example_files.Opened, text: str, found: Found) -> bool:
 
 
 def word_columns(names: list[str], found: Found) -> list[str]:
-    """See conll.row_columns; [] for other tasks."""
+    """See row_columns; [] for other tasks."""
     if found.task == "tag":
-        return conll.row_columns(names, found.given)
+        return row_columns(names, found.given)
     return []
 
 
@@ -191,7 +164,7 @@ def add_word_rows(
     """Adds the sentences of records with a word each and the number of its sentence; False where they are others."""
     rows = []
     for record, line in zip(records, lines):
-        rows.append(conll.Token([as_cell(record.get(name)) for name in columns], line))
+        rows.append(Token([as_cell(record.get(name)) for name in columns], line))
     return add_sentences(path, conll.read_rows(rows, columns), found)
 
 

@@ -41,7 +41,7 @@ class Kept:
         self._kinds = Counter()
         self._example: tuple[str, str] | None = None
 
-    def look_at(self, text: str, ids: np.ndarray) -> None:
+    def inspect(self, text: str, ids: np.ndarray) -> None:
         """text, and the int32 ids that it was written as. Looks closer only where something may be missing."""
         complete = not self._tokenizer.may_lose(ids) or not self._count_lost(text, ids)
         if self._sampled < SAMPLED_PIECES:

@@ -21,7 +21,7 @@ import pytest
 
 from jaxlm.data import prepare, readers
 from jaxlm.data import shard_jobs as parts
-from jaxlm.data.files import layouts
+from jaxlm.data.files import json_records
 from jaxlm.errors import DataError
 
 DOCS = [
@@ -477,6 +477,6 @@ def test_values_of_json_come_from_any_blocks():
     text = json.dumps([{"a": "x" * n, "b": [n, {"c": None}]} for n in range(20)], indent=1)
     for size in (1, 3, 1000):
         blocks = [text[i : i + size] for i in range(0, len(text), size)]
-        assert list(layouts.values(blocks)) == json.loads(text)
-    assert list(layouts.values(["12", "3 4 ", '"a"[1]'])) == [123, 4, "a", [1]]
-    assert list(layouts.values([])) == list(layouts.values([" [ ] "])) == []
+        assert list(json_records.stream_values(blocks)) == json.loads(text)
+    assert list(json_records.stream_values(["12", "3 4 ", '"a"[1]'])) == [123, 4, "a", [1]]
+    assert list(json_records.stream_values([])) == list(json_records.stream_values([" [ ] "])) == []

@@ -116,7 +116,7 @@ def test_absolute_specs_name_the_same_files(tmp_path, monkeypatch):
 def test_what_is_wrong_in_many_places_is_said_once():
     with pytest.raises(
         DataError,
-        match=r"^3 problems in the examples:\n  a:1: no x \(and so in 1 more: a:2\)\n  a:3: no y$",
+        match=r"^3 problems in the examples:\n  a:1: no x \(and so in 1 more: 2\)\n  a:3: no y$",
     ):
         refuse(["a:1: no x", "a:2: no x", "a:3: no y"])
 
