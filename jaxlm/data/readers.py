@@ -93,7 +93,7 @@ def find(inputs: Iterable[str], key: str = "text") -> list[Source]:
     """The files that the inputs (paths, directories, globs, or "stdlib") name, each once, in order. The text of a
     record is under `key`.
 
-    Raises: DataError that lists every input that names no file, or every file of a format that is not read.
+    Raises DataError that lists every input that names no file, or every file of a format that is not read.
     """
     named = {}
     nothing = []
@@ -104,15 +104,7 @@ def find(inputs: Iterable[str], key: str = "text") -> list[Source]:
         for name, path in files:
             named.setdefault(os.path.realpath(path), (name, os.path.abspath(path)))
     if nothing:
-        known = f"{' '.join(SUFFIXES)}, also {' '.join(COMPRESSED)}"
-        there = "".join(f"\n  {line}" for line in left_out(nothing))
-        several = any("," in text for text in nothing)
-        hint = "; several files are several --input" if several else ""
-        raise DataError(
-            "no file matches "
-            + ", ".join(f"--input={text!r}" for text in nothing)
-            + f" (seen from {os.getcwd()}; a directory is searched for {known}){hint}{there}"
-        )
+        raise DataError(_no_file(nothing))
     sources = []
     wrong = []
     try:
@@ -124,14 +116,22 @@ def find(inputs: Iterable[str], key: str = "text") -> list[Source]:
     except OSError as error:
         raise DataError(f"the input {error.filename} can't be read: {error.strerror}") from None
     if wrong:
+        shown = ["the input has files that can't be read:", *wrong[:WRONG_SHOWN]]
         if len(wrong) > WRONG_SHOWN:
-            more = [f"and {len(wrong) - WRONG_SHOWN:,} more"]
-        else:
-            more = []
-        raise DataError(
-            "\n  ".join(["the input has files that can't be read:", *wrong[:WRONG_SHOWN], *more])
-        )
+            shown.append(f"and {len(wrong) - WRONG_SHOWN:,} more")
+        raise DataError("\n  ".join(shown))
     return sources
+
+
+def _no_file(inputs: list[str]) -> str:
+    """That these inputs name no file, what is searched for, and what was left out."""
+    known = f"{' '.join(SUFFIXES)}, also {' '.join(COMPRESSED)}"
+    hint = ""
+    if any("," in text for text in inputs):
+        hint = "; several files are several --input"
+    given = ", ".join(f"--input={text!r}" for text in inputs)
+    message = f"no file matches {given} (seen from {os.getcwd()}; a directory is searched for {known}){hint}"
+    return "\n  ".join([message, *left_out(inputs)])
 
 
 def formats_of(sources: list[Source]) -> list[str]:
@@ -141,16 +141,16 @@ def formats_of(sources: list[Source]) -> list[str]:
     alike = {}
     for source in sources:
         alike.setdefault(source.format, []).append(source.name)
-    told = []
+    lines = []
     for text, names in alike.items():
         others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-        told.append(f"{names[0]}{others}: {text}")
-    return told
+        lines.append(f"{names[0]}{others}: {text}")
+    return lines
 
 
 def left_out(inputs: Iterable[str]) -> list[str]:
     """A line for each directory among the inputs that has files which are not searched for, with their kinds."""
-    told = []
+    lines = []
     for text in inputs:
         root = Path(text).expanduser()
         if text == "stdlib" or not root.is_dir():
@@ -163,10 +163,10 @@ def left_out(inputs: Iterable[str]) -> list[str]:
             most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
             shown = ", ".join(f"{count:,} {kind}" for kind, count in most[:KINDS_SHOWN])
             more = ", and others" if len(kinds) > KINDS_SHOWN else ""
-            told.append(
+            lines.append(
                 f"left out of {text}: {shown}{more}; a glob reads them: --input='{root}/**/*SUFFIX'"
             )
-    return told
+    return lines
 
 
 def read(spans: Iterable[Span], key: str, notes: Notes) -> Iterator[Piece]:
@@ -185,22 +185,20 @@ def beginning(source: Source) -> str:
 
 
 def _matches(text: str) -> list[tuple[str, str]]:
+    """(name, path) of the files that an input names."""
     pattern = os.path.expanduser(text)
-    files = []
-    for match in (
-        [pattern]
-        if os.path.exists(pattern)
-        else sorted(glob.glob(_pattern(pattern), recursive=True))
-    ):
-        if os.path.isdir(match):
-            files += [
-                (str(path), str(path))
-                for path in sorted(Path(match).rglob("*"))
-                if _is_known(path, Path(match))
-            ]
-        else:
-            files.append((match, match))
-    return files
+    found = [pattern]
+    if not os.path.exists(pattern):
+        found = sorted(glob.glob(_pattern(pattern), recursive=True))
+    names = []
+    for match in found:
+        if not os.path.isdir(match):
+            names.append(match)
+            continue
+        for path in sorted(Path(match).rglob("*")):
+            if _is_known(path, Path(match)):
+                names.append(str(path))
+    return [(name, name) for name in names]
 
 
 def _pattern(path: str) -> str:
@@ -219,17 +217,18 @@ def _is_known(path: Path, root: Path) -> bool:
 
 
 def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)  # .git and the like
+    parts = path.relative_to(root).parts
+    return any(part.startswith(".") for part in parts)  # .git and the like
 
 
 def _stdlib() -> list[tuple[str, str]]:
+    """(name, path) of Python's own source files."""
     root = Path(sysconfig.get_path("stdlib"))
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    return [
-        (f"stdlib/{name}", str(root / name))
-        for name in names
-        if not STDLIB_SKIPS & set(name.split("/"))
-    ]
+    files = []
+    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+        if STDLIB_SKIPS.isdisjoint(name.split("/")):
+            files.append((f"stdlib/{name}", str(root / name)))
+    return files
 
 
 def _suffix(path: str) -> str:
@@ -246,9 +245,8 @@ def _look_at(name: str, path: str, key: str) -> tuple[Source, str]:
     The hash is over all of a file of 1 MiB, and over 64 stretches of 16 KiB of a larger one.
     """
     if not os.path.isfile(path):
-        return Source(
-            name, path, 0, ""
-        ), "a pipe or a device, which can't be read twice; write it into a file first"
+        reason = "a pipe or a device, which can't be read twice; write it into a file first"
+        return Source(name, path, 0, ""), reason
     digest = hashlib.sha256()
     stretches = 64
     length = 16 << 10
@@ -334,9 +332,8 @@ def _read_json(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
             notes.counts["replaced_surrogates"] += replaced
             yield from _document(text, notes)
     except (ValueError, RecursionError) as error:
-        if not any(
-            broken[0] == name for broken in notes.broken
-        ):  # else the file breaks off, which is why
+        known = [file for file, _, _ in notes.broken]
+        if name not in known:  # else the file breaks off, which is why
             _broken(notes, name, error)
 
 
@@ -399,21 +396,15 @@ def _read_parquet(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
                     column = column.dictionary_decode()
                 kind = column.type
                 strings = parquet.is_text(kind)
-                if strings:
-                    column = column.cast(
-                        pa.large_binary()
-                    )  # so that invalid UTF-8 is ours to replace
+                if strings:  # bytes, so that invalid UTF-8 is ours to replace
+                    column = column.cast(pa.large_binary())
                 for value in column.to_pylist():
                     number += 1
                     if strings and value is not None:
                         yield from _document(decode(value, notes), notes)
                     else:
-                        _bad(
-                            notes,
-                            name,
-                            number,
-                            f"{key!r} is {'null' if value is None else kind}, not a string",
-                        )
+                        found = "null" if value is None else kind
+                        _bad(notes, name, number, f"{key!r} is {found}, not a string")
                     notes.records[name] = number
     except (OSError, pa.ArrowException) as error:
         _broken(notes, name, error)
@@ -441,16 +432,13 @@ def _text_under(record: object, key: str) -> str:
     if not isinstance(record, dict):
         raise ValueError(f"not an object but {type(record).__name__}")
     if key not in record:
-        raise ValueError(
-            f"no key {key!r}; there are {', '.join(map(repr, list(record)[:8])) or 'none'}"
-        )
-    if not isinstance(record[key], str):
-        if record[key] is None:
-            found = "null"
-        else:
-            found = type(record[key]).__name__
+        there = ", ".join(map(repr, list(record)[:8])) or "none"
+        raise ValueError(f"no key {key!r}; there are {there}")
+    value = record[key]
+    if not isinstance(value, str):
+        found = "null" if value is None else type(value).__name__
         raise ValueError(f"{key!r} is {found}, not a string")
-    return record[key]
+    return value
 
 
 def _broken(notes: Notes, name: str, error: Exception) -> None:

@@ -10,6 +10,7 @@ import pytest
 from conftest import WORDS, small_config
 
 from jaxlm.config.keys import CHOICES, TOKEN_TASKS, base
+from jaxlm.data.answers import answer_text
 from jaxlm.data.batches import train_batches, validation_batches
 from jaxlm.data.examples import Encoder
 from jaxlm.data.tokenization import vocabulary
@@ -24,7 +25,6 @@ from jaxlm.data.transforms import (
     STOP,
     TOKENS,
     Vocabulary,
-    answer_text,
     chat,
     corrupt,
     spans,

@@ -36,6 +36,7 @@ ANY_ID = re.compile(r"[0-9]+([-.][0-9]+)?")
 SPACES = re.compile(r"[ \t]+")
 # Lines with spaces in a cell after the word: fewer are odd words, more are sentences.
 SEVERAL_SHARE = 0.1
+MANY_RECORDS = 20  # of one word each: more are sentences that fell apart
 WHOLE_SENTENCES = (
     "or write a sentence a line: its words joined by spaces, a tab, its tags joined by spaces"
 )
@@ -287,9 +288,10 @@ def by_sentence_number(tokens: list[Token], column: int) -> list[Sentence]:
 def refuse_words(path: str, examples: list[dict], line: int, in_text: bool) -> None:
     """Raises DataError where every row of a table has one word and one tag: sentences that fell apart.
 
-    in_text: whether the table is a text, which may have blank lines.
+    in_text: whether the table is a text, which may have blank lines. A few records may well be of one word.
     """
-    if len(examples) < 2 or not all(map(is_one_word, examples)):
+    fewest = 2 if in_text else MANY_RECORDS
+    if len(examples) < fewest or not all(map(is_one_word, examples)):
         return
     what = f"{path}:{line}: each of its {len(examples):,} rows is one word"
     if in_text:

@@ -7,6 +7,7 @@ where it has the names of the task's columns, or those of data.columns.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from jaxlm.config.keys import ROLES
 from jaxlm.data.files import conll, delimited, dialogues, example_files, json_records, parquet
@@ -123,7 +124,7 @@ def add_json(file: example_files.Opened, text: str, found: Found) -> None:
         return
     if file.suffix not in json_records.NAMES:
         found.notes.append(f"{file.path}: read as JSON, by its content")
-    names = list(dict.fromkeys(name for record in records for name in record))
+    names = list(dict.fromkeys(chain.from_iterable(records)))
     columns = word_columns(names, found)
     if columns and add_word_rows(file.path, records, lines, columns, found):
         return

@@ -24,13 +24,15 @@ SHORT_FORMS = ("s", "d", "m", "re", "ve", "ll")  # of text that comes with "it '
 @cache
 def marks() -> str:
     """The combining marks of Unicode, joiners and the soft hyphen, as the inside of a regular expression's []."""
-    found = set()
-    for i in range(sys.maxunicode + 1):
-        if unicodedata.category(chr(i)).startswith("M"):
-            found.add(i)
-    begins = sorted(i for i in found if i - 1 not in found)
-    ends = sorted(i for i in found if i + 1 not in found)
-    ranges = [f"{chr(begin)}-{chr(end)}" for begin, end in zip(begins, ends)]
+    ranges = []
+    is_before = False
+    for character in map(chr, range(sys.maxunicode + 1)):
+        is_mark = unicodedata.category(character).startswith("M")
+        if is_mark and not is_before:
+            ranges.append(f"{character}-{character}")
+        elif is_mark:
+            ranges[-1] = ranges[-1][:-1] + character
+        is_before = is_mark
     return "".join(ranges) + "\u200c\u200d\u00ad"
 
 

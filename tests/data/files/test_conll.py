@@ -154,9 +154,9 @@ def test_numbered_sentences_of_records(tmp_path):
     assert [e["words"] for e in read_examples(str(tmp_path / "a.parquet"), "tag", "")[0]] == [
         words for words, _ in SENTENCES
     ]
-    unnumbered = [{"words": word, "tags": tag} for _, word, tag in ROWS]
+    unnumbered = [{"words": word, "tags": tag} for _, word, tag in ROWS] * 4
     said = refused(tmp_path / "a.jsonl", "\n".join(map(json.dumps, unnumbered)))
-    assert "each of its 5 rows is one word: give each sentence one row" in said
+    assert "each of its 20 rows is one word: give each sentence one row" in said
 
 
 def test_a_sentence_a_row_with_its_number_is_read_as_a_sentence(tmp_path):
