@@ -72,7 +72,7 @@ def encode_context(context: str, encode) -> tuple[np.ndarray, np.ndarray]:
 
     The characters are those of the context as it stands, without spaces around a token's.
     """
-    spans = [word.span() for word in re.finditer(r"\S+", context)]
+    spans = list(map(re.Match.span, re.finditer(r"\S+", context)))
     text = " ".join(context.split())
     ids, offsets = encode.with_offsets(text)
     offsets = without_spaces(text, offsets)

@@ -154,13 +154,17 @@ class Examples:
             return self.config.data.train
         return self.config.data.val
 
+    def labels(self) -> np.ndarray:
+        """int [examples]: the class of each example."""
+        return np.array([piece["label"] for piece in self.pieces])
+
     def weigh(self, names) -> None:
         """Gives training examples the weight of their class, so that every class weighs the same."""
         task = self.config.task
         if self.split != "train" or task.class_weights == "none":
             return
         if task.name == "classify":
-            counts = np.bincount([piece["label"] for piece in self.pieces], minlength=len(names))
+            counts = np.bincount(self.labels(), minlength=len(names))
             for piece in self.pieces:
                 piece["weight"] = len(self.pieces) / len(names) / counts[piece["label"]]
         if task.name == "tag":
@@ -212,7 +216,7 @@ class Examples:
         if self.split != "train":
             return np.arange(len(self.pieces))
         if self.config.task.balanced_sampling and self.config.task.name == "classify":
-            labels = np.array([piece["label"] for piece in self.pieces])
+            labels = self.labels()
             most = np.bincount(labels).max()
             repeated = []
             for label in np.unique(labels):

@@ -184,13 +184,13 @@ def _passes(
     if options.tokenizer in SIZED:
         jobs = _with_samples(jobs)
     run(parts.count, jobs)
-    counted = [json.loads(job.record("count").read_bytes()) for job in jobs]
+    counted = _read_records(jobs, "count")
     counts = parts.check_counts(counted, skip=options.on_bad_record == "skip")
     tokenizer = given or _make_tokenizer(counted, options)
     specials.write_tokenizer(folder, tokenizer)
     jobs = _with_borders(jobs, counted, folder / tokenizer.filename)
     run(parts.write, jobs)
-    written = [json.loads(job.record("write").read_bytes()) for job in jobs]
+    written = _read_records(jobs, "write")
     kept = _what_is_kept(written, jobs)
     # Words that are made here to a size leave out the rare ones on purpose.
     if not allow_unknown and options.tokenizer != "words":
@@ -198,6 +198,11 @@ def _passes(
     return _finish(
         output, identity, jobs, {key: counts[key] for key in COUNTS}, tokenizer, written, kept
     )
+
+
+def _read_records(jobs: list[Job], task: str) -> list[dict]:
+    """What each job has left."""
+    return [json.loads(job.record(task).read_bytes()) for job in jobs]
 
 
 def _with_samples(jobs: list[Job]) -> list[Job]:

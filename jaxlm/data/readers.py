@@ -362,7 +362,7 @@ def _read_table(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
         if not header and start == 1 and delimited.is_excel_line(row):
             pass
         elif row and not header:
-            header = [cell.strip() for cell in row]
+            header = list(map(str.strip, row))
         elif row and len(row) != len(header):
             _bad(notes, name, start, f"{len(row)} columns, the first line has {len(header)}")
         elif row:

@@ -107,7 +107,7 @@ def plan(sources: list[Source]) -> list[tuple[Span, ...]]:
         else:
             group += spans
             room -= source.bytes
-    return [part for part in (*parts, tuple(group)) if part]
+    return list(filter(None, [*parts, tuple(group)]))
 
 
 def save(path: Path, value) -> None:

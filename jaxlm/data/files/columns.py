@@ -67,7 +67,7 @@ def by_folded_name(names: list[str]) -> dict[str, str]:
 
 
 def stripped(cells: list[str]) -> list[str]:
-    return [cell.strip() for cell in cells]
+    return list(map(str.strip, cells))
 
 
 # ---------------------------------------------------------------- named columns
@@ -138,7 +138,7 @@ def is_half(chosen: dict[str, str], names: list[str]) -> bool:
 
 def is_header(cells: list[str], task: str, given: dict[str, str]) -> bool:
     """Whether these first cells of a table are names of columns."""
-    known = [cell.strip().casefold() for cell in cells]
+    known = word_columns.folded(cells)
     named = word_columns.names_in(given)
     if named:
         return named <= {*known, *map(as_typed, known)}
@@ -166,7 +166,7 @@ def choose_cells(
     header = bool(word_columns.names_in(given)) or is_header(cells, task, given)
     names = cells
     if not header:
-        names = [str(place) for place in range(len(cells))]
+        names = list(map(str, range(len(cells))))
     if not header and not given:
         refuse_likely_header(path, records, task, style)
         given = in_order(path, cells, task, style)
@@ -312,7 +312,7 @@ def suggestion(names: list[str], task: str) -> str:
         if role in taken:
             by_name.append(f"{role}={as_typed(taken[role])}")
             places.append(f"{role}={names.index(taken[role])}")
-    if all(as_typed(name).isidentifier() for name in taken.values()):
+    if all(map(str.isidentifier, map(as_typed, taken.values()))):
         return " ".join(by_name)
     return " ".join(places)
 

@@ -104,7 +104,7 @@ def read(
 
 def read_rows(rows: list[Token], columns: list[str]) -> Sentences | None:
     """The sentences of rows whose cells are those of `row_columns`; None where they don't hold a word each."""
-    if sum(any(map(has_several, row.cells[1:])) for row in rows) > SEVERAL_SHARE * len(rows):
+    if count_several(rows) > SEVERAL_SHARE * len(rows):
         return None
     return make_sentences(by_sentence_number(rows, 0), 1, 2, columns)
 
@@ -323,7 +323,7 @@ def words_of(
     """
     blocks = blocks_of(lines_of(text))
     if len(blocks) > 1 and not any(has_several(line.text) for line in chain.from_iterable(blocks)):
-        return [[line.text.strip() for line in block] for block in blocks]
+        return [words_alone(block) for block in blocks]
     bad = []
     try:
         sentences = read(path, text, suffix, given, bad)
@@ -335,3 +335,8 @@ def words_of(
         if not set(example["tags"]) <= set(tags):
             return []
     return [example["words"] for example in sentences.examples]
+
+
+def words_alone(block: list[Line]) -> list[str]:
+    """The words of a sentence with a word a line, and nothing else."""
+    return [line.text.strip() for line in block]

@@ -39,7 +39,7 @@ class Form(NamedTuple):
 
 def form_of(names: list[str], task: str) -> Form | None:
     """The form that the columns of a file show, where they are not the task's own."""
-    known = {name.casefold() for name in names}
+    known = set(map(str.casefold, names))
     for form in FORMS.get(task, ()):
         prompt_elsewhere = form.example is preference_alone and known & set(ASKED)
         if set(form.needed) <= known and not prompt_elsewhere:
@@ -49,7 +49,7 @@ def form_of(names: list[str], task: str) -> Form | None:
 
 def is_native(names: list[str], task: str) -> bool:
     """Whether a file has the columns of the task itself."""
-    known = {name.casefold() for name in names}
+    known = set(map(str.casefold, names))
     if task == "sft":
         return "messages" in known or {"prompt", "response"} <= known
     return {"prompt", "chosen", "rejected"} <= known

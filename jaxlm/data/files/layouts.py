@@ -231,7 +231,7 @@ def _detect_table(path: str, suffix: str, compression: str, key: str) -> Layout:
     headers = {}
     for delimiter in [named] if named else likely_delimiters(suffix):
         rows, _ = _rows(text, whole, delimiter, quoted=True, most=1)
-        header = [cell.strip() for cell in rows[0]] if rows else []
+        header = list(map(str.strip, rows[0])) if rows else []
         headers[delimiter] = header
         if header.count(key) > 1:
             problem = (
@@ -283,7 +283,7 @@ def _is_quoted(text: str, whole: bool) -> bool:
 
 def _no_column(path: str, compression: str, rows: list[list[str]], delimiter: str, key: str) -> str:
     """Why a table has no column of this name, and what to type. rows: the first ones, with the header if any."""
-    header = [cell.strip() for cell in rows[0]]
+    header = list(map(str.strip, rows[0]))
     if all(map(_is_name, header)):
         return f"a table with {missing_key('column', key, _lengths(header, rows[1:]))}"
     lengths = _lengths(header, rows)

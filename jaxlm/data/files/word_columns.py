@@ -82,7 +82,7 @@ def sentence_column(names: list[str], tokens: list[Token]) -> int | None:
             return place
     if names:
         return None
-    filled = set(filter(None, (token.cells[0].strip() for token in tokens)))
+    filled = set(map(str.strip, cells_at(0, tokens))) - {""}
     if filled and all(map(SENTENCE_NUMBER.fullmatch, filled)):
         return 0
     return None

@@ -232,7 +232,7 @@ def _no_such_token(tokenizer, given: str) -> str:
 def special_tokens_of(tokenizer) -> list[str]:
     """The tokens that may begin or end a text: those that are marked special, else those that are written like one."""
     if tokenizer.special_ids:
-        return [tokenizer.token(id_) for id_ in sorted(tokenizer.special_ids)]
+        return list(map(tokenizer.token, sorted(tokenizer.special_ids)))
     tokens = map(tokenizer.token, range(tokenizer.vocab_size))
     return [token for token in tokens if token and LIKE_SPECIAL.fullmatch(token)]
 

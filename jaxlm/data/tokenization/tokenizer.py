@@ -78,7 +78,7 @@ class Chars(Tokenizer):
         ids = np.searchsorted(self._points, points).clip(max=self.vocab_size - 1)
         unknown = self._points[ids] != points
         if unknown.any():
-            names = ", ".join(repr(chr(point)) for point in np.unique(points[unknown])[:10])
+            names = ", ".join(map(repr, map(chr, np.unique(points[unknown])[:10])))
             raise DataError(
                 f"characters that this tokenizer has not seen: {names}; prepare the data again with them in the "
                 f"text, or use --tokenizer=bytes"

@@ -69,7 +69,7 @@ def pattern(split: str) -> re.Pattern:
 
 @lru_cache(maxsize=200_000)
 def _spans_inside(part: str, split: str) -> tuple[tuple[int, int], ...]:
-    return tuple(word.span() for word in pattern(split).finditer(part))
+    return tuple(map(re.Match.span, pattern(split).finditer(part)))
 
 
 def word_spans(text: str, split: str) -> list[tuple[int, int]]:
@@ -79,7 +79,7 @@ def word_spans(text: str, split: str) -> list[tuple[int, int]]:
     3.14, don't, well-known, U.S., addresses and emoji stay whole), or characters (besides, so is each character of a
     script without spaces between its words).
     """
-    parts = [part.span() for part in re.finditer(r"\S+", text)]
+    parts = list(map(re.Match.span, re.finditer(r"\S+", text)))
     if split == "spaces":
         return parts
     spans = []
@@ -98,7 +98,7 @@ def words_in(text: str, split: str) -> list[str]:
 
 def characters_apart(text: str) -> list[str]:
     """A text in parts: each character of a script without spaces, with its marks, is a part of its own."""
-    return [part for part in re.split(f"([{APART}][{marks()}]*)", text) if part]
+    return list(filter(None, re.split(f"([{APART}][{marks()}]*)", text)))
 
 
 def text_of(words: list[str], split: str) -> str:
