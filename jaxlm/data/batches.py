@@ -240,7 +240,10 @@ def _examples(config: FrozenConfigDict, split: str, stamps: tuple) -> Examples:
 
 
 def describe(config: ConfigDict) -> tuple[int, tuple[str, ...], int]:
-    """(ids of the vocabulary, names of the labels, tokens of the training data). Raises DataError, ConfigError."""
+    """(size of the vocabulary, names of the labels, tokens of the training data).
+
+    Raises DataError where the data are missing or can't be read, ConfigError for options that don't fit them.
+    """
     if config.task.name in ROLES:
         if not config.data.train:
             raise DataError(
@@ -260,7 +263,7 @@ def describe(config: ConfigDict) -> tuple[int, tuple[str, ...], int]:
 
 
 def load_tokenizer(config: ConfigDict):
-    """The tokenizer of config.data."""
+    """The tokenizer of config.data. Raises DataError where it can't be read."""
     if config.task.name in ROLES:
         return tokenizer_of(FrozenConfigDict(config.data), config.task.name)
     return tokenizers.load(mixture(config)[0][0])

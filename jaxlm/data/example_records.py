@@ -27,7 +27,7 @@ TEXTS = (
 
 
 def examples_of(spec: str, task: str, columns: str) -> tuple[list[dict], list[str]]:
-    """(the examples of files, where each is from). Read again when a file has changed, not when it is named anew.
+    """(the examples of files, where each is from). Read again only when a file has changed.
 
     Raises DataError of all that is wrong with them.
     """

@@ -171,7 +171,7 @@ def write_pairs(store: Store, window: int, work: Path) -> int:
 
 
 def stride_of(number: int) -> int:
-    """A step that visits every one of `number` places once, far from the one before: near the golden section."""
+    """A step that reaches each of `number` places once, far from the one before: near the golden section."""
     stride = max(min(int(number * 0.618034), 2**62 // max(number, 1)), 1)
     while math.gcd(stride, number) > 1:
         stride -= 1
@@ -205,7 +205,7 @@ class Pairs:
         self.scale = store.manifest["splits"]["train"]["tokens"] / max(store.num_tokens, 1)
 
     def read(self, rows: np.ndarray, keys: list[tuple]) -> dict[str, np.ndarray]:
-        """The batch of these row numbers; one past the end is padding. keys: of nothing, as nothing is random."""
+        """The batch of these row numbers; one past the end is padding. keys: unused, since nothing is random."""
         place = rows.astype(np.int64)[:, None] * self.length + np.arange(self.length)
         there = place < self.num_pairs
         pair = np.where(there, place, 0) * self.stride % max(self.num_pairs, 1)

@@ -45,12 +45,12 @@ BLOCK_BYTES = 256 << 10  # of a file read at a time
 BAD_SHOWN = 10  # reasons
 WRONG_SHOWN = 50  # files that are refused
 KINDS_SHOWN = 5  # of files that a directory has and that are left out
-FORMATS_SHOWN = 8  # files each with a line; more are told together
+FORMATS_SHOWN = 8  # files each with a line; more are listed together
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file: its name for people, its absolute path, its size, and a hash that notices (nearly) every change."""
+    """A file: its name for people, its absolute path, its size, and a hash that shows (nearly) every change."""
 
     name: str
     path: str
@@ -109,7 +109,7 @@ def find(inputs: Iterable[str], key: str = "text") -> list[Source]:
     wrong = []
     try:
         for name, path in named.values():
-            source, reason = _look_at(name, path, key)
+            source, reason = _inspect_file(name, path, key)
             sources.append(source)
             if reason:
                 wrong.append(f"{name}: {reason}")
@@ -158,7 +158,7 @@ def left_out(inputs: Iterable[str]) -> list[str]:
         kinds = Counter()
         for path in root.rglob("*"):
             if path.is_file() and not _is_hidden(path, root) and not _is_known(path, root):
-                kinds[_suffix(path.name) or "without a suffix"] += 1
+                kinds[formats.suffix_of(path.name) or "without a suffix"] += 1
         if kinds:
             most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
             shown = ", ".join(f"{count:,} {kind}" for kind, count in most[:KINDS_SHOWN])
@@ -202,7 +202,7 @@ def _matches(text: str) -> list[tuple[str, str]]:
 
 
 def _pattern(path: str) -> str:
-    """A glob in which the folders that are there, with whatever in their names, stand for themselves."""
+    """The glob with each folder that exists taken literally, whatever characters its name has."""
     start = Path(path)
     while not start.exists():
         start = start.parent
@@ -213,7 +213,9 @@ def _pattern(path: str) -> str:
 
 
 def _is_known(path: Path, root: Path) -> bool:
-    return _suffix(path.name) in SUFFIXES and not _is_hidden(path, root) and path.is_file()
+    return (
+        formats.suffix_of(path.name) in SUFFIXES and not _is_hidden(path, root) and path.is_file()
+    )
 
 
 def _is_hidden(path: Path, root: Path) -> bool:
@@ -231,15 +233,7 @@ def _stdlib() -> list[tuple[str, str]]:
     return files
 
 
-def _suffix(path: str) -> str:
-    """.jsonl, .txt ..., whether or not it is compressed."""
-    path = path.lower()
-    for ending in COMPRESSED:
-        path = path.removesuffix(ending)
-    return Path(path).suffix
-
-
-def _look_at(name: str, path: str, key: str) -> tuple[Source, str]:
+def _inspect_file(name: str, path: str, key: str) -> tuple[Source, str]:
     """(a file, why it is not read or "").
 
     The hash is over all of a file of 1 MiB, and over 64 stretches of 16 KiB of a larger one.
@@ -266,7 +260,7 @@ def _with_format(source: Source, key: str) -> tuple[Source, str]:
     path = source.path
     compression = source.compression
     head = formats.first_bytes(path, compression)
-    suffix = _suffix(path)
+    suffix = formats.suffix_of(path)
     if formats.is_parquet(head):
         suffix = "" if compression else ".parquet"
     reason = formats.refusal(path, suffix, compression, head)

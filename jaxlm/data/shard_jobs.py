@@ -118,7 +118,7 @@ def save(path: Path, value) -> None:
 
 
 def count(job: Job) -> None:
-    """Leaves the record of what is in a part: the sums, what is wrong with it, and what the tokenizer is made from."""
+    """Writes the record of what is in a part: the sums, what is wrong with it, and what the tokenizer is made from."""
     notes = Notes()
     sample = Sample(job.sample_chars)
     alphabet = set()
@@ -214,7 +214,7 @@ def _list_broken(counted: list[dict]) -> list[str]:
 
 
 def write(job: Job) -> None:
-    """Writes a part's shards, at most one of each split, and leaves the record of them: {split: entry}."""
+    """Writes a part's shards, at most one of each split, and the record of them: {split: entry}."""
     tokenizer = _load(job.tokenizer, job.tokenizer.stat().st_mtime_ns)
     dtype = token_dtype(tokenizer.vocab_size)
     writers = {}
@@ -270,7 +270,7 @@ def num_bytes(text: str) -> int:
 
 
 def run(task: Callable[[Job], None], jobs: list[Job], workers: int, console: Console) -> None:
-    """Does the task for every job that has no record of it, with a progress bar, or lines where nobody watches.
+    """Does the task for every job that has no record of it. Shows a progress bar, or lines where there is no terminal.
 
     Raises DataError from the task, Interrupted where a worker was killed or the disk is full.
     """
@@ -358,8 +358,8 @@ def _border(file, start: int, within: int) -> int:
 
 
 def _by_tail(pieces: Iterable[Piece], cut: int) -> Iterator[tuple[str, Piece]]:
-    """train up to character `cut` of the part, val from there on. A val split that begins inside of a document begins
-    with a document all the same. A negative cut is in an earlier part."""
+    """train up to character `cut` of the part, val from there on. What is left of a document that is cut counts as a
+    document of val. A negative cut lies in an earlier part."""
     for piece in pieces:
         if 0 <= cut < len(piece.text):
             if cut:

@@ -124,7 +124,10 @@ def mlm(ids, inputs, rng, task, vocab) -> dict:
 
 
 def prefix_lm(ids, inputs, rng, task, vocab) -> dict:
-    """A random prefix is read in both directions, the rest is learned (Raffel et al. 2020)."""
+    """A random prefix is read in both directions, the rest is learned (Raffel et al. 2020).
+
+    reach: int [tokens], the last place that each token sees.
+    """
     cut = rng.integers(1, max(len(ids), 2))
     place = np.arange(len(ids))
     reach = np.where(place < cut, cut - 1, place)

@@ -13,7 +13,7 @@ from jaxlm.config.keys import GROUP, LABELLED, ROLES
 from jaxlm.data.files import delimited, dialogues, word_columns
 from jaxlm.errors import DataError
 
-ENOUGH = 5  # lines, to tell that the first one is unlike the others
+ENOUGH = 5  # lines, to see that the first one is unlike the others
 MOST_WORDS = 3  # in the name of a column
 SHOWN_COLUMNS = 12
 SHOWN_CHARS = 80  # of a first line

@@ -56,7 +56,7 @@ def is_native(names: list[str], task: str) -> bool:
 
 
 def own_columns(example: dict, task: str) -> dict:
-    """An example of the task's own columns, whose messages may still be written as ShareGPT has them.
+    """An example of the task's own columns, whose messages may be written as ShareGPT has them.
 
     What needs no change is given back as it is. Raises ValueError of what is no dialogue.
     """

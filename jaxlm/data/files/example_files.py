@@ -6,7 +6,6 @@ Compression and encoding are those of formats.py, so that examples and the text 
 import os
 import shlex
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -15,8 +14,6 @@ from jaxlm.data.files import encodings, formats
 from jaxlm.errors import DataError
 
 KINDS = ".tsv, .csv, .jsonl, .conll or .parquet, each also .gz, .zst, .bz2 or .xz, or a.de+b.en"
-# What a name may end with after its kind; .utf8 is what the commands of formats.py write.
-PACKED = (*formats.COMPRESSED, ".utf8")
 CONTROL_SHARE = 0.02  # of the bytes; a table of examples has fewer control characters
 
 
@@ -58,20 +55,7 @@ def opened(path: str) -> Opened:
     reason = formats.container_refusal(path, name, head, for_examples=True)
     if reason:
         raise DataError(f"{path}: {reason}")
-    return Opened(path, suffix_of(path), name, head)
-
-
-def suffix_of(path: str) -> str:
-    """ ".tsv" of "train.tsv.gz"."""
-    return unpacked(path).suffix.lower()
-
-
-def unpacked(path: str) -> Path:
-    """ "train.tsv" of "train.tsv.gz"."""
-    file = Path(path)
-    while file.suffix.lower() in PACKED:
-        file = file.with_suffix("")
-    return file
+    return Opened(path, formats.suffix_of(path), name, head)
 
 
 def read_bytes(file: Opened) -> bytes:

@@ -115,6 +115,7 @@ BINARIES = (
 PARQUET = b"PAR1\x15"  # the first bytes of a parquet file
 DECOMPRESS = {"": "cat", "gzip": "gzip -dc", "zstd": "zstd -dc", "bz2": "bzip2 -dc", "xz": "xz -dc"}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # endings of names
+PACKED = (*COMPRESSED, ".utf8")  # what a name may end with after its kind; .utf8 is of to_utf8_line
 MARKS = {
     "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
@@ -239,6 +240,19 @@ def shell_line(path: str, name: str, command: str, new: str) -> str:
     if command:
         steps.append(command)
     return f"{' | '.join(steps)} > {shlex.quote(new)}"
+
+
+def suffix_of(path: str) -> str:
+    """ ".tsv" of "train.tsv.gz", in lower case."""
+    return unpacked(path).suffix.lower()
+
+
+def unpacked(path: str) -> Path:
+    """ "train.tsv" of "train.tsv.gz"."""
+    file = Path(path)
+    while file.suffix.lower() in PACKED:
+        file = file.with_suffix("")
+    return file
 
 
 def before_suffix(path: str, word: str) -> str:

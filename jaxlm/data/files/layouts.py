@@ -168,7 +168,7 @@ def _not_json(path: str, compression: str, text: str, whole: bool) -> str:
         return f"a JSON list of {what}, not of objects; write a record a line: {typed}"
     first = text.partition("\n")[0]
     if first == text or first.rstrip().endswith("}"):
-        return ""  # lines of which the first is broken, or very long: told with its number
+        return ""  # lines of which the first is broken, or very long: reported with its number
     if whole:
         try:
             json.loads(text)

@@ -78,7 +78,7 @@ class Kept:
     def _compare(self, text: str, complete: bool) -> None:
         """Counts what is other in the text after encoding and decoding, but for a space before it.
 
-        complete: whether it has no unknown text; else only what happens to white space tells something new.
+        complete: whether it has no unknown text; else only changes of white space are counted.
         """
         back = self._tokenizer.decode(self._tokenizer.encode(text))
         if same(text, back):
