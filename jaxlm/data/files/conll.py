@@ -99,14 +99,30 @@ def read(
     if not sentences:
         return Sentences([], [], "each has a line with other columns")
     word, tag = find_columns(path, flat(sentences), width, names, given, number)
+    if number is not None:
+        note_empty_cells(path, flat(sentences), [word, tag], names, bad)
     return make_sentences(sentences, word, tag, names)
 
 
-def read_rows(rows: list[Token], columns: list[str]) -> Sentences | None:
-    """The sentences of rows whose cells are those of `row_columns`; None where they don't hold a word each."""
+def read_rows(path: str, rows: list[Token], columns: list[str], bad: list[str]) -> Sentences | None:
+    """The sentences of rows whose cells are those of `row_columns`; None where they don't hold a word each.
+
+    Adds rows without a word or without a tag to `bad`.
+    """
     if count_several(rows) > SEVERAL_SHARE * len(rows):
         return None
+    note_empty_cells(path, rows, [1, 2], columns, bad)
     return make_sentences(by_sentence_number(rows, 0), 1, 2, columns)
+
+
+def note_empty_cells(
+    path: str, tokens: list[Token], places: list[int], names: list[str], bad: list[str]
+) -> None:
+    """Adds tokens whose cells at these places are empty to `bad`."""
+    for token in tokens:
+        for place in places:
+            if not token.cells[place].strip():
+                bad.append(f"{path}:{token.line}: no {column_name(place, names)}")
 
 
 def make_sentences(sentences: list[Sentence], word: int, tag: int, names: list[str]) -> Sentences:

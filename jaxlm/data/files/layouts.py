@@ -239,7 +239,7 @@ def _detect_table(path: str, suffix: str, compression: str, key: str) -> Layout:
             )
             return Layout("table", "a table", problem)
         if key in header:
-            quoted = delimiter != "\t" or _is_quoted(text, whole)
+            quoted = delimiter != "\t" or _is_quoted(text, whole, key)
             return Layout("table", "a table", delimiter=delimiter, quoted=quoted)
     delimiter = max(headers, key=lambda each: len(headers[each]))
     if not headers[delimiter]:
@@ -268,15 +268,16 @@ def _rows(
     return rows, True
 
 
-def _is_quoted(text: str, whole: bool) -> bool:
-    """Whether quotes hold the cells of a .tsv together: where all rows are then as wide, and a cell needs its quotes,
-    or the first row has them everywhere. Elsewhere quotes are a part of the text."""
+def _is_quoted(text: str, whole: bool, key: str) -> bool:
+    """Whether quotes hold the cells of a .tsv together: where the name of its column has them, or where all rows are
+    then as wide, and a cell needs its quotes. Elsewhere quotes are a part of the text."""
+    header, _ = _rows(text, whole, "\t", quoted=False, most=1)
+    if key not in map(str.strip, header[0]):
+        return True
     rows, right = _rows(text, whole, "\t", quoted=True, most=1 << 20)
     if not right or len(set(map(len, rows))) > 1:
         return False
     unquoted, _ = _rows(text, whole, "\t", quoted=False, most=1 << 20)
-    if all(cell.startswith('"') for cell in unquoted[0]):
-        return True
     plain = set(chain.from_iterable(unquoted))
     return any(map(NEEDS_QUOTES.search, set(chain.from_iterable(rows)) - plain))
 

@@ -166,7 +166,7 @@ def add_word_rows(
     rows = []
     for record, line in zip(records, lines):
         rows.append(Token([as_cell(record.get(name)) for name in columns], line))
-    return add_sentences(path, conll.read_rows(rows, columns), found)
+    return add_sentences(path, conll.read_rows(path, rows, columns, found.bad), found)
 
 
 def add_sentences(path: str, sentences: conll.Sentences | None, found: Found) -> bool:

@@ -146,6 +146,19 @@ def test_sentences_that_are_numbered_in_a_column(tmp_path, name):
     )
 
 
+def test_a_numbered_row_without_a_tag_is_refused_with_its_place(tmp_path):
+    assert (
+        "a.csv:4: no tag\n"
+        in refused(tmp_path / "a.csv", KAGGLE.replace("JJ,B-MISC", "JJ,")) + "\n"
+    )
+    records = [
+        {"sentence_id": 1, "word": "a", "tag": "O"},
+        {"sentence_id": 1, "word": "b", "tag": None},
+    ]
+    said = refused(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)))
+    assert "a.jsonl:2: no tag" in said
+
+
 def test_numbered_sentences_of_records(tmp_path):
     records = [{"sentence_id": i, "tokens": word, "ner_tags": tag} for i, word, tag in ROWS]
     assert read(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records))) == SENTENCES

@@ -181,6 +181,8 @@ def test_the_line_by_which_excel_tells_its_delimiter_is_no_header(tmp_path, deli
         ("a.csv", 'text,label\n"a\nb",1\n"bad" quote,1\n', "a.csv:4: .*written twice"),
         ("a.csv", 'text,label\nok,1\n"never closed,1\nmore,2\n', r"a.csv: .*line 3 isn't closed"),
         ("a.tsv", "text\tlabel\nok\t1\nshort\n", "a.tsv:3: 1 columns"),
+        ("a.tsv", '"text"\t"label"\n"ok"\t"1"\n"short"\n', "a.tsv:3: 1 columns"),
+        ("a.tsv", '"text"\t"label"\n"ok"\t"1"\n"bad" quote\t1\n', "a.tsv:3: .*written twice"),
         ("a.json", '[{"text": "a"}, {"text": null}]', "a.json:2: 'text' is null"),
         ("a.json", '[{"text": "a"}, 3]', "a.json:2: not an object but int"),
         ("a.json", '[{"text": "a"}, {"text": "b"}', "a.json: the list has no end .after 2 records"),
