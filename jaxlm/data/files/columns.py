@@ -303,7 +303,7 @@ def suggestion(names: list[str], task: str) -> str:
     roles = likely_roles(len(names), task)
     taken = named_alike(names, roles)
     for role in roles:
-        left = [name for name in names if name not in taken.values()]
+        left = without(names, taken)
         if role not in taken and left:
             taken[role] = min(left, key=numbers_rows)
     by_name = []
@@ -334,8 +334,13 @@ def named_alike(names: list[str], roles: list[str]) -> dict[str, str]:
         if role in roles and known:
             taken.setdefault(role, known[0])
     for role in roles:
-        left = [name for name in folded if folded[name] not in taken.values()]
+        left = by_folded_name(without(names, taken))
         near = difflib.get_close_matches(role, left, n=1)
         if role not in taken and near:
-            taken[role] = folded[near[0]]
+            taken[role] = left[near[0]]
     return taken
+
+
+def without(names: list[str], taken: dict[str, str]) -> list[str]:
+    """The columns that are not taken yet."""
+    return [name for name in names if name not in taken.values()]

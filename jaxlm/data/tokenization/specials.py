@@ -137,11 +137,11 @@ def write_tokenizer(folder, tokenizer) -> None:
 
 def ids_of(tokenizer) -> dict:
     """bos_id, eos_id and, where they are known, who said so: as JSON."""
-    keys = []
+    known = {}
     for role in ROLES:
-        for what in ("id", "from"):
-            keys.append(f"{role}_{what}")
-    return {key: getattr(tokenizer, key) for key in keys}
+        for key in (f"{role}_id", f"{role}_from"):
+            known[key] = getattr(tokenizer, key)
+    return known
 
 
 def put_ids(tokenizer, entry: dict) -> None:
