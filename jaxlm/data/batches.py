@@ -34,7 +34,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.config.check import mixture
 from jaxlm.config.tasks import task_of
-from jaxlm.data.examples import Examples, label_names, stamps, tokenizer_of
+from jaxlm.data.example_records import stamps, tokenizer_of
+from jaxlm.data.examples import Examples
+from jaxlm.data.labels import label_names
 from jaxlm.data.pairs import Pairs
 from jaxlm.data.row_layout import from_tokens, row_shapes
 from jaxlm.data.store import Store
@@ -44,10 +46,16 @@ from jaxlm.errors import DataError
 
 ALL = slice(None)
 READ = 1 << 24  # tokens that are counted at once
-COUNTED: dict[
-    str, np.ndarray
-] = {}  # fingerprint of a split -> its `count_tokens`: a run asks several times
-BLOCK = 16_384  # tokens read at once, where batches are smaller: a call of numpy costs as much as a thousand of them
+# Tokens read at once, where batches are smaller: a call of numpy costs as much as a thousand of them.
+BLOCK = 16_384
+# What else batches depend on, where the task is not lm.
+ORDER_KEYS_OF_TASK = (
+    "mask_rate whole_words span_length fim_rate window class_weights balanced_sampling".split()
+)
+ORDER_KEYS_OF_DATA = "enc_len pack examples_per_row word_dropout".split()
+ORDER_ROUNDS = 4  # of index_shuffle, as in grain
+# Fingerprint of a split -> its `count_tokens`: a run asks several times.
+COUNTED: dict[str, np.ndarray] = {}
 
 
 def open_stores(config: ConfigDict, split: str) -> list[Store]:
@@ -65,19 +73,24 @@ def open_stores(config: ConfigDict, split: str) -> list[Store]:
             problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
-    tokenizers = {store.manifest["tokenizer"]["sha256"] for store in stores}
-    if len(tokenizers) > 1:
+    refuse_unlike(stores, config.data.mixture)
+    return stores
+
+
+def refuse_unlike(stores: list[Store], mixture: str) -> None:
+    """Raises DataError where directories have other tokenizers, or other tokens around a document."""
+    hashes = {store.manifest["tokenizer"]["sha256"] for store in stores}
+    if len(hashes) > 1:
         raise DataError(
-            f"the directories of config.data.mixture={config.data.mixture} have different tokenizers"
+            f"the directories of config.data.mixture={mixture} have different tokenizers"
         )
     ends = {(store.bos_id, store.eos_id) for store in stores}
     if len(ends) > 1:
-        told = ", ".join(f"bos {bos} and eos {eos}" for bos, eos in sorted(ends, key=str))
+        listed = ", ".join(f"bos {bos} and eos {eos}" for bos, eos in sorted(ends, key=str))
         raise DataError(
-            f"the directories of config.data.mixture={config.data.mixture} begin and end documents with different "
-            f"tokens ({told}); prepare them alike, with --bos and --eos"
+            f"the directories of config.data.mixture={mixture} begin and end documents with different tokens "
+            f"({listed}); prepare them alike, with --bos and --eos"
         )
-    return stores
 
 
 def num_rows(store: Store, seq_len: int) -> int:
@@ -96,11 +109,11 @@ def read_clipped(store: Store, starts: np.ndarray, length: int) -> np.ndarray:
 
 
 def read_rows(
-    store: Store, rows: np.ndarray, seq_len: int, foretold: bool = True
+    store: Store, rows: np.ndarray, seq_len: int, predicted: bool = True
 ) -> dict[str, np.ndarray]:
     """The batch of these row numbers, int64 [B]. Rows past the end of the stream are padding.
 
-    foretold: each token is, by those before it; else a document's first one counts, whatever is before it.
+    predicted: each token is predicted from those before it; else a document's first one counts, whatever is before it.
     """
     starts = rows.astype(np.int64) * seq_len
     shape = (len(rows), seq_len)
@@ -108,34 +121,47 @@ def read_rows(
     tokens = window[:, :-1].copy()
     targets = window[:, 1:].copy()
     weights = np.ones(shape, np.float32)
-    # Where a document begins, in the rows one after the other, and where a row does: pieces of one segment each.
     number, place = store.starts_in(starts, seq_len)
     begins = number * seq_len + place
-    begin_of_row = np.arange(0, weights.size, seq_len)
-    edge = np.zeros(weights.size + 1, bool)
-    edge[begins] = edge[begin_of_row] = edge[-1] = True
-    edges = np.flatnonzero(edge).astype(np.int32)
-    edges, lengths = edges[:-1], np.diff(edges)
-    first = np.searchsorted(edges, begin_of_row).astype(np.int32)  # the first piece of each row
-    segment = np.arange(1, len(edges) + 1, dtype=np.int32) - first[edges // seq_len]
-    positions = np.arange(weights.size, dtype=np.int32) - np.repeat(edges, lengths)
-    segments = np.repeat(segment, lengths).reshape(shape)
-    if (
-        store.bos_id is None and foretold
-    ):  # nothing comes before a document, so its first token cannot be predicted
-        weights.ravel()[begins] = segments.ravel()[begins] = 0
-    elif store.bos_id is not None:
+    positions, segments = document_places(begins, shape)
+    if store.bos_id is not None:
         tokens.ravel()[begins] = store.bos_id
+    elif predicted:  # nothing comes before a document, so its first token cannot be predicted
+        weights.ravel()[begins] = 0
+        segments.ravel()[begins] = 0
     if starts.max(initial=0) + seq_len > store.num_tokens:
         past = starts[:, None] + np.arange(seq_len) >= store.num_tokens
-        tokens[past] = targets[past] = weights[past] = segments[past] = 0
+        for array in (tokens, targets, weights, segments):
+            array[past] = 0
     return {
         "tokens": tokens,
         "targets": targets,
         "weights": weights,
-        "positions": positions.reshape(shape),
+        "positions": positions,
         "segments": segments,
     }
+
+
+def document_places(begins: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(positions, segments) of rows in which documents begin at these places, int32 [B, T].
+
+    begins: int64, in the rows one after the other. A document that goes on in another row begins anew there.
+    """
+    num_rows, seq_len = shape
+    size = num_rows * seq_len
+    begin_of_row = np.arange(0, size, seq_len)
+    is_edge = np.zeros(size + 1, bool)
+    is_edge[begins] = True
+    is_edge[begin_of_row] = True
+    is_edge[-1] = True
+    edges = np.flatnonzero(is_edge).astype(np.int32)
+    lengths = np.diff(edges)
+    edges = edges[:-1]
+    first = np.searchsorted(edges, begin_of_row).astype(np.int32)  # the first piece of each row
+    segment = np.arange(1, len(edges) + 1, dtype=np.int32) - first[edges // seq_len]
+    positions = np.arange(size, dtype=np.int32) - np.repeat(edges, lengths)
+    segments = np.repeat(segment, lengths)
+    return positions.reshape(shape), segments.reshape(shape)
 
 
 class Documents:
@@ -146,15 +172,13 @@ class Documents:
         self.config = config
         self.store = store
         self.num_tokens = store.num_tokens
+        self.length = config.data.seq_len
         if task_of(config).reads_source:
             self.length = config.data.enc_len
-        else:
-            self.length = config.data.seq_len
         self.num_rows = num_rows(store, self.length)
         self.fingerprint = store.fingerprint
-        if task_of(config).is_plain_lm:
-            self.vocab = None
-        else:
+        self.vocab = None
+        if not task_of(config).is_plain_lm:
             self.vocab = Vocabulary(tokenizer, config.task.name, shares)
 
     def read(self, rows: np.ndarray, keys: list[tuple]) -> dict[str, np.ndarray]:
@@ -174,30 +198,28 @@ def open_sources(config: ConfigDict, split: str, tokenizer=None) -> list:
     if task_of(config).from_examples:
         if tokenizer:
             return [Examples(config, split, tokenizer, only_known_labels=True)]
-        files = stamps(config.data.train) + stamps(
-            config.data.val if split == "val" else config.data.train
-        )
+        files = stamps(config.data.train)
+        if split == "val":
+            files += stamps(config.data.val)
         return [_examples(FrozenConfigDict(config), split, files)]
     stores = open_stores(config, split)
     if task_of(config).transform == "pairs":
         return [Pairs(config, store) for store in stores]
-    tokenizer = tokenizer or (
-        None if task_of(config).is_plain_lm else tokenizers.load(mixture(config)[0][0])
-    )
+    if tokenizer is None and not task_of(config).is_plain_lm:
+        tokenizer = load_tokenizer(config)
+    shares = None
     if config.task.negatives or config.task.subsample:
         shares = token_shares(config)
-    else:
-        shares = None
     return [Documents(config, store, tokenizer, shares) for store in stores]
 
 
 def token_shares(config: ConfigDict) -> np.ndarray:
     """float64 [vocabulary]: how much of the training text each token is, of a mixture by its weights."""
-    weights = [weight for _, weight in mixture(config)]
-    counts = [count_tokens(store) for store in open_stores(config, "train")]
-    return sum(
-        weight * each / max(each.sum(), 1) for weight, each in zip(weights, counts, strict=True)
-    )
+    shares = 0
+    for (_, weight), store in zip(mixture(config), open_stores(config, "train"), strict=True):
+        counts = count_tokens(store)
+        shares = shares + weight * counts / max(counts.sum(), 1)
+    return shares
 
 
 def count_tokens(store: Store) -> np.ndarray:
@@ -218,7 +240,10 @@ def _examples(config: FrozenConfigDict, split: str, stamps: tuple) -> Examples:
 
 
 def describe(config: ConfigDict) -> tuple[int, tuple[str, ...], int]:
-    """(ids of the vocabulary, names of the labels, tokens of the training data). Raises DataError, ConfigError."""
+    """(size of the vocabulary, names of the labels, tokens of the training data).
+
+    Raises DataError where the data are missing or can't be read, ConfigError for options that don't fit them.
+    """
     if task_of(config).from_examples:
         if not config.data.train:
             raise DataError(
@@ -228,20 +253,17 @@ def describe(config: ConfigDict) -> tuple[int, tuple[str, ...], int]:
         labels = label_names(config)
         return Vocabulary(tokenizer, config.task.name).size, labels, 0
     stores = open_stores(config, "train")
-    if task_of(config).is_plain_lm:
-        extra = 0
-    else:
-        extra = Vocabulary(load_tokenizer(config), config.task.name).size
-    # it learns from pairs
-    if task_of(config).transform == "pairs":
-        tokens = 0
-    else:
+    num_ids = stores[0].vocab_size
+    if not task_of(config).is_plain_lm:
+        num_ids = Vocabulary(load_tokenizer(config), config.task.name).size
+    tokens = 0
+    if task_of(config).transform != "pairs":  # it learns from pairs
         tokens = sum(store.num_tokens for store in stores)
-    return extra or stores[0].vocab_size, config.data.labels, tokens
+    return num_ids, config.data.labels, tokens
 
 
 def load_tokenizer(config: ConfigDict):
-    """The tokenizer of config.data."""
+    """The tokenizer of config.data. Raises DataError where it can't be read."""
     if task_of(config).from_examples:
         return tokenizer_of(FrozenConfigDict(config.data), config.task.name)
     return tokenizers.load(mixture(config)[0][0])
@@ -251,19 +273,23 @@ def read_mixed(
     sources: list, ids: np.ndarray, keys: np.ndarray, seed: int
 ) -> dict[str, np.ndarray]:
     """The batch of (source, row) pairs, int64 [B, 2]. keys: int64 [B], a number for what is random in each."""
-    batch = {}
-    present = sorted(set(ids[:, 0].tolist()))
+    present = np.unique(ids[:, 0]).tolist()
     if len(present) == 1:
-        return sources[present[0]].read(ids[:, 1], [(seed, key) for key in keys.tolist()])
+        return sources[present[0]].read(ids[:, 1], row_keys(seed, keys))
+    batch = {}
     for source in present:
         here = ids[:, 0] == source
-        for name, value in (
-            sources[source].read(ids[here, 1], [(seed, key) for key in keys[here].tolist()]).items()
-        ):
-            batch.setdefault(name, np.zeros((len(ids), *value.shape[1:]), value.dtype))[here] = (
-                value
-            )
+        rows = sources[source].read(ids[here, 1], row_keys(seed, keys[here]))
+        for name, value in rows.items():
+            if name not in batch:
+                batch[name] = np.zeros((len(ids), *value.shape[1:]), value.dtype)
+            batch[name][here] = value
     return batch
+
+
+def row_keys(seed: int, keys: np.ndarray) -> list[tuple[int, int]]:
+    """What the random numbers of each row follow from."""
+    return [(seed, key) for key in keys.tolist()]
 
 
 def order_of(num_rows: int, seed: int | None) -> Callable[[int], int]:
@@ -277,60 +303,70 @@ def order_of(num_rows: int, seed: int | None) -> Callable[[int], int]:
 
     def row(place: int) -> int:
         epoch, index = divmod(place, num_rows)
-        return index_shuffle(
-            index, num_rows - 1, (first + epoch) % 2**32, 4
-        )  # of four rounds, as grain does
+        return index_shuffle(index, num_rows - 1, (first + epoch) % 2**32, ORDER_ROUNDS)
 
     return row
 
 
 def train_batches(config: ConfigDict, rows: slice | np.ndarray = ALL) -> grain.MapDataset:
-    """Endless: element k is these rows of global batch k. Each epoch of a source has every row exactly once."""
+    """Endless: element k is these rows of global batch k. Each epoch of a source has every row exactly once.
+
+    Raises DataError where a train split is empty.
+    """
     sources = open_sources(config, "train")
-    orders = []
+    pick = picker(config, sources)
     B = config.train.batch_size
-    for number, source in enumerate(sources):
-        if not source.num_rows:
-            raise DataError(
-                f"{mixture(config)[number][0] or config.data.train}: the train split is empty"
-            )
-        orders.append(
-            order_of(source.num_rows, config.seed + number if config.data.shuffle else None)
-        )
-    turns = []
-    for n in range(len(orders)):
-        turns.append(grain.MapDataset.range(sys.maxsize).map(lambda turn, n=n: (n, turn)))
-    mixed = grain.MapDataset.mix(turns, [weight for _, weight in mixture(config)])
     place = np.arange(B)[rows]
-    # else a row costs more than a call, and waits would add up
-    b = len(place)
-    plain = task_of(config).is_plain_lm
-    if plain:
-        together = max(1, BLOCK // max(1, b * config.data.seq_len))
-    else:
-        together = 1
+    num_here = len(place)
+    together = 1
+    # Only rows of plain tokens are so cheap that a call costs more than a row; other waits would add up.
+    if task_of(config).is_plain_lm:
+        together = max(1, BLOCK // max(1, num_here * config.data.seq_len))
 
     @lru_cache(maxsize=2)
     def block(number: int) -> dict[str, np.ndarray]:
         """`together` batches, one after the other."""
-        keys = (np.arange(number * together, (number + 1) * together)[:, None] * B + place).ravel()
-        if len(orders) > 1:
-            picked = map(mixed.__getitem__, keys.tolist())
-        else:
-            picked = ((0, key) for key in keys.tolist())
-        ids = np.array([(source, orders[source](turn)) for source, turn in picked], np.int64)
-        found = read_mixed(sources, ids, keys, config.seed)
+        steps = np.arange(number * together, (number + 1) * together)
+        keys = (steps[:, None] * B + place).ravel()
+        found = read_mixed(sources, pick(keys.tolist()), keys, config.seed)
         for value in found.values():
-            value.setflags(
-                write=False
-            )  # batches are parts of it, also when they are asked for again
+            value.setflags(write=False)  # batches are parts of it, also when asked for again
         return found
 
     def batch(k: int) -> dict[str, np.ndarray]:
         number, part = divmod(k, together)
-        return {name: value[part * b : (part + 1) * b] for name, value in block(number).items()}
+        here = slice(part * num_here, (part + 1) * num_here)
+        return {name: value[here] for name, value in block(number).items()}
 
     return grain.MapDataset.range(sys.maxsize).map(batch)
+
+
+def picker(config: ConfigDict, sources: list) -> Callable[[list[int]], np.ndarray]:
+    """keys -> int64 [keys, 2]: the source and its row that stand at each place of the endless mixture.
+
+    Raises DataError where a source has no rows.
+    """
+    weights = []
+    orders = []
+    turns = []
+    for number, (source, (path, weight)) in enumerate(zip(sources, mixture(config), strict=True)):
+        if not source.num_rows:
+            raise DataError(f"{path or config.data.train}: the train split is empty")
+        seed = config.seed + number if config.data.shuffle else None
+        orders.append(order_of(source.num_rows, seed))
+        weights.append(weight)
+        endless = grain.MapDataset.range(sys.maxsize)
+        turns.append(endless.map(lambda turn, number=number: (number, turn)))
+    mixed = grain.MapDataset.mix(turns, weights)
+
+    def pick(keys: list[int]) -> np.ndarray:
+        ids = []
+        for key in keys:
+            source, turn = mixed[key] if len(orders) > 1 else (0, key)
+            ids.append((source, orders[source](turn)))
+        return np.array(ids, np.int64)
+
+    return pick
 
 
 def eval_rows(config: ConfigDict) -> int:
@@ -357,20 +393,22 @@ def validation_batches(
         raise DataError(
             f"{paths}: the validation split is empty; prepare it with --val_fraction, or set eval.every=0"
         )
-    ids = np.concatenate([np.stack([np.full(n, s), np.arange(n)], 1) for s, n in enumerate(counts)])
+    ids = []
+    for number, count in enumerate(counts):
+        ids.append(np.stack([np.full(count, number), np.arange(count)], 1))
+    ids = np.concatenate(ids)
     longest = int(np.argmax(counts))
-    padding = np.tile(
-        [[longest, counts[longest]]], (-len(ids) % B, 1)
-    )  # a row past the end of a source
+    past_the_end = [[longest, counts[longest]]]
+    padding = np.tile(past_the_end, (-len(ids) % B, 1))
     ids = np.concatenate([ids, padding]).astype(np.int64)
     keys = np.arange(len(ids))
 
-    def part(x, k):
-        return x[k * B : (k + 1) * B][rows]
+    def batch(k: int) -> dict[str, np.ndarray]:
+        here = slice(k * B, (k + 1) * B)
+        # What is masked does not depend on the run's seed: every model is asked the same.
+        return read_mixed(sources, ids[here][rows], keys[here][rows], 0)
 
-    batches = grain.MapDataset.range(len(ids) // B)
-    # What is masked does not depend on the run's seed: every model is asked the same.
-    return batches.map(lambda k: read_mixed(sources, part(ids, k), part(keys, k), 0))
+    return grain.MapDataset.range(len(ids) // B).map(batch)
 
 
 def fingerprint(config: ConfigDict) -> dict:
@@ -386,25 +424,22 @@ def fingerprint(config: ConfigDict) -> dict:
     }
     if not task_of(config).is_plain_lm:
         known["task"] = config.task.name
-        keys = "mask_rate whole_words span_length fim_rate window class_weights balanced_sampling"
-        known |= {key: config.task[key] for key in keys.split()}
-        known |= {
-            key: config.data[key] for key in ("enc_len", "pack", "examples_per_row", "word_dropout")
-        }
-        set_now = {}
+        for key in ORDER_KEYS_OF_TASK:
+            known[key] = config.task[key]
+        for key in ORDER_KEYS_OF_DATA:
+            known[key] = config.data[key]
         for key in ("negatives", "subsample"):
-            if config.task[key]:
-                set_now[key] = config.task[key]
-        known |= set_now  # others are left out, so that older runs without these keys go on
+            if config.task[key]:  # left out else, so that older runs without these keys go on
+                known[key] = config.task[key]
     return known
 
 
 def batch_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], type]]:
     """{key: (shape, dtype)} of a global batch. config: resolved."""
-    return {
-        key: ((config.train.batch_size, *shape), dtype)
-        for key, (shape, dtype) in row_shapes(config).items()
-    }
+    shapes = {}
+    for key, (shape, dtype) in row_shapes(config).items():
+        shapes[key] = ((config.train.batch_size, *shape), dtype)
+    return shapes
 
 
 class Prefetch:
@@ -414,19 +449,23 @@ class Prefetch:
     what the loop has to do before the devices can go on must not wait for the next batch.
     """
 
-    def __init__(
-        self, batches, start: int, stop: int, depth: int, place: Callable = lambda batch: batch
-    ):
+    def __init__(self, batches, start: int, stop: int, depth: int, place: Callable | None = None):
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="data")
         self.ahead = deque()
         self.numbers = iter(range(start, stop))
-        self.make = lambda k: place(batches[k])
+        self.batches = batches
+        self.place = place
         for _ in range(depth):
             self.refill()
 
     def refill(self) -> None:
         for k in itertools.islice(self.numbers, 1):
             self.ahead.append(self.pool.submit(self.make, k))
+
+    def make(self, k: int) -> dict:
+        if self.place:
+            return self.place(self.batches[k])
+        return self.batches[k]
 
     def take(self) -> dict:
         """The next; `waited` is then the seconds that it was not there yet. Raises what making it has raised."""

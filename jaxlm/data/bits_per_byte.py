@@ -1,6 +1,6 @@
 """Bits per byte of a text, and which texts have none: those that hold what their tokenizer can't write.
 
-One unknown token may stand for a whole text. It is foretold at almost no cost, so that bits per byte would flatter.
+One unknown token may stand for a whole text. It is predicted at almost no cost, so that bits per byte would flatter.
 """
 
 from jaxlm.data.batches import count_tokens

@@ -6,277 +6,25 @@ All of it is kept in memory as token ids: examples are few beside the text of pr
 import hashlib
 import json
 import logging
-import os
-from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
-from functools import lru_cache, partial
 
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxlm.config.tasks import GROUP, TASKS, TEXT_COLUMNS, task_of
-from jaxlm.data.files.paths import parts_of, paths_of, relative
-from jaxlm.data.files.tables import read_examples, refuse
+from jaxlm.config.tasks import GROUP, TASKS, task_of
+from jaxlm.data.answers import ALLOWED, START, STOP, answer_text, first_of
+from jaxlm.data.example_records import Encoder, examples_of, plain, tokenizer_of
+from jaxlm.data.files.tables import refuse
+from jaxlm.data.labels import label_names, with_known_labels
 from jaxlm.data.row_layout import lay_out, piece_lengths
-from jaxlm.data.tokenization import tokenizer as tokenizers
-from jaxlm.data.tokenization import vocabulary
-from jaxlm.data.tokenization.base import replace_surrogates
-from jaxlm.data.transforms import (
-    ALLOWED,
-    EXAMPLES,
-    START,
-    STOP,
-    Vocabulary,
-    answer_text,
-    first_of,
-    label_of,
-    messages_of,
-    split_names,
-    words_of,
-)
-from jaxlm.errors import DataError, UserError
+from jaxlm.data.transforms import EXAMPLES, Vocabulary
+from jaxlm.errors import DataError
 
 LOGGER = logging.getLogger("jaxlm")
-INEXACT = 0.01  # more answers than this share: a tokenizer that is made for them is made finer
 OPEN = 64  # rows that are filled at one time
-TEXTS = (*TEXT_COLUMNS, "words", "answer")
-
-
-def texts_of(examples: list[dict], lowercase: bool) -> list[str]:
-    """All text of the examples, to make a tokenizer from."""
-    texts = []
-    for example in examples:
-        found = []
-        for role in TEXTS:
-            if role in example and not is_dialogue(example[role]):
-                found.append(example[role])
-        if "messages" in example or is_dialogue(example.get("prompt")):
-            messages = said_in(example)
-            found += [str(m.get("content", "")) for m in messages if isinstance(m, dict)]
-        texts += [" ".join(map(str, x)) if isinstance(x, (list, tuple)) else str(x) for x in found]
-    return [replace_surrogates(text.lower() if lowercase else text)[0] for text in texts]
-
-
-def said_in(example: dict) -> list:
-    """The messages of an example; none of what can't be read, which is refused with its place later."""
-    try:
-        return messages_of(example)
-    except ValueError:
-        return []
-
-
-def examples_of(spec: str, task: str, columns: str) -> tuple[list[dict], list[str]]:
-    """(the examples of files, where each is from). Read again when a file has changed, not when it is named anew."""
-    spec = relative(spec)  # a run makes paths absolute after its first look
-    return _examples_of(spec, task, columns, stamps(spec))
-
-
-def stamps(spec: str) -> tuple:
-    stats = []
-    for path in paths_of(spec):
-        for part in parts_of(path):
-            if os.path.exists(part):
-                stats.append((part, os.stat(part)))
-    return tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
-
-
-@lru_cache(maxsize=4)
-def _examples_of(spec, task, columns, stamps):
-    examples, places = read_examples(spec, task, columns)
-    kept = []
-    bad = []
-    for example, place in zip(examples, places):
-        try:
-            if TASKS[task].answer == "class" and isinstance(example["label"], (list, tuple, dict)):
-                raise ValueError(
-                    "its label is a list, not one class; several are of task.name=multilabel"
-                )
-            kept.append(plain(example))
-        except ValueError as error:
-            bad.append(f"{place}: {error}")
-    refuse(bad)
-    return kept, places
-
-
-def plain(example: dict) -> dict:
-    """An example whose texts are str. SQuAD's {"text": [...], "answer_start": [...]} becomes answer and start."""
-    example = dict(example)
-    if isinstance(example.get("answer"), dict):
-        answer = example["answer"]
-        example |= {
-            "answer": list(answer.get("text", ())),
-            "start": list(answer.get("answer_start", ())),
-        }
-    if "answer" in example:
-        example["answer"] = answer_of(example["answer"])
-    for role in TEXTS:
-        value = example.get(role, "")
-        if not isinstance(value, str) and role not in ("words", "answer"):
-            if role == "prompt" and is_dialogue(value):
-                continue
-            if isinstance(value, (list, tuple, dict)):
-                raise ValueError(f"its {role} is a {type(value).__name__}, not text")
-            example[role] = label_of(value)
-    return example
-
-
-def answer_of(value):
-    """An answer as text, several as a list of texts, None for none; a number is text."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [answer_of(item) for item in value]
-    if isinstance(value, dict):
-        raise ValueError(f"its answer is text, or a list of texts, not {str(value)[:60]}")
-    return label_of(value)
-
-
-def is_dialogue(value) -> bool:
-    """Whether a prompt is of several messages."""
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) > 0
-        and all(isinstance(item, dict) for item in value)
-    )
-
-
-def training_examples(data: ConfigDict | FrozenConfigDict, task: str) -> list[dict]:
-    return examples_of(data.train, task, data.columns)[0]
-
-
-def tokenizer_of(data: FrozenConfigDict, task: str):
-    """The tokenizer that config.data.tokenizer names, made from data.train where it is a kind."""
-    if data.tokenizer not in vocabulary.MADE:
-        return tokenizers.load(data.tokenizer)
-    train = relative(data.train)
-    return _made(data.tokenizer, data.vocab_size, data.min_count, data.lowercase, task, data.columns, train,
-                 stamps(train))  # fmt: skip
-
-
-@lru_cache(maxsize=4)
-def _made(kind, vocab_size, min_count, lowercase, task, columns, train, stamps):
-    examples = examples_of(train, task, columns)[0]
-    texts = texts_of(examples, lowercase)
-    if TASKS[task].answer == "span":
-        texts.append(
-            " "
-        )  # which stands for all white space of a context, also where it has new lines alone
-    try:
-        made = vocabulary.make(kind, texts, vocab_size, min_count)
-        if TASKS[task].answer != "span" or kind not in ("words", "sentencepiece"):
-            return made
-        finer = partial(vocabulary.make, kind, texts, vocab_size, min_count, apart=True)
-        return _fit_for_answers(made, finer, examples, lowercase)
-    except UserError as error:  # it names the flags of jaxlm.data.prepare
-        raise type(error)(str(error).replace("--", "--config.data.")) from None
-
-
-def _fit_for_answers(made, make_finer: Callable, examples: list[dict], lowercase: bool):
-    """A tokenizer, or where answers begin or end inside of its tokens and a finer one mends that, the finer one."""
-    share = inexact_answers(made, examples, lowercase)
-    if share <= INEXACT:
-        return made
-    finer = make_finer()
-    left = inexact_answers(finer, examples, lowercase)
-    if left > share / 2:
-        return made
-    LOGGER.warning(
-        f"{share:.0%} of the answers of data.train begin or end inside of a token, so data.tokenizer={made.name} is "
-        f"made finer: punctuation marks, and characters of scripts without spaces, are apart ({left:.0%} are left)"
-    )
-    return finer
-
-
-def inexact_answers(tokenizer, examples: list[dict], lowercase: bool) -> float:
-    """The share of the first 1,000 examples whose answers begin or end inside of a token."""
-    encode = Encoder(tokenizer, lowercase)
-    vocab = Vocabulary(tokenizer, "qa")
-    exact = []
-    for example in examples[:1000]:
-        with suppress(
-            KeyError, ValueError, TypeError, AttributeError
-        ):  # told where all examples are read
-            exact.append(EXAMPLES["qa"](example, encode, vocab, ())["exact"])
-    return exact.count(False) / max(len(exact), 1)
-
-
-class Encoder:
-    """text -> int32 ids of the text of examples, which is made lower case where config.data.lowercase says so."""
-
-    def __init__(self, tokenizer, lowercase: bool):
-        self.tokenizer = tokenizer
-        self.lowercase = lowercase
-
-    def __call__(self, text, after: str = "") -> np.ndarray:
-        """after: what comes before it in its document; see Tokenizer.encode."""
-        return self.tokenizer.encode(self.spelling(str(text)), after)
-
-    def with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, the characters of `text` that each stands for): see Tokenizer.encode_with_offsets."""
-        spelled = self.spelling(text)
-        ids, offsets = self.tokenizer.encode_with_offsets(spelled)
-        if len(spelled) == len(text):
-            return ids, offsets
-        # A few letters become two in lower case: \u0130 is i and a dot.
-        lengths = [len(self.spelling(character)) for character in text]
-        origin = np.repeat(np.arange(len(text)), lengths)
-        first = np.append(origin, len(text))[offsets[:, 0]]
-        last = np.append(0, origin + 1)[offsets[:, 1]]
-        return ids, np.stack([first, np.maximum(first, last)], axis=1)
-
-    def spelling(self, text: str) -> str:
-        if self.lowercase:
-            return text.lower()
-        return text
-
-
-NAMES = {  # Task.answer -> the labels of an example
-    "class": lambda example: [label_of(example["label"])],
-    "labels": lambda example: split_names(example["label"]),
-    "tags": lambda example: words_of(example["tags"]),
-}
-
-
-def label_names(config: ConfigDict) -> tuple[str, ...]:
-    """The classes or tags of config.data.labels, or of the training examples, sorted: 2 before 10."""
-    task = config.task.name
-    train = config.data.train
-    if config.data.labels or not TASKS[task].has_label_names:
-        return tuple(map(str, config.data.labels))
-    examples = training_examples(config.data, task)
-    counts = Counter(name for example in examples for name in NAMES[TASKS[task].answer](example))
-    names = sorted(
-        counts, key=(lambda name: (len(name), name)) if all(map(str.isdecimal, counts)) else None
-    )
-    if TASKS[task].answer == "class" and "" in counts:
-        examples, places = examples_of(train, task, config.data.columns)
-        refuse(
-            [
-                f"{where}: its label is empty"
-                for where, e in zip(places, examples)
-                if not label_of(e["label"])
-            ]
-        )
-    if TASKS[task].answer == "class" and len(examples) >= 20 and len(names) > len(examples) / 2:
-        order = 'Are the columns in another order? Say --config.data.columns="text=1 label=0"'
-        if config.data.columns:
-            order = f"Are config.data.columns={config.data.columns!r} right?"
-        else:
-            order = order
-        raise DataError(
-            f"{train}: {len(names):,} different labels in {len(examples):,} examples, such as {names[0][:60]!r}: that "
-            f"is no classification. {order}, or give config.data.labels"
-        )
-    if len(names) < 2 and TASKS[task].answer != "labels":
-        raise DataError(
-            f"{train}: every example has the label {''.join(names)!r}; there is nothing to tell apart"
-        )
-    return tuple(names)
 
 
 def first_learned(piece: dict, task: str) -> int:
-    """Positions of a piece, from its beginning, that hold something to learn: a target that counts.
+    """How many positions of a piece, from its beginning, hold something to learn: a target that counts.
 
     Of a pair (dpo) that is one of each side, of qa the whole answer; what has no weights is learned from the first on.
     """
@@ -288,49 +36,12 @@ def first_learned(piece: dict, task: str) -> int:
     return int(counts.argmax(axis=-1).max()) + 1
 
 
-def with_known_labels(
-    examples: list[dict], places: list[str], config: ConfigDict
-) -> tuple[list[dict], list[str]]:
-    """Those whose labels the model knows, and where they are from; how many others there are is told.
-
-    All of them where it knows the labels of none: then these are probably no labels, which is refused later.
-    """
-    names_of = NAMES.get(task_of(config).answer)
-    known = set(label_names(config))
-    kept = []
-    others = Counter()
-    for example, place in zip(examples, places):
-        unknown = labels_beside(example, names_of, known)
-        others.update(unknown)
-        if not unknown:
-            kept.append((example, place))
-    if not others or not kept:
-        return examples, places
-    most = ", ".join(f"{name[:40]!r} {count:,}" for name, count in others.most_common(5))
-    most += ", ..." if len(others) > 5 else ""
-    LOGGER.warning(
-        f"left out of all figures: {len(examples) - len(kept):,} of {len(examples):,} examples, whose labels the model "
-        f"was not trained with, so that it can't be right there: {most}"
-    )
-    return [example for example, _ in kept], [place for _, place in kept]
-
-
-def labels_beside(example: dict, names_of: Callable | None, known: set[str]) -> set[str]:
-    """The labels of an example that are not among these; none where it has no labels, or odd ones."""
-    if names_of is None:
-        return set()
-    try:
-        return {name for name in names_of(example) if name and name not in known}
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return set()
-
-
 class Examples:
     """The rows of config.data.train, or of another file, as a source of batches.
 
     tokenizer: a model's, or None for the config's own. examples: instead of those in files. Attributes: `examples`,
     dicts of the task's columns, `pieces` of them, and `rows`, of each row the numbers of its examples.
-    only_known_labels: examples of other labels than the training's are left out, which is told, instead of refused.
+    only_known_labels: examples of other labels than the training's are left out, with a warning, instead of refused.
     """
 
     def __init__(
@@ -347,52 +58,57 @@ class Examples:
         self.split = split
         self.tokenizer = tokenizer or tokenizer_of(data, task)
         self.vocab = Vocabulary(self.tokenizer, task)
-        if examples is None:
-            self.examples, places = examples_of(
-                {"train": data.train, "val": data.val}[split], task, data.columns
-            )
+        self.encode = Encoder(self.tokenizer, data.lowercase)
+        in_files = examples is None
+        if in_files:
+            files = {"train": data.train, "val": data.val}[split]
+            self.examples, places = examples_of(files, task, data.columns)
         else:
             self.examples = list(examples)
             places = [f"example {number}" for number in range(1, len(examples) + 1)]
         if only_known_labels:
             self.examples, places = with_known_labels(self.examples, places, config)
         names = label_names(config)
-        self.encode = Encoder(self.tokenizer, data.lowercase)
-        self.pieces = []
-        bad = []
-        for i, example in enumerate(self.examples):
-            try:
-                if examples is not None:
-                    self.examples[i] = example = plain(example)
-                self.pieces.append(
-                    EXAMPLES[TASKS[task].transform](example, self.encode, self.vocab, names)
-                )
-            except KeyError as error:
-                bad.append(f"{places[i]}: no {error.args[0]}; it has {', '.join(example)}")
-            except (ValueError, TypeError, AttributeError) as error:
-                bad.append(f"{places[i]}: {error}")
-        refuse(bad)
-        if TASKS[task].answer == "span" and examples is None:
-            self.tell_inexact()
-        if TASKS[task].is_preference and examples is None:
-            self.tell_equal()
+        self.pieces = self.make_pieces(places, names, are_plain=in_files)
+        if TASKS[task].answer == "span" and in_files:
+            self.warn_of_inexact_answers()
+        if TASKS[task].is_preference and in_files:
+            self.warn_of_equal_answers()
         self.weigh(names)
-        self.learnable = np.ones(
-            len(self.pieces), bool
-        )  # of which a target is left where they are cut off
-        if examples is None:
+        # Of which a target is left where they are cut off.
+        self.learnable = np.ones(len(self.pieces), bool)
+        if in_files:
             self.leave_out()
         self.rows = self.pack()
-        learned = [
-            {role: x for role, x in example.items() if role != GROUP} for example in self.examples
-        ]
-        known = [learned, names, data.lowercase]
+        self.fingerprint = self.hash_examples(names)
+
+    def make_pieces(self, places: list[str], names: tuple[str, ...], are_plain: bool) -> list[dict]:
+        """The piece of each example. Raises DataError that names every example that is wrong."""
+        make = EXAMPLES[task_of(self.config).transform]
+        pieces = []
+        bad = []
+        for i, place in enumerate(places):
+            try:
+                if not are_plain:
+                    self.examples[i] = plain(self.examples[i])
+                pieces.append(make(self.examples[i], self.encode, self.vocab, names))
+            except KeyError as error:
+                bad.append(f"{place}: no {error.args[0]}; it has {', '.join(self.examples[i])}")
+            except (ValueError, TypeError, AttributeError) as error:
+                bad.append(f"{place}: {error}")
+        refuse(bad)
+        return pieces
+
+    def hash_examples(self, names: tuple[str, ...]) -> str:
+        """SHA-256, in hex, of what is learned from the examples, and of the tokenizer."""
+        examples = []
+        for example in self.examples:
+            examples.append({role: value for role, value in example.items() if role != GROUP})
+        known = [examples, names, self.config.data.lowercase]
         if not self.learnable.all():  # the batches of older versions had them
             known.append(int(self.learnable.sum()))
-        digest = hashlib.sha256(json.dumps(known, default=str).encode())
-        self.fingerprint = hashlib.sha256(
-            (digest.hexdigest() + self.tokenizer.fingerprint).encode()
-        ).hexdigest()
+        digest = hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
+        return hashlib.sha256((digest + self.tokenizer.fingerprint).encode()).hexdigest()
 
     @property
     def num_rows(self) -> int:
@@ -400,9 +116,9 @@ class Examples:
 
     @property
     def num_tokens(self) -> int:
-        return sum(sum(piece_lengths(piece)) for piece in self.pieces)
+        return sum(map(sum, map(piece_lengths, self.pieces)))
 
-    def tell_inexact(self) -> None:
+    def warn_of_inexact_answers(self) -> None:
         """Says how many answers begin or end inside of a token, so that no model can give just them."""
         inexact = [number for number, piece in enumerate(self.pieces) if not piece["exact"]]
         if not inexact:
@@ -418,54 +134,52 @@ class Examples:
             f"in {given[:60]!r}; data.tokenizer=bytes and chars have no such tokens"
         )
 
-    def tell_equal(self) -> None:
+    def warn_of_equal_answers(self) -> None:
         """Says how many pairs teach nothing, because both answers are the same. Raises DataError where all are so."""
-        equal = []
-        for example in self.examples:
-            if example["chosen"] == example["rejected"]:
-                equal.append(example)
+        equal = [example for example in self.examples if example["chosen"] == example["rejected"]]
         if not equal:
             return
-        told = (
+        message = (
             f"{len(equal):,} of {len(self.examples):,} {self.split} pairs have the same answer as chosen and as "
             f"rejected, so that nothing is learned of them, such as {str(equal[0]['chosen'])[:40]!r}"
         )
         if len(equal) == len(self.examples):
-            if self.split == "train":
-                files = self.config.data.train
-            else:
-                files = self.config.data.val
-            raise DataError(f"{files}: {told}; are the columns right?")
-        LOGGER.warning(told)
+            raise DataError(f"{self.files}: {message}; are the columns right?")
+        LOGGER.warning(message)
+
+    @property
+    def files(self) -> str:
+        """The files of this split, as config.data names them."""
+        if self.split == "train":
+            return self.config.data.train
+        return self.config.data.val
+
+    def labels(self) -> np.ndarray:
+        """int [examples]: the class of each example."""
+        return np.array([piece["label"] for piece in self.pieces])
 
     def weigh(self, names) -> None:
         """Gives training examples the weight of their class, so that every class weighs the same."""
         task = self.config.task
-        if (
-            self.split != "train"
-            or task.class_weights == "none"
-            or not task_of(self.config).has_classes
-        ):
+        if self.split != "train" or task.class_weights == "none":
             return
-        if task_of(self.config).answer == "class":
-            counts = np.bincount([piece["label"] for piece in self.pieces], minlength=len(names))
+        answer = task_of(self.config).answer
+        if answer == "class":
+            counts = np.bincount(self.labels(), minlength=len(names))
             for piece in self.pieces:
                 piece["weight"] = len(self.pieces) / len(names) / counts[piece["label"]]
-        else:
-            every = np.concatenate(
-                [piece["targets"][piece["weights"] > 0] for piece in self.pieces]
-            )
+        if answer == "tags":
+            tags = [piece["targets"][piece["weights"] > 0] for piece in self.pieces]
+            every = np.concatenate(tags)
             counts = np.maximum(np.bincount(every, minlength=len(names)), 1)
+            weights = len(every) / len(names) / counts
             for piece in self.pieces:
-                piece["weights"] = (
-                    piece["weights"] * (len(every) / len(names) / counts)[piece["targets"]]
-                )
+                piece["weights"] = piece["weights"] * weights[piece["targets"]]
 
     def leave_out(self) -> None:
         """Finds the training examples of which cutting leaves nothing to learn. Raises DataError where all are so."""
-        needs = np.array(
-            [first_learned(piece, self.config.task.name) for piece in self.pieces], int
-        )
+        task = self.config.task.name
+        needs = np.array([first_learned(piece, task) for piece in self.pieces], int)
         left = needs <= self.config.data.seq_len
         if left.all():
             return
@@ -481,18 +195,16 @@ class Examples:
         )
 
     def nothing_left(self, needs: np.ndarray) -> str:
-        """What is wrong where no example has a target left, and the lengths that would do."""
-        d = self.config.data
-        files = d.train if self.split == "train" else d.val
+        """What is wrong where no example has a target left, and the lengths that would do. needs: int [examples]."""
         longest = max(piece_lengths(piece)[0] for piece in self.pieces)
-        if needs.min() == needs.max():
-            some = ""
-        else:
+        some = ""
+        if needs.min() != needs.max():
             some = f", {needs.min()} for something of one"
         return (
-            f"{files}: nothing is left to learn of any of the {len(needs):,} {self.split} examples: what comes before "
-            f"it fills data.seq_len={d.seq_len}, and the rest is cut off. Give --config.data.seq_len={longest}, which "
-            f"holds all of them whole; {needs.max()} would do for something of each{some}"
+            f"{self.files}: nothing is left to learn of any of the {len(needs):,} {self.split} examples: what comes "
+            f"before it fills data.seq_len={self.config.data.seq_len}, and the rest is cut off. Give "
+            f"--config.data.seq_len={longest}, which holds all of them whole; {needs.max()} would do for something of "
+            f"each{some}"
         )
 
     def order(self) -> np.ndarray:
@@ -505,26 +217,27 @@ class Examples:
         if self.split != "train":
             return np.arange(len(self.pieces))
         if self.config.task.balanced_sampling and task_of(self.config).answer == "class":
-            labels = np.array([piece["label"] for piece in self.pieces])
+            labels = self.labels()
             most = np.bincount(labels).max()
-
-            def repeated(c):
-                return np.resize(rng.permutation(np.flatnonzero(labels == c)), most)
-
-            return rng.permutation(np.concatenate([repeated(c) for c in np.unique(labels)]))
+            repeated = []
+            for label in np.unique(labels):
+                of_label = rng.permutation(np.flatnonzero(labels == label))
+                repeated.append(np.resize(of_label, most))
+            return rng.permutation(np.concatenate(repeated))
         if self.config.data.shuffle:
             return rng.permutation(len(self.pieces))
         return np.arange(len(self.pieces))
 
     def pack(self) -> list[list[int]]:
-        """First fit into the rows that are still open; validation examples stay in order. Says how many are cut."""
+        """Numbers of the examples in each row. Each goes into the first of the open rows that has room for it;
+        validation examples stay in order. Says how many are cut off."""
         d = self.config.data
         rows = []
         most = d.examples_per_row if d.pack else 1
-        lengths = np.array([piece_lengths(piece) for piece in self.pieces]).reshape(-1, 2)
+        lengths = np.array(list(map(piece_lengths, self.pieces))).reshape(-1, 2)
         taken = np.minimum(lengths, (d.seq_len, d.enc_len))
+        # Of the open rows: what is left of each, and its number. The one that was opened first gives way.
         space = np.zeros((OPEN, 2), int)
-        # of the open rows; the one that was opened first gives way
         numbers = np.zeros(OPEN, int)
         slot = 0
         for i in self.order():
@@ -541,50 +254,49 @@ class Examples:
             if len(rows[numbers[at]]) == most:
                 space[at] = -1
         cut = np.flatnonzero((lengths > taken).any(axis=1))
-        for i in cut if task_of(self.config).answer == "span" else ():  # half an answer is none
-            targets = self.pieces[i]["targets"]
-            if not (targets[: d.seq_len] & STOP).any():
-                self.pieces[i] |= {
-                    "targets": targets & ALLOWED,
-                    "weights": np.zeros(len(targets), np.float32),
-                }
         if len(cut):
-            if lengths[:, 1].any():
-                source = f" (sources: data.enc_len={d.enc_len})"
-            else:
-                source = ""
+            self.drop_half_answers(cut)
+            source = f" (sources: data.enc_len={d.enc_len})" if lengths[:, 1].any() else ""
             LOGGER.warning(
                 f"{len(cut):,} of {len(self.pieces):,} {self.split} examples are longer than data.seq_len={d.seq_len}"
                 f"{source} and are cut off there, the longest has {lengths.max():,} tokens"
             )
         return rows
 
+    def drop_half_answers(self, cut: np.ndarray) -> None:
+        """Takes the answer out of the pieces of qa whose answer is cut off: half an answer is none."""
+        if task_of(self.config).answer != "span":
+            return
+        for i in cut:
+            targets = self.pieces[i]["targets"]
+            if not (targets[: self.config.data.seq_len] & STOP).any():
+                self.pieces[i]["targets"] = targets & ALLOWED
+                self.pieces[i]["weights"] = np.zeros(len(targets), np.float32)
+
     def read(self, rows: np.ndarray, keys: list[tuple]) -> dict[str, np.ndarray]:
         """The batch of these row numbers; one past the end is padding. keys: of what is random in each row."""
         laid = []
-        for r in rows:
-            laid.append(
-                lay_out(
-                    [self.pieces[i] for i in self.rows[r]] if r < len(self.rows) else [],
-                    self.config,
-                )
-            )
+        for row in rows:
+            numbers = self.rows[row] if row < len(self.rows) else []
+            laid.append(lay_out([self.pieces[i] for i in numbers], self.config))
         batch = {}
         for key in laid[0]:
             batch[key] = np.stack([row[key] for row in laid])
         if self.config.data.word_dropout and self.split == "train":
-            name = "enc_tokens" if "enc_tokens" in batch else "tokens"
-            chance = np.stack(
-                [np.random.default_rng(key).random(batch[name].shape[1:]) for key in keys]
-            )
-            real = batch["enc_segments" if name == "enc_tokens" else "segments"] > 0
-            hide = (
-                (chance < self.config.data.word_dropout)
-                & (batch[name] < self.tokenizer.vocab_size)
-                & real
-            )
-            batch[name] = np.where(hide, self.vocab.mask, batch[name])
+            self.hide_words(batch, keys)
         return batch
+
+    def hide_words(self, batch: dict[str, np.ndarray], keys: list[tuple]) -> None:
+        """Puts the mask in place of words of a batch, or of its sources, by chance; what follows from keys[i] in row
+        i."""
+        prefix = "enc_" if "enc_tokens" in batch else ""
+        tokens = batch[prefix + "tokens"]
+        chances = []
+        for key in keys:
+            chances.append(np.random.default_rng(key).random(tokens.shape[1:]))
+        hide = np.stack(chances) < self.config.data.word_dropout
+        hide &= (tokens < self.tokenizer.vocab_size) & (batch[prefix + "segments"] > 0)
+        batch[prefix + "tokens"] = np.where(hide, self.vocab.mask, tokens)
 
     @property
     def unit(self) -> str:

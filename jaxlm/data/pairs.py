@@ -62,9 +62,9 @@ def summed(keys: np.ndarray, counts: np.ndarray) -> Sums:
 
 
 def added(parts: list[Sums]) -> Sums:
-    return summed(
-        np.concatenate([keys for keys, _ in parts]), np.concatenate([counts for _, counts in parts])
-    )
+    """The sums of several parts together."""
+    keys, counts = zip(*parts, strict=True)
+    return summed(np.concatenate(keys), np.concatenate(counts))
 
 
 def count_pairs(
@@ -89,11 +89,12 @@ def count_pairs(
 
 def put_aside(sums: Sums, folder: Path, number: int) -> Sums:
     """The same sums, in files."""
-    files = folder / f"keys-{number}.npy", folder / f"sums-{number}.npy"
-    for file, array in zip(files, sums, strict=True):
+    mapped = []
+    for name, array in zip(("keys", "sums"), sums, strict=True):
+        file = folder / f"{name}-{number}.npy"
         np.save(file, array)
-    keys, counts = (np.load(file, mmap_mode="r") for file in files)
-    return keys, counts
+        mapped.append(np.load(file, mmap_mode="r"))
+    return tuple(mapped)
 
 
 def merged(runs: list[Sums], held: int) -> Iterator[Sums]:
@@ -104,11 +105,15 @@ def merged(runs: list[Sums], held: int) -> Iterator[Sums]:
         open_runs = [n for n, (keys, _) in enumerate(runs) if places[n] < len(keys)]
         if not open_runs:
             return
-        # Up to this key, every run has shown all that it has.
-        last = min(int(runs[n][0][min(places[n] + step, len(runs[n][0])) - 1]) for n in open_runs)
-        parts = []
+        heads = {}
         for n in open_runs:
-            keys, counts = (array[places[n] : places[n] + step] for array in runs[n])
+            here = slice(places[n], places[n] + step)
+            keys, counts = runs[n]
+            heads[n] = (keys[here], counts[here])
+        # Up to this key, every run has shown all that it has.
+        last = min(int(keys[-1]) for keys, _ in heads.values())
+        parts = []
+        for n, (keys, counts) in heads.items():
             length = int(np.searchsorted(keys, last, side="right"))
             parts.append((keys[:length], counts[:length]))
             places[n] += length
@@ -166,7 +171,7 @@ def write_pairs(store: Store, window: int, work: Path) -> int:
 
 
 def stride_of(number: int) -> int:
-    """A step that visits every one of `number` places once, far from the one before: near the golden section."""
+    """A step that reaches each of `number` places once, far from the one before: near the golden section."""
     stride = max(min(int(number * 0.618034), 2**62 // max(number, 1)), 1)
     while math.gcd(stride, number) > 1:
         stride -= 1
@@ -200,20 +205,19 @@ class Pairs:
         self.scale = store.manifest["splits"]["train"]["tokens"] / max(store.num_tokens, 1)
 
     def read(self, rows: np.ndarray, keys: list[tuple]) -> dict[str, np.ndarray]:
-        """The batch of these row numbers; one past the end is padding. keys: of nothing, as nothing is random."""
+        """The batch of these row numbers; one past the end is padding. keys: unused, since nothing is random."""
         place = rows.astype(np.int64)[:, None] * self.length + np.arange(self.length)
         there = place < self.num_pairs
         pair = np.where(there, place, 0) * self.stride % max(self.num_pairs, 1)
         words = np.where(there[..., None], self.words[pair], 0).astype(np.int32)
+        counts = np.where(there, self.counts[pair] * np.float32(self.scale), 0)
         return {
             "tokens": words[..., 0],
             "targets": words[..., 1],
             "positions": np.zeros(place.shape, np.int32),
             "segments": there.astype(np.int32),
             "weights": there.astype(np.float32),
-            "counts": np.where(there, self.counts[pair] * np.float32(self.scale), 0).astype(
-                np.float32
-            ),
+            "counts": counts.astype(np.float32),
         }
 
 
@@ -223,10 +227,9 @@ def read_flat(file: Path, dtype: np.dtype) -> np.ndarray:
         size = file.stat().st_size
         if size % dtype.itemsize:
             raise DataError(f"{file} is cut off; delete {file.parent}, and it is counted again")
-        # which refuses an empty file
-        if size:
-            return np.memmap(file, dtype, mode="r")
-        return np.zeros(0, dtype)
+        if not size:  # np.memmap refuses an empty file
+            return np.zeros(0, dtype)
+        return np.memmap(file, dtype, mode="r")
     except OSError as error:
         raise DataError(
             f"{file}: {error.strerror}; delete {file.parent}, and it is counted again"

@@ -21,9 +21,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
-from jaxlm.data.files import formats, layouts
+from jaxlm.data.files import delimited, formats, layouts, parquet
 from jaxlm.data.files.formats import COMPRESSED
+from jaxlm.data.files.json_records import stream_values
 from jaxlm.data.files.layouts import Layout
+from jaxlm.data.files.repeats import PLACES_SHOWN
 from jaxlm.data.tokenization.base import replace_surrogates
 from jaxlm.data.tokenization.pieces import PIECE_BYTES, Notes, Piece, decode, lines, pieces, texts
 from jaxlm.errors import DataError
@@ -40,15 +42,15 @@ STDLIB_SKIPS = {
     "pydoc_data",
 }
 BLOCK_BYTES = 256 << 10  # of a file read at a time
-BAD_SHOWN = 10
+BAD_SHOWN = 10  # reasons
 WRONG_SHOWN = 50  # files that are refused
 KINDS_SHOWN = 5  # of files that a directory has and that are left out
-FORMATS_SHOWN = 8  # files each with a line; more are told together
+FORMATS_SHOWN = 8  # files each with a line; more are listed together
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file: its name for people, its absolute path, its size, and a hash that notices (nearly) every change."""
+    """A file: its name for people, its absolute path, its size, and a hash that shows (nearly) every change."""
 
     name: str
     path: str
@@ -91,7 +93,7 @@ def find(inputs: Iterable[str], key: str = "text") -> list[Source]:
     """The files that the inputs (paths, directories, globs, or "stdlib") name, each once, in order. The text of a
     record is under `key`.
 
-    Raises: DataError that lists every input that names no file, or every file of a format that is not read.
+    Raises DataError that lists every input that names no file, or every file of a format that is not read.
     """
     named = {}
     nothing = []
@@ -102,34 +104,34 @@ def find(inputs: Iterable[str], key: str = "text") -> list[Source]:
         for name, path in files:
             named.setdefault(os.path.realpath(path), (name, os.path.abspath(path)))
     if nothing:
-        known = f"{' '.join(SUFFIXES)}, also {' '.join(COMPRESSED)}"
-        there = "".join(f"\n  {line}" for line in left_out(nothing))
-        several = any("," in text for text in nothing)
-        hint = "; several files are several --input" if several else ""
-        raise DataError(
-            "no file matches "
-            + ", ".join(f"--input={text!r}" for text in nothing)
-            + f" (seen from {os.getcwd()}; a directory is searched for {known}){hint}{there}"
-        )
+        raise DataError(_no_file(nothing))
     sources = []
     wrong = []
     try:
         for name, path in named.values():
-            source, reason = _look_at(name, path, key)
+            source, reason = _inspect_file(name, path, key)
             sources.append(source)
             if reason:
                 wrong.append(f"{name}: {reason}")
     except OSError as error:
         raise DataError(f"the input {error.filename} can't be read: {error.strerror}") from None
     if wrong:
+        shown = ["the input has files that can't be read:", *wrong[:WRONG_SHOWN]]
         if len(wrong) > WRONG_SHOWN:
-            more = [f"and {len(wrong) - WRONG_SHOWN:,} more"]
-        else:
-            more = []
-        raise DataError(
-            "\n  ".join(["the input has files that can't be read:", *wrong[:WRONG_SHOWN], *more])
-        )
+            shown.append(f"and {len(wrong) - WRONG_SHOWN:,} more")
+        raise DataError("\n  ".join(shown))
     return sources
+
+
+def _no_file(inputs: list[str]) -> str:
+    """That these inputs name no file, what is searched for, and what was left out."""
+    known = f"{' '.join(SUFFIXES)}, also {' '.join(COMPRESSED)}"
+    hint = ""
+    if any("," in text for text in inputs):
+        hint = "; several files are several --input"
+    given = ", ".join(f"--input={text!r}" for text in inputs)
+    message = f"no file matches {given} (seen from {os.getcwd()}; a directory is searched for {known}){hint}"
+    return "\n  ".join([message, *left_out(inputs)])
 
 
 def formats_of(sources: list[Source]) -> list[str]:
@@ -139,16 +141,16 @@ def formats_of(sources: list[Source]) -> list[str]:
     alike = {}
     for source in sources:
         alike.setdefault(source.format, []).append(source.name)
-    told = []
+    lines = []
     for text, names in alike.items():
         others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-        told.append(f"{names[0]}{others}: {text}")
-    return told
+        lines.append(f"{names[0]}{others}: {text}")
+    return lines
 
 
 def left_out(inputs: Iterable[str]) -> list[str]:
     """A line for each directory among the inputs that has files which are not searched for, with their kinds."""
-    told = []
+    lines = []
     for text in inputs:
         root = Path(text).expanduser()
         if text == "stdlib" or not root.is_dir():
@@ -156,15 +158,15 @@ def left_out(inputs: Iterable[str]) -> list[str]:
         kinds = Counter()
         for path in root.rglob("*"):
             if path.is_file() and not _is_hidden(path, root) and not _is_known(path, root):
-                kinds[_suffix(path.name) or "without a suffix"] += 1
+                kinds[formats.suffix_of(path.name) or "without a suffix"] += 1
         if kinds:
             most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
             shown = ", ".join(f"{count:,} {kind}" for kind, count in most[:KINDS_SHOWN])
             more = ", and others" if len(kinds) > KINDS_SHOWN else ""
-            told.append(
+            lines.append(
                 f"left out of {text}: {shown}{more}; a glob reads them: --input='{root}/**/*SUFFIX'"
             )
-    return told
+    return lines
 
 
 def read(spans: Iterable[Span], key: str, notes: Notes) -> Iterator[Piece]:
@@ -183,26 +185,24 @@ def beginning(source: Source) -> str:
 
 
 def _matches(text: str) -> list[tuple[str, str]]:
+    """(name, path) of the files that an input names."""
     pattern = os.path.expanduser(text)
-    files = []
-    for match in (
-        [pattern]
-        if os.path.exists(pattern)
-        else sorted(glob.glob(_pattern(pattern), recursive=True))
-    ):
-        if os.path.isdir(match):
-            files += [
-                (str(path), str(path))
-                for path in sorted(Path(match).rglob("*"))
-                if _is_known(path, Path(match))
-            ]
-        else:
-            files.append((match, match))
-    return files
+    found = [pattern]
+    if not os.path.exists(pattern):
+        found = sorted(glob.glob(_pattern(pattern), recursive=True))
+    names = []
+    for match in found:
+        if not os.path.isdir(match):
+            names.append(match)
+            continue
+        for path in sorted(Path(match).rglob("*")):
+            if _is_known(path, Path(match)):
+                names.append(str(path))
+    return [(name, name) for name in names]
 
 
 def _pattern(path: str) -> str:
-    """A glob in which the folders that are there, with whatever in their names, stand for themselves."""
+    """The glob with each folder that exists taken literally, whatever characters its name has."""
     start = Path(path)
     while not start.exists():
         start = start.parent
@@ -213,40 +213,34 @@ def _pattern(path: str) -> str:
 
 
 def _is_known(path: Path, root: Path) -> bool:
-    return _suffix(path.name) in SUFFIXES and not _is_hidden(path, root) and path.is_file()
+    return (
+        formats.suffix_of(path.name) in SUFFIXES and not _is_hidden(path, root) and path.is_file()
+    )
 
 
 def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)  # .git and the like
+    parts = path.relative_to(root).parts
+    return any(part.startswith(".") for part in parts)  # .git and the like
 
 
 def _stdlib() -> list[tuple[str, str]]:
+    """(name, path) of Python's own source files."""
     root = Path(sysconfig.get_path("stdlib"))
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    return [
-        (f"stdlib/{name}", str(root / name))
-        for name in names
-        if not STDLIB_SKIPS & set(name.split("/"))
-    ]
+    files = []
+    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+        if STDLIB_SKIPS.isdisjoint(name.split("/")):
+            files.append((f"stdlib/{name}", str(root / name)))
+    return files
 
 
-def _suffix(path: str) -> str:
-    """.jsonl, .txt ..., whether or not it is compressed."""
-    path = path.lower()
-    for ending in COMPRESSED:
-        path = path.removesuffix(ending)
-    return Path(path).suffix
-
-
-def _look_at(name: str, path: str, key: str) -> tuple[Source, str]:
+def _inspect_file(name: str, path: str, key: str) -> tuple[Source, str]:
     """(a file, why it is not read or "").
 
     The hash is over all of a file of 1 MiB, and over 64 stretches of 16 KiB of a larger one.
     """
     if not os.path.isfile(path):
-        return Source(
-            name, path, 0, ""
-        ), "a pipe or a device, which can't be read twice; write it into a file first"
+        reason = "a pipe or a device, which can't be read twice; write it into a file first"
+        return Source(name, path, 0, ""), reason
     digest = hashlib.sha256()
     stretches = 64
     length = 16 << 10
@@ -265,14 +259,14 @@ def _with_format(source: Source, key: str) -> tuple[Source, str]:
     """(a file with what it is, why it is not read or "")."""
     path = source.path
     compression = source.compression
-    head = formats.beginning(path, compression)
-    suffix = _suffix(path)
-    if head.startswith(formats.PARQUET):
+    head = formats.first_bytes(path, compression)
+    suffix = formats.suffix_of(path)
+    if formats.is_parquet(head):
         suffix = "" if compression else ".parquet"
     reason = formats.refusal(path, suffix, compression, head)
     if reason:
         return source, reason
-    layout = layouts.see(path, suffix, compression, head, key)
+    layout = layouts.detect(path, suffix, compression, head, key)
     words = [
         layout.words,
         compression,
@@ -320,7 +314,7 @@ def _read_json(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
     name = span.source.name
     number = 0
     try:
-        for value in layouts.values(texts(_blocks(span, notes), notes)):
+        for value in stream_values(texts(_blocks(span, notes), notes)):
             number += 1
             notes.records[name] = number
             try:
@@ -332,9 +326,8 @@ def _read_json(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
             notes.counts["replaced_surrogates"] += replaced
             yield from _document(text, notes)
     except (ValueError, RecursionError) as error:
-        if not any(
-            broken[0] == name for broken in notes.broken
-        ):  # else the file breaks off, which is why
+        known = [file for file, _, _ in notes.broken]
+        if name not in known:  # else the file breaks off, which is why
             _broken(notes, name, error)
 
 
@@ -343,7 +336,7 @@ def _read_table(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
     name = span.source.name
     layout = span.source.layout
     ended = (line + "\n" for line in _decoded_lines(span, notes))
-    rows = layouts.reader(ended, layout.delimiter, layout.quoted)
+    rows = delimited.reader(ended, layout.delimiter, layout.quoted)
     header = []
     start = 1
     while True:
@@ -360,10 +353,10 @@ def _read_table(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
                 return
             _bad(notes, name, start, _reason(error))
             row = []
-        if not header and start == 1 and layouts.tells_delimiter(row):
+        if not header and start == 1 and delimited.is_excel_line(row):
             pass
         elif row and not header:
-            header = [cell.strip() for cell in row]
+            header = list(map(str.strip, row))
         elif row and len(row) != len(header):
             _bad(notes, name, start, f"{len(row)} columns, the first line has {len(header)}")
         elif row:
@@ -374,7 +367,7 @@ def _read_table(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
 def _reason(error: csv.Error) -> str:
     if "new-line" in str(error):
         return "a carriage return inside of a cell without quotes; a line ends with a line feed"
-    return f"{error}; a quote inside of a quoted text is written twice"
+    return f"{error}; {delimited.TWICE}"
 
 
 def _decoded_lines(span: Span, notes: Notes) -> Iterator[str]:
@@ -396,22 +389,16 @@ def _read_parquet(span: Span, key: str, notes: Notes) -> Iterator[Piece]:
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
                 kind = column.type
-                strings = layouts.is_text(kind)
-                if strings:
-                    column = column.cast(
-                        pa.large_binary()
-                    )  # so that invalid UTF-8 is ours to replace
+                strings = parquet.is_text(kind)
+                if strings:  # bytes, so that invalid UTF-8 is ours to replace
+                    column = column.cast(pa.large_binary())
                 for value in column.to_pylist():
                     number += 1
                     if strings and value is not None:
                         yield from _document(decode(value, notes), notes)
                     else:
-                        _bad(
-                            notes,
-                            name,
-                            number,
-                            f"{key!r} is {'null' if value is None else kind}, not a string",
-                        )
+                        found = "null" if value is None else kind
+                        _bad(notes, name, number, f"{key!r} is {found}, not a string")
                     notes.records[name] = number
     except (OSError, pa.ArrowException) as error:
         _broken(notes, name, error)
@@ -439,16 +426,13 @@ def _text_under(record: object, key: str) -> str:
     if not isinstance(record, dict):
         raise ValueError(f"not an object but {type(record).__name__}")
     if key not in record:
-        raise ValueError(
-            f"no key {key!r}; there are {', '.join(map(repr, list(record)[:8])) or 'none'}"
-        )
-    if not isinstance(record[key], str):
-        if record[key] is None:
-            found = "null"
-        else:
-            found = type(record[key]).__name__
+        there = ", ".join(map(repr, list(record)[:8])) or "none"
+        raise ValueError(f"no key {key!r}; there are {there}")
+    value = record[key]
+    if not isinstance(value, str):
+        found = "null" if value is None else type(value).__name__
         raise ValueError(f"{key!r} is {found}, not a string")
-    return record[key]
+    return value
 
 
 def _broken(notes: Notes, name: str, error: Exception) -> None:
@@ -457,7 +441,10 @@ def _broken(notes: Notes, name: str, error: Exception) -> None:
 
 def _bad(notes: Notes, name: str, number: int, reason: str) -> None:
     notes.counts["bad_records"] += 1
-    if len(notes.bad) < BAD_SHOWN:
+    if reason not in notes.reasons and len(notes.reasons) == BAD_SHOWN:
+        return
+    notes.reasons[reason] += 1
+    if notes.reasons[reason] <= PLACES_SHOWN:
         notes.bad.append((name, number, reason))
 
 

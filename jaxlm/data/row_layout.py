@@ -14,80 +14,94 @@ def piece_lengths(piece: dict) -> tuple[int, int]:
 
 def lay_out(pieces: list[dict], config: ConfigDict) -> dict[str, np.ndarray]:
     """One row of a batch: the pieces one after the other, those that do not fit cut off."""
-    task = task_of(config)
-    d = config.data
     row = {}
     for key, (shape, dtype) in row_shapes(config).items():
         row[key] = np.zeros(shape, dtype)
-    at = enc_at = 0
+    at = 0
+    enc_at = 0
     for number, piece in enumerate(pieces, 1):
-        n = min(piece_lengths(piece)[0], d.seq_len - at)
-        enc_n = min(piece_lengths(piece)[1], d.enc_len - enc_at)
-        if n <= 0 or (task.reads_source and enc_n <= 0):
+        length, enc_length = piece_lengths(piece)
+        length = min(length, config.data.seq_len - at)
+        enc_length = min(enc_length, config.data.enc_len - enc_at)
+        if length <= 0 or (task_of(config).reads_source and enc_length <= 0):
             break
-        here = slice(at, at + n)
-        row["tokens"][..., here] = piece["tokens"][..., :n]
-        row["positions"][..., here] = np.arange(n)
-        row["segments"][..., here] = number
-        if "targets" in row:
-            row["targets"][..., here] = piece["targets"][..., :n]
-        if "labels" in row:
-            row["labels"][number - 1] = piece["label"]
-            row["weights"][number - 1] = piece.get("weight", 1)
-        elif "weights" in piece:
-            row["weights"][..., here] = piece["weights"][..., :n]
-        else:
-            row["weights"][..., here] = 1
-        if "reach" in row:
-            row["reach"][here] = at + np.minimum(piece["reach"][:n], n - 1)
-        if "negatives" in row:
-            row["negatives"][:, here] = piece["negatives"][:, :n]
+        put_piece(row, piece, number, slice(at, at + length))
         if "enc_tokens" in row:
-            there = slice(enc_at, enc_at + enc_n)
-            row["enc_tokens"][there] = piece["enc_tokens"][:enc_n]
-            row["enc_positions"][there] = np.arange(enc_n)
-            row["enc_segments"][there] = number
-        at = at + n
-        enc_at = enc_at + enc_n
+            put_source(row, piece, number, slice(enc_at, enc_at + enc_length))
+        at += length
+        enc_at += enc_length
     if "reach" in row:
-        row["reach"][at:] = np.arange(at, d.seq_len)
+        row["reach"][at:] = np.arange(at, config.data.seq_len)
     return row
+
+
+def put_piece(row: dict[str, np.ndarray], piece: dict, number: int, here: slice) -> None:
+    """Writes a piece into a stretch of the row, as its segment `number`."""
+    length = here.stop - here.start
+    row["tokens"][..., here] = piece["tokens"][..., :length]
+    row["positions"][..., here] = np.arange(length)
+    row["segments"][..., here] = number
+    if "targets" in row:
+        row["targets"][..., here] = piece["targets"][..., :length]
+    if "labels" in row:
+        row["labels"][number - 1] = piece["label"]
+        row["weights"][number - 1] = piece.get("weight", 1)
+    elif "weights" in piece:
+        row["weights"][..., here] = piece["weights"][..., :length]
+    else:
+        row["weights"][..., here] = 1
+    if "reach" in row:
+        row["reach"][here] = here.start + np.minimum(piece["reach"][:length], length - 1)
+    if "negatives" in row:
+        row["negatives"][:, here] = piece["negatives"][:, :length]
+
+
+def put_source(row: dict[str, np.ndarray], piece: dict, number: int, there: slice) -> None:
+    """Writes what a piece's encoder reads into a stretch of the row of sources."""
+    length = there.stop - there.start
+    row["enc_tokens"][there] = piece["enc_tokens"][:length]
+    row["enc_positions"][there] = np.arange(length)
+    row["enc_segments"][there] = number
 
 
 def row_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], type]]:
     """{key: (shape, dtype)} of one row of a task's batches. config: resolved."""
     task = task_of(config)
     d = config.data
-    T = (d.seq_len,)
+    T = (2, d.seq_len) if task.is_preference else (d.seq_len,)
     M = (d.examples_per_row,)
-    T = (2, *T) if task.is_preference else T
-    keys = ["tokens", "positions", "segments"]
-    keys += ["targets"] * (not task.labels_examples) + ["reach"] * task.reads_prefix
-    shapes = dict.fromkeys(keys, (T, np.int32)) | {
-        "weights": (M if task.labels_examples else T, np.float32)
+    shapes = {
+        "tokens": (T, np.int32),
+        "positions": (T, np.int32),
+        "segments": (T, np.int32),
+        "weights": (T, np.float32),
     }
     if task.labels_examples:
         kinds = {"class": (M, np.int32), "number": (M, np.float32)}
         shapes["labels"] = kinds.get(task.answer, ((*M, config.model.num_labels), np.float32))
+        shapes["weights"] = (M, np.float32)
+    else:
+        shapes["targets"] = (T, np.int32)
+    if task.reads_prefix:
+        shapes["reach"] = (T, np.int32)
     if "task.negatives" in task.keys and config.task.negatives:
         shapes["negatives"] = ((config.task.negatives, d.seq_len), np.int32)
     if task.transform == "pairs":
         shapes["counts"] = (T, np.float32)
     if task.reads_source:
-        shapes |= dict.fromkeys(
-            ("enc_tokens", "enc_positions", "enc_segments"), ((d.enc_len,), np.int32)
-        )
+        for key in ("enc_tokens", "enc_positions", "enc_segments"):
+            shapes[key] = ((d.enc_len,), np.int32)
     return shapes
 
 
 def documents_of(batch: dict, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(targets, inputs) of each document, or stretch of one, in a row of token batches."""
     segments = batch["segments"][row]
-    return [
-        (batch["targets"][row][segments == s], batch["tokens"][row][segments == s])
-        for s in np.unique(segments)
-        if s
-    ]
+    documents = []
+    for number in np.unique(segments[segments > 0]):
+        here = segments == number
+        documents.append((batch["targets"][row][here], batch["tokens"][row][here]))
+    return documents
 
 
 def from_tokens(
@@ -98,9 +112,9 @@ def from_tokens(
     rows = []
     for i, key in enumerate(keys):
         rng = np.random.default_rng(key)
-        rows.append(
-            lay_out(
-                [make(*text, rng, config.task, vocab) for text in documents_of(batch, i)], config
-            )
-        )
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        pieces = [make(*text, rng, config.task, vocab) for text in documents_of(batch, i)]
+        rows.append(lay_out(pieces, config))
+    stacked = {}
+    for key in rows[0]:
+        stacked[key] = np.stack([row[key] for row in rows])
+    return stacked

@@ -4,7 +4,6 @@ A part is counted first and written later. Each leaves a record, a small JSON fi
 record is not worked on again.
 """
 
-import collections
 import functools
 import hashlib
 import json
@@ -24,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxlm.data.files.repeats import said_once
 from jaxlm.data.readers import BAD_SHOWN, Source, Span, beginning, read
 from jaxlm.data.store import ShardWriter, token_dtype
 from jaxlm.data.tokenization.fidelity import Kept
@@ -34,9 +34,8 @@ from jaxlm.errors import DataError
 
 PART_BYTES = 32 << 20  # of input in a part ...
 MAX_PARTS = 1024  # ... but about this many parts (and shards) at most
-KEY_CHARS = (
-    1 << 12
-)  # documents that agree this far are one document to val_split=documents; every first piece has it
+# Documents that agree this far are one document to val_split=documents; every first piece has it.
+KEY_CHARS = 1 << 12
 NUM_KEYS = 1 << 64
 # on_bad_record=skip still refuses more than both of these
 BAD_SHARE = 0.01
@@ -108,7 +107,7 @@ def plan(sources: list[Source]) -> list[tuple[Span, ...]]:
         else:
             group += spans
             room -= source.bytes
-    return [part for part in (*parts, tuple(group)) if part]
+    return list(filter(None, [*parts, tuple(group)]))
 
 
 def save(path: Path, value) -> None:
@@ -119,7 +118,7 @@ def save(path: Path, value) -> None:
 
 
 def count(job: Job) -> None:
-    """Leaves the record of what is in a part: the sums, what is wrong with it, and what the tokenizer is made from."""
+    """Writes the record of what is in a part: the sums, what is wrong with it, and what the tokenizer is made from."""
     notes = Notes()
     sample = Sample(job.sample_chars)
     alphabet = set()
@@ -146,48 +145,37 @@ def count(job: Job) -> None:
             "sample": sample.chunks,
             "counts": notes.counts,
             "bad": notes.bad,
+            "reasons": notes.reasons,
             "broken": notes.broken,
             "records": notes.records,
         },
     )
 
 
-def judge(counted: list[dict], skip: bool) -> Counter:
-    """The counts of all parts together. Raises: DataError that lists what is too broken to go on, even with `skip`."""
+def check_counts(counted: list[dict], skip: bool) -> Counter:
+    """The counts of all parts together. Raises DataError that lists what is too broken to go on, even with `skip`."""
     counts = Counter()
-    before = Counter()
-    bad = []
-    broken = []
+    documents = 0
     for record in counted:
         counts.update(record["counts"])
-        bad += [
-            f"  {name}:{before[name] + number}: {reason}" for name, number, reason in record["bad"]
-        ]
-        broken += [
-            f"  {name}: {reason} (after {done:,} records)"
-            for name, reason, done in record["broken"]
-        ]
-        before.update(record["records"])
-    documents = sum(record["documents"] for record in counted)
-    num_bad = counts["bad_records"]
+        documents += record["documents"]
+    broken = _list_broken(counted)
     counts["broken_files"] = len(broken)
+    num_bad = counts["bad_records"]
     records = documents + counts["empty_documents"] + num_bad
+    may_skip = max(BAD_COUNT, BAD_SHARE * records)
     lines = []
-    if num_bad > (max(BAD_COUNT, BAD_SHARE * records) if skip else 0):
-        more = num_bad - len(bad[:BAD_SHOWN])
-        lines = [
-            f"{num_bad:,} of {records:,} records are bad:",
-            *bad[:BAD_SHOWN],
-            *[f"  and {more:,} more"] * bool(more),
-        ]
+    if num_bad > (may_skip if skip else 0):
+        lines = [f"{num_bad:,} of {records:,} records are bad:", *_list_bad(counted)]
     if broken and not skip:
         lines += [f"broken files ({len(broken):,}):", *broken]
     if lines:
+        hint = "repair the input"
         if skip:
-            hint = f"even skip allows {BAD_SHARE:.0%} at most"
-        else:
-            hint = "or pass --on_bad_record=skip to go on without"
-        raise DataError("\n".join([*lines, f"repair the input, {hint}"]))
+            hint += f", even skip allows {BAD_SHARE:.0%} at most"
+        elif documents and num_bad <= may_skip:
+            hint += ", or pass --on_bad_record=skip to go on without"
+        raise DataError("\n".join([*lines, hint]))
     if not documents:
         raise DataError(
             f"there is no text in the input ({counts['empty_documents']:,} empty documents)"
@@ -195,39 +183,73 @@ def judge(counted: list[dict], skip: bool) -> Counter:
     return counts
 
 
+def _list_bad(counted: list[dict]) -> list[str]:
+    """A line for each reason why records are bad, with its first places."""
+    places = {}
+    repeats = Counter()
+    before = Counter()  # records of a file in earlier parts
+    for record in counted:
+        for name, number, reason in record["bad"]:
+            places.setdefault(reason, []).append(f"{name}:{before[name] + number}")
+        repeats.update(record.get("reasons", {}))  # an earlier version's unfinished work has none
+        before.update(record["records"])
+    lines = []
+    left = sum(record["counts"].get("bad_records", 0) for record in counted)
+    for reason, where in list(places.items())[:BAD_SHOWN]:
+        count = max(repeats[reason], len(where))
+        lines.append(f"  {said_once(reason, where, count)}")
+        left -= count
+    if left:
+        lines.append(f"  and {left:,} more")
+    return lines
+
+
+def _list_broken(counted: list[dict]) -> list[str]:
+    """A line for each file that breaks off."""
+    lines = []
+    for record in counted:
+        for name, reason, done in record["broken"]:
+            lines.append(f"  {name}: {reason} (after {done:,} records)")
+    return lines
+
+
 def write(job: Job) -> None:
-    """Writes a part's shards, at most one of each split, and leaves the record of them: {split: entry}."""
+    """Writes a part's shards, at most one of each split, and the record of them: {split: entry}."""
     tokenizer = _load(job.tokenizer, job.tokenizer.stat().st_mtime_ns)
-    writers = {}
-    characters = 0
     dtype = token_dtype(tokenizer.vocab_size)
-    eos = tokenizer.eos_id
-    kept = collections.defaultdict(lambda: Kept(tokenizer))
+    writers = {}
+    kept = {}
+    characters = 0
     before = _before(job.spans[0])
-    pieces = read(job.spans, job.options.text_key, Notes())
-    if job.options.val_split == "tail":
-        routed = _by_tail(pieces, job.cut)
-    else:
-        routed = _by_document(pieces, job)
-    for split, piece in routed:
+    for split, piece in _routed(job):
         if split not in writers:
             writers[split] = ShardWriter(job.folder / f"{job.index:05d}.{split}", dtype)
+            kept[split] = Kept(tokenizer)
         tokens = tokenizer.encode(piece.text, after="" if piece.first else before)
         before = piece.text[-1:]
-        kept[split].look_at(piece.text, tokens)
-        if piece.last and eos is not None:
-            tokens = np.append(tokens, eos)
+        kept[split].inspect(piece.text, tokens)
+        if piece.last and tokenizer.eos_id is not None:
+            tokens = np.append(tokens, tokenizer.eos_id)
         writers[split].add(tokens, num_bytes(piece.text), piece.first)
         characters += len(piece.text)
     if characters != job.characters:
-        names = ", ".join(sorted({span.source.name for span in job.spans})[:5])
+        names = sorted({span.source.name for span in job.spans})
         raise DataError(
-            f"the input changed, or became unreadable, while it was being read: look at {names}"
+            "the input changed, or became unreadable, while it was being read: look at "
+            + ", ".join(names[:5])
         )
-    entries = {
-        split: {**writer.close(), "kept": kept[split].record()} for split, writer in writers.items()
-    }
+    entries = {}
+    for split, writer in writers.items():
+        entries[split] = {**writer.close(), "kept": kept[split].record()}
     save(job.record("write"), entries)
+
+
+def _routed(job: Job) -> Iterator[tuple[str, Piece]]:
+    """The pieces of a part, each with its split."""
+    pieces = read(job.spans, job.options.text_key, Notes())
+    if job.options.val_split == "tail":
+        return _by_tail(pieces, job.cut)
+    return _by_document(pieces, job)
 
 
 def _before(span: Span) -> str:
@@ -248,9 +270,9 @@ def num_bytes(text: str) -> int:
 
 
 def run(task: Callable[[Job], None], jobs: list[Job], workers: int, console: Console) -> None:
-    """Does the task for every job that has no record of it, with a progress bar, or lines where nobody watches.
+    """Does the task for every job that has no record of it. Shows a progress bar, or lines where there is no terminal.
 
-    Raises: DataError from the task, Interrupted where a worker was killed or the disk is full.
+    Raises DataError from the task, Interrupted where a worker was killed or the disk is full.
     """
     total = sum(job.bytes for job in jobs)
     done = 0
@@ -270,9 +292,12 @@ def run(task: Callable[[Job], None], jobs: list[Job], workers: int, console: Con
 
 def _finished(task: Callable[[Job], None], jobs: list[Job], workers: int) -> Iterator[Job]:
     """The jobs as they are done."""
-    recorded = [job.record(task.__name__).exists() for job in jobs]
-    yield from (job for job, done in zip(jobs, recorded) if done)
-    left = [job for job, done in zip(jobs, recorded) if not done]
+    done = []
+    left = []
+    for job in jobs:
+        recorded = job.record(task.__name__).exists()
+        (done if recorded else left).append(job)
+    yield from done
     workers = min(workers, len(left))
     pool = None
     try:
@@ -312,12 +337,14 @@ def _end_with_parent() -> None:
 def _cuts(source: Source, size: int) -> list[int]:
     """The borders of the spans of a source, from 0 to its size."""
     cuts = [0]
+    within = -1 if source.kind == "jsonl" else PIECE_BYTES
     if source.cuttable:
         with open(source.path, "rb") as file:
             for start in range(size, source.bytes, size):
                 if start > cuts[-1]:
-                    cuts.append(_border(file, start, -1 if source.kind == "jsonl" else PIECE_BYTES))
-    return [*(cut for cut in cuts if cut < source.bytes or cut == 0), source.bytes]
+                    cuts.append(_border(file, start, within))
+    inside = [cut for cut in cuts if cut < source.bytes]
+    return [*(inside or [0]), source.bytes]
 
 
 def _border(file, start: int, within: int) -> int:
@@ -331,8 +358,8 @@ def _border(file, start: int, within: int) -> int:
 
 
 def _by_tail(pieces: Iterable[Piece], cut: int) -> Iterator[tuple[str, Piece]]:
-    """train up to character `cut` of the part, val from there on. A val split that begins inside of a document begins
-    with a document all the same. A negative cut is in an earlier part."""
+    """train up to character `cut` of the part, val from there on. What is left of a document that is cut counts as a
+    document of val. A negative cut lies in an earlier part."""
     for piece in pieces:
         if 0 <= cut < len(piece.text):
             if cut:

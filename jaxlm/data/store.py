@@ -14,7 +14,6 @@ import json
 import mmap
 import os
 import shlex
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +24,8 @@ from jaxlm.errors import ConfigError, DataError
 VERSION = 1
 MANIFEST = "manifest.json"
 PAIRS = "pairs"  # how the folders begin that jaxlm.data.pairs keeps beside the shards
-KEYS = {
-    "version",
-    "input",
-    "options",
-    "sources",
-    "splits",
-    "shards",
-    "counts",
-    "tokenizer",
-    "dtype",
-}
+KEYS = set("version input options sources splits shards counts tokenizer dtype".split())
+SHOWN = 10  # problems
 OFFSET = np.dtype("<i8")
 
 
@@ -44,7 +34,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def load_manifest(path: str | Path) -> dict:
-    """The manifest of a prepared directory. Raises: DataError where there is none, or not one that can be used."""
+    """The manifest of a prepared directory. Raises DataError where there is none, or not one that can be used."""
     file = Path(path) / MANIFEST
     command = f"python -m jaxlm.data.prepare --input=... --output={path}"
     try:
@@ -101,7 +91,7 @@ class Store:
 
     Attributes: `path`, `split`, `manifest`, `num_tokens`, `num_documents`, `num_bytes` (UTF-8 bytes of the text,
     without end of text), `vocab_size`, `bos_id`, `eos_id` (None where there is none), `fingerprint` (SHA-256, in hex,
-    over the tokenizer and the shards of the split). Raises: ConfigError for an unknown split, DataError that lists
+    over the tokenizer and the shards of the split). Raises ConfigError for an unknown split, DataError that lists
     every file that is missing or has the wrong size.
     """
 
@@ -117,17 +107,18 @@ class Store:
         self._refuse(broken_files(self.path, self._shards))
         totals = manifest["splits"][split]
         tokenizer = manifest["tokenizer"]
-        self.num_tokens, self.num_documents, self.num_bytes = (
-            totals[k] for k in ("tokens", "documents", "bytes")
-        )
-        self.vocab_size, self.bos_id, self.eos_id = (
-            tokenizer[k] for k in ("vocab_size", "bos_id", "eos_id")
-        )
-        hashes = [tokenizer["sha256"]] + [
-            shard[k] for shard in self._shards for k in ("tokens_sha256", "offsets_sha256")
-        ]
-        self.fingerprint = hashlib.sha256("".join(hashes).encode()).hexdigest()
-        self._bounds = list(accumulate((shard["tokens"] for shard in self._shards), initial=0))
+        self.num_tokens = totals["tokens"]
+        self.num_documents = totals["documents"]
+        self.num_bytes = totals["bytes"]
+        self.vocab_size = tokenizer["vocab_size"]
+        self.bos_id = tokenizer["bos_id"]
+        self.eos_id = tokenizer["eos_id"]
+        hashes = tokenizer["sha256"]
+        self._bounds = [0]  # where each shard begins in the stream, and the last one ends
+        for shard in self._shards:
+            hashes += shard["tokens_sha256"] + shard["offsets_sha256"]
+            self._bounds.append(self._bounds[-1] + shard["tokens"])
+        self.fingerprint = hashlib.sha256(hashes.encode()).hexdigest()
         self._tokens: list[np.ndarray | None] = [None] * len(self._shards)
         self._offsets: list[np.ndarray | None] = [None] * len(self._shards)
 
@@ -135,7 +126,7 @@ class Store:
         return Store, (self.path, self.split)
 
     def verify(self) -> None:
-        """Reads everything. Raises: DataError that lists each file whose SHA-256 is not the manifest's."""
+        """Reads everything. Raises DataError that lists each file whose SHA-256 is not the manifest's."""
         bad = []
         for shard in self._shards:
             for kind in ("tokens", "offsets"):
@@ -145,11 +136,11 @@ class Store:
         self._refuse(bad)
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length) of the stream, int32. Raises: IndexError outside of the stream."""
+        """Tokens [start, start + length) of the stream, int32. Raises IndexError outside of the stream."""
         return self.rows(np.array([start]), length)[0]
 
     def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """`length` tokens from each of `starts` [b]: int32 [b, length]. Raises: IndexError outside of the stream."""
+        """`length` tokens from each of `starts` [b]: int32 [b, length]. Raises IndexError outside of the stream."""
         if len(starts) and not 0 <= starts.min() <= starts.max() <= self.num_tokens - length:
             raise IndexError(
                 f"{length} tokens from each of {starts.min()} ... {starts.max()}: {self.path} has {self.num_tokens}"
@@ -175,30 +166,37 @@ class Store:
 
         windows: int64 [b], anywhere. Both are int64, windows in their order and places rising in each.
         """
-        found = [(np.empty(0, np.int64),) * 2]
+        numbers = [np.empty(0, np.int64)]
+        places = [np.empty(0, np.int64)]
         first = np.searchsorted(self._bounds, windows, "right") - 1
-        most = (np.searchsorted(self._bounds, windows + length) - first).max(
-            initial=0
-        )  # shards of any window
-        shards = sorted({shard + i for shard in first.tolist() for i in range(most)})
-        for shard in shards:
-            if 0 <= shard < len(self._shards):
-                begin, end = self._bounds[shard : shard + 2]
-                near = np.flatnonzero((windows < end) & (windows + length > begin))
-                offsets = self._shard_offsets(shard)
-                low, high = np.searchsorted(
-                    offsets, (windows[near] - begin, windows[near] + length - begin)
-                )
-                counts = high - low
-                number = np.repeat(near, high - low)
-                index = np.arange(len(number)) + np.repeat(low - np.cumsum(counts) + counts, counts)
-                found.append((number, offsets[index] + begin - windows[number]))
-        number, place = (np.concatenate(part) for part in zip(*found))
-        if len(found) > 2:
+        end = np.searchsorted(self._bounds, windows + length)
+        most = (end - first).max(initial=0)  # shards of any window
+        shards = np.unique(first[:, None] + np.arange(most))
+        for shard in shards[(shards >= 0) & (shards < len(self._shards))].tolist():
+            number, place = self._starts_in_shard(shard, windows, length)
+            numbers.append(number)
+            places.append(place)
+        number = np.concatenate(numbers)
+        place = np.concatenate(places)
+        if len(numbers) > 2:
             order = np.argsort(number, kind="stable")
             number = number[order]
             place = place[order]
         return number, place
+
+    def _starts_in_shard(
+        self, shard: int, windows: np.ndarray, length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`starts_in` of one shard alone."""
+        begin, end = self._bounds[shard : shard + 2]
+        near = np.flatnonzero((windows < end) & (windows + length > begin))
+        offsets = self._shard_offsets(shard)
+        low = np.searchsorted(offsets, windows[near] - begin)
+        high = np.searchsorted(offsets, windows[near] + length - begin)
+        counts = high - low
+        number = np.repeat(near, counts)
+        index = np.arange(len(number)) + np.repeat(low - np.cumsum(counts) + counts, counts)
+        return number, offsets[index] + begin - windows[number]
 
     def _shard_offsets(self, index: int) -> np.ndarray:
         if self._offsets[index] is None:
@@ -215,27 +213,25 @@ class Store:
     def _map(self, name: str, dtype: np.dtype) -> np.ndarray:
         # mmap and not np.memmap, whose slices cost 4 us each
         with open(self.path / name, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            # mmap refuses empty files
-            if size:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            else:
-                data = b""
+            if not os.fstat(file.fileno()).st_size:  # mmap refuses empty files
+                return np.zeros(0, dtype)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return np.frombuffer(data, dtype)
 
     def _refuse(self, problems: list[str]) -> None:
-        if problems:
-            shown = "\n  ".join(
-                problems[:10] + [f"and {len(problems) - 10} more"] * (len(problems) > 10)
-            )
-            inputs = " ".join(
-                f"--input={shlex.quote(pattern)}" for pattern in self.manifest["input"]
-            )
-            raise DataError(
-                f"the data in {self.path} is damaged:\n  {shown}\ncopy it again, or make it again with "
-                f"`python -m jaxlm.data.prepare {inputs} --output={shlex.quote(str(self.path))} --overwrite` and "
-                "the same other options"
-            )
+        """Raises DataError where there are problems, with the command that makes the data again."""
+        if not problems:
+            return
+        shown = problems[:SHOWN]
+        if len(problems) > SHOWN:
+            shown.append(f"and {len(problems) - SHOWN} more")
+        inputs = [f"--input={pattern}" for pattern in self.manifest["input"]]
+        command = shlex.join([*inputs, f"--output={self.path}"])
+        raise DataError(
+            "\n  ".join([f"the data in {self.path} is damaged:", *shown])
+            + f"\ncopy it again, or make it again with `python -m jaxlm.data.prepare {command} --overwrite` and the "
+            "same other options"
+        )
 
 
 class ShardWriter:
@@ -245,7 +241,9 @@ class ShardWriter:
         self._dtype = dtype
         self._tokens = _HashedFile(f"{stem}.tokens")
         self._offsets = _HashedFile(f"{stem}.offsets")
-        self._count = self._documents = self._bytes = 0
+        self._count = 0
+        self._documents = 0
+        self._bytes = 0
 
     def add(self, tokens: np.ndarray, num_bytes: int, starts_document: bool) -> None:
         """Appends tokens, which stand for `num_bytes` bytes of text."""
@@ -258,12 +256,16 @@ class ShardWriter:
 
     def close(self) -> dict:
         """The shard's entry in the manifest, without its name and split."""
+        tokens = self._tokens.close()
+        offsets = self._offsets.close()
         return {
             "tokens": self._count,
             "documents": self._documents,
             "bytes": self._bytes,
-            **{f"tokens_{key}": value for key, value in self._tokens.close().items()},
-            **{f"offsets_{key}": value for key, value in self._offsets.close().items()},
+            "tokens_bytes": tokens["bytes"],
+            "tokens_sha256": tokens["sha256"],
+            "offsets_bytes": offsets["bytes"],
+            "offsets_sha256": offsets["sha256"],
         }
 
 

@@ -1,12 +1,11 @@
 """What is learned, as data: a document or an example becomes a *piece*, which row_layout.py lays out in a batch.
 
 A piece is a dict of 1-D arrays: `tokens`, and of their length `targets`, `weights` and `reach` where the task has them;
-`enc_tokens`, the source; and `label`. TOKENS makes one of a stretch of a document (its ids, the inputs that foretell
+`enc_tokens`, the source; and `label`. TOKENS makes one of a stretch of a document (its ids, the inputs that predict
 them), EXAMPLES of an example (a dict of its columns). To add an objective, add a function to one of the two tables and
 name it in a record of jaxlm/config/tasks.py.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -17,13 +16,23 @@ import numpy as np
 
 from jaxlm.cli import did_you_mean
 from jaxlm.config.tasks import TASKS
+from jaxlm.data.answers import (
+    ALLOWED,
+    START,
+    STOP,
+    encode_context,
+    place_of_answer,
+    tokens_of,
+    without_spaces,
+)
+from jaxlm.data.files.dialogues import messages_of, refuse_message, weight_of
 
-SPECIALS = (
-    "begin end mask user assistant system prefix suffix middle".split()
-)  # ids after the tokenizer's, in order
+# Ids after the tokenizer's, in order.
+SPECIALS = "begin end mask user assistant system prefix suffix middle".split()
 MODES = "span_mode long_mode tail_mode".split()  # UL2's denoisers
 SENTINELS = 100  # T5: as many
 NOISE_POWER = 0.75  # of the counts by which negatives are drawn (Mikolov et al. 2013)
+LABELS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -65,22 +74,24 @@ class Vocabulary:
     @cached_property
     def spaces(self) -> np.ndarray:
         """bool [2, vocabulary]: whether a token begins a word, and ends one: a space goes with the word after it."""
-        decode = self.tokenizer.decode
         size = self.tokenizer.vocab_size
         if self.tokenizer.name == "words":
             return np.ones((2, size), bool)
-        before = next(
-            (i for i in range(size) if decode([i]).strip()), 0
-        )  # some decoders drop a space that comes first
-        known = len(decode([before]))
-        texts = [decode([before, i])[known:] for i in range(size)]
-        ends = []
-        for text in texts:
-            ends.append((text[:1].isspace(), text[-1:].isspace() and not text.isspace()))
-        spaces = np.array(ends, bool).T
+        spaces = np.zeros((2, size), bool)
+        for i, text in enumerate(self._texts()):
+            spaces[0, i] = text[:1].isspace()
+            spaces[1, i] = text[-1:].isspace() and not text.isspace()
         if self.tokenizer.eos_id is not None:
             spaces[:, self.tokenizer.eos_id] = True
         return spaces
+
+    def _texts(self) -> list[str]:
+        """The text of each token after another one: some decoders drop a space that comes first."""
+        decode = self.tokenizer.decode
+        ids = range(self.tokenizer.vocab_size)
+        before = next((i for i in ids if decode([i]).strip()), 0)
+        known = len(decode([before]))
+        return [decode([before, i])[known:] for i in ids]
 
     @cached_property
     def noise(self) -> np.ndarray:
@@ -113,15 +124,14 @@ def mlm(ids, inputs, rng, task, vocab) -> dict:
 
 
 def prefix_lm(ids, inputs, rng, task, vocab) -> dict:
-    """A random prefix is read in both directions, the rest is learned (Raffel et al. 2020)."""
+    """A random prefix is read in both directions, the rest is learned (Raffel et al. 2020).
+
+    reach: int [tokens], the last place that each token sees.
+    """
     cut = rng.integers(1, max(len(ids), 2))
     place = np.arange(len(ids))
-    return {
-        "tokens": inputs,
-        "targets": ids,
-        "weights": place + 1 >= cut,
-        "reach": np.where(place < cut, cut - 1, place),
-    }
+    reach = np.where(place < cut, cut - 1, place)
+    return {"tokens": inputs, "targets": ids, "weights": place + 1 >= cut, "reach": reach}
 
 
 def fim(ids, inputs, rng, task, vocab) -> dict:
@@ -147,7 +157,7 @@ def join(*parts) -> np.ndarray:
 
 
 def shifted(ids) -> dict:
-    """Each token foretells the next."""
+    """Each token predicts the next."""
     return {"tokens": ids[:-1], "targets": ids[1:]}
 
 
@@ -155,16 +165,18 @@ def spans(length: int, rate: float, mean: float, rng) -> np.ndarray:
     """bool [length]: hidden spans of about `mean` tokens, `rate` of all (T5: random_spans_noise_mask)."""
     hidden = min(max(round(length * rate), 1), max(length - 1, 1))
     count = min(max(round(hidden / mean), 1), hidden, max(length - hidden, 1), SENTINELS)
-
-    def cut(total):
-        return np.diff(
-            [0, *np.sort(rng.choice(np.arange(1, total), count - 1, replace=False)), total]
-        )
-
     if length - hidden < count:
         return np.ones(length, bool)
-    lengths = np.stack([cut(length - hidden), cut(hidden)], 1).ravel()
+    shown_lengths = random_lengths(length - hidden, count, rng)
+    hidden_lengths = random_lengths(hidden, count, rng)
+    lengths = np.stack([shown_lengths, hidden_lengths], 1).ravel()
     return np.repeat(np.arange(2 * count) % 2 == 1, lengths)
+
+
+def random_lengths(total: int, count: int, rng) -> np.ndarray:
+    """int [count]: the lengths of parts, each 1 or more, that a total is cut into at random."""
+    cuts = rng.choice(np.arange(1, total), count - 1, replace=False)
+    return np.diff([0, *np.sort(cuts), total])
 
 
 def corrupt(ids, hidden, vocab) -> dict:
@@ -173,9 +185,9 @@ def corrupt(ids, hidden, vocab) -> dict:
     begins[0] = hidden[0]
     source = np.where(hidden, vocab.sentinel(np.cumsum(begins) - 1), ids)[~hidden | begins]
     sentinels = vocab.sentinel(np.arange(begins.sum()))
-    return two_sided(
-        source, np.insert(ids[hidden], np.flatnonzero(begins[hidden]), sentinels), vocab
-    )
+    places = np.flatnonzero(begins[hidden])
+    target = np.insert(ids[hidden], places, sentinels)
+    return two_sided(source, target, vocab)
 
 
 def two_sided(source, target, vocab) -> dict:
@@ -188,19 +200,26 @@ def span_corruption(ids, inputs, rng, task, vocab) -> dict:
 
 def ul2(ids, inputs, rng, task, vocab) -> dict:
     """A mixture of denoisers (Tay et al. 2022): short spans, long or many spans, or the tail; the source says which."""
-    mode = rng.integers(3)
-    if mode == 2:
-        hidden = np.arange(len(ids)) >= max(round(len(ids) * (1 - rng.uniform(0.1, 0.5))), 1)
+    mode = rng.integers(len(MODES))
+    name = MODES[mode]
+    length = len(ids)
+    if name == "tail_mode":
+        kept = round(length * (1 - rng.uniform(0.1, 0.5)))
+        hidden = np.arange(length) >= max(kept, 1)
+    elif name == "long_mode":
+        kinds = ((0.5, task.span_length), (task.mask_rate, 32.0), (0.5, 32.0))
+        rate, mean = kinds[rng.integers(len(kinds))]
+        hidden = spans(length, rate, mean, rng)
     else:
-        long = ((0.5, task.span_length), (task.mask_rate, 32.0), (0.5, 32.0))
-        rate, mean = long[rng.integers(3)] if mode else (task.mask_rate, task.span_length)
-        hidden = spans(len(ids), rate, mean, rng)
-    piece = corrupt(ids, hidden if hidden.any() else np.ones(len(ids), bool), vocab)
-    return piece | {"enc_tokens": join(getattr(vocab, MODES[mode]), piece["enc_tokens"])}
+        hidden = spans(length, task.mask_rate, task.span_length, rng)
+    if not hidden.any():
+        hidden = np.ones(length, bool)
+    piece = corrupt(ids, hidden, vocab)
+    return piece | {"enc_tokens": join(getattr(vocab, name), piece["enc_tokens"])}
 
 
 def skipgram(ids, inputs, rng, task, vocab) -> dict:
-    """Each token foretells one at a random distance of at most task.window (Mikolov et al. 2013).
+    """Each token predicts one at a random distance of at most task.window (Mikolov et al. 2013).
 
     task.subsample passes over common ones before distances are counted; those that are left then have several turns,
     so that the piece stays as long. negatives: int [task.negatives, tokens].
@@ -213,15 +232,13 @@ def skipgram(ids, inputs, rng, task, vocab) -> dict:
     place = np.tile(np.arange(len(ids)), turns)[:length]
     furthest = np.minimum(np.maximum(place, len(ids) - 1 - place), task.window)
     distance = rng.integers(1, np.maximum(furthest, 1) + 1) * rng.choice([-1, 1], length)
-    there = np.where(
-        (place + distance >= 0) & (place + distance < len(ids)), place + distance, place - distance
-    )
+    ahead = place + distance
+    there = np.where((ahead >= 0) & (ahead < len(ids)), ahead, place - distance)
     inside = (there >= 0) & (there < len(ids))
     piece = {"tokens": ids[place], "targets": ids[np.where(inside, there, 0)], "weights": inside}
     if task.negatives:
-        piece["negatives"] = np.searchsorted(
-            vocab.noise, rng.random((task.negatives, length)), side="right"
-        )
+        chances = rng.random((task.negatives, length))
+        piece["negatives"] = np.searchsorted(vocab.noise, chances, side="right")
     return piece
 
 
@@ -235,7 +252,12 @@ def thinned(ids, subsample: float, rng, vocab) -> np.ndarray:
 
 
 TOKENS: dict[str, Callable] = {
-    f.__name__: f for f in (mlm, prefix_lm, fim, span_corruption, ul2, skipgram)
+    "mlm": mlm,
+    "prefix_lm": prefix_lm,
+    "fim": fim,
+    "span_corruption": span_corruption,
+    "ul2": ul2,
+    "skipgram": skipgram,
 }
 
 
@@ -243,28 +265,36 @@ TOKENS: dict[str, Callable] = {
 
 
 def classify(example, encode, vocab, labels) -> dict:
-    return {
-        "tokens": texts_of(example, encode, vocab),
-        "label": number_of(label_of(example["label"]), labels),
-    }
+    """label: one of `labels`, as its number."""
+    label = number_of(label_of(example["label"]), labels)
+    return {"tokens": encode_texts(example, encode, vocab), "label": label}
 
 
-def texts_of(example, encode, vocab) -> np.ndarray:
-    texts = [example[name] for name in ("text", "text2") if name in example]
-    return join(vocab.begin, *(part for text in texts for part in (encode(text), vocab.end)))
+def encode_texts(example, encode, vocab) -> np.ndarray:
+    """int32 [tokens]: begin, then the text, or both texts, each with `end`."""
+    parts = [vocab.begin]
+    for name in ("text", "text2"):
+        if name in example:
+            parts += [encode(example[name]), vocab.end]
+    return join(*parts)
 
 
 def label_of(value) -> str:
     """The name of a label: 1, 1.0 and "1" are the same one."""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
 
 
 def number_of(label: str, labels) -> int:
+    """The number of a label. Raises ValueError where it is none of them."""
     if label in labels:
         return labels.index(label)
     if not label:
         raise ValueError("its label is empty")
-    known = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
+    known = ", ".join(labels[:LABELS_SHOWN])
+    if len(labels) > LABELS_SHOWN:
+        known += f" and {len(labels) - LABELS_SHOWN} more"
     raise ValueError(
         f"{label[:60]!r} is not one of the labels {known}{did_you_mean(label, labels)} (they are those of data.train, "
         "or of data.labels)"
@@ -272,31 +302,31 @@ def number_of(label: str, labels) -> int:
 
 
 def multilabel(example, encode, vocab, labels) -> dict:
-    """label: names joined by commas, or a list; none is allowed."""
+    """label: float32 [labels], 1 for each name; the names are joined by commas, or a list, and may be none."""
     given = np.zeros(len(labels), np.float32)
-    given[[number_of(name, labels) for name in split_names(example["label"])]] = 1
-    return {"tokens": texts_of(example, encode, vocab), "label": given}
+    for name in split_names(example["label"]):
+        given[number_of(name, labels)] = 1
+    return {"tokens": encode_texts(example, encode, vocab), "label": given}
 
 
 def split_names(value) -> list[str]:
-    if isinstance(value, (list, tuple)):
-        value = value
-    else:
+    """The names of labels, joined by commas or in a list."""
+    if not isinstance(value, (list, tuple)):
         value = label_of(value).split(",")
-    return [name for name in map(label_of, value) if name]
+    return list(filter(None, map(label_of, value)))
 
 
 def regress(example, encode, vocab, labels) -> dict:
+    """label: float32. Raises ValueError where it is no number, or beyond float32."""
     given = str(example["label"])[:60]
     try:
         label = float(example["label"])
     except (ValueError, TypeError):
         label = math.nan
     if not math.isfinite(label):
+        hint = ""
         if re.fullmatch(r"\s*[+-]?\d+,\d+\s*", given):
             hint = "; a decimal point is meant"
-        else:
-            hint = ""
         raise ValueError(f"its label {given!r} is not a number{hint}")
     largest = float(np.finfo(np.float32).max)
     if abs(label) > largest:
@@ -304,15 +334,20 @@ def regress(example, encode, vocab, labels) -> dict:
             f"its label {given!r} is too large: a float32 holds up to {largest:.2g}; scale them all down"
         )
     label = np.float32(example["label"])
-    return {"tokens": texts_of(example, encode, vocab), "label": label}
+    return {"tokens": encode_texts(example, encode, vocab), "label": label}
 
 
 def tag(example, encode, vocab, labels) -> dict:
-    """The tag of a word is that of its first token. words, tags: lists, or joined by spaces."""
+    """The tag of a word is that of its first token. words, tags: lists, or joined by spaces.
+
+    Raises ValueError where there are not as many tags as words, or none.
+    """
     words = words_of(example["words"])
     tags = words_of(example["tags"])
-    if len(words) != len(tags) or not words:
-        raise ValueError(f"{len(words)} words and {len(tags)} tags" if words else "it has no words")
+    if not words:
+        raise ValueError("it has no words")
+    if len(words) != len(tags):
+        raise ValueError(f"{len(words)} words and {len(tags)} tags")
     ids, owners = encode_words(words, encode, vocab.mask)
     numbers = np.array([number_of(name, labels) for name in tags], np.int32)
     first = np.diff(owners, prepend=-1) > 0
@@ -334,26 +369,11 @@ def encode_words(words: list[str], encode, missing: int) -> tuple[np.ndarray, np
     return join(np.insert(ids, places, missing)), np.insert(owners, places, absent)
 
 
-def without_spaces(text: str, offsets: np.ndarray) -> np.ndarray:
-    """Offsets without the space that a token begins or ends with. text: has single spaces, and no others."""
-    spaces = np.array([character == " " for character in text] + [False])
-    begin = offsets[:, 0]
-    end = offsets[:, 1]
-    begin = begin + (spaces[begin] & (begin < end))
-    end = end - (spaces[end - 1] & (begin < end))
-    return np.stack([begin, end], axis=1)
-
-
 def words_of(value) -> list[str]:
+    """Words, or tags, of a list or of a text with spaces between them."""
     if isinstance(value, str):
         return value.split()
-    return [label_of(item) for item in value]
-
-
-# bits of qa's targets: the answer's first and last token, and where it may lie
-START = 1
-STOP = 2
-ALLOWED = 4
+    return list(map(label_of, value))
 
 
 def qa(example, encode, vocab, labels) -> dict:
@@ -384,158 +404,42 @@ def qa(example, encode, vocab, labels) -> dict:
     return {"tokens": tokens, "targets": targets, "weights": weights, "exact": exact}
 
 
-def tokens_of(start: int, stop: int, offsets: np.ndarray) -> tuple[int, int]:
-    """The first and the last token of characters `start` to `stop`; a space in front goes with the word after it."""
-    inside = np.flatnonzero((offsets[:, 0] < stop) & (offsets[:, 1] > start))
-    if not len(inside):
-        raise ValueError("the tokenizer has no token for its answer")
-    first = int(inside[0])
-    last = int(inside[-1])
-    while first > 0 and (offsets[first - 1] == offsets[first, 0]).all():
-        first -= 1
-    return first, last
-
-
-def place_of_answer(example) -> tuple[str, int]:
-    """(the answer without white space around it, its first character in the context); ("", 0) where there is none."""
-    context = example["context"]
-    answer = first_of(example["answer"])
-    start = first_of(example.get("start", -1))
-    if not answer or not answer.strip():
-        return "", 0
-    start = whole_number(-1 if start in ("", None) else start, "start")
-    there = context[start : start + len(answer)]
-    if start >= 0 and there != answer:
-        raise ValueError(
-            f"at character start={start} of its context is {there[:40]!r}, not the answer {answer[:40]!r}; without the "
-            "column start the answer is looked for"
-        )
-    if start < 0:
-        start = context.find(answer)
-    if start < 0:
-        raise ValueError(f"its answer {answer[:60]!r} is not in its context")
-    return answer.strip(), start + len(answer) - len(answer.lstrip())
-
-
-def whole_number(value, name: str) -> int:
-    try:
-        number = float(value)
-    except (ValueError, TypeError):
-        number = float("nan")
-    if not number.is_integer():
-        raise ValueError(f"its {name} {str(value)[:60]!r} is not a whole number")
-    return int(number)
-
-
-def first_of(value):
-    if isinstance(value, (list, tuple)):
-        if value:
-            return value[0]
-        return None
-    return value
-
-
-def encode_context(context: str, encode) -> tuple[np.ndarray, np.ndarray]:
-    """(ids of the words of a context with one space between two, [ids, 2]: the characters of the context of each).
-
-    Spaces around a token's characters are left out.
-    """
-    spans = [word.span() for word in re.finditer(r"\S+", context)]
-    text = " ".join(context[begin:end] for begin, end in spans)
-    ids, offsets = encode.with_offsets(text)
-    offsets = without_spaces(text, offsets)
-    # The place of each character of `text` in the context; a space is at the end of the word before it.
-    places = np.concatenate(
-        [np.arange(begin, end + 1) for begin, end in spans] or [np.zeros(1, int)]
-    )
-    begin = offsets[:, 0]
-    end = offsets[:, 1]
-    after = np.where(begin < end, places[end - 1] + 1, places[begin])
-    return ids, np.stack([places[begin], after], axis=1)
-
-
-def answer_text(example, encode, first: int, last: int) -> str:
-    """The characters of the context that tokens `first` to `last` of `qa`'s piece stand for; "" for the first token."""
-    ids, offsets = encode_context(example["context"], encode)
-    before = 2 + len(encode(example["question"]))
-    if first < before or last < first or last - before >= len(ids):
-        return ""
-    return example["context"][offsets[first - before, 0] : offsets[last - before, 1]].strip()
-
-
 def seq2seq(example, encode, vocab, labels) -> dict:
     return two_sided(encode(example["source"]), encode(example["target"]), vocab)
 
 
 def chat(messages, encode, vocab) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, which of them are learned): begin, then for each message its role, its text and `end`.
+    """(int32 [tokens], bool [tokens]: which of them are learned): begin, then of each message its role, its text and
+    `end`.
 
-    Learned is what the assistant says, but for messages of weight 0.
+    Learned is what the assistant says, but for messages of weight 0. Raises ValueError of what is no message.
     """
-    ids = [np.array([vocab.begin])]
-    written = [np.zeros(1, bool)]
+    ids = [vocab.begin]
+    learned = [np.zeros(1, bool)]
     for message in messages:
-        if not (isinstance(message, dict) and {"role", "content"} <= set(message)):
-            raise ValueError(
-                f'a message is {{"role": ..., "content": ...}}, not {str(message)[:60]}'
-            )
+        refuse_message(message)
         role = message["role"]
-        content = message["content"]
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"the role {role!r} is not system, user or assistant")
-        if not isinstance(content, str):
-            raise ValueError(f"the content of a message is text, not {str(content)[:60]}")
-        weight = message.get("weight")
-        weight = 1 if weight is None else weight  # a table has None where there is none
-        if weight not in (0, 1):
-            raise ValueError(
-                f"the weight of a message is 0 (not learned) or 1, not {repr(weight)[:60]}"
-            )
-        text = join(encode(content), vocab.end)
-        ids += [np.array([getattr(vocab, role)]), text]
-        written += [np.zeros(1, bool), np.full(len(text), role == "assistant" and weight == 1)]
-    return join(*ids), np.concatenate(written)
-
-
-def from_json(text: str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"messages is a list of messages, or that in JSON, not {text[:60]!r}: {error}"
-        ) from None
-
-
-def messages_of(example) -> list[dict]:
-    if "messages" in example:
-        given = example["messages"]
-        given = from_json(given) if isinstance(given, str) else given
-        if not isinstance(given, (list, tuple)):
-            raise ValueError(f"messages is a list of messages, not {str(given)[:60]}")
-        return list(given)
-    messages = []
-    for name, role in (("prompt", "user"), ("response", "assistant")):
-        said = example.get(name)
-        if isinstance(said, (list, tuple)):  # what came before, of several turns
-            messages += said
-        elif name in example:
-            messages.append({"role": role, "content": said})
-    return messages
+        text = join(encode(message["content"]), vocab.end)
+        is_learned = role == "assistant" and weight_of(message) == 1
+        ids += [getattr(vocab, role), text]
+        learned += [np.zeros(1, bool), np.full(len(text), is_learned)]
+    return join(*ids), np.concatenate(learned)
 
 
 def sft(example, encode, vocab, labels) -> dict:
-    """Only what the assistant says is learned."""
-    ids, written = chat(messages_of(example), encode, vocab)
+    """Only what the assistant says is learned. Raises ValueError where that is nothing."""
+    messages = messages_of(example)
+    ids, learned = chat(messages, encode, vocab)
     if not {"messages", "response"} & set(example):
         raise ValueError(
             f"it has no messages, and its response is missing or empty; it has {', '.join(example)}"
         )
-    if not written.any():
-        silent = "all that the assistant says in it has weight 0"
-        if not any(message["role"] == "assistant" for message in messages_of(example)):
-            silent = "the assistant says nothing in it"
-        raise ValueError(f"{silent}, so that there is nothing to learn")
-    return shifted(ids) | {"weights": written[1:].astype(np.float32)}
+    if not learned.any():
+        reason = "the assistant says nothing in it"
+        if any(message["role"] == "assistant" for message in messages):
+            reason = "all that the assistant says in it has weight 0"
+        raise ValueError(f"{reason}, so that there is nothing to learn")
+    return shifted(ids) | {"weights": learned[1:].astype(np.float32)}
 
 
 def dpo(example, encode, vocab, labels) -> dict:
@@ -548,13 +452,20 @@ def dpo(example, encode, vocab, labels) -> dict:
         answer = {"role": "assistant", "content": example[name]}
         both.append(sft({"messages": [*before, answer]}, encode, vocab, labels))
     length = max(len(side["tokens"]) for side in both)
-
-    def pad(x):
-        return np.pad(x, (0, length - len(x)))
-
-    return {key: np.stack([pad(side[key]) for side in both]) for key in both[0]} | {"label": 0}
+    pair = {"label": 0}
+    for key in both[0]:
+        sides = [np.pad(side[key], (0, length - len(side[key]))) for side in both]
+        pair[key] = np.stack(sides)
+    return pair
 
 
 EXAMPLES: dict[str, Callable] = {
-    f.__name__: f for f in (classify, multilabel, regress, tag, qa, seq2seq, sft, dpo)
+    "classify": classify,
+    "multilabel": multilabel,
+    "regress": regress,
+    "tag": tag,
+    "qa": qa,
+    "seq2seq": seq2seq,
+    "sft": sft,
+    "dpo": dpo,
 }

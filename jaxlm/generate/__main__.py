@@ -21,8 +21,9 @@ from jaxlm import cli
 from jaxlm.config.tasks import TASKS, task_of
 from jaxlm.data.examples import label_names
 from jaxlm.data.files import conll
-from jaxlm.data.files.example_files import NotUtf8, lines_of, opened, read_text, suffix_of
-from jaxlm.data.files.tables import columns_given
+from jaxlm.data.files.columns import columns_given
+from jaxlm.data.files.example_files import NotUtf8, lines_of, opened, read_text
+from jaxlm.data.files.formats import suffix_of
 from jaxlm.errors import ConfigError, DataError
 from jaxlm.generate.arguments import Arguments, examples_of, is_message
 from jaxlm.parallel import hosts

@@ -8,9 +8,11 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxlm.config.tasks import TASKS, task_of
+from jaxlm.data.answers import answer_text
 from jaxlm.data.examples import Examples, label_names
+from jaxlm.data.files.dialogues import messages_of
 from jaxlm.data.row_layout import piece_lengths
-from jaxlm.data.transforms import ALLOWED, Vocabulary, answer_text, chat, messages_of, words_of
+from jaxlm.data.transforms import ALLOWED, Vocabulary, chat, words_of
 from jaxlm.generate.decode import beam_search, generate_tokens, pad_prompts, size_for
 from jaxlm.models import build
 from jaxlm.parallel.hosts import fetch

@@ -12,8 +12,10 @@ from conftest import WORDS, small_config
 from jaxlm.config import base
 from jaxlm.config.check import check
 from jaxlm.data.batches import describe, fingerprint, train_batches, validation_batches
-from jaxlm.data.examples import Examples, examples_of, label_names, stamps, tokenizer_of
+from jaxlm.data.example_records import examples_of, stamps, tokenizer_of
+from jaxlm.data.examples import Examples
 from jaxlm.data.files.paths import relative
+from jaxlm.data.labels import label_names
 from jaxlm.data.tokenization import tokenizer as tokenizers
 from jaxlm.data.tokenization import vocabulary
 from jaxlm.errors import ConfigError, DataError

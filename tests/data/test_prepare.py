@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from jaxlm.data.tokenization import tokenizer
 from jaxlm.errors import ConfigError, DataError
 
 DOCS = ["first\n", "  second\tdoc\r\n", "\0 third é \U0001f600", "fourth\n\n\nlines\n" * 30, "5"]
+ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
 
 
@@ -290,6 +292,22 @@ def test_the_summary_says_how_documents_begin_and_end(tmp_path, kind, line):
     size = 300 if kind == "sentencepiece" else None
     manifest = prepare.prepare([str(path)], tmp_path / "a", kind, vocab_size=size, workers=1)
     assert line in prepare.summary(manifest, tmp_path / "a").splitlines()
+
+
+@pytest.mark.parametrize(("kind", "val_fraction"), [("bytes", 0), ("words", 0.1)])
+def test_the_next_command_works_as_it_stands(tmp_path, kind, val_fraction):
+    path = jsonl(tmp_path / "a.jsonl", ["a b c d " * 20] * 20)
+    out = tmp_path / "my data"
+    manifest = prepare.prepare([str(path)], out, kind, val_fraction=val_fraction, workers=1)
+    *_, command = prepare.summary(manifest, out).splitlines()
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "jaxlm.train"]
+    assert f"--config.data.path={out}" in words
+    assert "--workdir=runs/my data" in words
+    result = subprocess.run(
+        [sys.executable, *words[1:], "--dry_run"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("kind", ["words", "tokenizer.json"])

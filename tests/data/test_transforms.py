@@ -11,6 +11,7 @@ from conftest import WORDS, small_config
 
 from jaxlm.config.keys import CHOICES, base
 from jaxlm.config.tasks import TASKS
+from jaxlm.data.answers import answer_text
 from jaxlm.data.batches import train_batches, validation_batches
 from jaxlm.data.examples import Encoder
 from jaxlm.data.tokenization import vocabulary
@@ -25,7 +26,6 @@ from jaxlm.data.transforms import (
     STOP,
     TOKENS,
     Vocabulary,
-    answer_text,
     chat,
     corrupt,
     spans,

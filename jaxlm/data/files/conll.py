@@ -1,64 +1,57 @@
 """Files of tagged words as CoNLL has them: a word a line, with its columns, and a blank line between sentences.
 
 Read are a word and a tag; the columns of CoNLL-2003 (word first, tag last); CoNLL-U (Nivre et al. 2020), its FORM and
-UPOS. Lines that begin with -DOCSTART-, and comments (#) before a sentence, are left out.
+UPOS; and tables with a word a row whose sentences are numbered in a column, as Kaggle's NER corpus has them. Lines that
+begin with -DOCSTART-, and comments (#) before a sentence, are left out.
 """
 
 import csv
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from jaxlm.data.files.example_files import lines_of
+from jaxlm.data.files.word_columns import (
+    PLAIN_ID,
+    TAG_NAMES,
+    WORD_NAMES,
+    Token,
+    cells_at,
+    column_called,
+    column_name,
+    find_columns,
+    folded,
+    is_header,
+    sentence_column,
+)
 from jaxlm.errors import DataError
 
-SUFFIXES = (
-    ".conll",
-    ".conllu",
-    ".conllx",
-    ".conllup",
-    ".conll03",
-    ".bio",
-    ".iob",
-    ".iob2",
-    ".bioes",
-    ".bilou",
-)
+SUFFIXES = ".conll .conllu .conllx .conllup .conll03 .bio .iob .iob2 .bioes .bilou".split()
 DOCUMENT = "-DOCSTART-"
 UNIVERSAL = "id form lemma upos xpos feats head deprel deps misc".split()  # the columns of CoNLL-U
-PLAIN_ID = re.compile(r"[0-9]+")
-ANY_ID = re.compile(
-    r"[0-9]+([-.][0-9]+)?"
-)  # 3-4: words written together; 3.1: one that is not in the text
+# 3-4: words written together; 3.1: one that is not in the text
+ANY_ID = re.compile(r"[0-9]+([-.][0-9]+)?")
 SPACES = re.compile(r"[ \t]+")
-OF_SPAN = re.compile(r"O|[BIESLUM]-\S+")
-WORD_NAMES = ("word", "words", "token", "tokens", "form", "text")
-TAG_NAMES = (
-    "tag",
-    "tags",
-    "label",
-    "labels",
-    "ner",
-    "ner_tag",
-    "ner_tags",
-    "pos",
-    "pos_tag",
-    "upos",
-)
-SEVERAL_SHARE = (
-    0.1  # of lines with spaces in a cell after the word: fewer are odd words, more are sentences
-)
-ENOUGH = 20  # words, before their number of kinds says anything
+# Lines with spaces in a cell after the word: fewer are odd words, more are sentences.
+SEVERAL_SHARE = 0.1
+MANY_RECORDS = 20  # of one word each: more are sentences that fell apart
 WHOLE_SENTENCES = (
     "or write a sentence a line: its words joined by spaces, a tab, its tags joined by spaces"
 )
 
+NUMBERED = "name the columns sentence, word and tag: then the words of a sentence are put together"
 
-class Token(NamedTuple):
-    """A line of a word."""
 
-    cells: list[str]
-    line: int
+class Line(NamedTuple):
+    """A line of a file, and its number from 1."""
+
+    number: int
+    text: str
+
+
+Sentence = list[Token]
 
 
 class Sentences(NamedTuple):
@@ -68,7 +61,7 @@ class Sentences(NamedTuple):
     lines: list[int]
     columns: str
 
-    def told(self) -> str:
+    def summary(self) -> str:
         words = sum(len(example["words"]) for example in self.examples)
         return f"{len(self.examples):,} sentences, {words:,} words, read as a word a line ({self.columns})"
 
@@ -78,93 +71,120 @@ def read(
 ) -> Sentences | None:
     """The sentences of a text with a word a line, or None where it has a sentence a line.
 
-    given: columns by name or place. Adds lines of too many or too few columns to `bad`. Raises DataError of what is
-    not clear.
+    given: columns by name or place. Adds lines of too many or too few columns to `bad`. Raises DataError where it is
+    not clear in which columns the words and the tags are.
     """
-    blocks = blocks_of(lines_of(text))
-    names = global_columns(text)
-    most = most_begin_with_comments(blocks)
-    blocks = [without_comments(block, most) for block in blocks]
-    blocks = [block for block in blocks if block]
+    blocks = drop_comments(blocks_of(lines_of(text)))
     if not blocks:
         return None
-    split = splitter(blocks, suffix)
-    sentences = []
-    for block in blocks:
-        sentences.append([Token(split(line), number) for number, line in block])
-    header = header_of(sentences, given)
-    if header:
-        names = [cell.casefold() for cell in header]
-        del sentences[0][0]
-        sentences = [sentence for sentence in sentences if sentence]
-    tokens = [token for sentence in sentences for token in sentence]
-    if not tokens or not is_tokens(tokens, text, suffix, given):
+    sentences = split_cells(blocks, suffix)
+    names = global_columns(text)
+    if is_header(sentences[0][0].cells, given):
+        names = folded(sentences[0].pop(0).cells)
+        sentences = list(filter(None, sentences))
+    tokens = flat(sentences)
+    if not tokens:
+        return None
+    number = sentence_column(names, tokens)
+    if number is not None and is_word_a_row(tokens, names, given):
+        sentences = by_sentence_number(tokens, number)
+    elif not is_tokens(tokens, text, suffix):
         return None
     width = Counter(len(token.cells) for token in tokens).most_common(1)[0][0]
-    universal = not names and width == len(UNIVERSAL) and is_universal(tokens)
-    if universal:
+    if not names and width == len(UNIVERSAL) and is_universal(tokens):
         names = UNIVERSAL
     if names[:1] == ["id"]:
-        sentences = [[token for token in sentence if is_word(token)] for sentence in sentences]
-    sentences = whole_lines(path, sentences, width, bad)
-    tokens = [token for sentence in sentences for token in sentence]
-    word, tag = places_of(path, tokens, width, names, given)
+        sentences = [list(filter(is_word, sentence)) for sentence in sentences]
+    sentences = whole_sentences(path, sentences, width, bad)
+    if not sentences:
+        return Sentences([], [], "each has a line with other columns")
+    word, tag = find_columns(path, flat(sentences), width, names, given, number)
+    if number is not None:
+        note_empty_cells(path, flat(sentences), [word, tag], names, bad)
+    return make_sentences(sentences, word, tag, names)
+
+
+def read_rows(path: str, rows: list[Token], columns: list[str], bad: list[str]) -> Sentences | None:
+    """The sentences of rows whose cells are those of `row_columns`; None where they don't hold a word each.
+
+    Adds rows without a word or without a tag to `bad`.
+    """
+    if count_several(rows) > SEVERAL_SHARE * len(rows):
+        return None
+    note_empty_cells(path, rows, [1, 2], columns, bad)
+    return make_sentences(by_sentence_number(rows, 0), 1, 2, columns)
+
+
+def note_empty_cells(
+    path: str, tokens: list[Token], places: list[int], names: list[str], bad: list[str]
+) -> None:
+    """Adds tokens whose cells at these places are empty to `bad`."""
+    for token in tokens:
+        for place in places:
+            if not token.cells[place].strip():
+                bad.append(f"{path}:{token.line}: no {column_name(place, names)}")
+
+
+def make_sentences(sentences: list[Sentence], word: int, tag: int, names: list[str]) -> Sentences:
     examples = []
+    lines = []
     for sentence in sentences:
-        examples.append(
-            {
-                "words": [token.cells[word] for token in sentence],
-                "tags": [token.cells[tag] for token in sentence],
-            }
-        )
-    columns = f"words={named(word, names)} tags={named(tag, names)}"
-    return Sentences(examples, [sentence[0].line for sentence in sentences], columns)
+        examples.append({"words": cells_at(word, sentence), "tags": cells_at(tag, sentence)})
+        lines.append(sentence[0].line)
+    columns = f"words={column_name(word, names)} tags={column_name(tag, names)}"
+    return Sentences(examples, lines, columns)
 
 
-def named(place: int, names: list[str]) -> str:
-    if place < len(names):
-        return names[place]
-    return str(place)
+def flat(sentences: Iterable[Sentence]) -> list[Token]:
+    return list(chain.from_iterable(sentences))
 
 
-def blocks_of(lines: list[str]) -> list[list[tuple[int, str]]]:
-    """(number, line) of the lines between blank ones, and between documents."""
-    blocks = []
-    block = []
-    for number, line in enumerate(lines, 1):
-        if line.strip() and not line.startswith(DOCUMENT):
-            block.append((number, line))
-        elif block:
-            blocks.append(block)
-            block = []
-    if block:
-        blocks.append(block)
-    return blocks
+# ---------------------------------------------------------------- lines
 
 
-def most_begin_with_comments(blocks: list[list[tuple[int, str]]]) -> bool:
-    """A sentence may begin with the word #, but not most of them."""
-    comments = sum(block[0][1].startswith("# ") for block in blocks)
-    return 2 * comments > len(blocks)
+def blocks_of(lines: list[str]) -> list[list[Line]]:
+    """The lines between blank ones, and between documents."""
+    blocks = [[]]
+    for number, text in enumerate(lines, 1):
+        if text.strip() and not text.startswith(DOCUMENT):
+            blocks[-1].append(Line(number, text))
+        elif blocks[-1]:
+            blocks.append([])
+    return list(filter(None, blocks))
 
 
-def without_comments(block: list[tuple[int, str]], most: bool) -> list[tuple[int, str]]:
+def drop_comments(blocks: list[list[Line]]) -> list[list[Line]]:
+    """The blocks without the comments that they begin with, and without those that are comments alone."""
+    # A sentence may begin with the word #, but not most of them.
+    comments = sum(block[0].text.startswith("# ") for block in blocks)
+    most = 2 * comments > len(blocks)
+    kept = []
+    for block in blocks:
+        rest = without_comments(block, most)
+        if rest:
+            kept.append(rest)
+    return kept
+
+
+def without_comments(block: list[Line], most: bool) -> list[Line]:
     """A block without the comments that it begins with. most: most blocks do."""
+    texts = [line.text for line in block] + [""]
     start = 0
-    for _, line in block:
-        after = block[start + 1][1] if start + 1 < len(block) else ""
-        comment = most and line.startswith("# ") and "\t" not in after
-        if not line.startswith("#") or not (comment or is_unlike(line, after)):
+    for text, after in pairwise(texts):
+        comment = most and text.startswith("# ") and "\t" not in after
+        if not text.startswith("#") or not (comment or has_other_columns(text, after)):
             break
         start += 1
     return block[start:]
 
 
-def is_unlike(line: str, after: str) -> bool:
+def has_other_columns(text: str, after: str) -> bool:
     """Whether a line that begins with # is no word: it has other columns than the line after it."""
     if "\t" in after or not after:
-        return line.count("\t") != after.count("\t")
-    return len(SPACES.split(line)) != len(SPACES.split(after)) or after.startswith("#")
+        return text.count("\t") != after.count("\t")
+    if after.startswith("#"):
+        return True
+    return len(SPACES.split(text)) != len(SPACES.split(after))
 
 
 def global_columns(text: str) -> list[str]:
@@ -176,52 +196,56 @@ def global_columns(text: str) -> list[str]:
     return []
 
 
-def splitter(blocks: list[list[tuple[int, str]]], suffix: str):
+def split_cells(blocks: list[list[Line]], suffix: str) -> list[Sentence]:
+    split = splitter(list(chain.from_iterable(blocks)), suffix)
+    sentences = []
+    for block in blocks:
+        sentences.append([Token(split(line.text), line.number) for line in block])
+    return sentences
+
+
+def splitter(lines: list[Line], suffix: str) -> Callable[[str], list[str]]:
     """What divides a line into columns: tabs, else commas in a .csv, else spaces."""
-    lines = [line for block in blocks for _, line in block]
-    tabs = sum("\t" in line for line in lines)
-    if 2 * tabs > len(lines):
-        return lambda line: line.split("\t")
+    if in_most_lines("\t", lines):
+        return lambda text: text.split("\t")
     for mark in (",", ";"):
-        if suffix == ".csv" and 2 * sum(mark in line for line in lines) > len(lines):
-            return lambda line: next(csv.reader([line], delimiter=mark))
-    return lambda line: SPACES.split(line.strip(" \t"))
+        if suffix == ".csv" and in_most_lines(mark, lines):
+            return lambda text: next(csv.reader([text], delimiter=mark))
+    return lambda text: SPACES.split(text.strip(" \t"))
 
 
-def header_of(sentences: list[list[Token]], given: dict[str, str]) -> list[str]:
-    """The first line where it names columns: those that were given, or one of words and one of tags."""
-    cells = [cell.strip() for cell in sentences[0][0].cells]
-    known = [cell.casefold() for cell in cells]
-    wanted = [name.casefold() for name in given.values() if not name.isdecimal()]
-    if wanted:
-        if set(wanted) <= set(known):
-            return cells
-        return []
-    has_words = set(known) & set(WORD_NAMES)
-    has_tags = set(known) & set(TAG_NAMES)
-    if has_words and has_tags and len(set(known)) == len(known):
-        return cells
-    return []
+def in_most_lines(mark: str, lines: list[Line]) -> bool:
+    return 2 * sum(mark in line.text for line in lines) > len(lines)
 
 
-def is_tokens(tokens: list[Token], text: str, suffix: str, given: dict[str, str]) -> bool:
+# ---------------------------------------------------------------- what the file is
+
+
+def is_tokens(tokens: list[Token], text: str, suffix: str) -> bool:
     """Whether each line is one word. Not so where a cell has the tags of several, with spaces between."""
     if suffix in SUFFIXES:
         return True
-    several = sum(any(len(cell.split()) > 1 for cell in token.cells[1:]) for token in tokens)
     width = len(tokens[0].cells)
-    if width < 2 or (width <= 3 and several > SEVERAL_SHARE * len(tokens)):
+    if width < 2 or (width <= 3 and count_several(tokens) > SEVERAL_SHARE * len(tokens)):
         return False
     blank = re.search(r"\S[^\n]*\n\s*\n", text) is not None
     return blank or DOCUMENT in text or is_universal(tokens)
 
 
+def count_several(tokens: list[Token]) -> int:
+    """How many lines have several words in a cell after the first."""
+    return sum(any(map(has_several, token.cells[1:])) for token in tokens)
+
+
+def has_several(cell: str) -> bool:
+    return len(cell.split()) > 1
+
+
 def is_universal(tokens: list[Token]) -> bool:
     """Whether these are lines of CoNLL-U, but for a few that are broken."""
-    like = sum(
-        len(token.cells) == len(UNIVERSAL) and bool(ANY_ID.fullmatch(token.cells[0]))
-        for token in tokens
-    )
+    like = 0
+    for token in tokens:
+        like += len(token.cells) == len(UNIVERSAL) and bool(ANY_ID.fullmatch(token.cells[0]))
     return like > 0.9 * len(tokens)
 
 
@@ -230,9 +254,9 @@ def is_word(token: Token) -> bool:
     return bool(PLAIN_ID.fullmatch(token.cells[0])) or not ANY_ID.fullmatch(token.cells[0])
 
 
-def whole_lines(
-    path: str, sentences: list[list[Token]], width: int, bad: list[str]
-) -> list[list[Token]]:
+def whole_sentences(
+    path: str, sentences: list[Sentence], width: int, bad: list[str]
+) -> list[Sentence]:
     """The sentences whose lines have all columns; the lines of others are added to `bad`."""
     whole = []
     for sentence in sentences:
@@ -246,108 +270,64 @@ def whole_lines(
     return whole
 
 
-def places_of(
-    path: str, tokens: list[Token], width: int, names: list[str], given: dict[str, str]
-) -> tuple[int, int]:
-    """The columns of the words and of the tags. Raises DataError where they are not clear."""
-    known = [name.casefold() for name in names]
-    if given:
-        return given_places(path, width, known, given)
-    word = unique(known, WORD_NAMES)
-    tag = unique(known, TAG_NAMES)
-    if word is not None and tag is not None:
-        refuse_empty(path, tokens, tag, names)
-        return word, tag
-    last = width - 1
-    if known or not tokens or not is_plain(tokens, width):
-        raise DataError(unclear(path, tokens, names))
-    return 0, last
+# ---------------------------------------------------------------- sentences that are numbered in a column
 
 
-def unique(known: list[str], wanted: tuple[str, ...]) -> int | None:
-    """The one column that has one of these names; of CoNLL-U upos, not xpos."""
-    found = [place for place, name in enumerate(known) if name in wanted]
-    if len(found) == 1:
-        return found[0]
-    return None
-
-
-def refuse_empty(path: str, tokens: list[Token], tag: int, names: list[str]) -> None:
-    if tokens and all(token.cells[tag] == "_" for token in tokens):
-        raise DataError(
-            f"{path}: its column {names[tag]} has no tags, only _. {columns_hint(1, tag + 1)}"
-        )
-
-
-def given_places(path: str, width: int, known: list[str], given: dict[str, str]) -> tuple[int, int]:
+def is_word_a_row(tokens: list[Token], names: list[str], given: dict[str, str]) -> bool:
+    """Whether the cells of words and of tags hold one each, but for a few."""
     places = []
-    for role in ("words", "tags"):
-        name = given.get(role, role).casefold()
-        if name in known:
-            places.append(known.index(name))
-        elif name.isdecimal() and int(name) < width:
-            places.append(int(name))
-        else:
-            has = f"its lines have {width} columns" + (f": {' '.join(known)}" if known else "")
-            raise DataError(f"{path}: no column {name}; {has}. {columns_hint(0, width - 1)}")
-    return places[0], places[1]
+    for role, groups in (("words", WORD_NAMES), ("tags", TAG_NAMES)):
+        places.append(column_called(given.get(role, ""), names, groups))
+    several = 0
+    for token in tokens:
+        cells = [token.cells[i] for i in places if i is not None and i < len(token.cells)]
+        several += any(map(has_several, cells))
+    return several <= SEVERAL_SHARE * len(tokens)
 
 
-def is_plain(tokens: list[Token], width: int) -> bool:
-    """Whether the first column has the words, and the last the tags, as far as their values show."""
-    first = [token.cells[0] for token in tokens]
-    last = [token.cells[-1] for token in tokens]
-    of_spans = all(map(OF_SPAN.fullmatch, last))
-    if all(map(OF_SPAN.fullmatch, first)) or (all(map(PLAIN_ID.fullmatch, first)) and width > 2):
-        return False
-    if width > 2:
-        return of_spans
-    if of_spans or len(tokens) < ENOUGH:
-        return True
-    kinds = len(set(last))
-    return kinds <= len(set(first)) and kinds <= len(tokens) / 2
+def by_sentence_number(tokens: list[Token], column: int) -> list[Sentence]:
+    """The tokens in sentences: another number begins one, an empty cell goes on with the one before."""
+    sentences = []
+    current = None
+    for token in tokens:
+        number = token.cells[column].strip() if column < len(token.cells) else ""
+        if not sentences or (number and number != current):
+            sentences.append([])
+            current = number
+        sentences[-1].append(token)
+    return sentences
 
 
-def unclear(path: str, tokens: list[Token], names: list[str]) -> str:
-    cells = names or tokens[0].cells
-    shown = ", ".join(f"{place}: {cell[:24]!r}" for place, cell in enumerate(cells[:12]))
-    return (
-        f"{path}: it has a word a line, but it is not clear in which column the words and the tags are; its columns "
-        f"are {shown}. {columns_hint(*likely_places(tokens))}"
-    )
+# ---------------------------------------------------------------- what is no file of words
 
 
-def likely_places(tokens: list[Token]) -> tuple[int, int]:
-    """The columns that look most like words and tags."""
-    columns = list(zip(*(token.cells for token in tokens)))
-    spans = [place for place, column in enumerate(columns) if all(map(OF_SPAN.fullmatch, column))]
-    numbers = [
-        place for place, column in enumerate(columns) if all(map(PLAIN_ID.fullmatch, column))
-    ]
-    words = [place for place in range(len(columns)) if place not in spans + numbers] or [0]
-    others = [place for place in range(len(columns)) if place not in (words[0], *numbers)]
-    by_kinds = sorted(others, key=lambda place: len(set(columns[place])))
-    return words[0], [*spans, *by_kinds, len(columns) - 1][0]
+def refuse_words(path: str, examples: list[dict], line: int, in_text: bool) -> None:
+    """Raises DataError where every row of a table has one word and one tag: sentences that fell apart.
 
-
-def columns_hint(word: int, tag: int) -> str:
-    return f'Say so by place from 0: --config.data.columns="words={word} tags={tag}" (in evaluate: --columns)'
-
-
-def refuse_words(path: str, examples: list[dict], lines: list[int]) -> None:
-    """Raises DataError where every row of a table has one word and one tag: sentences that fell apart."""
-    if len(examples) < 2:
+    in_text: whether the table is a text, which may have blank lines. A few records may well be of one word.
+    """
+    fewest = 2 if in_text else MANY_RECORDS
+    if len(examples) < fewest or not all(map(is_one_word, examples)):
         return
-    for example in examples:
-        if (
-            len(str(example.get("words", "")).split()) != 1
-            or len(str(example.get("tags", "")).split()) != 1
-        ):
-            return
+    what = f"{path}:{line}: each of its {len(examples):,} rows is one word"
+    if in_text:
+        raise DataError(
+            f"{what}, and no blank line ends a sentence: put a blank line after each sentence, {WHOLE_SENTENCES}. "
+            f"Where a column has the number of the sentence, {NUMBERED}"
+        )
     raise DataError(
-        f"{path}:{lines[0]}: each of its {len(examples):,} rows is one word, and no blank line ends a sentence: put a "
-        f"blank line after each sentence, {WHOLE_SENTENCES}"
+        f"{what}: give each sentence one row, with lists of its words and tags; or, where a column has the number of "
+        f"the sentence, {NUMBERED}"
     )
+
+
+def is_one_word(example: dict) -> bool:
+    """Whether an example has one word and one tag."""
+    for role in ("words", "tags"):
+        value = example.get(role, "")
+        if isinstance(value, (list, tuple)) or len(str(value).split()) != 1:
+            return False
+    return True
 
 
 def words_of(
@@ -358,16 +338,21 @@ def words_of(
     tags: those of the model. A text may have tags already, if they are among these.
     """
     blocks = blocks_of(lines_of(text))
-    if len(blocks) > 1 and all(len(line.split()) == 1 for block in blocks for _, line in block):
-        return [[line.strip() for _, line in block] for block in blocks]
+    if len(blocks) > 1 and not any(has_several(line.text) for line in chain.from_iterable(blocks)):
+        return [words_alone(block) for block in blocks]
+    bad = []
     try:
-        sentences = read(path, text, suffix, given, bad := [])
+        sentences = read(path, text, suffix, given, bad)
     except DataError:
         return []
-    if (
-        bad
-        or sentences is None
-        or any(not set(example["tags"]) <= set(tags) for example in sentences.examples)
-    ):
+    if bad or sentences is None:
         return []
+    for example in sentences.examples:
+        if not set(example["tags"]) <= set(tags):
+            return []
     return [example["words"] for example in sentences.examples]
+
+
+def words_alone(block: list[Line]) -> list[str]:
+    """The words of a sentence with a word a line, and nothing else."""
+    return [line.text.strip() for line in block]

@@ -1,12 +1,13 @@
-"""Tables in text: .csv and .tsv, and what stands between their columns, by the header or by the lines themselves.
+"""Tables in text: .csv and .tsv, their rows, and what stands between their columns, by the header or by the lines.
 
-A .tsv has no quotes: a tab always ends a column, a line the example. Elsewhere quotes are those of the csv module.
+A .tsv of examples has no quotes: a tab always ends a column, a line the example. Elsewhere quotes are those of
+Python's csv module.
 """
 
 import csv
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -17,7 +18,9 @@ DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 LOOKED_AT = 50  # records
 LONGEST_LOOK = 1 << 20  # characters
 ENOUGH = 5  # records that have to agree where there is no header
-EXCEL_LINE = re.compile(r'\A"?sep=(.)"?\r?\n', re.IGNORECASE)  # by which Excel tells its delimiter
+EXCEL_LINE = re.compile(r'\A"?sep=(.)"?\r?\n', re.IGNORECASE)  # in which Excel names its delimiter
+MOST_OF_CELL = 32 << 20  # characters; beyond, a quote is not closed
+TWICE = "a quote inside of a quoted text is written twice"
 
 
 class Style(NamedTuple):
@@ -32,27 +35,58 @@ class Style(NamedTuple):
         return DELIMITERS.get(self.delimiter, repr(self.delimiter))
 
 
+def likely_delimiters(suffix: str) -> list[str]:
+    """All delimiters, the one that is expected by name first."""
+    own = OWN.get(suffix, "")
+    return list(filter(None, dict.fromkeys([own, *DELIMITERS])))
+
+
+def excel_delimiter(text: str) -> tuple[str, int]:
+    """(the delimiter that a first line names for Excel or "", how many characters that line has)."""
+    found = EXCEL_LINE.match(text)
+    if found:
+        return found[1], found.end()
+    return "", 0
+
+
+def is_excel_line(row: list[str]) -> bool:
+    """Whether this row is the line in which Excel names its delimiter, and no header."""
+    if len(row) == 2:
+        return row[0].lower() == "sep=" and not row[1]
+    return len(row) == 1 and EXCEL_LINE.match(row[0] + "\n") is not None
+
+
+def reader(lines: Iterable[str], delimiter: str, quoted: bool = True, strict: bool = True):
+    """The rows of a table, as csv.reader has them.
+
+    Raises csv.Error at a row that breaks the rules of quotes (`strict`); the next row goes on.
+    """
+    csv.field_size_limit(MOST_OF_CELL)
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    return csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=strict)
+
+
 def style_of(text: str, suffix: str, is_header: Callable[[list[str]], bool]) -> Style | None:
-    """How the table in a text is written; None where neither name nor header tells. is_header: of the first cells."""
-    told = EXCEL_LINE.match(text)
-    if told:
-        return Style(told[1], True, told.end())
-    own = OWN.get(suffix)
-    first = text.partition("\n")[0]
-    if own is None:
-        own = "\t" if "\t" in first else ""
+    """How the table in a text is written; None where neither name nor header says so. is_header: of the first cells."""
+    named, start = excel_delimiter(text)
+    if named:
+        return Style(named, True, start)
+    own = OWN.get(suffix, "")
+    if suffix not in OWN and "\t" in text.partition("\n")[0]:
+        own = "\t"
     plain = own == "\t" and suffix != ".csv"
-    samples = {own: sample(text, Style(own, not plain))} if own else {}
-    for delimiter in DELIMITERS:
-        if delimiter not in samples and delimiter in text:
-            samples[delimiter] = sample(text, Style(delimiter, True))
-    for delimiter, records in samples.items():
-        if records and len(records[0]) > 1 and is_header(records[0]):
-            return Style(delimiter, delimiter != own or not plain)
+    samples = {}
+    for delimiter in filter(None, dict.fromkeys([own, *DELIMITERS])):
+        quotes = delimiter != own or not plain
+        if delimiter == own or delimiter in text:
+            records = sample(text, Style(delimiter, quotes))
+            samples[delimiter] = records
+            if records and len(records[0]) > 1 and is_header(records[0]):
+                return Style(delimiter, quotes)
     if not own:
         return None
-    if not agree(samples[own]):
-        others = [other for other, records in samples.items() if other != own and agree(records)]
+    if not agree(samples.pop(own)):
+        others = [other for other, records in samples.items() if agree(records)]
         if len(others) == 1 and len(samples[others[0]]) >= ENOUGH:
             return Style(others[0], True)
     return Style(own, not plain)
@@ -62,26 +96,25 @@ def sample(text: str, style: Style) -> list[list[str]]:
     """The first records of a text in a style, as far as they can be read."""
     if len(text) > LONGEST_LOOK:
         text = text[:LONGEST_LOOK].rpartition("\n")[0]
+    records = []
     if not style.quotes:
-        lines = []
         for line in islice(io.StringIO(text, newline="\n"), 4 * LOOKED_AT):
             if line.strip():
-                lines.append(line)
-        return [line.rstrip("\r\n").split(style.delimiter) for line in lines[:LOOKED_AT]]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=style.delimiter)
-    records = []
+                records.append(line.rstrip("\r\n").split(style.delimiter))
+        return records[:LOOKED_AT]
+    rows = reader(io.StringIO(text, newline=""), style.delimiter, strict=False)
     try:
-        for record in islice(reader, LOOKED_AT):
-            if record:
-                records.append(record)
+        for row in islice(rows, LOOKED_AT):
+            if row:
+                records.append(row)
     except csv.Error:
-        return records
+        pass  # what was read until then is enough
     return records
 
 
 def agree(records: list[list[str]]) -> bool:
     """Whether all have as many columns, and more than one."""
-    widths = {len(record) for record in records}
+    widths = set(map(len, records))
     return len(widths) == 1 and widths.pop() > 1
 
 
@@ -99,16 +132,16 @@ def read(path: str, text: str, style: Style, bad: list[str]) -> Iterator[tuple[l
 def read_quoted(
     path: str, text: str, style: Style, line: int, bad: list[str]
 ) -> Iterator[tuple[list[str], int]]:
-    csv.field_size_limit(1 << 30)
+    """`read` where quotes hold cells together. line: that of the beginning of the text."""
     before = line
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=style.delimiter, strict=True)
+    rows = reader(io.StringIO(text, newline=""), style.delimiter)
     try:
-        for record in reader:
+        for record in rows:
             if record:
                 yield record, line
-            line = reader.line_num + before
+            line = rows.line_num + before
     except csv.Error as error:
-        bad.append(f"{path}:{line}: {error}; a quote inside of a quoted text is written twice")
+        bad.append(f"{path}:{line}: {error}; {TWICE}")
 
 
 def is_number(cell: str) -> bool:

@@ -1,8 +1,8 @@
-"""Dialogues as other projects write them, to the columns of the tasks sft and dpo.
+"""Dialogues: the messages of an example, and those of other projects, to the columns of the tasks sft and dpo.
 
 Read are OpenAI's messages of role and content, ShareGPT's conversations of from and value (human, gpt), Alpaca's
 instruction, input and output (Taori et al. 2023), prompt and completion, and pairs of preferences as texts or lists of
-messages. What a file is taken for is told, in one line.
+messages. What a file is taken for is said in one line.
 """
 
 import json
@@ -30,7 +30,7 @@ ANSWERED = ("answer", "output", "completion", "assistant", "target", "reply")
 
 
 class Form(NamedTuple):
-    """A way to write an example: the columns that tell it, those that may be there, and what makes an example of it."""
+    """A way to write an example: the columns that show it, those that may be there, and what makes an example of it."""
 
     name: str  # for people
     needed: tuple[str, ...]
@@ -39,8 +39,8 @@ class Form(NamedTuple):
 
 
 def form_of(names: list[str], task: str) -> Form | None:
-    """The form that the columns of a file tell, where they are not the task's own."""
-    known = {name.casefold() for name in names}
+    """The form that the columns of a file show, where they are not the task's own."""
+    known = set(map(str.casefold, names))
     for form in FORMS.get(TASKS[task].transform, ()):
         prompt_elsewhere = form.example is preference_alone and known & set(ASKED)
         if set(form.needed) <= known and not prompt_elsewhere:
@@ -50,14 +50,14 @@ def form_of(names: list[str], task: str) -> Form | None:
 
 def is_native(names: list[str], task: str) -> bool:
     """Whether a file has the columns of the task itself."""
-    known = {name.casefold() for name in names}
+    known = set(map(str.casefold, names))
     if "messages" in TASKS[task].column_names:
         return "messages" in known or {"prompt", "response"} <= known
     return {"prompt", "chosen", "rejected"} <= known
 
 
 def own_columns(example: dict, task: str) -> dict:
-    """An example of the task's own columns, whose messages may still be written as ShareGPT has them.
+    """An example of the task's own columns, whose messages may be written as ShareGPT has them.
 
     What needs no change is given back as it is. Raises ValueError of what is no dialogue.
     """
@@ -70,7 +70,64 @@ def own_columns(example: dict, task: str) -> dict:
     return example
 
 
-# ---------------------------------------------------------------- messages
+# ---------------------------------------------------------------- messages of role and content
+
+
+def messages_of(example) -> list[dict]:
+    """The messages of an example, which has them as such, in JSON, or as a prompt and a response.
+
+    Raises ValueError where its messages are no list.
+    """
+    if "messages" in example:
+        given = example["messages"]
+        given = from_json(given) if isinstance(given, str) else given
+        if not isinstance(given, (list, tuple)):
+            raise ValueError(f"messages is a list of messages, not {str(given)[:60]}")
+        return list(given)
+    messages = []
+    for name, role in (("prompt", "user"), ("response", "assistant")):
+        said = example.get(name)
+        if isinstance(said, (list, tuple)):  # what came before, of several turns
+            messages += said
+        elif name in example:
+            messages.append({"role": role, "content": said})
+    return messages
+
+
+def from_json(text: str):
+    """Raises ValueError where a text is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"messages is a list of messages, or that in JSON, not {text[:60]!r}: {error}"
+        ) from None
+
+
+def refuse_message(message) -> None:
+    """Raises ValueError where a message is not one of a known role with a text and a weight of 0 or 1."""
+    if not (isinstance(message, dict) and {"role", "content"} <= set(message)):
+        raise ValueError(f'a message is {{"role": ..., "content": ...}}, not {str(message)[:60]}')
+    role = message["role"]
+    content = message["content"]
+    if role not in ("system", "user", "assistant"):
+        raise ValueError(f"the role {role!r} is not system, user or assistant")
+    if not isinstance(content, str):
+        raise ValueError(f"the content of a message is text, not {str(content)[:60]}")
+    weight = weight_of(message)
+    if weight not in (0, 1):
+        raise ValueError(
+            f"the weight of a message is 0 (not learned) or 1, not {repr(weight)[:60]}"
+        )
+
+
+def weight_of(message: dict):
+    """A message's weight, 1 where it has none."""
+    weight = message.get("weight")
+    return 1 if weight is None else weight  # a table has None where there is none
+
+
+# ---------------------------------------------------------------- messages of others
 
 
 def loaded(value):
@@ -88,8 +145,12 @@ def is_foreign(value) -> bool:
     messages = loaded(value)
     if not isinstance(messages, list):
         return False
-    dicts = [message for message in messages if isinstance(message, dict)]
-    return any("from" in message or isinstance(message.get("content"), list) for message in dicts)
+    for message in messages:
+        if isinstance(message, dict) and "from" in message:
+            return True
+        if isinstance(message, dict) and isinstance(message.get("content"), list):
+            return True
+    return False
 
 
 def dialogue(value) -> list[dict]:
@@ -99,10 +160,11 @@ def dialogue(value) -> list[dict]:
         messages = [messages]
     if not isinstance(messages, list):
         raise ValueError(f"a dialogue is a list of messages, not {str(value)[:60]}")
-    return [message_of(message) for message in messages]
+    return list(map(message_of, messages))
 
 
 def message_of(message) -> dict:
+    """One message of role, content and, where it has one, weight. Raises ValueError where it is none."""
     if not isinstance(message, dict):
         raise ValueError(f'a message is {{"role": ..., "content": ...}}, not {str(message)[:60]}')
     speaker = message.get("role", message.get("from"))
@@ -118,11 +180,10 @@ def message_of(message) -> dict:
         raise ValueError(
             f"a message of {speaker!r}: only {known} are read{hint}; leave such examples out"
         )
+    converted = {"role": role, "content": content}
     if message.get("weight") is not None:
-        weight = {"weight": message["weight"]}
-    else:
-        weight = {}
-    return {"role": role, "content": content, **weight}
+        converted["weight"] = message["weight"]
+    return converted
 
 
 def joined(parts: list) -> str:
@@ -152,10 +213,7 @@ def system_of(example: dict) -> list[dict]:
 def instructed(example: dict) -> str:
     """An instruction, and the input that it is about after an empty line."""
     about = example.get("input", example.get("context"))
-    parts = []
-    for part in (example["instruction"], about):
-        if part not in (None, ""):
-            parts.append(str(part))
+    parts = [str(part) for part in (example["instruction"], about) if part not in (None, "")]
     return "\n\n".join(parts)
 
 
@@ -200,7 +258,8 @@ def preference(example: dict) -> dict:
     if not any(isinstance(value, (list, dict)) for value in (prompt, *sides)):
         return example
     before = [] if prompt is None else turns(prompt, "user")
-    first, second = [turns(value, "assistant") for value in sides]
+    first = turns(sides[0], "assistant")
+    second = turns(sides[1], "assistant")
     shared = common(first, second)
     answers = [first[len(shared) :], second[len(shared) :]]
     if any(len(answer) != 1 or answer[0]["role"] != "assistant" for answer in answers):
@@ -212,9 +271,11 @@ def preference(example: dict) -> dict:
         raise ValueError(
             "it has no prompt: neither a column prompt nor messages before the answers"
         )
-    alone = len(before) == 1 and before[0]["role"] == "user"
+    prompt = before
+    if len(before) == 1 and before[0]["role"] == "user":
+        prompt = before[0]["content"]
     pair = {"chosen": answers[0][0]["content"], "rejected": answers[1][0]["content"]}
-    return example | {"prompt": before[0]["content"] if alone else before} | pair
+    return example | {"prompt": prompt} | pair
 
 
 def common(first: list[dict], second: list[dict]) -> list[dict]:
@@ -231,8 +292,8 @@ def merged(prompt: list[dict], shared: list[dict]) -> list[dict]:
     """The prompt once, where chosen and rejected begin with it too."""
     if not shared or prompt == shared:
         return prompt
-    said = [message["content"].strip() for message in shared]
-    if all(message["content"].strip() in said for message in prompt):
+    texts = [message["content"].strip() for message in shared]
+    if all(message["content"].strip() in texts for message in prompt):
         return shared
     if shared[0]["role"] == "assistant":
         return prompt + shared
@@ -242,8 +303,8 @@ def merged(prompt: list[dict], shared: list[dict]) -> list[dict]:
 def preference_alone(example: dict) -> dict:
     """Chosen and rejected with the prompt in them, as lists of messages or in Anthropic's spelling."""
     if isinstance(example["chosen"], str):
-        sides = {name: spoken(example[name]) for name in ("chosen", "rejected")}
-        return preference(sides)
+        chosen = spoken(example["chosen"])
+        return preference({"chosen": chosen, "rejected": spoken(example["rejected"])})
     return preference(example)
 
 
@@ -255,8 +316,10 @@ def spoken(text) -> list[dict]:
             "it has no prompt: give a column prompt, or lists of messages, or texts that begin with an empty line and "
             "Human:"
         )
-    pairs = zip(rest[::2], rest[1::2])
-    return [{"role": OF_ANTHROPIC[speaker], "content": said.strip()} for speaker, said in pairs]
+    messages = []
+    for speaker, text in zip(rest[::2], rest[1::2]):
+        messages.append({"role": OF_ANTHROPIC[speaker], "content": text.strip()})
+    return messages
 
 
 def preference_after(example: dict) -> dict:
@@ -270,7 +333,7 @@ def preference_instructed(example: dict) -> dict:
 
 
 def pair_of(example: dict) -> dict:
-    return {name: example[name] for name in ("chosen", "rejected")}
+    return {"chosen": example["chosen"], "rejected": example["rejected"]}
 
 
 SHAREGPT = "ShareGPT's dialogues (conversations of from and value)"
@@ -332,7 +395,7 @@ def likely_columns(names: list[str], roles: list[str]) -> dict[str, str]:
     folded = {name.casefold(): name for name in names}
     found = {}
     for role, others in (("prompt", ASKED), ("response", ANSWERED)):
-        known = [folded[name] for name in others if name in folded]
-        if known and role in roles:
-            found[role] = known[0]
+        name = next((name for name in others if name in folded), None)
+        if name and role in roles:
+            found[role] = folded[name]
     return found

@@ -11,18 +11,14 @@ CONTROL_SHARE = 0.05  # of the bytes; above, they are no text ...
 CONTROL_COUNT = 4  # ... where they are as many at least
 # (count, share) of bytes that are invalid in UTF-8: from any of them on, a file is in another encoding.
 INVALID = ((3, 0.02), (10, 0.003))
-SEPARATOR_SHARE = (
-    0.3  # control characters in valid UTF-8: below, they stand between the fields of a text
-)
-PRINTABLE_SHARE = (
-    0.7  # of bytes that are ASCII; text of one byte a character has more, UTF-16 fewer
-)
-LEGACY_CONTROLS = (
-    0.01  # text in an encoding of one or two bytes has fewer control characters, binary data more
-)
-WIDE_CONTROLS = (
-    0.005  # UTF-16 has at least these: its spaces, line ends and digits have a zero byte
-)
+# Of control characters in valid UTF-8: below, they stand between the fields of a text.
+SEPARATOR_SHARE = 0.3
+# Of bytes that are ASCII: text of one byte a character has more, UTF-16 fewer.
+PRINTABLE_SHARE = 0.7
+# Text in an encoding of one or two bytes has fewer control characters, binary data more.
+LEGACY_CONTROLS = 0.01
+# UTF-16 has at least these: its spaces, line ends and digits have a zero byte.
+WIDE_CONTROLS = 0.005
 WIDE_SHARE = 0.9  # of the characters of UTF-16 text that are in LETTERS
 # ASCII, Latin, Greek, Cyrillic, Armenian, Hebrew, Arabic, Indic, Thai, Georgian, punctuation, Chinese, kana, Hangul.
 LETTERS = re.compile(
@@ -57,47 +53,55 @@ OTHER_SCRIPTS = {
 ISO_2022_JP = re.compile(rb"\x1b\$[@B].*\x1b\([BJ]", re.DOTALL)
 
 
-class Doubt(NamedTuple):
+class Diagnosis(NamedTuple):
     """Why bytes are not read as UTF-8, and what iconv may convert them from: "" where they are no text at all."""
 
     reason: str
     encoding: str
 
 
-def doubt(head: bytes) -> Doubt | None:
+def diagnose(head: bytes) -> Diagnosis | None:
     """What speaks against reading a file that begins with these bytes as UTF-8; None where nothing does."""
     if ISO_2022_JP.search(head):
-        return Doubt("not UTF-8: it switches character sets by escapes", "ISO-2022-JP")
+        return Diagnosis("not UTF-8: it switches character sets by escapes", "ISO-2022-JP")
     size = len(head)
-    nul = head.count(0)
-    controls = _num_controls(head)
-    invalid = _num_invalid(head)
-    many_controls = controls >= CONTROL_COUNT and controls > CONTROL_SHARE * size
-    if nul > NUL_SHARE * size:
-        reason = f"{nul / size:.0%} NUL bytes, so not UTF-8"
-    elif many_controls:
-        reason = f"{controls / size:.0%} control characters, so not UTF-8"
-    elif any(invalid >= count and invalid > share * size for count, share in INVALID):
-        reason = f"not UTF-8: {invalid / size:.1%} of its bytes are invalid in it"
-    else:
+    controls = count_controls(head)
+    invalid = count_invalid(head)
+    reason = reason_against(head, controls, invalid)
+    if not reason:
         return None
-    encoding = _wide(head) if controls > WIDE_CONTROLS * size else ""
+    encoding = ""
+    if controls > WIDE_CONTROLS * size:
+        encoding = guess_wide(head)
     if not encoding and not invalid and controls <= SEPARATOR_SHARE * size:
         return None
     if not encoding and controls <= LEGACY_CONTROLS * size:
-        encoding = _narrow(head)
+        encoding = guess_narrow(head)
     if encoding:
-        return Doubt(reason, encoding)
-    return Doubt(
-        f"not text: {controls / size:.0%} control characters, {invalid:,} invalid in UTF-8", ""
-    )
+        return Diagnosis(reason, encoding)
+    share = f"{controls / size:.0%}"
+    return Diagnosis(f"not text: {share} control characters, {invalid:,} invalid in UTF-8", "")
 
 
-def _num_controls(head: bytes) -> int:
+def reason_against(head: bytes, controls: int, invalid: int) -> str:
+    """Why these bytes are no UTF-8, as far as counts say; "" where they may be."""
+    size = len(head)
+    nul = head.count(0)
+    if nul > NUL_SHARE * size:
+        return f"{nul / size:.0%} NUL bytes, so not UTF-8"
+    if controls >= CONTROL_COUNT and controls > CONTROL_SHARE * size:
+        return f"{controls / size:.0%} control characters, so not UTF-8"
+    for count, share in INVALID:
+        if invalid >= count and invalid > share * size:
+            return f"not UTF-8: {invalid / size:.1%} of its bytes are invalid in it"
+    return ""
+
+
+def count_controls(head: bytes) -> int:
     return len(head) - len(head.translate(None, CONTROLS))
 
 
-def _num_invalid(head: bytes) -> int:
+def count_invalid(head: bytes) -> int:
     """How many bytes or sequences UTF-8 doesn't have, but for one that is cut at the end; 0 where it has more that
     are right, since then the file is UTF-8 with damage."""
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
@@ -109,7 +113,7 @@ def _num_invalid(head: bytes) -> int:
     return 0
 
 
-def _wide(head: bytes) -> str:
+def guess_wide(head: bytes) -> str:
     """UTF-16 or UTF-32 with its byte order, where the bytes are text in it, else ""."""
     if len(re.findall(rb"[ -~]", head)) > PRINTABLE_SHARE * len(head):
         return ""
@@ -125,43 +129,60 @@ def _wide(head: bytes) -> str:
     return best
 
 
-def _narrow(head: bytes) -> str:
+def guess_narrow(head: bytes) -> str:
     """The likeliest encoding of one or two bytes a character. A guess: nothing in a file says it."""
     for name, letters, least in EAST_ASIAN:
-        beyond = _beyond_ascii(head, name)
+        beyond = beyond_ascii(head, name)
         if beyond and len(letters.findall(beyond)) >= least * len(beyond):
             return name
-    shares = {name: _common_share(_beyond_ascii(head, name), *common) for name, *common in CHINESE}
+    shares = {}
+    for name, codec, low, high in CHINESE:
+        shares[name] = share_in_common_use(beyond_ascii(head, name), codec, low, high)
     best = max(shares, key=shares.get)
     if shares[best] >= CHINESE_SHARE:
         return best
     if b" " not in head and b"\n" not in head:  # as hardly any text has it, but UTF-16 of one line
-        wide = _wide(head)
+        wide = guess_wide(head)
         if wide:
             return wide
     num_ascii = len(re.findall(rb"[A-Za-z]", head))
     num_beyond = len(re.findall(rb"[\x80-\xff]", head))
     names = OTHER_SCRIPTS if num_beyond > num_ascii else LATIN
-    counts = {name: _num_frequent(head, name, letters) for name, letters in names.items()}
-    return max(counts, key=counts.get)  # the first of those that are equal
+    # The first of those that are equal.
+    return max(names, key=lambda name: count_frequent(head, name, names[name]))
 
 
-def _beyond_ascii(head: bytes, name: str) -> str:
-    """The characters beyond ASCII of the bytes; none where they aren't text in this encoding."""
+def windows_or_latin(data: bytes) -> str:
+    """WINDOWS-1252 where bytes are used that are letters and quotes in it, and control characters in Latin-1."""
+    if not any(byte in data for byte in range(0x80, 0xA0)):
+        return "LATIN1"
     try:
-        text = codecs.getincrementaldecoder(name)().decode(
-            head
-        )  # one that is cut at the end is left
+        data.decode("cp1252")
+    except UnicodeDecodeError:
+        return "LATIN1"
+    return "WINDOWS-1252"
+
+
+def beyond_ascii(head: bytes, name: str) -> str:
+    """The characters beyond ASCII of the bytes; none where they aren't text in this encoding."""
+    decoder = codecs.getincrementaldecoder(name)()  # leaves a character that is cut at the end
+    try:
+        text = decoder.decode(head)
     except UnicodeDecodeError:
         return ""
     return re.sub("[\0-\x7f]", "", text)
 
 
-def _common_share(text: str, codec: str, low: bytes, high: bytes) -> float:
-    firsts = [character.encode(codec, "ignore")[:1] for character in text]
-    return sum(low <= first <= high for first in firsts) / max(1, len(firsts))
+def share_in_common_use(text: str, codec: str, low: bytes, high: bytes) -> float:
+    """The share of characters whose first byte in this codec lies between `low` and `high`."""
+    common = 0
+    for character in text:
+        first = character.encode(codec, "ignore")[:1]
+        common += low <= first <= high
+    return common / max(1, len(text))
 
 
-def _num_frequent(head: bytes, name: str, letters: str) -> int:
+def count_frequent(head: bytes, name: str, letters: str) -> int:
+    """How many of these letters the bytes have, read in this encoding."""
     text = head.decode(name, errors="ignore")
-    return sum(text.count(letter) for letter in letters)
+    return sum(map(text.count, letters))

@@ -1,16 +1,21 @@
-"""JSON files of examples: an object a line, one list of objects, or objects of many lines, one after the other."""
+"""JSON files: an object a line, one list of objects, or objects of many lines, one after the other.
+
+Examples are read as a whole, documents as a stream: see `read` and `stream_values`.
+"""
 
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from jaxlm.data.files.example_files import lines_of
 
 NAMES = (".json", ".jsonl", ".ndjson")
-LIST = re.compile(r"\[\s*[{\]]")
+LIST_OF_OBJECTS = re.compile(r"\[\s*[{\]]")
 SPACE = re.compile(r"\s*")
+SPACE_IN_LIST = re.compile(r"[\s,]*")
 DECODER = json.JSONDecoder()
+OBJECT_CHARS = 32 << 20  # of one value in a stream at most, so that memory is bounded
 NO_OBJECT = 'not a JSON object, such as {"text": ..., "label": ...}'
 # A record for each question, from articles with paragraphs with questions; no answers are an empty list.
 SQUAD = (
@@ -24,9 +29,14 @@ def is_json(text: str, suffix: str) -> bool:
     if suffix in NAMES:
         return True
     start = text.lstrip()
-    if LIST.match(start):
+    if begins_list(start):
         return start.rstrip() == "[]" or object_at(start[1:].lstrip()) is not None
     return start.startswith("{") and is_alone(start)
+
+
+def begins_list(text: str) -> bool:
+    """Whether a text begins with a list of objects, or with an empty list."""
+    return LIST_OF_OBJECTS.match(text) is not None
 
 
 def is_alone(text: str) -> bool:
@@ -49,6 +59,17 @@ def object_at(text: str) -> dict | None:
     return None
 
 
+def parse_object(text: str) -> dict | None:
+    """The object that a text is."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, dict):
+        return value
+    return None
+
+
 def read(path: str, text: str, bad: list[str]) -> Iterator[tuple[dict, int]]:
     """The objects, each with its line, or its number in a list. Adds to `bad` what is wrong with the file."""
     for value, number in values_of(path, text, bad):
@@ -59,19 +80,19 @@ def read(path: str, text: str, bad: list[str]) -> Iterator[tuple[dict, int]]:
 
 
 def values_of(path: str, text: str, bad: list[str]) -> Iterator[tuple[object, int]]:
+    """The values, each with its line, or its number in a list; None for one that is broken, which is added to `bad`."""
     start = text.lstrip()
-    first = start.partition("\n")[0]
-    if LIST.match(start):
-        values = parse(path, text, bad) or []
-        yield from zip(values, range(1, len(values) + 1))
-    elif (
-        start.startswith("{") and not first.rstrip().endswith("}") and object_at(start) is not None
-    ):
+    if begins_list(start):
+        for number, value in enumerate(parse(path, text, bad) or [], 1):
+            yield value, number
+        return
+    first = start.partition("\n")[0].rstrip()
+    if start.startswith("{") and not first.endswith("}") and object_at(start) is not None:
         yield from many_lines(path, text, bad)
-    else:
-        for number, line in enumerate(lines_of(text), 1):
-            if line.strip():
-                yield parse(f"{path}:{number}", line, bad), number
+        return
+    for number, line in enumerate(lines_of(text), 1):
+        if line.strip():
+            yield parse(f"{path}:{number}", line, bad), number
 
 
 def many_lines(path: str, text: str, bad: list[str]) -> Iterator[tuple[object, int]]:
@@ -98,11 +119,7 @@ def keys_of_lists(value) -> list[str]:
         return []
     keys = []
     for key, item in value.items():
-        if (
-            isinstance(item, list)
-            and len(item) > 0
-            and all(isinstance(each, dict) for each in item)
-        ):
+        if isinstance(item, list) and item and set(map(type, item)) == {dict}:
             keys.append(key)
     return keys
 
@@ -147,3 +164,58 @@ def parse(place: str, text: str, bad: list[str]):
     except (ValueError, RecursionError) as error:
         bad.append(f"{place}: not JSON: {error}")
         return None
+
+
+# ---------------------------------------------------------------- a stream
+
+
+def stream_values(blocks: Iterable[str]) -> Iterator[object]:
+    """The elements of a JSON list, or JSON values that follow one another, from text that comes in blocks.
+
+    Raises ValueError where it is broken, breaks off, or has a value above OBJECT_CHARS.
+    """
+    blocks = iter(blocks)
+    buffer, ended = _read_more("", blocks)
+    at = SPACE.match(buffer).end()
+    in_list = buffer.startswith("[", at)
+    at += in_list
+    closed = not in_list
+    while True:
+        between = SPACE if closed else SPACE_IN_LIST
+        at = between.match(buffer, at).end()
+        if not closed and buffer.startswith("]", at):
+            closed = True
+            at = SPACE.match(buffer, at + 1).end()
+        if in_list and closed and at < len(buffer):
+            raise ValueError("something follows the end of the list")
+        error = None
+        if at < len(buffer):
+            try:
+                value, end = DECODER.raw_decode(buffer, at)
+            except json.JSONDecodeError as broken:
+                error = broken.msg
+            else:
+                if end < len(buffer) or ended:  # else a number may go on
+                    yield value
+                    at = end
+                    continue
+        if ended or len(buffer) - at > OBJECT_CHARS:
+            break
+        buffer, ended = _read_more(buffer[at:], blocks)
+        at = 0
+    if error:
+        raise ValueError(f"broken JSON: {error}")
+    if not closed:
+        raise ValueError("the list has no end")
+
+
+def _read_more(rest: str, blocks: Iterator[str]) -> tuple[str, bool]:
+    """(twice as much text or more, so that a long value is tried a few times only; whether it was the last)."""
+    got = [rest]
+    size = len(rest)
+    for block in blocks:
+        got.append(block)
+        size += len(block)
+        if size > 2 * len(rest):
+            return "".join(got), False
+    return "".join(got), True

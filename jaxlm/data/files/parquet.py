@@ -50,12 +50,31 @@ def leaves_of(table, names: list[str]) -> list[str]:
 
 def refuse_type(path: str, name: str, kind: pa.DataType) -> None:
     """Raises DataError for a column of times: they have many spellings, and none is a text."""
-    value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if pa.types.is_temporal(value_type):
+    if pa.types.is_temporal(value_type(kind)):
         raise DataError(
             f"{path}:1: its column {name} holds times ({kind}), not text or numbers; write them as the text that is to "
             "be learned"
         )
+
+
+def value_type(kind: pa.DataType) -> pa.DataType:
+    """The type of the values, which a dictionary keeps once."""
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    return kind
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values of a type of Arrow's are text, or bytes that may be."""
+    kind = value_type(kind)
+    string = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return string or pa.types.is_string_view(kind) or is_bytes(kind)
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    kind = value_type(kind)
+    plain = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return plain or pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind)
 
 
 def values_of(path: str, name: str, column: pa.ChunkedArray) -> list:

@@ -19,37 +19,43 @@ def paths_of(spec: str) -> list[str]:
     paths = []
     missing = []
     for item in items_of(spec):
-        parts = parts_of(item)
-        found = [matches(part) for part in parts]
-        missing += [part for part, files in zip(parts, found) if not files]
-        if len({len(files) for files in found}) > 1 and all(found):
-            counts = ", ".join(f"{part}: {len(files)}" for part, files in zip(parts, found))
+        found = {part: matches(part) for part in parts_of(item)}
+        absent = [part for part, files in found.items() if not files]
+        missing += absent
+        if not absent and len(set(map(len, found.values()))) > 1:
+            counts = ", ".join(f"{part}: {len(files)}" for part, files in found.items())
             raise DataError(f"{item}: as many files on each side are needed ({counts})")
-        paths += ["+".join(files) for files in zip(*found)]
-    if missing or not paths:
-        folder = Path(missing[0]).parent if missing else Path()
-        if folder.is_dir():
-            where = ""
-        else:
-            where = f"; there is no directory {folder}"
-        near = near_path(missing[0]) if missing else ""
-        raise DataError(f"there is no file {', '.join(missing) or repr(spec)}{where}{near}")
+        paths += map("+".join, zip(*found.values()))
+    if missing:
+        raise DataError(f"there is no file {', '.join(missing)}{_hint(missing[0])}")
+    if not paths:
+        raise DataError(f"there is no file {spec!r}")
     return paths
+
+
+def _hint(path: str) -> str:
+    """Where the path of a file that is not there may be wrong."""
+    folder = Path(path).parent
+    if folder.is_dir():
+        return near_path(path)
+    return f"; there is no directory {folder}{near_path(path)}"
 
 
 def absolute(spec: str) -> str:
     """The same files, whatever the working directory is."""
-    items = []
-    for item in items_of(spec):
-        items.append("+".join(os.path.abspath(part) for part in parts_of(item)))
-    return ",".join(items)
+    return with_each_path(spec, os.path.abspath)
 
 
 def relative(spec: str) -> str:
     """The same files, those in the working directory by their names there: each file has one spec, and a short one."""
+    return with_each_path(spec, relative_path)
+
+
+def with_each_path(spec: str, change: Callable[[str], str]) -> str:
+    """A spec whose paths are changed, one by one."""
     items = []
     for item in items_of(spec):
-        items.append("+".join(map(relative_path, parts_of(item))))
+        items.append("+".join(map(change, parts_of(item))))
     return ",".join(items)
 
 
@@ -65,7 +71,7 @@ def items_of(spec: str) -> list[str]:
     if os.path.exists(spec):
         return [spec]
     items = rejoined(spec.split(","), ",", lambda item: all(map(matches, parts_of(item))))
-    return [item for item in items if item]
+    return list(filter(None, items))
 
 
 def parts_of(item: str) -> list[str]:
@@ -73,15 +79,18 @@ def parts_of(item: str) -> list[str]:
     if "+" not in item or os.path.exists(item):
         return [item]
     pieces = item.split("+")
-    folders = [os.path.dirname(first) for first in heads(pieces) if matches(first)]
-    folder = folders[0] if folders else os.path.dirname(pieces[0])
+    first = next(filter(matches, heads(pieces)), pieces[0])
+    folder = os.path.dirname(first)
+
+    def exists(part: str) -> bool:
+        return bool(matches(part) or matches(os.path.join(folder, part)))
+
     parts = []
-    for part in rejoined(
-        pieces, "+", lambda part: matches(part) or matches(os.path.join(folder, part))
-    ):
+    for part in rejoined(pieces, "+", exists):
         beside = os.path.join(folder, part)
-        here = matches(part)
-        parts.append(beside if matches(beside) and not here else part)
+        if matches(beside) and not matches(part):
+            part = beside
+        parts.append(part)
     return parts
 
 
@@ -120,5 +129,7 @@ def literal_folders(pattern: str) -> str:
     kept = []
     for folder in folders:
         seen += folder + os.sep
-        kept.append(glob.escape(folder) if os.path.isdir(seen) else folder)
+        if os.path.isdir(seen):
+            folder = glob.escape(folder)
+        kept.append(folder)
     return os.sep.join([*kept, last])

@@ -48,15 +48,19 @@ class Tokenizer(ABC):
         for no character, such as a space that the tokenizer adds, has an empty stretch.
         """
         ids, offsets = self._encode_with_offsets(replace_surrogates(text)[0])
+        ids = np.asarray(ids, dtype=np.int32)
         offsets = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-        return np.asarray(ids, dtype=np.int32), np.maximum.accumulate(offsets, axis=0)
+        return ids, np.maximum.accumulate(offsets, axis=0)
 
     def decode(self, ids) -> str:
         """The text of `ids`, an array or list of any shape. Never raises: special tokens and ids that are out of range
         (a model's vocabulary may be padded) give nothing, bytes that are not UTF-8 give U+FFFD."""
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
-        special = [i for i in (self.bos_id, self.eos_id) if i is not None]
-        return self._decode(ids[(ids >= 0) & (ids < self.vocab_size) & ~np.isin(ids, special)])
+        is_text = (ids >= 0) & (ids < self.vocab_size)
+        for special in (self.bos_id, self.eos_id):
+            if special is not None:
+                is_text &= ids != special
+        return self._decode(ids[is_text])
 
     def lost(self, text: str) -> list[str]:
         """The stretches of `text`, in order, that have no token: they are unknown, or dropped."""
@@ -72,7 +76,10 @@ class Tokenizer(ABC):
 
     def token_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary writes it; None where there is none."""
-        return next((i for i in range(self.vocab_size) if self.token(i) == token), None)
+        for id_ in range(self.vocab_size):
+            if self.token(id_) == token:
+                return id_
+        return None
 
     @property
     def special_ids(self) -> set[int]:
@@ -129,7 +136,9 @@ class Prefixed(Tokenizer):
             return self._encode_with(self._bare, text)
         if self._is_gap(after[-1]) or self._is_gap(text[:1]):
             return self._encode(text)  # its prefix is the space between the two
-        gap = next((i for i, character in enumerate(text) if self._is_gap(character)), len(text))
+        gap = 0
+        while gap < len(text) and not self._is_gap(text[gap]):
+            gap += 1
         return [*self._encode_with(self._bare, text[:gap]), *self._encode(text[gap:])]
 
     def _is_gap(self, character: str) -> bool:

@@ -36,12 +36,15 @@ class Kept:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._tokens = self._characters = self._sampled = self._changed = 0
+        self._tokens = 0
+        self._characters = 0
+        self._sampled = 0
+        self._changed = 0
         self._lost = Counter()
         self._kinds = Counter()
         self._example: tuple[str, str] | None = None
 
-    def look_at(self, text: str, ids: np.ndarray) -> None:
+    def inspect(self, text: str, ids: np.ndarray) -> None:
         """text, and the int32 ids that it was written as. Looks closer only where something may be missing."""
         complete = not self._tokenizer.may_lose(ids) or not self._count_lost(text, ids)
         if self._sampled < SAMPLED_PIECES:
@@ -75,13 +78,13 @@ class Kept:
     def _compare(self, text: str, complete: bool) -> None:
         """Counts what is other in the text after encoding and decoding, but for a space before it.
 
-        complete: whether it has no unknown text; else only what happens to white space tells something new.
+        complete: whether it has no unknown text; else only changes of white space are counted.
         """
         back = self._tokenizer.decode(self._tokenizer.encode(text))
         if same(text, back):
             return
         kinds = KINDS if complete else SPACES
-        found = [name for name, pattern, _ in kinds if _fewer(pattern, text, back)]
+        found = [name for name, pattern, _ in kinds if _has_fewer(pattern, text, back)]
         self._kinds.update(found)
         if found or complete:
             self._changed += 1
@@ -101,7 +104,7 @@ def add(records: list[dict]) -> dict:
         lost.update(record.get("lost", {}))
         kinds.update(record.get("kinds", {}))
         examples.append(record.get("example"))
-    example = next((pair for pair in examples if pair), None)
+    example = next(filter(None, examples), None)
     return {
         **total,
         "lost": dict(lost.most_common(SHOWN)),
@@ -133,12 +136,7 @@ def give_back_in_words(kept: dict, tokenizer: Tokenizer) -> str | None:
     changes = []
     for name, _, probe in KINDS:
         if kept["kinds"].get(name):
-            back = tokenizer.decode(tokenizer.encode(probe))
-            tells = (
-                back and back != probe and not tokenizer.lost(probe)
-            )  # not by words that it doesn't know
-            shown = f" ({probe!r} comes back as {back!r})" if tells else ""
-            changes.append(f"{name}{shown}")
+            changes.append(name + _shown_change(tokenizer, probe))
     if kept["example"]:
         before, after = kept["example"]
         changes.append(f"{before!r} comes back as {after!r}")
@@ -146,6 +144,14 @@ def give_back_in_words(kept: dict, tokenizer: Tokenizer) -> str | None:
         f"this tokenizer doesn't give the text back: {', '.join(changes)}; in {share:.0%} of the documents "
         f"({kept['sampled']:,} were looked at)"
     )
+
+
+def _shown_change(tokenizer: Tokenizer, probe: str) -> str:
+    """What becomes of a text, "" where it comes back, or is of words that the tokenizer doesn't know."""
+    back = tokenizer.decode(tokenizer.encode(probe))
+    if not back or back == probe or tokenizer.lost(probe):
+        return ""
+    return f" ({probe!r} comes back as {back!r})"
 
 
 def shortened(text: str) -> str:
@@ -160,13 +166,16 @@ def same(text: str, back: str) -> bool:
     return back in (text, f" {text}") or text == f" {back}"
 
 
-def _fewer(pattern: str, text: str, back: str) -> bool:
+def _has_fewer(pattern: str, text: str, back: str) -> bool:
     return len(re.findall(pattern, text)) > len(re.findall(pattern, back))
 
 
 def _first_difference(text: str, back: str) -> tuple[str, str]:
     """The first place at which two texts part, with some of what stands around it."""
-    pairs = enumerate(zip(text, back))
-    place = next((i for i, (one, other) in pairs if one != other), min(len(text), len(back)))
+    place = min(len(text), len(back))
+    for i, (one, other) in enumerate(zip(text, back)):
+        if one != other:
+            place = i
+            break
     start = max(0, place - 8)
     return text[start : place + 8], back[start : place + 8]

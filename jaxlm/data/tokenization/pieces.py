@@ -21,9 +21,9 @@ class Notes:
     """What was odd about a part. `bad` and `broken` list the sources by name."""
 
     counts: Counter = field(default_factory=Counter)  # the keys of prepare.COUNTS
-    bad: list[tuple[str, int, str]] = field(
-        default_factory=list
-    )  # (source, record, reason), BAD_SHOWN at most
+    # (source, record, reason), of each of the first reasons the first places
+    bad: list[tuple[str, int, str]] = field(default_factory=list)
+    reasons: Counter = field(default_factory=Counter)  # how often each of these was the reason
     broken: list[tuple[str, str, int]] = field(
         default_factory=list
     )  # (source, reason, records read)
@@ -32,7 +32,10 @@ class Notes:
 
 def character(data: bytes | bytearray, index: int) -> int:
     """Where the UTF-8 character that has byte `index` starts."""
-    return next((i for i in range(index, index - 4, -1) if data[i] & 0xC0 != 0x80), index)
+    for start in range(index, index - 4, -1):
+        if data[start] & 0xC0 != 0x80:
+            return start
+    return index
 
 
 def texts(blocks: Iterable[bytes], notes: Notes) -> Iterator[str]:

@@ -5,6 +5,7 @@ tokenizer, as on a hub; the post-processor of tokenizer.json, or the sentencepie
 """
 
 import json
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -13,15 +14,17 @@ from jaxlm.data.tokenization.tokenizer_json import around_the_text, special_toke
 from jaxlm.errors import ConfigError, DataError
 
 ROLES = ("bos", "eos")
-IDS = (
-    "tokenizer_ids.json"  # what a run's tokenizer begins and ends a text with, beside the tokenizer
-)
+# What a run's tokenizer begins and ends a text with, beside the tokenizer.
+IDS = "tokenizer_ids.json"
 FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",
     "config.json",
 )
+SHOWN = 12  # special tokens, in a message
+# How special tokens are written, but for those of bytes: <s>, <|im_end|>, [SEP]
+LIKE_SPECIAL = re.compile(r"<(?!0x)[^<>\s]+>|\[[A-Z_]+\]")
 OWN = "the sentencepiece model"
 BY_NAME = "by its name"
 POST_PROCESSOR = "post-processor of tokenizer.json"
@@ -83,14 +86,12 @@ def of_tokenizer_json(content: dict, ids: dict[str, int], tokenizer) -> None:
 def of_files(tokenizer, folder: Path) -> None:
     """Puts what the files beside a tokenizer say. What they name but the tokenizer lacks goes to tokenizer.notes.
 
-    Raises: DataError where one of them can't be read.
+    Raises DataError where one of them can't be read.
     """
     for role in ROLES:
-        if (
-            getattr(tokenizer, f"{role}_id") is not None
-            and getattr(tokenizer, f"{role}_from") is None
-        ):
-            put(tokenizer, role, getattr(tokenizer, f"{role}_id"), OWN)
+        id_ = getattr(tokenizer, f"{role}_id")
+        if id_ is not None and getattr(tokenizer, f"{role}_from") is None:
+            put(tokenizer, role, id_, OWN)
     said = {}
     for name in FILES:
         content = _read_json(folder / name)
@@ -104,26 +105,28 @@ def of_files(tokenizer, folder: Path) -> None:
 
 
 def of_flags(tokenizer, bos: str | None, eos: str | None) -> None:
-    """Puts what a person has chosen: a token's text, its id, or none. None: nothing was chosen. Raises: ConfigError."""
+    """Puts what a person has chosen: a token's text, its id, or none. None: nothing was chosen. Raises ConfigError."""
     problems = []
     for role, given in zip(ROLES, (bos, eos)):
         if given is None:
             continue
-        if given == "none":
-            put(tokenizer, role, None, f"--{role}")
-            continue
-        if given.isascii() and given.isdecimal():
-            if tokenizer.token(int(given)) is not None:
-                id_ = int(given)
-            else:
-                id_ = None
-        else:
-            id_ = tokenizer.token_id(given)
-        if id_ is None:
+        id_ = _chosen_id(tokenizer, given)
+        if id_ is None and given != "none":
             problems.append(f"--{role}={given}: {_no_such_token(tokenizer, given)}")
         put(tokenizer, role, id_, f"--{role}")
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _chosen_id(tokenizer, given: str) -> int | None:
+    """The token that a flag names, by its id or its text; None for none, and where there is no such."""
+    if given == "none":
+        return None
+    if not (given.isascii() and given.isdecimal()):
+        return tokenizer.token_id(given)
+    if tokenizer.token(int(given)) is None:
+        return None
+    return int(given)
 
 
 def write_tokenizer(folder, tokenizer) -> None:
@@ -134,11 +137,11 @@ def write_tokenizer(folder, tokenizer) -> None:
 
 def ids_of(tokenizer) -> dict:
     """bos_id, eos_id and, where they are known, who said so: as JSON."""
-    keys = []
+    known = {}
     for role in ROLES:
-        for what in ("id", "from"):
-            keys.append(f"{role}_{what}")
-    return {key: getattr(tokenizer, key) for key in keys}
+        for key in (f"{role}_id", f"{role}_from"):
+            known[key] = getattr(tokenizer, key)
+    return known
 
 
 def put_ids(tokenizer, entry: dict) -> None:
@@ -148,7 +151,7 @@ def put_ids(tokenizer, entry: dict) -> None:
 
 
 def read_ids(folder: Path) -> dict | None:
-    """What `write_tokenizer` left of the ids. Raises: DataError."""
+    """What `write_tokenizer` left of the ids. Raises DataError."""
     content = _read_json(folder / IDS)
     if not content:
         return None
@@ -170,9 +173,8 @@ def of_an_older_run(tokenizer, config: dict) -> None:
     if tokenizer.name != "huggingface" or "eval.bleu_tokenize" in config:
         return
     for role, names in OLDER_NAMES.items():
-        ids = [tokenizer.token_id(name) for name in names]
-        known = [id_ for id_ in ids if id_ is not None]
-        put(tokenizer, role, next(iter(known), None), BY_NAME)
+        ids = map(tokenizer.token_id, names)
+        put(tokenizer, role, next((id_ for id_ in ids if id_ is not None), None), BY_NAME)
 
 
 def _put_first_that_fits(tokenizer, role: str, said: list[tuple]) -> None:
@@ -219,16 +221,28 @@ def _first_id(value):
 
 
 def _no_such_token(tokenizer, given: str) -> str:
-    special = [tokenizer.token(id_) for id_ in sorted(tokenizer.special_ids)]
-    near = did_you_mean(given, special)
+    """Why a flag can't be followed, and which tokens it may name."""
+    special = special_tokens_of(tokenizer)
     if not special:
         return f"this tokenizer has no such token; its ids are 0 to {tokenizer.vocab_size - 1:,}"
-    shown = ", ".join(special[:12])
-    if len(special) > 12:
-        more = f" and {len(special) - 12:,} more"
-    else:
-        more = ""
-    return f"this tokenizer has no such token; its special tokens are {shown}{more}; none is for no token{near}"
+    near = did_you_mean(given, special)
+    return f"this tokenizer has no such token; its special tokens are {listed(special)}; none is for no token{near}"
+
+
+def special_tokens_of(tokenizer) -> list[str]:
+    """The tokens that may begin or end a text: those that are marked special, else those that are written like one."""
+    if tokenizer.special_ids:
+        return list(map(tokenizer.token, sorted(tokenizer.special_ids)))
+    tokens = map(tokenizer.token, range(tokenizer.vocab_size))
+    return [token for token in tokens if token and LIKE_SPECIAL.fullmatch(token)]
+
+
+def listed(tokens: list[str]) -> str:
+    """The first of the tokens, and how many more there are."""
+    shown = ", ".join(tokens[:SHOWN])
+    if len(tokens) > SHOWN:
+        return f"{shown} and {len(tokens) - SHOWN:,} more"
+    return shown
 
 
 def _read_json(path: Path) -> dict:

@@ -14,12 +14,9 @@ from jaxlm.data.tokenization.specials import END_OF_TEXT
 from jaxlm.data.tokenization.words import SPLITS, text_of, word_spans, words_in
 from jaxlm.errors import ConfigError, DataError
 
-HUB_NAMES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)  # in a folder, in order
+# Looked for in a folder, in this order.
+HUB_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+OTHER_VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", "tekken.json")  # not read
 
 
 class Bytes(Tokenizer):
@@ -81,7 +78,7 @@ class Chars(Tokenizer):
         ids = np.searchsorted(self._points, points).clip(max=self.vocab_size - 1)
         unknown = self._points[ids] != points
         if unknown.any():
-            names = ", ".join(repr(chr(point)) for point in np.unique(points[unknown])[:10])
+            names = ", ".join(map(repr, map(chr, np.unique(points[unknown])[:10])))
             raise DataError(
                 f"characters that this tokenizer has not seen: {names}; prepare the data again with them in the "
                 f"text, or use --tokenizer=bytes"
@@ -133,7 +130,7 @@ class Words(Tokenizer):
         return [word for word in words_in(text, self.split) if word not in self._ids]
 
     def _encode(self, text: str):
-        return [self._ids.get(word, 0) for word in words_in(text, self.split)]
+        return [self._ids.get(word, self.unknown_id) for word in words_in(text, self.split)]
 
     def _encode_with_offsets(self, text: str):
         return self._encode(text), word_spans(text, self.split)
@@ -152,16 +149,17 @@ class SentencePiece(Prefixed):
     NO_PREFIX = b"\x1a\x02\x18\x00"
 
     def __init__(self, data: bytes):
-        if not data:
-            raise ValueError(
-                "the file is empty"
-            )  # sentencepiece would say so only when it is first used
+        if not data:  # sentencepiece would say so only when it is first used
+            raise ValueError("the file is empty")
         self._data = data
         self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         self.vocab_size = self._model.get_piece_size()
-        bos, eos = (i if i >= 0 else None for i in (self._model.bos_id(), self._model.eos_id()))
-        self.bos_id = eos if bos is None else bos
-        self.eos_id = eos
+        # Ids below 0 are of no token.
+        if self._model.eos_id() >= 0:
+            self.eos_id = self._model.eos_id()
+        self.bos_id = self.eos_id
+        if self._model.bos_id() >= 0:
+            self.bos_id = self._model.bos_id()
         self.unknown_id = self._model.unk_id()
         bare = self._bare or self._model
         # sentencepiece writes a space as U+2581, so that U+2581 itself would come back as a space: it goes in as bytes.
@@ -189,12 +187,13 @@ class SentencePiece(Prefixed):
 
     @cached_property
     def special_ids(self) -> set[int]:
-        return {i for i in range(self.vocab_size) if self._model.is_control(i)}
+        return set(filter(self._model.is_control, range(self.vocab_size)))
 
     def lost(self, text: str) -> list[str]:
         ids = self._model.encode(text, out_type=int)
         pieces = self._model.encode(text, out_type=str)  # of what is unknown, the text itself
-        return [piece for id_, piece in zip(ids, pieces, strict=True) if id_ == self.unknown_id]
+        pairs = zip(ids, pieces, strict=True)
+        return [piece for id_, piece in pairs if id_ == self.unknown_id]
 
     def _encode(self, text: str):
         return self._encode_with(self._model, text)
@@ -257,9 +256,8 @@ class HuggingFace(Prefixed):
         content = json.loads(data)
         specials.of_tokenizer_json(content, ids, self)
         self._added = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
-        self._special = {
-            ids[token] for token in tokenizer_json.special_tokens(content) if token in ids
-        }
+        special = tokenizer_json.special_tokens(content) & ids.keys()
+        self._special = set(map(ids.get, special))
         self.unknown_id = tokenizer_json.unknown_id(content["model"], ids)
         self._drops = tokenizer_json.drops_text(content, ids)
 
@@ -313,16 +311,18 @@ class HuggingFace(Prefixed):
 
     def lost(self, text: str) -> list[str]:
         encoding = self._model.encode(text, add_special_tokens=False)
-        if not self._drops:
-            offsets = dict.fromkeys(
-                o for id_, o in zip(encoding.ids, encoding.offsets) if id_ == self.unknown_id
-            )
-            return [text[start:stop] for start, stop in offsets]
         known = np.zeros(len(text), bool)
+        unknown = {}  # stretches, each once
         for id_, (start, stop) in zip(encoding.ids, encoding.offsets):
-            known[start:stop] |= id_ != self.unknown_id
+            if id_ == self.unknown_id:
+                unknown[start, stop] = text[start:stop]
+            else:
+                known[start:stop] = True
+        if not self._drops:
+            return list(unknown.values())
         # White space is often dropped on purpose: whether it comes back is another question.
-        return [char for char, there in zip(text, known) if not there and not char.isspace()]
+        dropped = np.flatnonzero(~known).tolist()
+        return [text[place] for place in dropped if not text[place].isspace()]
 
     def _encode(self, text: str):
         return self._encode_with(self._model, text)
@@ -344,13 +344,19 @@ class HuggingFace(Prefixed):
         return self._model.decode(ids.tolist(), skip_special_tokens=True)
 
 
-TOKENIZERS = {kind.name: kind for kind in (SentencePiece, Bytes, Chars, Words, HuggingFace)}
+TOKENIZERS = {
+    "sentencepiece": SentencePiece,
+    "bytes": Bytes,
+    "chars": Chars,
+    "words": Words,
+    "huggingface": HuggingFace,
+}
 
 
 def from_bytes(name: str, data: bytes) -> Tokenizer:
     """The tokenizer whose `name` and `to_bytes()` these are.
 
-    Raises: ConfigError for an unknown name, DataError where the bytes are broken.
+    Raises ConfigError for an unknown name, DataError where the bytes are broken.
     """
     if name not in TOKENIZERS:
         raise ConfigError(f"no tokenizer is called {name!r}; there are {', '.join(TOKENIZERS)}")
@@ -369,16 +375,13 @@ def load(path: str | Path) -> Tokenizer:
     """The tokenizer of a prepared directory, of a run, of a folder as downloaded from a hub, or of a file:
     sentencepiece's .model, Hugging Face's, our .json.
 
-    Raises: DataError that says which file is missing, changed or broken.
+    Raises DataError that says which file is missing, changed or broken.
     """
     path = Path(path)
     if not path.is_dir():
         return _with_ids(_read(path), path)
     if not (path / store.MANIFEST).exists():
-        for name in HUB_NAMES:
-            if (path / name).is_file():
-                return _with_ids(_read(path / name), path / name)
-        _refuse_folder(path)
+        return _load_from_hub_folder(path)
     entry = store.load_manifest(path)["tokenizer"]
     tokenizer = _read(store.inside(path, entry["file"]), entry["name"])
     if tokenizer.fingerprint != entry["sha256"]:
@@ -390,12 +393,22 @@ def load(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def _load_from_hub_folder(path: Path) -> Tokenizer:
+    for name in HUB_NAMES:
+        if (path / name).is_file():
+            return _with_ids(_read(path / name), path / name)
+    _refuse_folder(path)
+
+
 def _with_ids(tokenizer: Tokenizer, file: Path) -> Tokenizer:
     """The tokenizer of a file, with the begin and the end that what lies beside it says."""
     folder = file.parent
-    if ids := specials.read_ids(folder):
+    ids = specials.read_ids(folder)
+    if ids:
         specials.put_ids(tokenizer, ids)
-    elif (config := specials.config_of_a_run(folder)) is not None:
+        return tokenizer
+    config = specials.config_of_a_run(folder)
+    if config is not None:
         specials.of_an_older_run(tokenizer, config)
     elif isinstance(tokenizer, Prefixed):
         specials.of_files(tokenizer, folder)
@@ -404,11 +417,9 @@ def _with_ids(tokenizer: Tokenizer, file: Path) -> Tokenizer:
 
 def _refuse_folder(path: Path) -> None:
     """Raises DataError: a folder has no tokenizer that can be read."""
-    known = []
-    for name in ("vocab.json", "merges.txt", "vocab.txt", "tekken.json"):
-        if (path / name).is_file():
-            known.append(name)
-    if known or any((path / name).is_file() for name in specials.FILES):  # of a hub
+    names = {file.name for file in path.iterdir() if file.is_file()}
+    known = [name for name in OTHER_VOCABULARIES if name in names]
+    if known or not names.isdisjoint(specials.FILES):  # of a hub
         there = f"it has {' and '.join(known)}, but " if known else ""
         raise DataError(
             f"{path} has no tokenizer that can be read: {there}none of {', '.join(HUB_NAMES)}; download one, or make "
@@ -426,16 +437,18 @@ def _read(path: Path, name: str | None = None) -> Tokenizer:
     except OSError as error:
         raise DataError(f"the tokenizer {path} can't be read: {error.strerror}") from None
     try:
-        if name is None:
-            if path.suffix == ".json":
-                name = json.loads(data).get("jaxlm", HuggingFace.name)
-            else:
-                name = SentencePiece.name
-        return from_bytes(name, data)
+        return from_bytes(name or _kind_of_file(path, data), data)
     except ConfigError:
         raise
     except (ValueError, AttributeError) as error:
         raise DataError(f"{path} is not a tokenizer: {error}") from None
+
+
+def _kind_of_file(path: Path, data: bytes) -> str:
+    """The name of the tokenizer in a file. Raises ValueError or AttributeError where a .json is none."""
+    if path.suffix == ".json":
+        return json.loads(data).get("jaxlm", HuggingFace.name)
+    return SentencePiece.name
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -51,10 +51,11 @@ def drops_text(content: dict, ids: dict[str, int]) -> bool:
     if model.get("type", "BPE") != "BPE" or ids.get(model.get("unk_token")) is not None:
         return False
     if model.get("byte_fallback"):
-        return not all(f"<0x{byte:02X}>" in ids for byte in range(256))
-    if "ByteLevel" not in _kinds(content.get("pre_tokenizer")) | _kinds(content.get("normalizer")):
+        return not ids.keys() >= {f"<0x{byte:02X}>" for byte in range(256)}
+    steps = _kinds(content.get("pre_tokenizer")) | _kinds(content.get("normalizer"))
+    if "ByteLevel" not in steps:
         return True
-    return not all(char in ids for char in byte_level_alphabet())
+    return not ids.keys() >= set(byte_level_alphabet())
 
 
 def _kinds(part: dict | None) -> set[str]:
@@ -62,7 +63,7 @@ def _kinds(part: dict | None) -> set[str]:
     if not part:
         return set()
     steps = part.get("normalizers") or part.get("pretokenizers") or []
-    return {part["type"]}.union(*(_kinds(step) for step in steps))
+    return {part["type"]}.union(*map(_kinds, steps))
 
 
 def without_prefix(part: dict | None) -> dict | None:
@@ -78,8 +79,8 @@ def without_prefix(part: dict | None) -> dict | None:
         edited["add_prefix_space"] = False
     for name in ("normalizers", "pretokenizers"):
         if name in part:
-            inner = [without_prefix(each) for each in part[name]]
-            edited[name] = [each for each in inner if each is not None]
+            inner = map(without_prefix, part[name])
+            edited[name] = [step for step in inner if step is not None]
     return edited
 
 

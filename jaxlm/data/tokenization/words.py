@@ -24,13 +24,15 @@ SHORT_FORMS = ("s", "d", "m", "re", "ve", "ll")  # of text that comes with "it '
 @cache
 def marks() -> str:
     """The combining marks of Unicode, joiners and the soft hyphen, as the inside of a regular expression's []."""
-    found = set()
-    for i in range(sys.maxunicode + 1):
-        if unicodedata.category(chr(i)).startswith("M"):
-            found.add(i)
-    begins = sorted(i for i in found if i - 1 not in found)
-    ends = sorted(i for i in found if i + 1 not in found)
-    ranges = [f"{chr(begin)}-{chr(end)}" for begin, end in zip(begins, ends)]
+    ranges = []
+    is_before = False
+    for character in map(chr, range(sys.maxunicode + 1)):
+        is_mark = unicodedata.category(character).startswith("M")
+        if is_mark and not is_before:
+            ranges.append(f"{character}-{character}")
+        elif is_mark:
+            ranges[-1] = ranges[-1][:-1] + character
+        is_before = is_mark
     return "".join(ranges) + "\u200c\u200d\u00ad"
 
 
@@ -67,7 +69,7 @@ def pattern(split: str) -> re.Pattern:
 
 @lru_cache(maxsize=200_000)
 def _spans_inside(part: str, split: str) -> tuple[tuple[int, int], ...]:
-    return tuple(word.span() for word in pattern(split).finditer(part))
+    return tuple(map(re.Match.span, pattern(split).finditer(part)))
 
 
 def word_spans(text: str, split: str) -> list[tuple[int, int]]:
@@ -77,7 +79,7 @@ def word_spans(text: str, split: str) -> list[tuple[int, int]]:
     3.14, don't, well-known, U.S., addresses and emoji stay whole), or characters (besides, so is each character of a
     script without spaces between its words).
     """
-    parts = [part.span() for part in re.finditer(r"\S+", text)]
+    parts = list(map(re.Match.span, re.finditer(r"\S+", text)))
     if split == "spaces":
         return parts
     spans = []
@@ -96,7 +98,7 @@ def words_in(text: str, split: str) -> list[str]:
 
 def characters_apart(text: str) -> list[str]:
     """A text in parts: each character of a script without spaces, with its marks, is a part of its own."""
-    return [part for part in re.split(f"([{APART}][{marks()}]*)", text) if part]
+    return list(filter(None, re.split(f"([{APART}][{marks()}]*)", text)))
 
 
 def text_of(words: list[str], split: str) -> str:

@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import small_config
 
@@ -113,6 +115,66 @@ UNCLEAR = [
     ("EU\tB-ORG\nja\n\nnein\tO\n", "a.tsv:2: 1 columns, the other lines of words have 2"),
     ("EU\tB-ORG\nja\tO\nnein\tO\n", "a.tsv:1: each of its 3 rows is one word"),
 ]  # fmt: skip
+
+
+# As Kaggle's NER corpus has it: the first word of a sentence has its number, the others an empty cell.
+KAGGLE = "Sentence #,Word,POS,Tag\n" + (
+    "Sentence: 1,EU,NNP,B-ORG\n,rejects,VBZ,O\n,German,JJ,B-MISC\n,call,NN,O\nSentence: 2,Peter,NNP,B-PER\n"
+)
+ROWS = [
+    (0, "EU", "B-ORG"),
+    (0, "rejects", "O"),
+    (0, "German", "B-MISC"),
+    (0, "call", "O"),
+    (1, "Peter", "B-PER"),
+]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt"])
+def test_sentences_that_are_numbered_in_a_column(tmp_path, name):
+    kaggle = KAGGLE if name == "a.csv" else KAGGLE.replace(",", "\t")
+    assert read(tmp_path / name, kaggle) == SENTENCES
+    assert read(tmp_path / name, kaggle, "tags=POS")[1] == (["Peter"], ["NNP"])
+    mark = "," if name == "a.csv" else "\t"
+    table = "".join(mark.join(map(str, row)) + "\n" for row in ROWS)
+    assert (
+        read(tmp_path / name, mark.join(["sentence_id", "word", "ner"]) + "\n" + table) == SENTENCES
+    )
+    assert "first line names" not in refused(tmp_path / name, table)
+    assert "name the columns sentence, word and tag" in refused(
+        tmp_path / name, table, "words=1 tags=2"
+    )
+
+
+def test_a_numbered_row_without_a_tag_is_refused_with_its_place(tmp_path):
+    assert (
+        "a.csv:4: no tag\n"
+        in refused(tmp_path / "a.csv", KAGGLE.replace("JJ,B-MISC", "JJ,")) + "\n"
+    )
+    records = [
+        {"sentence_id": 1, "word": "a", "tag": "O"},
+        {"sentence_id": 1, "word": "b", "tag": None},
+    ]
+    said = refused(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)))
+    assert "a.jsonl:2: no tag" in said
+
+
+def test_numbered_sentences_of_records(tmp_path):
+    records = [{"sentence_id": i, "tokens": word, "ner_tags": tag} for i, word, tag in ROWS]
+    assert read(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records))) == SENTENCES
+    columns = {key: [record[key] for record in records] for key in records[0]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert [e["words"] for e in read_examples(str(tmp_path / "a.parquet"), "tag", "")[0]] == [
+        words for words, _ in SENTENCES
+    ]
+    unnumbered = [{"words": word, "tags": tag} for _, word, tag in ROWS] * 4
+    said = refused(tmp_path / "a.jsonl", "\n".join(map(json.dumps, unnumbered)))
+    assert "each of its 20 rows is one word: give each sentence one row" in said
+
+
+def test_a_sentence_a_row_with_its_number_is_read_as_a_sentence(tmp_path):
+    content = "sentence_id\twords\ttags\n1\tEU rejects\tB-ORG O\n2\tPeter\tB-PER\n"
+    assert read(tmp_path / "a.tsv", content) == [("EU rejects", "B-ORG O"), ("Peter", "B-PER")]
 
 
 @pytest.mark.parametrize(("content", "said"), UNCLEAR, ids=range(len(UNCLEAR)))

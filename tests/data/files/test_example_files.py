@@ -261,7 +261,7 @@ def test_bytes_that_are_no_text_and_numbers_that_are_told(tmp_path, caplog):
         read_examples(path, "classify", "")
     path = parquet(tmp_path / "b.parquet", text=pa.array([1, 2]), label=LABEL)
     read_examples(path, "classify", "")
-    assert "its text is a number, which is taken as text (and so in 1 more)" in caplog.text
+    assert "its text is a number, which is taken as text (and so in 1 more: 2)" in caplog.text
 
 
 def test_times_within_messages_are_not_read(tmp_path):

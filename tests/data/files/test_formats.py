@@ -21,7 +21,7 @@ import pytest
 
 from jaxlm.data import prepare, readers
 from jaxlm.data import shard_jobs as parts
-from jaxlm.data.files import layouts
+from jaxlm.data.files import json_records
 from jaxlm.errors import DataError
 
 DOCS = [
@@ -181,6 +181,8 @@ def test_the_line_by_which_excel_tells_its_delimiter_is_no_header(tmp_path, deli
         ("a.csv", 'text,label\n"a\nb",1\n"bad" quote,1\n', "a.csv:4: .*written twice"),
         ("a.csv", 'text,label\nok,1\n"never closed,1\nmore,2\n', r"a.csv: .*line 3 isn't closed"),
         ("a.tsv", "text\tlabel\nok\t1\nshort\n", "a.tsv:3: 1 columns"),
+        ("a.tsv", '"text"\t"label"\n"ok"\t"1"\n"short"\n', "a.tsv:3: 1 columns"),
+        ("a.tsv", '"text"\t"label"\n"ok"\t"1"\n"bad" quote\t1\n', "a.tsv:3: .*written twice"),
         ("a.json", '[{"text": "a"}, {"text": null}]', "a.json:2: 'text' is null"),
         ("a.json", '[{"text": "a"}, 3]', "a.json:2: not an object but int"),
         ("a.json", '[{"text": "a"}, {"text": "b"}', "a.json: the list has no end .after 2 records"),
@@ -477,6 +479,6 @@ def test_values_of_json_come_from_any_blocks():
     text = json.dumps([{"a": "x" * n, "b": [n, {"c": None}]} for n in range(20)], indent=1)
     for size in (1, 3, 1000):
         blocks = [text[i : i + size] for i in range(0, len(text), size)]
-        assert list(layouts.values(blocks)) == json.loads(text)
-    assert list(layouts.values(["12", "3 4 ", '"a"[1]'])) == [123, 4, "a", [1]]
-    assert list(layouts.values([])) == list(layouts.values([" [ ] "])) == []
+        assert list(json_records.stream_values(blocks)) == json.loads(text)
+    assert list(json_records.stream_values(["12", "3 4 ", '"a"[1]'])) == [123, 4, "a", [1]]
+    assert list(json_records.stream_values([])) == list(json_records.stream_values([" [ ] "])) == []

@@ -116,7 +116,7 @@ def test_absolute_specs_name_the_same_files(tmp_path, monkeypatch):
 def test_what_is_wrong_in_many_places_is_said_once():
     with pytest.raises(
         DataError,
-        match=r"^3 problems in the examples:\n  a:1: no x \(and so in 1 more\)\n  a:3: no y$",
+        match=r"^3 problems in the examples:\n  a:1: no x \(and so in 1 more: 2\)\n  a:3: no y$",
     ):
         refuse(["a:1: no x", "a:2: no x", "a:3: no y"])
 
@@ -247,7 +247,7 @@ def test_what_a_message_proposes_is_understood_although_names_have_spaces(
 @pytest.mark.parametrize(
     ("header", "columns", "proposed"),
     [
-        ("sentence_id,word,tag", "1,the,O", "words=word tags=tag"),
+        ("row_id,word,tag", "1,the,O", "words=word tags=tag"),
         ("tag,word,source", "O,the,news", "words=word tags=tag"),
         ("id,tags,tokens", "1,O,the", "words=tokens tags=tags"),
     ],

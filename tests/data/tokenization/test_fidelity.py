@@ -327,7 +327,7 @@ def test_only_texts_with_unknown_tokens_are_looked_at_closer():
     lost = model.lost
     model.lost = lambda text: asked.append(text) or lost(text)
     for text in (ENGLISH, CHINESE, "the cat"):
-        kept.look_at(text, model.encode(text))
+        kept.inspect(text, model.encode(text))
     assert asked == [CHINESE]
     assert json.loads(json.dumps(kept.record()))["unknown_characters"] == 6
 

@@ -9,10 +9,11 @@ import pytest
 import sentencepiece
 from conftest import program, small_config
 
+from jaxlm.data.answers import answer_text
 from jaxlm.data.examples import Encoder, Examples
 from jaxlm.data.tokenization import base as base_tokenizer
 from jaxlm.data.tokenization import tokenizer, vocabulary
-from jaxlm.data.transforms import EXAMPLES, START, STOP, Vocabulary, answer_text
+from jaxlm.data.transforms import EXAMPLES, START, STOP, Vocabulary
 from jaxlm.generate.answer import longest_answer
 
 TEXTS = [

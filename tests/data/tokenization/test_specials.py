@@ -217,6 +217,21 @@ def test_a_flag_that_names_no_token_is_refused(tmp_path):
     assert "--tokenizer=bytes has its own" in result.stderr
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_missing_end_lists_the_special_tokens_that_may_be_chosen(tmp_path, marked):
+    names = ["<go>", "<stop>"] if marked else []
+    path = folder(tmp_path / "hub", {}, names)
+    file = path / "tokenizer.json"
+    file.write_text(file.read_text().replace("</s>", "</x>").replace("<s>", "<x>"))
+    text = jsonl(tmp_path / "a.jsonl", ["two two", "two"])
+    manifest = prepare.prepare([str(text)], tmp_path / "out", str(path), val_fraction=0, workers=1)
+    listed = "<go>, <stop>" if marked else "<x>, </x>, <go>, <stop>"
+    said = prepare.summary(manifest, tmp_path / "out")
+    assert f"; --eos=TOKEN chooses one of {listed}" in said.splitlines()[4]
+    with pytest.raises(ConfigError, match=f"its special tokens are {listed}; none is for no token"):
+        prepare.prepare([str(text)], tmp_path / "b", str(path), workers=1, eos="<end>")
+
+
 def test_data_of_an_earlier_version_stay_as_they_are(tmp_path, capsys):
     path = folder(tmp_path / "hub", {"tokenizer_config": {"eos_token": "<stop>"}}, WORDS[:4])
     text = jsonl(tmp_path / "a.jsonl", ["two two", "two"])
