@@ -15,6 +15,7 @@ from jaxlm.config.check import check
 from jaxlm.config.keys import BLEU_TOKENIZERS, base
 from jaxlm.errors import ConfigError, DataError
 from jaxlm.evaluate import metrics, pictures
+from jaxlm.evaluate.entities import entities
 from jaxlm.evaluate.evaluator import Evaluator
 from jaxlm.evaluate.score import bleu_options, of_texts, warn_once
 
@@ -128,7 +129,7 @@ ENTITIES = {  # tags: first token, token after the last, type
 
 
 def test_tagging():
-    assert {tags: metrics.entities(tags.split()) for tags in ENTITIES} == ENTITIES
+    assert {tags: entities(tags.split()) for tags in ENTITIES} == ENTITIES
     gold = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-LOC", "I-LOC"]]
     ours = [["B-PER", "I-PER", "O", "B-PER"], ["B-LOC", "I-LOC", "I-LOC"]]
     got = metrics.tagging(ours, gold)
