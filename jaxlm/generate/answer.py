@@ -84,7 +84,7 @@ def label(config: ConfigDict, params, tokenizer, examples: list[dict]) -> list:
         if task == "regress":
             said.append(float(score[0]))
         elif task == "qa":
-            said.append(span_said(source, number, score))
+            said.append(span_text(source, number, score))
         elif task == "tag":
             said.append(
                 [names[c] for c in score.argmax(axis=-1)[piece["weights"][: len(score)] > 0]]
@@ -106,12 +106,12 @@ def prompt_of(example: dict, encode, vocab: Vocabulary) -> tuple[np.ndarray, np.
 
 def write(
     config: ConfigDict, params, vocab: Vocabulary, encode, examples: list[dict], *, beams=1, max_tokens=0,
-    length_penalty=0.6, temperature=0.0, top_k=0, top_p=0.0, seed=0, tell=lambda done, total: None,
+    length_penalty=0.6, temperature=0.0, top_k=0, top_p=0.0, seed=0, progress=lambda done, total: None,
 ) -> list[str]:  # fmt: skip
     """The text for each example, by beam search, or sampled where beams = 1 (temperature 0: greedy).
 
     Sources and prompts are cut at config.data.enc_len and seq_len, as in training; long ones are written first.
-    tell: is told how many are written, of how many.
+    progress: called with how many are written, of how many.
     """
     model = build(config)
     max_tokens = max_tokens or config.eval.max_tokens
@@ -154,7 +154,7 @@ def write(
         for i, ids in zip(chosen, out):
             ends = np.flatnonzero(ids == vocab.end_id)
             texts[i] = vocab.tokenizer.decode(ids[: ends[0]] if len(ends) else ids)
-        tell(start + len(chosen), len(order))
+        progress(start + len(chosen), len(order))
     return texts
 
 
@@ -169,7 +169,7 @@ def sources(ids: list[np.ndarray], limit: int) -> dict[str, np.ndarray]:
     return {"enc_tokens": tokens, "enc_segments": segments.astype(np.int32)}
 
 
-def span_said(source, number: int, scores_T2: np.ndarray) -> str:
+def span_text(source, number: int, scores_T2: np.ndarray) -> str:
     """The part of a context that is the likeliest answer to an example of `source`, from log-probabilities [T, 2]."""
     example = source.examples[number]
     allowed = source.pieces[number]["targets"] & ALLOWED != 0
