@@ -394,6 +394,21 @@ def test_bootstrap():
         metrics.bootstrap(lambda x: math.nan, ours, samples=20)
 
 
+@pytest.mark.parametrize(("right", "total"), [(0, 7), (3, 10), (50, 50), (2, 2)])
+def test_wilsons_interval_is_scipys(right, total):
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binomtest(right, total).proportion_ci(method="wilson")
+    assert metrics.wilson_interval(right / total, total) == pytest.approx(tuple(expected))
+
+
+def test_several_figures_share_their_draws():
+    values = np.random.default_rng(0).random(40)
+    draws = metrics.resample(lambda x: [x.mean(), x.max()], values, samples=50)
+    for place, metric in enumerate((np.mean, np.max)):
+        column = [draw[place] for draw in draws]
+        assert metrics.percentile_interval(column) == metrics.bootstrap(metric, values, samples=50)
+
+
 def test_by_group():
     scores, labels = scores_of(np.random.default_rng(7), 60, 2)
     groups = ["b"] * 15 + ["a"] * 30 + ["c"] * 15
