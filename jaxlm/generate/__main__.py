@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
     cli.require_writable("--output", args.output)
     hosts.connect(args)
 
-    import jaxlm
+    import jaxlm  # here, as orbax is slow to import: a wrong flag is refused at once
 
     lm = jaxlm.load(args.workdir, step=args.step)
     task = lm.config.task.name

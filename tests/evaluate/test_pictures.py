@@ -54,7 +54,9 @@ def test_pictures_of_classes(tmp_path, classes):
     assert all(500 < side < 3000 for side in size(tmp_path / "matrix.png"))
 
 
-@pytest.mark.parametrize(("names", "degrees"), [("ab", 0), (["negative", "positive film"], 45)])
+@pytest.mark.parametrize(
+    ("names", "degrees"), [("ab", 0), (["negative", "a rather positive film"], 45)]
+)
 def test_names_of_classes_can_be_read(tmp_path, monkeypatch, names, degrees):
     figures = []
     figure = pytest.importorskip("matplotlib.figure").Figure

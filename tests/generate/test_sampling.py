@@ -140,9 +140,9 @@ def test_a_text_beyond_learned_positions_is_told_what_fits(
 
 def test_an_answer_beyond_learned_positions_is_refused_with_what_fits():
     asked = untrained(task__name="sft", model__positions="learned", model__context_length=64)
-    with pytest.raises(ConfigError, match=r"end at 64: a prompt of 5 tokens and max_tokens=60 are"):
+    with pytest.raises(ConfigError, match=r"end at 64: a prompt of 6 tokens and max_tokens=60 are"):
         asked.answer("ab", max_tokens=60)
-    with pytest.raises(ConfigError, match="say max_tokens=59"):
+    with pytest.raises(ConfigError, match="say max_tokens=58"):
         asked.answer(["", "ab"], max_tokens=60)
     assert isinstance(asked.answer("ab", max_tokens=2)[0], str)
 
