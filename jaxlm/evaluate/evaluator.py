@@ -54,7 +54,7 @@ class Evaluator:
 
     def bytes_of_text(self) -> int | None:
         """UTF-8 bytes of all that is predicted; None, with a warning, where the tokenizer doesn't know all of it."""
-        paths = [path for path, _ in mixture(self.config)]
+        paths, _ = zip(*mixture(self.config))
         stores = open_stores(self.config, "val")
         if why := why_none_of(stores, tokenizers.load(paths[0])):
             warn_once(why)

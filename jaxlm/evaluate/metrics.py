@@ -96,8 +96,10 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     0.3 s, with scikit-learn 4 s.
     """
     ranks = library("scipy.stats").rankdata(scores)[labels == 1]
-    ones = np.sum(labels == 1)
-    return float((ranks.sum() - ones * (ones + 1) / 2) / (ones * (len(labels) - ones)))
+    ones = len(ranks)
+    zeros = len(labels) - ones
+    above = ranks.sum() - ones * (ones + 1) / 2  # pairs of a one and a zero in the right order
+    return float(above / (ones * zeros))
 
 
 def rates_by_class(true_N, predicted_N, classes: Sequence, names: Sequence) -> list[dict]:
@@ -126,7 +128,9 @@ def classification(scores_NC, labels_N, names: Sequence[str] | None = None) -> d
     classes = np.arange(scores_NC.shape[1])
     fault = f"are not a class, a whole number from 0 to {len(classes) - 1}"
     require(np.isin(labels_N, classes), "labels", labels_N, fault)
-    names = list(map(str, classes if names is None else names))
+    if names is None:
+        names = classes
+    names = list(map(str, names))
     count(names=names, classes=classes)
     labels_N = labels_N.astype(int)
     predicted_N = scores_NC.argmax(1)
@@ -409,10 +413,15 @@ def calibration(scores, correct, bins: int = 15) -> dict:
     return {"ece": ece, "mce": max(gaps), "brier": mean((confidence - correct) ** 2), "bins": rows}
 
 
-def pick(array: Sequence, index: Sequence[int]) -> Sequence:
-    if isinstance(array, np.ndarray):
-        return array[index]
-    return [array[i] for i in index]
+def choose(arrays: Sequence[Sequence], index: Sequence[int]) -> list[Sequence]:
+    """The entries of each array, or list, at these places."""
+    chosen = []
+    for array in arrays:
+        if isinstance(array, np.ndarray):
+            chosen.append(array[index])
+        else:
+            chosen.append([array[i] for i in index])
+    return chosen
 
 
 def resample(metric: Callable, *arrays: Sequence, samples: int = 1000, seed: int = 0) -> list:
@@ -422,7 +431,7 @@ def resample(metric: Callable, *arrays: Sequence, samples: int = 1000, seed: int
     values = []
     for _ in range(samples):
         index = rng.integers(0, total, total)
-        values.append(metric(*(pick(array, index) for array in arrays)))
+        values.append(metric(*choose(arrays, index)))
     return values
 
 
@@ -451,8 +460,11 @@ def wilson_interval(share: float, total: int, level: float = 0.95) -> tuple[floa
     z = library("scipy.stats").norm.ppf((1 + level) / 2)
     scale = 1 + z**2 / total
     centre = (share + z**2 / (2 * total)) / scale
-    half = z * np.sqrt(share * (1 - share) / total + z**2 / (4 * total**2)) / scale
-    return float(max(centre - half, 0)), float(min(centre + half, 1))
+    variance = share * (1 - share) / total
+    half = z * np.sqrt(variance + (z / (2 * total)) ** 2) / scale
+    low = max(centre - half, 0)
+    high = min(centre + half, 1)
+    return float(low), float(high)
 
 
 def by_group(metric: Callable[..., dict], groups: Sequence, *arrays: Sequence) -> dict:
@@ -466,6 +478,6 @@ def by_group(metric: Callable[..., dict], groups: Sequence, *arrays: Sequence) -
     result = {}
     for group in sorted(places, key=lambda group: (-len(places[group]), str(group))):
         index = places[group]
-        figures = metric(*(pick(array, index) for array in arrays))
+        figures = metric(*choose(arrays, index))
         result[group] = {"count": len(index), **figures}
     return result

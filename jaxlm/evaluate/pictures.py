@@ -1,9 +1,8 @@
 """Pictures of figures of merit, as PNG, whose title says what was found. They need matplotlib, of jaxlm[eval]."""
 
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -11,50 +10,14 @@ import numpy as np
 
 from jaxlm.errors import DataError
 from jaxlm.evaluate import metrics
+from jaxlm.evaluate.drawing import COLOURS, colours_of, digits, drawing, short, show_steps
 from jaxlm.evaluate.metrics import less_is_better
 
-# The colours of Okabe and Ito (2008), which the colour-blind tell apart, without the yellow, too pale for lines.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 PALE = "#BFE3F7"
 GREY = "#C4C4C4"
 FEW = 10  # examples, of which accuracy is mostly chance
 WORST = 6  # curves that are shown in colour
 READABLE = 16  # classes whose counts fit into the cells of a picture
-STYLE = {
-    "text.parse_math": False,  # `$` in a name begins no formula
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "font.size": 9,
-}
-
-
-@contextmanager
-def drawing(path, width: float, height: float):
-    """A figure of these inches, and a function that sets its title; written to `path` at the end."""
-    fonts = ["DejaVu Sans"]
-    for name in metrics.library("matplotlib.font_manager").get_font_names():
-        if "CJK" in name:
-            fonts.append(name)
-    with metrics.library("matplotlib").rc_context(STYLE | {"font.family": fonts}):
-        figure = metrics.library("matplotlib.figure").Figure((width, height), layout="constrained")
-
-        def set_title(text: str) -> None:
-            lines = [textwrap.fill(line, int(12 * width)) for line in text.splitlines()]
-            figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=11)
-
-        yield figure, set_title
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, format="png")
-
-
-def short(name, most: int = 24) -> str:
-    """A name in one line of at most `most` characters."""
-    name = " ".join(str(name).split()) or "(empty)"
-    if len(name) <= most:
-        return name
-    return name[: most - 1] + "…"
 
 
 def roc(path, scores_NC, labels_N, names: Sequence[str] | None = None) -> None:
@@ -110,15 +73,22 @@ def confusion(path, matrix: Sequence[Sequence[int]], names: Sequence[str] | None
     """matrix[i][j]: examples of class i that were taken for class j. Colours are shares of each row."""
     counts = metrics.numbers("confusion", matrix, 2).astype(int)
     classes = len(counts)
-    names = list(map(short, range(classes) if names is None else names))
+    if names is None:
+        names = range(classes)
+    names = list(map(short, names))
     metrics.count(names=names, rows=counts, columns=counts.T)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     few = classes <= READABLE
-    size = 8 if few else 6
-    side = np.clip(classes * (0.5 if few else 0.14), 3, 14)
+    size = 6
+    cell = 0.14  # inches
+    power = 0.5  # below 1, it makes small shares visible among many classes
+    if few:
+        size = 8
+        cell = 0.5
+        power = 1
+    side = np.clip(classes * cell, 3, 14)
     room = 0.01 * size * max(map(len, names))  # inches of the longest name
-    # Among many classes, a power below 1 makes small shares visible.
-    norm = metrics.library("matplotlib.colors").PowerNorm(1 if few else 0.5, 0, 100)
+    norm = metrics.library("matplotlib.colors").PowerNorm(power, 0, 100)
     with drawing(path, side + room + 1.6, side + room + 1.2) as (figure, set_title):
         axes = figure.add_subplot()
         picture = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
@@ -244,25 +214,28 @@ def losses(path, runs: str | PurePath | Sequence[tuple[str, str | PurePath]]) ->
             axes.legend(loc="best")
 
 
-def show_steps(axes) -> None:
-    """Whole numbers below, and a grid."""
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.grid(alpha=0.3)
+def of_run(name: str) -> str:
+    """' of NAME', or '' for a run without a name, alone in its picture."""
+    if name:
+        return f" of {short(name)}"
+    return ""
 
 
-def colours_of(number: int) -> Sequence:
-    """A colour for each of so many runs."""
-    if number <= len(COLOURS):
-        return COLOURS
-    return metrics.library("matplotlib").colormaps["viridis"](np.linspace(0, 0.9, number))
+def path_of(file: str | PurePath) -> PurePath:
+    """Of a file in a bucket as given."""
+    if isinstance(file, str):
+        return Path(file)
+    return file
+
+
+STYLES = {"loss": "-", "eval/loss": "--o"}
 
 
 def curves_of(runs: Sequence[tuple[str, str | PurePath]]) -> list[Curve]:
     """Those that have values: of each run its training loss, then its validation loss."""
     curves = []
     for (run, file), shade in zip(runs, colours_of(len(runs))):
-        of = f" of {short(run)}" if run else ""
+        of = of_run(run)
         steps, values = read(file, "loss")
         if len(steps):
             raw = None if run else values  # of several runs it would be a thicket
@@ -284,7 +257,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def draw(axes, curve: Curve) -> None:
     if curve.raw is not None:
         axes.plot(curve.steps, curve.raw, color=curve.colour, alpha=0.25, linewidth=0.8)
-    style = "-" if curve.key == "loss" else "--o"
+    style = STYLES[curve.key]
     if len(curve.steps) == 1:
         style = "o"
     axes.plot(
@@ -310,14 +283,14 @@ def mark_of(
     if not found:
         return lowest(curves), [f"no evaluation gave eval.metric={metric}"]
     value, step, run = min(found, key=lambda each: sign * each[0])
-    of = f" of {short(run)}" if run else ""
+    of = of_run(run)
     text = f"best {metric} {value:.4g} at step {step:,.0f}"
     return Mark(step, height_at(curves, step, of), text, text + of), []
 
 
 def metric_of(file: str | PurePath) -> str:
     """The eval.metric of the run whose metrics.jsonl this is; loss where its config is not there."""
-    config = (Path(file) if isinstance(file, str) else file).parent / "config.json"
+    config = path_of(file).parent / "config.json"
     with suppress(OSError, ValueError, AttributeError):
         return json.loads(config.read_text()).get("eval.metric", "loss")
     return "loss"
@@ -430,7 +403,7 @@ def read(file: str | PurePath, key: str) -> np.ndarray:
     steps = []
     values = []
     try:
-        text = (Path(file) if isinstance(file, str) else file).read_text()
+        text = path_of(file).read_text()
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}; give the metrics.jsonl of a run") from None
     for line in text.splitlines():
@@ -442,10 +415,6 @@ def read(file: str | PurePath, key: str) -> np.ndarray:
                 steps.append(step)
                 values.append(value)
     return np.array([steps, values], float)
-
-
-def digits(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def bars(path, named_values: Mapping[str, float], label: str) -> None:
@@ -462,7 +431,10 @@ def bars(path, named_values: Mapping[str, float], label: str) -> None:
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.xaxis.set_major_formatter("{x:,.6g}")
-        set_title(f"{label}: from{low} to{high}" if len(names) > 1 else f"{label}:{low}")
+        if len(names) > 1:
+            set_title(f"{label}: from{low} to{high}")
+        else:
+            set_title(f"{label}:{low}")
 
 
 def growth(
@@ -483,8 +455,8 @@ def growth(
         axes = figure.add_subplot(xlabel=name, ylabel="step (ms)", xscale="log", yscale="log")
         axes.plot(sizes, times, "-o", color=COLOURS[0], markersize=4, label="measured")
         axes.plot(sizes, expected, ":", color="black", label="as its FLOPs, from the largest")
-        axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+        axes.set_xticks(sizes, list(map("{:,.0f}".format, sizes)))
         axes.minorticks_off()
-        axes.set_yticks(times, [f"{time:,.0f}" if time >= 100 else f"{time:.3g}" for time in times])
+        axes.set_yticks(times, [digits(time, 3) for time in times])
         axes.legend(loc="upper left")
         set_title(f"{name}: time grows {verdict}")

@@ -27,6 +27,7 @@ from jaxlm.evaluate.score import (
     answers_of,
     attempt,
     bleu_options,
+    labels_of,
     left_out,
     of_texts,
     score,
@@ -129,7 +130,9 @@ class Reporter:
         perfect = PERFECT.get(self.config.task.name)
         if perfect and high - low < 1e-9 * perfect:
             share = min(low / perfect, 1.0)
-            low, high = (perfect * end for end in metrics.wilson_interval(share, total))
+            low, high = metrics.wilson_interval(share, total)
+            low *= perfect
+            high *= perfect
         return {f"{name}_interval": [round(low, 6), round(high, 6)]}
 
     def calibration(self) -> dict:
@@ -138,7 +141,10 @@ class Reporter:
         result = metrics.calibration(scores, scores.argmax(axis=1) == self.gold())
         if self.args.pictures:
             pictures.calibration(self.picture("calibration"), result)
-        return {f"calibration_{name}": value for name, value in result.items()}
+        figures = {}
+        for name, value in result.items():
+            figures[f"calibration_{name}"] = value
+        return figures
 
     def texts(self) -> dict:
         """BLEU, chrF and ROUGE of what the model writes."""
@@ -202,7 +208,7 @@ class Reporter:
 
     def gold(self) -> np.ndarray:
         """The right labels, [N]."""
-        return np.array([self.source.pieces[i]["label"] for i in self.scores])
+        return labels_of(self.source, self.scores)
 
     def score_rows(self) -> np.ndarray:
         """Scores [N, C] in the order of `gold`."""
@@ -286,8 +292,8 @@ def write_files(reporter: Reporter, log: Path) -> None:
             reporter.scores,
             reporter.written if reporter.config.task.name in WRITTEN else None,
         )
-        lines = [cli.readable_json(row) + "\n" for row in rows]
-        Path(args.answers).write_text("".join(lines), "utf-8")
+        lines = [*map(cli.readable_json, rows), ""]
+        Path(args.answers).write_text("\n".join(lines), "utf-8")
     if reporter.files:
         print(f"wrote {', '.join(reporter.files)} to {args.pictures}")
 
@@ -362,7 +368,8 @@ def comparison(results: dict[str, dict]) -> list[str]:
             rows.append({"": "  95% interval", **dict(zip(names, cells))})
     classes = {}
     for run in runs:
-        classes |= {row["name"]: None for row in run.get("classes", ())}
+        for row in run.get("classes", ()):
+            classes[row["name"]] = None
     if len(classes) <= MANY:
         for name in classes:
             cells = [f1_of(name, run) for run in runs]
@@ -398,9 +405,12 @@ def columns(rows: list[dict]) -> list[str]:
     keys = plain_keys(rows)
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for key in keys:
-        grid.add_column(Text(key), justify="right" if grid.columns else "left")
+        grid.add_column(Text(key), justify="right")
+    for column in grid.columns[:1]:
+        column.justify = "left"
     for row in rows:
-        grid.add_row(*(Text(in_digits(row.get(key, ""))) for key in keys))
+        cells = [in_digits(row.get(key, "")) for key in keys]
+        grid.add_row(*map(Text, cells))
     return rendered(grid)
 
 
@@ -408,4 +418,5 @@ def rendered(grid: Table) -> list[str]:
     """The lines of a table as plain text."""
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
     console.print(grid)
-    return list(map(str.rstrip, console.file.getvalue().rstrip("\n").split("\n")))
+    text = console.file.getvalue().rstrip("\n")
+    return list(map(str.rstrip, text.split("\n")))

@@ -65,8 +65,8 @@ def left_out(config: ConfigDict, source, scores: dict[int, np.ndarray], figures:
     if task == "multilabel":
         return absent.of_sets(figures)
     if task == "regress":
-        labels = [source.pieces[i]["label"] for i in scores]
-        predictions = [values[0] for values in scores.values()]
+        labels = labels_of(source, scores)
+        predictions = np.array(list(scores.values()))[:, 0]
         return absent.of_numbers(figures, predictions, labels)
     if task == "tag":
         return absent.of_tags(figures, label_names(config))
