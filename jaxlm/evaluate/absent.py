@@ -41,15 +41,20 @@ def of_sets(figures: dict) -> list[str]:
 def of_numbers(figures: dict, predictions: Sequence[float], labels: Sequence[float]) -> list[str]:
     """figures: what metrics.regression gives of these."""
     lines = []
-    missing = [name for name in CORRELATIONS if name not in figures]
+    missing = without(figures, CORRELATIONS)
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         why = why_uncorrelated(predictions, labels)
         lines.append(f"{' and '.join(missing)} {verb} left out: {why}")
-    lost = [name for name in ("mse", "mae") if name not in figures]
+    lost = without(figures, ("mse", "mae"))
     if lost:
         lines.append(f"{' and '.join(lost)} left out: the errors are too large for a float64")
     return lines
+
+
+def without(figures: dict, names: Sequence[str]) -> list[str]:
+    """The names that are not among the figures."""
+    return [name for name in names if name not in figures]
 
 
 def why_uncorrelated(predictions: Sequence[float], labels: Sequence[float]) -> str:
@@ -79,13 +84,13 @@ def of_groups(parts: dict[str, dict]) -> list[str]:
         names |= dict.fromkeys(figures)
     lines = []
     for name in names:
-        without = [group for group, figures in parts.items() if name not in figures]
-        if not without:
+        groups = [group for group, figures in parts.items() if name not in figures]
+        if not groups:
             continue
-        some = ", ".join(without[:5])
-        if len(without) > 5:
+        some = ", ".join(groups[:5])
+        if len(groups) > 5:
             some += ", ..."
         lines.append(
-            f"{name} has no meaning in {len(without):,} of {len(parts):,} groups, and is empty there: {some}"
+            f"{name} has no meaning in {len(groups):,} of {len(parts):,} groups, and is empty there: {some}"
         )
     return lines

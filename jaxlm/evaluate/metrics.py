@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import chain, zip_longest
 
 import numpy as np
@@ -290,7 +291,7 @@ def translation(hypotheses, references, lowercase: bool = False, tokenize: str =
     by_place = list(zip_longest(*lists))  # the first references of all, the second, ...
 
     result = {}
-    if any(has_four_tokens(bleu, text) for text in chain.from_iterable(lists)):
+    if any(map(partial(has_four_tokens, bleu), chain.from_iterable(lists))):
         result["bleu"] = bleu.corpus_score([*hypotheses], by_place).score
         result["signature"] = str(bleu.get_signature())
     result["chrf"] = chrf.corpus_score([*hypotheses], by_place).score
@@ -361,7 +362,7 @@ def question_answering(predictions: Sequence[str], answers: Sequence[Sequence[st
         given = answer_tokens(predictions[i])
         golds = list(filter(None, map(answer_tokens, answers[i]))) or [[]]
         exact.append(given in golds)
-        f1.append(max(token_f1(given, gold) for gold in golds))
+        f1.append(max(map(partial(token_f1, given), golds)))
     return {"exact_match": 100 * mean(exact), "f1": 100 * mean(f1)}
 
 

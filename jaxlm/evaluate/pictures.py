@@ -309,9 +309,12 @@ def lowest(curves: list[Curve]) -> Mark:
 def height_at(curves: list[Curve], step: float, of: str) -> float:
     """The loss of a run at a step: in validation where it is there, else in training."""
     own = []
+    exact = []
     for name in (f"validation loss{of}", f"training loss{of}"):
-        own += [curve for curve in curves if curve.name == name]
-    exact = [curve for curve in own if step in curve.steps]
+        for curve in curves:
+            if curve.name == name:
+                own.append(curve)
+                exact += [curve] * (step in curve.steps)
     curve = (exact or own or curves)[0]
     return float(np.interp(step, curve.steps, curve.values))
 

@@ -335,8 +335,7 @@ def table(result: dict) -> list[str]:
             continue
         shown = in_digits(value)
         if f"{key}_interval" in result:
-            low, high = map(in_digits, result[f"{key}_interval"])
-            shown += f"  ({low} to {high}: 95% interval)"
+            shown += f"  ({in_words(result[f'{key}_interval'])}: 95% interval)"
         figures.add_row(Text(key), Text(shown))
     lines = rendered(figures)
     for name in ("classes", "tags", "entities", "sources", "groups"):
@@ -358,13 +357,13 @@ def comparison(results: dict[str, dict]) -> list[str]:
     runs = list(results.values())
     rows = []
     for key in plain_keys(runs):
-        cells = [run.get(key, "") for run in runs]
+        cells = values_of(key, runs)
         if key == "data":
             cells = map(short_path, cells)
         rows.append({"": key, **dict(zip(names, cells))})
-        intervals = [run.get(f"{key}_interval", ()) for run in runs]
+        intervals = values_of(f"{key}_interval", runs)
         if any(intervals):
-            cells = [" to ".join(map(in_digits, interval)) for interval in intervals]
+            cells = map(in_words, intervals)
             rows.append({"": "  95% interval", **dict(zip(names, cells))})
     classes = {}
     for run in runs:
@@ -372,9 +371,18 @@ def comparison(results: dict[str, dict]) -> list[str]:
             classes[row["name"]] = None
     if len(classes) <= MANY:
         for name in classes:
-            cells = [f1_of(name, run) for run in runs]
+            cells = map(partial(f1_of, name), runs)
             rows.append({"": f"f1 of {name}", **dict(zip(names, cells))})
     return columns(rows)
+
+
+def values_of(key: str, runs: Sequence[dict]) -> list:
+    """What each run has under a key, '' where it has nothing."""
+    return [run.get(key, "") for run in runs]
+
+
+def in_words(interval: Sequence[float]) -> str:
+    return " to ".join(map(in_digits, interval))
 
 
 def f1_of(name: str, result: dict) -> float | str:
