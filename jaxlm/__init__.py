@@ -1,6 +1,12 @@
 """jaxlm: language models in JAX, from raw text to a trained model that writes. `lm = jaxlm.load(WORKDIR)`."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what editors and type checkers read
+    from jaxlm.generate.lm import load
+
 __version__ = "0.1.0"
+__all__ = ["load"]
 
 
 def __getattr__(name: str):
@@ -10,3 +16,7 @@ def __getattr__(name: str):
     from jaxlm.generate.lm import load
 
     return load
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
 """Which figures have no meaning on the data at hand, and why: a line for each reason.
 
-jaxlm/evaluate/metrics.py leaves such figures out. These lines are of the figures that were expected.
+jaxlm/evaluate/metrics.py leaves such figures out. These lines are about the figures that were expected.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ def of_classes(figures: dict) -> list[str]:
     """figures: what metrics.classification gives."""
     rows = figures["classes"]
     lines = []
-    occurring = [row["name"] for row in rows if row["count"]]
     if "auc" not in figures:
+        occurring = next(row["name"] for row in rows if row["count"])
         lines.append(
-            f"auc is left out: every example is of the class {occurring[0]}, and it compares two"
+            f"auc is left out: every example is of the class {occurring}, and it compares two"
         )
     if len(rows) == 2 and "f1_positive" not in figures:
         lines.append(
@@ -40,17 +40,21 @@ def of_sets(figures: dict) -> list[str]:
 
 def of_numbers(figures: dict, predictions: Sequence[float], labels: Sequence[float]) -> list[str]:
     """figures: what metrics.regression gives of these."""
-    missing = [name for name in CORRELATIONS if name not in figures]
     lines = []
+    missing = without(figures, CORRELATIONS)
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        lines.append(
-            f"{' and '.join(missing)} {verb} left out: {why_uncorrelated(predictions, labels)}"
-        )
-    lost = [name for name in ("mse", "mae") if name not in figures]
+        why = why_uncorrelated(predictions, labels)
+        lines.append(f"{' and '.join(missing)} {verb} left out: {why}")
+    lost = without(figures, ("mse", "mae"))
     if lost:
         lines.append(f"{' and '.join(lost)} left out: the errors are too large for a float64")
     return lines
+
+
+def without(figures: dict, names: Sequence[str]) -> list[str]:
+    """The names that are not among the figures."""
+    return [name for name in names if name not in figures]
 
 
 def why_uncorrelated(predictions: Sequence[float], labels: Sequence[float]) -> str:
@@ -65,8 +69,8 @@ def why_uncorrelated(predictions: Sequence[float], labels: Sequence[float]) -> s
 
 def of_tags(figures: dict, names: Sequence[str]) -> list[str]:
     """figures: what metrics.tagging gives. names: of all tags that the model knows."""
-    entities = any(name.startswith(("B-", "I-")) for name in names)
-    if entities and "entity_f1" not in figures:
+    has_entities = any(name.startswith(("B-", "I-")) for name in names)
+    if has_entities and "entity_f1" not in figures:
         return [
             "entity_precision, entity_recall and entity_f1 are left out: there is no entity, and none is predicted"
         ]
@@ -75,13 +79,18 @@ def of_tags(figures: dict, names: Sequence[str]) -> list[str]:
 
 def of_groups(parts: dict[str, dict]) -> list[str]:
     """parts: the figures of each group. A line for each figure that some groups have and others don't."""
-    names = dict.fromkeys(name for figures in parts.values() for name in figures)
+    names = {}
+    for figures in parts.values():
+        names |= dict.fromkeys(figures)
     lines = []
     for name in names:
-        without = [group for group, figures in parts.items() if name not in figures]
-        if without:
-            few = ", ".join(without[:5]) + (", ..." if len(without) > 5 else "")
-            lines.append(
-                f"{name} has no meaning in {len(without):,} of {len(parts):,} groups, and is empty there: {few}"
-            )
+        groups = [group for group, figures in parts.items() if name not in figures]
+        if not groups:
+            continue
+        some = ", ".join(groups[:5])
+        if len(groups) > 5:
+            some += ", ..."
+        lines.append(
+            f"{name} has no meaning in {len(groups):,} of {len(parts):,} groups, and is empty there: {some}"
+        )
     return lines

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import math
+from collections import defaultdict
 from functools import cache, partial
 
 import jax
@@ -30,12 +31,15 @@ from jaxlm.step.state import eval_step
 
 
 class Evaluator:
-    """Compiles once; `evaluator(params)` runs over config.data's validation split, or its first eval.batches."""
+    """Compiles once; `evaluator(params)` runs over config.data's validation split, or its first eval.batches.
+
+    Raises ConfigError where texts are to be scored, and what sacrebleu needs is not installed.
+    """
 
     def __init__(self, config: ConfigDict, mesh, tokenizer=None):
         """tokenizer: the model's, where that is not config.data's own."""
         if task_of(config).writes_text and config.eval.generate:
-            bleu_scorer(**bleu_options(config))  # so that what is missing is told before step 1
+            bleu_scorer(**bleu_options(config))  # what is missing is reported before step 1
         self.config = config
         self.mesh = mesh
         self.sources = open_sources(config, "val", tokenizer)
@@ -50,8 +54,8 @@ class Evaluator:
             self.num_bytes = self.bytes_of_text()
 
     def bytes_of_text(self) -> int | None:
-        """Of all that is foretold; None, and that is told, where the tokenizer doesn't know all of it."""
-        paths = [path for path, _ in mixture(self.config)]
+        """UTF-8 bytes of all that is predicted; None, with a warning, where the tokenizer doesn't know all of it."""
+        paths, _ = zip(*mixture(self.config))
         stores = open_stores(self.config, "val")
         if why := why_none_of(stores, tokenizers.load(paths[0])):
             warn_once(why)
@@ -61,20 +65,22 @@ class Evaluator:
     def leaves_out(self) -> str:
         """In words, what an evaluation leaves out of the split; empty where nothing."""
         e = self.config.eval
+        parts = []
         whole = len(self.batches)
-        said = []
         if 0 < e.batches < whole:
-            said.append(f"the first {e.batches:,} of {whole:,} batches (eval.batches)")
-        if task_of(self.config).writes_text and 0 < e.generate < (
-            total := len(self.sources[0].examples)
-        ):
-            said.append(f"texts for the first {e.generate:,} of {total:,} examples (eval.generate)")
-        return ", and ".join(said)
+            parts.append(f"the first {e.batches:,} of {whole:,} batches (eval.batches)")
+        if task_of(self.config).writes_text and e.generate:
+            total = len(self.sources[0].examples)
+            if e.generate < total:
+                parts.append(
+                    f"texts for the first {e.generate:,} of {total:,} examples (eval.generate)"
+                )
+        return ", and ".join(parts)
 
     def __call__(self, params, teacher=None) -> dict:
         """The figures of a task: loss (nats), and what jaxlm/evaluate/score.py makes of its examples' scores or texts.
 
-        What can't be made of these is left out, and that is told. Raises what `run` does, and score.FAULTS.
+        A figure that can't be computed is left out, with a warning. Raises what `run` raises, and score.FAULTS.
         """
         config = self.config
         sums, scores, complete = self.run(params, teacher)
@@ -87,37 +93,43 @@ class Evaluator:
         return result
 
     def scored(self, scores: dict) -> dict:
-        """The task's figures, with a line for each that has no meaning; none of scores that have none, such as NaN."""
+        """The task's figures, floats only, with a warning for each without meaning; {} where scores are NaN."""
         source = self.sources[0]
         only = "this evaluation gives only the loss"  # train.max_skipped ends runs whose scores stay NaN
         figures = attempt(only, partial(score, self.config, source, scores))
-        for line in left_out(self.config, source, scores, figures) if figures else ():
+        if not figures:
+            return {}
+        for line in left_out(self.config, source, scores, figures):
             warn_once(line)
         return {name: x for name, x in figures.items() if isinstance(x, float)}
 
     def figures(self, sums: dict, complete: bool) -> dict:
-        """Means of the sums; of text also perplexity and tokens, and of all of a text bits_per_byte and bytes."""
+        """Means of the sums. Of text also perplexity and tokens, and of a whole split bits_per_byte and bytes.
+
+        sums: float64, with the sum of weights under "weight"; complete: whether they are of the whole split.
+        """
         result = {}
         for name, value in sums.items():
             if name != "weight":
                 result[name] = value / sums["weight"]
-        metrics = task_of(self.config).metrics
-        if "pairs" in metrics:
+        reported = task_of(self.config).metrics
+        if "pairs" in reported:
             result["pairs"] = int(sums["weight"])
-        if "tokens" not in metrics:
+        if "tokens" not in reported:
             return result
         if not self.config.task.negatives:  # whose nats are of no distribution over the vocabulary
             result["perplexity"] = math.exp(min(result["loss"], 700.0))
         result["tokens"] = int(sums["weight"])
         if complete and self.num_bytes:
-            result |= {
-                "bits_per_byte": sums["loss"] / math.log(2) / self.num_bytes,
-                "bytes": self.num_bytes,
-            }
+            result["bits_per_byte"] = sums["loss"] / math.log(2) / self.num_bytes
+            result["bytes"] = self.num_bytes
         return result
 
     def run(self, params, teacher=None) -> tuple[dict, dict | None, bool]:
-        """(float64 sums over the batches, {example: its scores} where the task has them, whether that was all)."""
+        """(float64 sums over the batches, {example: its scores} where the task has them, whether that was all).
+
+        Raises DataError where no token or label counts.
+        """
         whole = len(self.batches)
         B = eval_rows(self.config)
         stop = min(self.config.eval.batches or whole, whole)
@@ -125,14 +137,12 @@ class Evaluator:
         def place(rows):
             return hosts.to_global(rows, self.mesh, B)
 
-        sums = {}
+        sums = defaultdict(float)
         rows = []
         for batch in Prefetch(self.batches, 0, stop, self.config.data.prefetch, place):
             part, scores = self.step(params, batch, teacher)
-            sums = {
-                key: sums.get(key, 0.0) + float(value)
-                for key, value in jax.device_get(part).items()
-            }
+            for key, value in jax.device_get(part).items():
+                sums[key] += float(value)
             if task_of(self.config).has_head:
                 rows += list(hosts.fetch(scores))
         if not sums["weight"]:
@@ -140,15 +150,15 @@ class Evaluator:
                 "the validation split has nothing that counts: prepare the data with a larger --val_fraction"
             )
         scores = of_examples(self.sources[0], rows) if rows else None
-        return sums, scores, stop == whole
+        return dict(sums), scores, stop == whole
 
 
 @cache
 def installed() -> bool:
-    """Whether the libraries of jaxlm/evaluate/metrics.py are here; training goes on without."""
-    here = importlib.util.find_spec("scipy") is not None
-    if not here:
-        logging.getLogger("jaxlm").warning(
-            'F1, AUC and other figures in training need: pip install -e ".[eval]"'
-        )
-    return here
+    """Whether the library of the labelled tasks' figures is here; training goes on without it, with a warning."""
+    if importlib.util.find_spec("sklearn") is not None:
+        return True
+    logging.getLogger("jaxlm").warning(
+        'F1, AUC and other figures in training need: pip install -e ".[eval]"'
+    )
+    return False

@@ -12,13 +12,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from itertools import zip_longest
+from functools import partial
+from itertools import chain, zip_longest
 
 import numpy as np
 
 from jaxlm.errors import ConfigError, DataError
+from jaxlm.evaluate.entities import BIO, entity_rates
 
-BIO = re.compile(r"O|[BIES](-.*)?", re.DOTALL)  # and BIOES, whose E and S end an entity too
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 KNOWN_TO_ROUGE = re.compile("[a-zA-Z0-9]")
@@ -26,7 +27,7 @@ ROUGE = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
 
 
 def library(name: str):
-    """An optional module, imported on use."""
+    """An optional module, imported on use. Raises ConfigError where it is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -36,15 +37,16 @@ def library(name: str):
 
 
 def count(**columns: Sequence) -> int:
-    """The number of examples, the same in each column and at least one."""
-    lengths = {name: len(column) for name, column in columns.items()}
-    if len(set(lengths.values())) != 1 or 0 in lengths.values():
-        given = ", ".join(f"{n} {name}" for name, n in lengths.items())
+    """The number of examples. Raises DataError where columns differ in length, or have none."""
+    lengths = list(map(len, columns.values()))
+    if len(set(lengths)) != 1 or 0 in lengths:
+        given = ", ".join(f"{n} {name}" for n, name in zip(lengths, columns))
         raise DataError(f"needed are examples, and as many items of each column; given are {given}")
-    return next(iter(lengths.values()))
+    return lengths[0]
 
 
 def require(good: np.ndarray, name: str, values: np.ndarray, fault: str) -> None:
+    """Raises DataError that counts the values that are not good, and shows the first."""
     bad = np.argwhere(~good)
     if len(bad):
         place = ", ".join(map(str, bad[0]))
@@ -55,7 +57,7 @@ def require(good: np.ndarray, name: str, values: np.ndarray, fault: str) -> None
 
 
 def numbers(name: str, values, ndim: int) -> np.ndarray:
-    """As float64, of `ndim` dimensions and all finite."""
+    """The values as float64. Raises DataError unless they have `ndim` dimensions and are all finite."""
     try:
         array = np.asarray(values, np.float64)
     except (TypeError, ValueError) as error:
@@ -69,26 +71,12 @@ def numbers(name: str, values, ndim: int) -> np.ndarray:
 
 
 def probabilities(scores_NC) -> np.ndarray:
-    """Unchanged, which keeps ties; rows may add up to 1 but for what bfloat16 rounds."""
+    """The scores as float64 [N, C]. Raises DataError where a row is not a distribution, to the rounding of bfloat16."""
     scores = numbers("scores", scores_NC, 2)
     good = (scores >= 0).all(1) & (abs(scores.sum(1) - 1) < 0.02)
-    require(
-        good,
-        "scores",
-        scores,
-        "are not probabilities, such as softmax(logits), 0 or more with the sum 1",
-    )
+    fault = "are not probabilities, such as softmax(logits), 0 or more with the sum 1"
+    require(good, "scores", scores, fault)
     return scores
-
-
-def rates(right: int, found: int, true: int) -> dict:
-    f1 = 2 * right / max(found + true, 1)
-    return {
-        "precision": right / max(found, 1),
-        "recall": right / max(true, 1),
-        "f1": f1,
-        "count": true,
-    }
 
 
 def mean(values: Iterable[float]) -> float:
@@ -96,90 +84,115 @@ def mean(values: Iterable[float]) -> float:
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Area under ROC, by the sum of ranks (Mann and Whitney): the same as scikit-learn's, ten times as fast."""
+    """Area under the ROC curve. labels: bool or 0 and 1 [N], both of which occur; scores: [N].
+
+    By the sum of ranks (Mann and Whitney 1947): scikit-learn's value. 1,000 resamplings of a thousand examples take
+    0.3 s, with scikit-learn 4 s.
+    """
     ranks = library("scipy.stats").rankdata(scores)[labels == 1]
-    ones = np.sum(labels == 1)
-    return float((ranks.sum() - ones * (ones + 1) / 2) / (ones * (len(labels) - ones)))
+    ones = len(ranks)
+    zeros = len(labels) - ones
+    above = ranks.sum() - ones * (ones + 1) / 2  # pairs of a one and a zero in the right order
+    return float(above / (ones * zeros))
+
+
+def rates_by_class(true_N, predicted_N, classes: Sequence, names: Sequence) -> list[dict]:
+    """A row for each class: its name, precision, recall, f1, and its count among the true ones. 0 / 0 is 0."""
+    measure = library("sklearn.metrics").precision_recall_fscore_support
+    rates = measure(true_N, predicted_N, labels=classes, zero_division=0)
+    rows = []
+    for name, precision, recall, f1, support in zip(names, *rates):
+        row = {"name": name, "precision": float(precision), "recall": float(recall)}
+        rows.append(row | {"f1": float(f1), "count": int(support)})
+    return rows
 
 
 def classification(scores_NC, labels_N, names: Sequence[str] | None = None) -> dict:
-    """Of the class with the highest probability: accuracy, precision, recall, f1 (macro: the mean over the classes that
-    occur in labels or predictions, as scikit-learn's), f1_micro, and of two classes f1_positive, class 1's. Of the
-    probabilities: auc (area under ROC; of several classes the mean of each against the rest), log_loss (nats).
+    """Figures of N examples in C classes, by scikit-learn. scores_NC: probabilities; labels_N: numbers of classes.
+
+    Of the class with the highest probability: accuracy, precision, recall, f1 (macro: the mean over the classes that
+    occur in labels or predictions), f1_micro, and of two classes f1_positive, class 1's. Of the probabilities: auc
+    (area under ROC; of several classes the mean of each against the rest) and, of two classes or more, log_loss (nats).
     classes: a row for each, with its count in labels; confusion[i][j]: examples of class i that were taken for class j.
+    Raises DataError where scores are not probabilities, or labels are not 0 to C - 1.
     """
-    scores = probabilities(scores_NC)
-    labels = numbers("labels", labels_N, 1)
-    total = count(scores=scores, labels=labels)
-    every = range(scores.shape[1])
-    require(
-        np.isin(labels, every),
-        "labels",
-        labels,
-        f"are not a class, a whole number from 0 to {len(every) - 1}",
-    )
-    names = [str(name) for name in (every if names is None else names)]
-    count(names=names, classes=every)
-    labels = labels.astype(int)
-    predicted = scores.argmax(1)
-    confusion = np.bincount(labels * len(every) + predicted, minlength=len(every) ** 2).reshape(
-        len(every), -1
-    )
-    sums = zip(confusion.diagonal().tolist(), confusion.sum(0).tolist(), confusion.sum(1).tolist())
-    table = [{"name": name, **rates(*row)} for name, row in zip(names, sums)]
-    for k, row in enumerate(table):
+    scores_NC = probabilities(scores_NC)
+    labels_N = numbers("labels", labels_N, 1)
+    total = count(scores=scores_NC, labels=labels_N)
+    classes = np.arange(scores_NC.shape[1])
+    fault = f"are not a class, a whole number from 0 to {len(classes) - 1}"
+    require(np.isin(labels_N, classes), "labels", labels_N, fault)
+    if names is None:
+        names = classes
+    names = list(map(str, names))
+    count(names=names, classes=classes)
+    labels_N = labels_N.astype(int)
+    predicted_N = scores_NC.argmax(1)
+    rows = rates_by_class(labels_N, predicted_N, classes, names)
+    for k, row in enumerate(rows):
         if 0 < row["count"] < total:
-            row["auc"] = auc(labels == k, scores[:, k])
-    result = {"accuracy": mean(predicted == labels)}
-    occur = np.union1d(labels, predicted)
-    areas = [row["auc"] for row in table if "auc" in row]
-    result |= {key: mean(table[k][key] for k in occur) for key in ("precision", "recall", "f1")}
-    result["f1_micro"] = result[
-        "accuracy"
-    ]  # as all micro averages, with one label for each example
-    if len(every) == 2:
+            row["auc"] = auc(labels_N == k, scores_NC[:, k])
+
+    result = {"accuracy": mean(predicted_N == labels_N)}
+    occur = np.union1d(labels_N, predicted_N)
+    for key in ("precision", "recall", "f1"):
+        result[key] = mean(rows[k][key] for k in occur)
+    result["f1_micro"] = result["accuracy"]  # as all micro averages: an example has one label
+    areas = [row["auc"] for row in rows if "auc" in row]
+    if len(classes) == 2:
         areas = areas[1:]
-    if len(every) == 2 and 1 in occur:
-        result["f1_positive"] = table[1]["f1"]
+        if 1 in occur:
+            result["f1_positive"] = rows[1]["f1"]
     if areas:
         result["auc"] = mean(areas)
-    chosen = scores[range(total), labels] / scores.sum(1)
-    result["log_loss"] = abs(
-        mean(np.log(np.maximum(chosen, np.finfo(float).eps)))
-    )  # scikit-learn's bound
-    return result | {"classes": table, "confusion": confusion.tolist()}
+    sk = library("sklearn.metrics")
+    if len(classes) > 1:
+        chances_NC = scores_NC / scores_NC.sum(1, keepdims=True)
+        result["log_loss"] = float(sk.log_loss(labels_N, chances_NC, labels=classes))
+    confusion_CC = sk.confusion_matrix(labels_N, predicted_N, labels=classes)
+    return result | {"classes": rows, "confusion": confusion_CC.tolist()}
 
 
 def multilabel(scores_NC, labels_NC, threshold: float = 0.5) -> dict:
-    """Any number of C labels may be true of an example: f1_micro, f1 (macro over all C, 0 for what neither occurs nor
-    is predicted, as scikit-learn's; neither F1 where nothing does), exact_match (all C right), auc (macro, over the
-    labels that have both values).
+    """Figures of N examples, of which any number of C labels may be true, by scikit-learn. labels_NC: 0 and 1.
+
+    f1_micro, f1 (macro over all C, 0 for what neither occurs nor is predicted; neither F1 where nothing does),
+    exact_match (all C right), auc (macro, over the labels that have both values). Raises DataError of other shapes.
     """
-    scores = numbers("scores", scores_NC, 2)
-    labels = numbers("labels", labels_NC, 2)
-    require(np.isin(labels, (0, 1)), "labels", labels, "are neither 0 nor 1")
-    if scores.shape != labels.shape:
+    scores_NC = numbers("scores", scores_NC, 2)
+    labels_NC = numbers("labels", labels_NC, 2)
+    require(np.isin(labels_NC, (0, 1)), "labels", labels_NC, "are neither 0 nor 1")
+    if scores_NC.shape != labels_NC.shape:
         raise DataError(
-            f"scores and labels must have one shape; theirs are {scores.shape} and {labels.shape}"
+            f"scores and labels must have one shape; theirs are {scores_NC.shape} and {labels_NC.shape}"
         )
-    predicted = scores >= threshold
-    right = (predicted * labels).sum(0)
-    sums = predicted.sum(0) + labels.sum(0)
+    sk = library("sklearn.metrics")
+    true_NC = labels_NC.astype(int)
+    predicted_NC = (scores_NC >= threshold).astype(int)
     result = {}
-    if sums.any():
-        result["f1_micro"] = float(2 * right.sum() / sums.sum())
-        result["f1"] = mean(2 * right / np.maximum(sums, 1))
-    areas = [auc(y, s) for y, s in zip(labels.T, scores.T) if y.min() < y.max()]
-    return (
-        result
-        | {"exact_match": mean((predicted == labels).all(1))}
-        | ({"auc": mean(areas)} if areas else {})
-    )
+    if true_NC.any() or predicted_NC.any():
+        counted = None
+        if true_NC.shape[1] == 1:
+            counted = [1]  # scikit-learn reads one column as the classes 0 and 1
+        for key, average in (("f1_micro", "micro"), ("f1", "macro")):
+            result[key] = float(
+                sk.f1_score(true_NC, predicted_NC, labels=counted, average=average, zero_division=0)
+            )
+    result["exact_match"] = float(sk.accuracy_score(true_NC, predicted_NC))
+    areas = []
+    for true_N, scores_N in zip(true_NC.T, scores_NC.T):
+        if true_N.min() < true_N.max():
+            areas.append(auc(true_N, scores_N))
+    if areas:
+        result["auc"] = mean(areas)
+    return result
 
 
 def regression(predictions_N, targets_N) -> dict:
-    """mse, mae, and the correlations pearson and spearman. Columns that are constant, or nearly, have no correlation;
-    what a float64 can't hold is left out."""
+    """mse, mae, and the correlations pearson and spearman, of numbers.
+
+    Columns that are constant, or nearly, have no correlation; what a float64 can't hold is left out.
+    """
     x = numbers("predictions", predictions_N, 1)
     y = numbers("targets", targets_N, 1)
     count(predictions=x, targets=y)
@@ -193,92 +206,56 @@ def regression(predictions_N, targets_N) -> dict:
 def correlations(x_N: np.ndarray, y_N: np.ndarray) -> dict:
     """pearson and spearman of values that are not all the same; no pearson where they differ by rounding alone."""
     stats = library("scipy.stats")
-    result = {"spearman": float(stats.spearmanr(x_N, y_N)[0])}
+    result = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error", stats.NearConstantInputWarning)
         with suppress(stats.NearConstantInputWarning):
-            result = {"pearson": float(stats.pearsonr(x_N, y_N)[0])} | result
+            result["pearson"] = float(stats.pearsonr(x_N, y_N)[0])
+    result["spearman"] = float(stats.spearmanr(x_N, y_N)[0])
     return result
 
 
 def tagging(predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]) -> dict:
-    """Over tokens: accuracy, f1 (macro over the tags that occur), f1_micro, and `tags`, a row for each. If gold is in
-    BIO or BIOES, over entities, right where both ends and the type are, as in CoNLL-2000's conlleval: entity_precision,
-    entity_recall, entity_f1, and `entities`, a row for each type.
+    """Over tokens: accuracy, f1 (macro over the tags that occur), f1_micro, and `tags`, a row for each.
+
+    If gold is in BIO or BIOES, also over entities: entity_precision, entity_recall, entity_f1, and `entities`, a row
+    for each type. An entity is right where both ends and the type are, as in conlleval (Tjong Kim Sang and Buchholz
+    2000). Raises DataError where a sentence has other numbers of tags, or there are no tokens.
     """
     for i in range(count(predicted=predicted, gold=gold)):
         if isinstance(gold[i], str) or len(predicted[i]) != len(gold[i]):
             raise DataError(
                 f"sentence {i} must be a list of tags, predicted as many: {predicted[i]} for {gold[i]}"
             )
-
-    def items(side, split):
-        return {(i, *item) for i, tags in enumerate(side) for item in split(tags)}
-
-    overall, rows = compare(items(predicted, enumerate), items(gold, enumerate))
-    count(tokens=rows)
-    result = {
-        "accuracy": overall["f1"],
-        "f1": mean(row["f1"] for row in rows),
-        "f1_micro": overall["f1"],
-        "tags": rows,
-    }
-    if all(BIO.fullmatch(row["name"]) for row in rows if row["count"]) and any(
-        row["name"] != "O" for row in rows
-    ):
-        overall, rows = compare(items(predicted, entities), items(gold, entities))
-        result |= {f"entity_{key}": overall[key] for key in ("precision", "recall", "f1")} | {
-            "entities": rows
-        }
+    predicted_tokens = list(chain.from_iterable(predicted))
+    gold_tokens = list(chain.from_iterable(gold))
+    total = count(tokens=gold_tokens)
+    names = sorted({*predicted_tokens, *gold_tokens})
+    rows = rates_by_class(gold_tokens, predicted_tokens, names, names)
+    accuracy = sum(map(str.__eq__, predicted_tokens, gold_tokens)) / total
+    f1 = mean(row["f1"] for row in rows)
+    result = {"accuracy": accuracy, "f1": f1, "f1_micro": accuracy, "tags": rows}
+    if names != ["O"] and all(map(BIO.fullmatch, gold_tokens)):
+        result |= entity_rates(predicted, gold)
     return result
 
 
-def compare(found: set[tuple], true: set[tuple]) -> tuple[dict, list[dict]]:
-    """Rates of all items, and a row for each kind, which is their last entry."""
-    groups = []
-    for items in (found & true, found, true):
-        groups.append(Counter(item[-1] for item in items))
-    rows = []
-    for kind in sorted({*groups[1], *groups[2]}):
-        rows.append({"name": kind, **rates(*(group[kind] for group in groups))})
-    return rates(*(group.total() for group in groups)), rows
-
-
-def entities(tags: Sequence[str]) -> list[tuple[int, int, str]]:
-    """(first token, token after the last, type). As conlleval has it, an I- that follows O or another type begins an
-    entity as B- does, and whatever begins one ends the one before. A tag that is none of BIOES is O."""
-    found = []
-    begin = None
-    last = "O"
-    kind = ""
-    for i, tag in enumerate([*tags, "O"]):
-        mark, _, new = (tag if BIO.fullmatch(tag) else "O").partition("-")
-        begins = mark != "O" and (mark in "BS" or last in "OES" or new != kind)
-        if begin is not None and (begins or mark == "O"):
-            found.append((begin, i, kind))
-        if begins:
-            begin = i
-        else:
-            begin = None if mark == "O" else begin
-        last = mark
-        kind = new
-    return found
-
-
 def texts(hypotheses: Sequence[str], references: Sequence[str | Sequence[str]]) -> list[list[str]]:
-    """The references of each hypothesis, as lists."""
+    """The references of each hypothesis, as lists. Raises DataError where one has none, or is no text."""
     count(hypotheses=hypotheses, references=references)
-    lists = [[one] if isinstance(one, str) else list(one) for one in references]
-    for i, (text, each) in enumerate(zip(hypotheses, lists)):
-        if not each or not all(isinstance(t, str) for t in (text, *each)):
+    lists = []
+    for i, (text, given) in enumerate(zip(hypotheses, references)):
+        each = [given] if isinstance(given, str) else list(given)
+        if not each or not all(isinstance(one, str) for one in (text, *each)):
             raise DataError(
                 f"example {i}: needed are a text and one reference or more; given {text!r} and {each!r}"
             )
+        lists.append(each)
     return lists
 
 
 def bleu_scorer(lowercase: bool = False, tokenize: str = "13a", **options):
-    """sacrebleu's BLEU. Raises ConfigError where it has no such tokenizer, or where what that needs is not here."""
+    """sacrebleu's BLEU. Raises ConfigError where it has no such tokenizer, or lacks what that needs."""
     lib = library("sacrebleu")
     if tokenize not in lib.BLEU.TOKENIZERS:
         raise ConfigError(
@@ -286,11 +263,8 @@ def bleu_scorer(lowercase: bool = False, tokenize: str = "13a", **options):
         )
     try:
         return lib.BLEU(lowercase=lowercase, tokenize=tokenize, **options)
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-    ) as error:  # its message names the package, or the file it looks for
+    # The message names the package, or the file that it looks for.
+    except (ImportError, OSError, RuntimeError) as error:
         need = " ".join(str(error).split())
         raise ConfigError(
             f"config.eval.bleu_tokenize={tokenize}: {need} Or choose char or zh."
@@ -298,22 +272,28 @@ def bleu_scorer(lowercase: bool = False, tokenize: str = "13a", **options):
 
 
 def translation(hypotheses, references, lowercase: bool = False, tokenize: str = "13a") -> dict:
-    """bleu and chrf of the corpus, to 100, and sacrebleu's signature and chrf_signature, which make them comparable.
+    """bleu and chrf of the corpus, from 0 to 100, and sacrebleu's signatures, which make them comparable (Post 2018).
 
-    `references` has a text for each hypothesis, or a list of one or more. `tokenize` is one of sacrebleu's. BLEU counts
-    runs of four tokens: where no reference has one it is left out, being 0 even for the references themselves.
+    references: a text for each hypothesis, or a list of one or more. tokenize: one of sacrebleu's. BLEU counts runs of
+    four tokens: where no reference has one it is left out, as it would be 0 even for the references themselves.
+    Raises what `texts` and `bleu_scorer` raise.
     """
     lists = texts(hypotheses, references)
     bleu = bleu_scorer(lowercase, tokenize)
     chrf = library("sacrebleu").CHRF(lowercase=lowercase)
+    by_place = list(zip_longest(*lists))  # the first references of all, the second, ...
 
-    def scored(metric):
-        return metric.corpus_score([*hypotheses], [*zip_longest(*lists)]).score
-
-    result = {"chrf": scored(chrf), "chrf_signature": str(chrf.get_signature())}
-    if any(bleu.corpus_score([text], [[text]]).totals[3] for each in lists for text in each):
-        result = {"bleu": scored(bleu), "signature": str(bleu.get_signature())} | result
+    result = {}
+    if any(map(partial(has_four_tokens, bleu), chain.from_iterable(lists))):
+        result["bleu"] = bleu.corpus_score([*hypotheses], by_place).score
+        result["signature"] = str(bleu.get_signature())
+    result["chrf"] = chrf.corpus_score([*hypotheses], by_place).score
+    result["chrf_signature"] = str(chrf.get_signature())
     return result
+
+
+def has_four_tokens(bleu, text: str) -> bool:
+    return bleu.corpus_score([text], [[text]]).totals[3] > 0
 
 
 def bleu_counts(
@@ -321,30 +301,30 @@ def bleu_counts(
 ) -> np.ndarray:
     """[N, 10]: what BLEU counts in each sentence. bootstrap(bleu_of, bleu_counts(...)) resamples the sentences."""
     bleu = bleu_scorer(lowercase, tokenize, effective_order=True)  # only stops a warning
-    scores = map(bleu.sentence_score, hypotheses, texts(hypotheses, references))
-    return np.array(
-        [[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores]
-    )
+    rows = []
+    for text, each in zip(hypotheses, texts(hypotheses, references)):
+        score = bleu.sentence_score(text, each)
+        rows.append([*score.counts, *score.totals, score.sys_len, score.ref_len])
+    return np.array(rows)
 
 
 def bleu_of(counts: np.ndarray) -> float:
-    """BLEU of the corpus that has these bleu_counts."""
+    """BLEU of the corpus, from 0 to 100, that has these bleu_counts [N, 10]."""
     sums = counts.sum(0).tolist()
-    return (
-        library("sacrebleu")
-        .BLEU.compute_bleu(sums[:4], sums[4:8], *sums[8:], smooth_method="exp")
-        .score
-    )
+    compute = library("sacrebleu").BLEU.compute_bleu
+    return compute(sums[:4], sums[4:8], *sums[8:], smooth_method="exp").score
 
 
 def rouge(hypotheses, references) -> dict:
-    """F-measures to 100, without stemming, the mean over examples of that of the best reference: rouge1, rouge2, rougeL
-    and rougeLsum, which reads each line as a sentence. rouge_score reads the letters a to z and digits only: DataError
-    where most of the references' letters are others, also where each reference has some, such as the digits of a year.
+    """ROUGE (Lin 2004): F-measures to 100, without stemming, the mean over examples of that of the best reference.
+
+    rouge1, rouge2, rougeL, and rougeLsum, which reads each line as a sentence. rouge_score reads the letters a to z and
+    digits only: raises DataError where most of the references' letters are others, also where each reference has some,
+    such as the digits of a year.
     """
     lists = texts(hypotheses, references)
     scorer = library("rouge_score.rouge_scorer").RougeScorer(ROUGE)
-    everything = "".join(text for each in lists for text in each)
+    everything = "".join(chain.from_iterable(lists))
     letters = sum(map(str.isalnum, everything))
     known = len(KNOWN_TO_ROUGE.findall(everything))
     if 2 * known < letters:
@@ -352,23 +332,19 @@ def rouge(hypotheses, references) -> dict:
             f"rouge_score reads a to z and digits only, {known / letters:.0%} of the references' letters; "
             "chrf reads all"
         )
-    scores = [scorer.score_multi(each, text) for text, each in zip(hypotheses, lists)]
-    return {key: 100 * mean(score[key].fmeasure for score in scores) for key in ROUGE}
+    scores = list(map(scorer.score_multi, lists, hypotheses))
+    result = {}
+    for key in ROUGE:
+        result[key] = 100 * mean(score[key].fmeasure for score in scores)
+    return result
 
 
 def question_answering(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict:
-    """SQuAD's exact_match and f1 over tokens, to 100, by the answer that suits best. Where `answers` has none, an empty
-    prediction is right and no other, as in the script of v2.0.
+    """SQuAD's exact_match and f1 over tokens, to 100, by the best of the right answers (Rajpurkar et al. 2018).
+
+    Where `answers` has none, an empty prediction is right and no other, as in the script of v2.0. Raises DataError
+    where the answers to a question are no list.
     """
-
-    def tokens(text):
-        return ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split()
-
-    def overlap(a, b):
-        if a or b:
-            return 2 * (Counter(a) & Counter(b)).total() / len(a + b)
-        return 1.0
-
     exact = []
     f1 = []
     for i in range(count(predictions=predictions, answers=answers)):
@@ -376,26 +352,38 @@ def question_answering(predictions: Sequence[str], answers: Sequence[Sequence[st
             raise DataError(
                 f"answers[{i}] is a text; it must be a list of all that are right: {[answers[i]]}"
             )
-        given = tokens(predictions[i])
-        golds = [gold for gold in map(tokens, answers[i]) if gold] or [[]]
+        given = answer_tokens(predictions[i])
+        golds = list(filter(None, map(answer_tokens, answers[i]))) or [[]]
         exact.append(given in golds)
-        f1.append(max(overlap(given, gold) for gold in golds))
+        f1.append(max(map(partial(token_f1, given), golds)))
     return {"exact_match": 100 * mean(exact), "f1": 100 * mean(f1)}
 
 
+def answer_tokens(text: str) -> list[str]:
+    """SQuAD's words of an answer: lower case, without punctuation and articles."""
+    return ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split()
+
+
+def token_f1(given: list[str], gold: list[str]) -> float:
+    if given or gold:
+        return 2 * (Counter(given) & Counter(gold)).total() / len(given + gold)
+    return 1.0
+
+
 def calibration(scores, correct, bins: int = 15) -> dict:
-    """ece and mce, expected and maximum calibration error (Guo et al. 2017): mean and largest gap between confidence
-    and accuracy over bins of equal width; brier: the mean of (confidence - correct)^2. `scores` are the confidences [N]
-    or probabilities [N, C], whose largest they are; `correct` [N] is True or False, as of predictions == labels.
-    bins: low (exclusive), high, confidence, accuracy and count of those that are not empty.
+    """ece and mce, expected and maximum calibration error (Guo et al. 2017), and brier, over `bins` of equal width.
+
+    Of the gaps between confidence and accuracy in each bin these are the mean, weighted by examples, and the largest;
+    brier is the mean of (confidence - correct)^2. scores: confidences [N], or probabilities [N, C], whose largest they
+    are; correct: bool [N], as of predictions == labels. Result's bins: low (exclusive), high, confidence, accuracy and
+    count of those that are not empty. Raises DataError of scores that are not of 0 to 1, and of labels as `correct`.
     """
     if np.ndim(scores) == 2:
         confidence = probabilities(scores).max(1)
     else:
         confidence = numbers("scores", scores, 1)
-    require(
-        (confidence >= 0) & (confidence < 1.02), "scores", confidence, "are not of 0 to 1"
-    )  # bfloat16 rounds
+    good = (confidence >= 0) & (confidence < 1.02)  # bfloat16 rounds
+    require(good, "scores", confidence, "are not of 0 to 1")
     confidence = np.minimum(confidence, 1)
     total = count(scores=confidence, correct=correct)
     correct = np.asarray(correct)
@@ -404,49 +392,86 @@ def calibration(scores, correct, bins: int = 15) -> dict:
             f"correct must be True or False, as of predictions == labels; it begins with {correct[:5]}"
         )
     edges = np.linspace(0, 1, bins + 1).tolist()
-    rows = []
     places = np.searchsorted(edges[1:-1], confidence)
+    rows = []
+    gaps = []
+    ece = 0.0
     for k in np.unique(places):
-        row = {"low": edges[k], "high": edges[k + 1], "confidence": mean(confidence[places == k])}
-        rows.append(
-            row | {"accuracy": mean(correct[places == k]), "count": int((places == k).sum())}
-        )
-    gaps = [abs(row["confidence"] - row["accuracy"]) for row in rows]
-    ece = sum(gap * row["count"] / total for gap, row in zip(gaps, rows))
+        here = places == k
+        row = {"low": edges[k], "high": edges[k + 1]}
+        row |= {"confidence": mean(confidence[here]), "accuracy": mean(correct[here])}
+        row["count"] = int(here.sum())
+        rows.append(row)
+        gaps.append(abs(row["confidence"] - row["accuracy"]))
+        ece += gaps[-1] * row["count"] / total
     return {"ece": ece, "mce": max(gaps), "brier": mean((confidence - correct) ** 2), "bins": rows}
 
 
-def pick(arrays: Sequence[Sequence], index: Sequence[int]) -> list[Sequence]:
-    return [
-        array[index] if isinstance(array, np.ndarray) else [array[i] for i in index]
-        for array in arrays
-    ]
+def choose(arrays: Sequence[Sequence], index: Sequence[int]) -> list[Sequence]:
+    """The entries of each array, or list, at these places."""
+    chosen = []
+    for array in arrays:
+        if isinstance(array, np.ndarray):
+            chosen.append(array[index])
+        else:
+            chosen.append([array[i] for i in index])
+    return chosen
+
+
+def resample(metric: Callable, *arrays: Sequence, samples: int = 1000, seed: int = 0) -> list:
+    """metric(*arrays) of `samples` draws of all examples with replacement (Efron 1979)."""
+    total = count(**{f"array_{i}": array for i, array in enumerate(arrays)})
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(samples):
+        index = rng.integers(0, total, total)
+        values.append(metric(*choose(arrays, index)))
+    return values
+
+
+def percentile_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """(low, high) around the middle `level` of resampled figures. Raises DataError where all are NaN.
+
+    A draw that has no figure (NaN), such as the AUC where it holds one class alone, does not count.
+    """
+    known = np.asarray(values, float)
+    if not np.isnan(known).all():
+        known = known[~np.isnan(known)]
+    outside = (1 - level) / 2
+    low, high = np.quantile(numbers("resampled figures", known, 1), [outside, 1 - outside])
+    return float(low), float(high)
 
 
 def bootstrap(
-    metric: Callable, *arrays: Sequence, samples=1000, seed=0, level=0.95
+    metric: Callable[..., float], *arrays: Sequence, samples=1000, seed=0, level=0.95
 ) -> tuple[float, float]:
-    """The percentile interval of the float metric(*arrays), over `samples` draws of all examples with replacement.
+    """The percentile interval of metric(*arrays), over `samples` draws of all examples with replacement."""
+    return percentile_interval(resample(metric, *arrays, samples=samples, seed=seed), level)
 
-    A draw that has no figure (nan), such as the AUC where it holds one class alone, does not count.
-    """
-    total = count(**{f"array_{i}": array for i, array in enumerate(arrays)})
-    rng = np.random.default_rng(seed)
-    values = [metric(*pick(arrays, rng.integers(0, total, total))) for _ in range(samples)]
-    values = [value for value in values if not np.isnan(value)] or values
-    low, high = np.quantile(
-        numbers("resampled figures", values, 1), [(1 - level) / 2, (1 + level) / 2]
-    )
+
+def wilson_interval(share: float, total: int, level: float = 0.95) -> tuple[float, float]:
+    """Of a share, from 0 to 1, of `total` examples (Wilson 1927): wider than 0 at 1.0 too."""
+    z = library("scipy.stats").norm.ppf((1 + level) / 2)
+    scale = 1 + z**2 / total
+    centre = (share + z**2 / (2 * total)) / scale
+    variance = share * (1 - share) / total
+    half = z * np.sqrt(variance + (z / (2 * total)) ** 2) / scale
+    low = max(centre - half, 0)
+    high = min(centre + half, 1)
     return float(low), float(high)
 
 
 def by_group(metric: Callable[..., dict], groups: Sequence, *arrays: Sequence) -> dict:
     """{group: {"count": n, **metric(*arrays)}} of the examples of each group, the largest group first."""
     count(groups=groups, **{f"array_{i}": array for i, array in enumerate(arrays)})
+    if isinstance(groups, np.ndarray):
+        groups = groups.tolist()
     places = {}
-    for i, group in enumerate(groups.tolist() if isinstance(groups, np.ndarray) else groups):
+    for i, group in enumerate(groups):
         places.setdefault(group, []).append(i)
-    ordered = sorted(places.items(), key=lambda item: (-len(item[1]), str(item[0])))
-    return {
-        group: {"count": len(index), **metric(*pick(arrays, index))} for group, index in ordered
-    }
+    result = {}
+    for group in sorted(places, key=lambda group: (-len(places[group]), str(group))):
+        index = places[group]
+        figures = metric(*choose(arrays, index))
+        result[group] = {"count": len(index), **figures}
+    return result

@@ -1,19 +1,23 @@
-"""What jaxlm.evaluate tells of a model: a report for each word of --tasks, and the table of them all."""
+"""What jaxlm.evaluate reports on a model: figures for each word of --tasks, and tables of them all."""
 
+import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path, PurePath
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from jaxlm import cli
 from jaxlm.config.check import mixture
 from jaxlm.config.tasks import GROUP, task_of
-from jaxlm.data.examples import label_names
+from jaxlm.data.labels import label_names
 from jaxlm.errors import ConfigError
 from jaxlm.evaluate import metrics, pictures
 from jaxlm.evaluate.absent import of_groups
@@ -22,6 +26,7 @@ from jaxlm.evaluate.score import (
     answers_of,
     attempt,
     bleu_options,
+    labels_of,
     left_out,
     of_texts,
     score,
@@ -30,9 +35,14 @@ from jaxlm.evaluate.score import (
 )
 from jaxlm.generate.answer import BATCH
 
+# Task.answer -> the value of these figures where there is no mistake; those of numbers are no shares of examples.
+PERFECT = {"class": 1, "labels": 1, "span": 100, "text": 100}
+MANY = 20  # classes: a table of several runs leaves out the F1 of more
+REPORTS = ("loss", "labels", "calibration", "texts", "samples", "sources", "groups")
+
 
 class Reporter:
-    """Its `run` passes the examples through the model, once for all reports. args: those of jaxlm.evaluate."""
+    """A method for each report. `run` passes the examples through the model once for all. args: of jaxlm.evaluate."""
 
     def __init__(self, lm, config: ConfigDict, args):
         self.lm = lm
@@ -58,17 +68,15 @@ class Reporter:
         if task_of(config).answer == "class":
             result |= self.of_classes(result)
         if self.args.bootstrap:
-            result |= self.intervals(result)
+            result |= attempt("95% intervals are left out", partial(self.intervals, result))
         if task_of(config).answer == "class" and self.args.pictures:
-            scores = np.stack(list(self.scores.values()))
-            labels = self.gold()
             names = list(label_names(config))
-            pictures.roc(self.picture("roc"), scores, labels, names)
+            pictures.roc(self.picture("roc"), self.score_rows(), self.gold(), names)
             pictures.confusion(self.picture("confusion"), result["confusion"], names)
         return result
 
     def of_classes(self, figures: dict) -> dict:
-        """What says nothing but the commonest class is right so often; and which classes the means leave out."""
+        """How often it would be right to say the commonest class; and a warning of classes that no mean includes."""
         counts = np.bincount(self.gold())
         names = label_names(self.config)
         result = {
@@ -89,44 +97,65 @@ class Reporter:
         """The 95% intervals of the task's figures that have one."""
         names = [name for name in task_of(self.config).intervals if name in figures]
         numbers = list(self.scores)
-        if names and not enough(numbers):
+        if not names or not enough(numbers):
             return {}
+
+        def draw(chosen) -> list[float]:
+            pairs = [(numbers[i], self.scores[numbers[i]]) for i in chosen]
+            drawn = score(self.config, self.source, None, pairs)
+            return [drawn.get(name, np.nan) for name in names]
+
+        places = np.arange(len(numbers))
+        draws = metrics.resample(draw, places, samples=self.args.bootstrap)
         result = {}
-        for name in names:
-
-            def again(chosen, name=name) -> float:
-                pairs = [(numbers[i], self.scores[numbers[i]]) for i in chosen]
-                return score(self.config, self.source, None, pairs).get(name, np.nan)
-
-            place = np.arange(len(numbers))
-            interval = partial(self.interval, f"{name}_interval", again, place)
+        for name, values in zip(names, np.array(draws).T):
+            interval = partial(self.interval, name, values, len(numbers))
             result |= attempt(f"the interval of {name} is left out", interval)
         return result
 
+    def interval(self, name: str, values: Sequence[float], total: int) -> dict:
+        """{NAME_interval: [low, high]}, 95%, of a figure's values in draws of `total` examples.
+
+        Where all draws give the same, as those of a model without a mistake do, resampling knows nothing of the
+        mistakes that other examples would show: then Wilson's interval of the figure as a share of the examples.
+        """
+        low, high = metrics.percentile_interval(values)
+        perfect = PERFECT.get(task_of(self.config).answer)
+        if perfect and high - low < 1e-9 * perfect:
+            share = min(low / perfect, 1.0)
+            low, high = metrics.wilson_interval(share, total)
+            low *= perfect
+            high *= perfect
+        return {f"{name}_interval": [round(low, 6), round(high, 6)]}
+
     def calibration(self) -> dict:
         """Is a class of which the model is 80% sure right in 80% of the cases (Guo et al. 2017)?"""
-        scores = np.stack(list(self.scores.values()))
+        scores = self.score_rows()
         result = metrics.calibration(scores, scores.argmax(axis=1) == self.gold())
         if self.args.pictures:
             pictures.calibration(self.picture("calibration"), result)
-        return {f"calibration_{name}": value for name, value in result.items()}
+        figures = {}
+        for name, value in result.items():
+            figures[f"calibration_{name}"] = value
+        return figures
 
     def texts(self) -> dict:
         """BLEU, chrF and ROUGE of what the model writes."""
-        said, wanted = self.written()
-        result = of_texts(self.config, said, wanted)
-        if self.args.bootstrap and "bleu" in result and enough(said):
-            counts = metrics.bleu_counts(said, wanted, **bleu_options(self.config))
-            result |= self.interval("bleu_interval", metrics.bleu_of, counts)
+        texts, references = self.written()
+        result = of_texts(self.config, texts, references)
+        if self.args.bootstrap and "bleu" in result and enough(texts):
+            counts = metrics.bleu_counts(texts, references, **bleu_options(self.config))
+            values = metrics.resample(metrics.bleu_of, counts, samples=self.args.bootstrap)
+            result |= self.interval("bleu", values, len(texts))
         return result
 
     def samples(self) -> dict:
         """Three texts: answers to the first examples, or what follows nothing."""
         if task_of(self.config).writes_text:
-            said, wanted = self.written()
-            return {
-                "samples": [f"{text!r} (wanted: {want!r})" for text, want in zip(said[:3], wanted)]
-            }
+            lines = []
+            for text, reference in list(zip(*self.written()))[:3]:
+                lines.append(f"{text!r} (wanted: {reference!r})")
+            return {"samples": lines}
         start = "" if self.lm.tokenizer.bos_id is not None else "\n"
         return {"samples": self.lm.generate(start, max_tokens=100, num_samples=3)}
 
@@ -143,35 +172,40 @@ class Reporter:
         return {"sources": parts}
 
     def groups(self) -> dict:
-        """The figures of each value of the examples' column `group`."""
+        """The figures of each value of the examples' column `group`, the largest group first."""
         groups = {}
         for number in self.scores:
-            groups.setdefault(str(self.source.examples[number].get(GROUP, "")), []).append(number)
+            name = str(self.source.examples[number].get(GROUP, ""))
+            groups.setdefault(name, {})[number] = self.scores[number]
         parts = {}
-        for name, numbers in sorted(groups.items(), key=lambda item: -len(item[1])):
-            chosen = {i: self.scores[i] for i in numbers}
+        for name in sorted(groups, key=lambda name: -len(groups[name])):
             figures = attempt(
                 f"the figures of group {name} are left out",
-                partial(score, self.config, self.source, chosen),
+                partial(score, self.config, self.source, groups[name]),
             )
-            parts[name] = {"count": len(numbers)} | {
-                k: v for k, v in figures.items() if isinstance(v, float)
-            }
+            parts[name] = {"count": len(groups[name])}
+            for key, value in figures.items():
+                if isinstance(value, float):
+                    parts[name][key] = value
         for line in of_groups(parts):
             warn_once(line)
         return {"groups": parts}
 
     def written(self) -> tuple[list[str], list[str]]:
+        """(texts of the model, references) of all examples, written once."""
         if not hasattr(self, "_written"):
-            self._written = write_answers(self.config, self.source, self.lm.params, tell=progress)
+            self._written = write_answers(
+                self.config, self.source, self.lm.params, progress=print_progress
+            )
         return self._written
 
     def gold(self) -> np.ndarray:
-        return np.array([self.source.pieces[i]["label"] for i in self.scores])
+        """The right labels, [N]."""
+        return labels_of(self.source, self.scores)
 
-    def interval(self, name: str, metric, *arrays) -> dict:
-        low, high = metrics.bootstrap(metric, *arrays, samples=self.args.bootstrap)
-        return {name: [round(low, 6), round(high, 6)]}
+    def score_rows(self) -> np.ndarray:
+        """Scores [N, C] in the order of `gold`."""
+        return np.stack(list(self.scores.values()))
 
     def picture(self, name: str) -> Path:
         self.files.append(f"{name}.png")
@@ -179,20 +213,16 @@ class Reporter:
 
 
 def enough(examples: Sequence) -> bool:
-    """Whether there are examples to resample; where not, that is told."""
+    """Whether there are examples to resample; a warning where there are not."""
     if len(examples) < 2:
         warn_once("95% intervals are left out: there is one example, and resampling needs two")
     return len(examples) > 1
 
 
-def progress(done: int, total: int) -> None:
-    """Says how many texts are written, of those that take more than one turn."""
+def print_progress(done: int, total: int) -> None:
+    """How many texts are written, where they take more than one batch."""
     if total > BATCH and jax.process_index() == 0:
         print(f"{done:,} of {total:,} texts are written", file=sys.stderr, flush=True)
-
-
-MANY = 20  # classes, of which a table of several runs has the F1 of none
-REPORTS = ("loss", "labels", "calibration", "texts", "samples", "sources", "groups")
 
 
 def usual(config: ConfigDict, source) -> list[str]:
@@ -209,7 +239,10 @@ def usual(config: ConfigDict, source) -> list[str]:
 
 
 def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) -> dict:
-    """The figures of all reports, one flat dict; what does not go with the task is told, and left out."""
+    """The figures of all reports, one flat dict; a report that does not fit the task is left out, and named.
+
+    asked: reports; None: the usual ones of the task. args: of jaxlm.evaluate. Raises ConfigError where none fits.
+    """
     reporter = Reporter(lm, config, args)
     result = {}
     fits = {
@@ -221,47 +254,41 @@ def report(lm, config: ConfigDict, asked: list[str] | None, workdir: str, args) 
         "sources": not task_of(config).from_examples,
     }
     words = asked or usual(config, reporter.source)
-    if not any(fits.get(word, True) for word in words):
-        fit = ", ".join(word for word in REPORTS if fits.get(word, True))
+    fitting = [word for word in REPORTS if fits.get(word, True)]
+    if not set(words) & set(fitting):
         raise ConfigError(
-            f"--tasks={','.join(words)}: not for task {config.task.name} on these data; {fit} are"
+            f"--tasks={','.join(words)}: not for task {config.task.name} on these data; {', '.join(fitting)} are"
         )
     reporter.run()
     for word in words:
-        if not fits.get(word, True):
+        if word not in fitting:
             print(f"--tasks: {word} is not for task {config.task.name}")
             continue
-        result |= attempt(
-            f"the report {word} is left out", getattr(reporter, word), passes=(ConfigError, OSError)
-        )
+        what = f"the report {word} is left out"
+        result |= attempt(what, getattr(reporter, word), passes=(ConfigError, OSError))
     if not result:
         result = reporter.loss()
-    if args.pictures and jax.process_index() == 0 and (Path(workdir) / "metrics.jsonl").is_file():
-        pictures.losses(reporter.picture("losses"), Path(workdir) / "metrics.jsonl")
-    if args.answers and jax.process_index() == 0:
-        rows = answers_of(
-            config,
-            reporter.source,
-            reporter.scores,
-            reporter.written if task_of(config).writes_text else None,
-        )
-        Path(args.answers).write_text(
-            "".join(cli.readable_json(row) + "\n" for row in rows), "utf-8"
-        )
-    if reporter.files and jax.process_index() == 0:
-        print(f"wrote {', '.join(reporter.files)} to {args.pictures}")
+    if jax.process_index() == 0:
+        write_files(reporter, Path(workdir) / "metrics.jsonl")
     return result
 
 
-def in_digits(value: int | float | str) -> str:
-    """To be read: four decimals, of numbers that would be a line of digits four digits."""
-    if isinstance(value, float):
-        if abs(value) < 1e9:
-            return f"{value:.4f}"
-        return f"{value:.4g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return value
+def write_files(reporter: Reporter, log: Path) -> None:
+    """The files that --pictures and --answers ask for. log: the run's metrics.jsonl, drawn where it is there."""
+    args = reporter.args
+    if args.pictures and log.is_file():
+        pictures.losses(reporter.picture("losses"), log)
+    if args.answers:
+        rows = answers_of(
+            reporter.config,
+            reporter.source,
+            reporter.scores,
+            reporter.written if task_of(reporter.config).writes_text else None,
+        )
+        lines = [*map(cli.readable_json, rows), ""]
+        Path(args.answers).write_text("\n".join(lines), "utf-8")
+    if reporter.files:
+        print(f"wrote {', '.join(reporter.files)} to {args.pictures}")
 
 
 def leave_out_absent(rows: list[dict], predicted_C) -> list[str]:
@@ -276,58 +303,79 @@ def leave_out_absent(rows: list[dict], predicted_C) -> list[str]:
     return absent
 
 
+# ---------------------------------------------------------------- tables
+
+PLAIN = (int, float, str)  # what a cell of a table holds
+WIDTH = 100_000  # characters: a table is never folded
+
+
+def in_digits(value: int | float | str) -> str:
+    """A number for people: four decimals, or four digits where these would make a long line."""
+    if isinstance(value, float):
+        if abs(value) < 1e9:
+            return f"{value:.4f}"
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value
+
+
 def table(result: dict) -> list[str]:
     """The lines that are printed: figures, then tables of classes, sources and groups, then texts."""
-    plain = {key: value for key, value in result.items() if isinstance(value, (int, float, str))}
-    width = max(map(len, plain))
-    lines = []
-    for key, value in plain.items():
+    figures = Table.grid(padding=(0, 2, 0, 0))
+    for key, value in result.items():
+        if not isinstance(value, PLAIN):
+            continue
         shown = in_digits(value)
         if f"{key}_interval" in result:
-            low, high = result[f"{key}_interval"]
-            shown += f"  ({in_digits(low)} to {in_digits(high)}: 95% interval)"
-        lines.append(f"{key:{width}}  {shown}")
+            shown += f"  ({in_words(result[f'{key}_interval'])}: 95% interval)"
+        figures.add_row(Text(key), Text(shown))
+    lines = rendered(figures)
     for name in ("classes", "tags", "entities", "sources", "groups"):
-        if rows := result.get(name):
-            if isinstance(rows, dict):
-                rows = [{name: key, **row} for key, row in rows.items()]
-            else:
-                rows = rows
+        rows = result.get(name)
+        if isinstance(rows, dict):
+            rows = [{name: key, **row} for key, row in rows.items()]
+        if rows:
             lines += ["", *columns(rows)]
-    return lines + [
-        f"\n--- sample {i} ---\n{text}" for i, text in enumerate(result.get("samples", ()), 1)
-    ]
+    for i, text in enumerate(result.get("samples", ()), 1):
+        lines.append(f"\n--- sample {i} ---\n{text}")
+    return lines
 
 
 def comparison(results: dict[str, dict]) -> list[str]:
-    """A column for each run, a line for each figure that any of them has, and one for its interval."""
-    keys = dict.fromkeys(
-        k for r in results.values() for k, x in r.items() if isinstance(x, (int, float, str))
-    )
-    last = {workdir: PurePath(workdir).name for workdir in results}
-    if len(set(last.values())) == len(last):
-        names = last
-    else:
-        names = {workdir: workdir for workdir in results}
-
-    def row(name, cell):
-        return {"": name} | {names[workdir]: cell(result) for workdir, result in results.items()}
-
+    """The lines of a table: a column for each run, a row for each figure that any has, and one for its interval."""
+    names = [PurePath(workdir).name for workdir in results]
+    if len(set(names)) < len(names):
+        names = list(results)
+    runs = list(results.values())
     rows = []
-    for key in keys:
-        shown = short_path if key == "data" else lambda x: x
-
-        def between(r, key=f"{key}_interval"):
-            return " to ".join(map(in_digits, r.get(key, ())))
-
-        rows.append(row(key, lambda r, key=key, shown=shown: shown(r.get(key, ""))))
-        rows += [row("  95% interval", between)] * any(
-            f"{key}_interval" in r for r in results.values()
-        )
-    classes = dict.fromkeys(each["name"] for r in results.values() for each in r.get("classes", ()))
-    for name in classes if len(classes) <= MANY else ():
-        rows.append(row(f"f1 of {name}", partial(f1_of, name)))
+    for key in plain_keys(runs):
+        cells = values_of(key, runs)
+        if key == "data":
+            cells = map(short_path, cells)
+        rows.append({"": key, **dict(zip(names, cells))})
+        intervals = values_of(f"{key}_interval", runs)
+        if any(intervals):
+            cells = map(in_words, intervals)
+            rows.append({"": "  95% interval", **dict(zip(names, cells))})
+    classes = {}
+    for run in runs:
+        for row in run.get("classes", ()):
+            classes[row["name"]] = None
+    if len(classes) <= MANY:
+        for name in classes:
+            cells = map(partial(f1_of, name), runs)
+            rows.append({"": f"f1 of {name}", **dict(zip(names, cells))})
     return columns(rows)
+
+
+def values_of(key: str, runs: Sequence[dict]) -> list:
+    """What each run has under a key, '' where it has nothing."""
+    return [run.get(key, "") for run in runs]
+
+
+def in_words(interval: Sequence[float]) -> str:
+    return " to ".join(map(in_digits, interval))
 
 
 def f1_of(name: str, result: dict) -> float | str:
@@ -343,19 +391,33 @@ def short_path(files: str) -> str:
     return re.sub(r"[^+,]*/(?=[^+,])", "", files)
 
 
+def plain_keys(rows: Iterable[dict]) -> list[str]:
+    """The keys under which any of the rows has a number or a text, in their order."""
+    keys = {}
+    for row in rows:
+        for key, value in row.items():
+            if isinstance(value, PLAIN):
+                keys[key] = None
+    return list(keys)
+
+
 def columns(rows: list[dict]) -> list[str]:
-    """Lines of a table, a row under the names of all that any row has."""
-    keys = dict.fromkeys(
-        key for row in rows for key, value in row.items() if isinstance(value, (int, float, str))
-    )
-    cells = [list(keys)] + [[in_digits(r.get(k, "")) for k in keys] for r in rows]
-    widths = []
-    for i in range(len(keys)):
-        widths.append(max(len(row[i]) for row in cells))
-    return [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths))
-        )
-        for row in cells
-    ]
+    """Lines of a table, a row under the names of all that any row has; the first column to the left."""
+    keys = plain_keys(rows)
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for key in keys:
+        grid.add_column(Text(key), justify="right")
+    for column in grid.columns[:1]:
+        column.justify = "left"
+    for row in rows:
+        cells = [in_digits(row.get(key, "")) for key in keys]
+        grid.add_row(*map(Text, cells))
+    return rendered(grid)
+
+
+def rendered(grid: Table) -> list[str]:
+    """The lines of a table as plain text."""
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+    console.print(grid)
+    text = console.file.getvalue().rstrip("\n")
+    return list(map(str.rstrip, text.split("\n")))

@@ -1,7 +1,7 @@
 """python -m jaxlm.generate --workdir=DIR --prompt "...": text from a trained model.
 
 A model fine-tuned on a task answers: a translation or a reply of its own, the probability of each class, the tag of
-each word; one of task mlm says what may stand at each [MASK]. --input reads the prompts from a file, one a line; of
+each word; one of task mlm predicts the token at each [MASK]. --input reads the prompts from a file, one a line; of
 FILE.jsonl each line is an object of the task's columns, such as a dialogue of several turns:
 
     {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}, {"role": "user", ...}]}
@@ -19,72 +19,103 @@ from ml_collections import ConfigDict
 
 from jaxlm import cli
 from jaxlm.config.tasks import TASKS, task_of
-from jaxlm.data.examples import label_names
 from jaxlm.data.files import conll
 from jaxlm.data.files.columns import columns_given
 from jaxlm.data.files.example_files import NotUtf8, lines_of, opened, read_text
 from jaxlm.data.files.formats import suffix_of
+from jaxlm.data.labels import label_names
 from jaxlm.errors import ConfigError, DataError
-from jaxlm.generate.arguments import Arguments, examples_of, is_message
+from jaxlm.generate.arguments import (
+    NUMBERS,
+    Arguments,
+    examples_of,
+    is_message,
+    number_by,
+    refuse_sampled_search,
+)
 from jaxlm.parallel import hosts
 
+# The flags that a model follows: as it goes on from a prompt, and as it searches an answer.
 SAMPLING = "max_tokens temperature top_k top_p num_samples seed stop".split()
 SEARCH = "beams length_penalty max_tokens stop output".split()
 RECORDS = (".jsonl", ".ndjson", ".json")  # names of --input that holds examples, not lines of text
 
 
-def main(argv: list[str]) -> None:
+def parser_of_flags() -> cli.Parser:
     parser = cli.Parser(prog="jaxlm.generate", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="run directory of jaxlm.train")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--workdir", required=True, help="run directory of jaxlm.train")
+    add(
         "--prompt",
         action="append",
         help="how the text begins (repeat for several; default: nothing)",
     )
-    parser.add_argument(
+    add(
         "--input",
         metavar="FILE",
         help="prompts, one a line; FILE.jsonl, FILE.json: examples and dialogues (see above)",
     )
-    parser.add_argument(
-        "--output", metavar="FILE", help="write the answers there, one a line; FILE.jsonl: as JSON"
-    )
-    parser.add_argument(
+    add("--output", metavar="FILE", help="write the answers there, one a line; FILE.jsonl: as JSON")
+    add(
         "--beams",
         type=int,
         default=1,
         help="hypotheses of a beam search; 1: greedy (translation, chat)",
     )
-    parser.add_argument("--length_penalty", type=float, default=0.6, help="of the beam search")
-    parser.add_argument("--max_tokens", type=int, default=200)
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0: always the most likely token"
-    )
-    parser.add_argument("--top_k", type=int, default=0, help="choose among the k likeliest; 0: all")
-    parser.add_argument(
-        "--top_p", type=float, default=0.0, help="choose among the likeliest of this mass; 0: all"
-    )
-    parser.add_argument("--num_samples", type=int, default=1, help="texts for each prompt")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
-    parser.add_argument(
+    add("--length_penalty", type=float, default=0.6, help="of the beam search")
+    add("--max_tokens", type=int, default=200)
+    add("--temperature", type=float, default=0.8, help="0: always the most likely token")
+    add("--top_k", type=int, default=0, help="choose among the k likeliest; 0: all")
+    add("--top_p", type=float, default=0.0, help="choose among the likeliest of this mass; 0: all")
+    add("--num_samples", type=int, default=1, help="texts for each prompt")
+    add("--seed", type=int, default=0, help="the same seed gives the same text")
+    add(
         "--stop",
         action="append",
         default=[],
         help="cut the text before this string (repeat for several)",
     )
-    parser.add_argument("--step", default="latest", help="checkpoint: latest, best or a number")
+    add("--step", default="latest", help="checkpoint: latest, best or a number")
     hosts.add_flags(parser)
+    return parser
+
+
+def refuse_senseless(args, given: set[str]) -> None:
+    """Raises ConfigError of numbers that mean nothing, by their flags. given: the flags that are not as by default."""
+    read = Arguments("jaxlm.generate", prefix="--")
+    numbers = {}
+    for name in NUMBERS:
+        value = number_by(read, name, getattr(args, name))
+        if name in given:
+            numbers[name] = value
+    refuse_sampled_search(read, numbers)
+    read.refuse()
+
+
+def given_flags(args, parser: cli.Parser) -> set[str]:
+    """Those of sampling and search whose values are not the defaults."""
+    names = set()
+    for name in (*SAMPLING, *SEARCH):
+        if getattr(args, name) != parser.get_default(name):
+            names.add(name)
+    return names
+
+
+def main(argv: list[str]) -> None:
+    parser = parser_of_flags()
     args = parser.parse(argv)
+    given = given_flags(args, parser)
+    refuse_senseless(args, given)
     if args.input and not Path(args.input).is_file():
         raise ConfigError(f"--input={args.input}: there is no such file{cli.near_path(args.input)}")
     cli.require_writable("--output", args.output)
     hosts.connect(args)
 
-    import jaxlm
+    import jaxlm  # here, as orbax is slow to import: a wrong flag is refused at once
 
     lm = jaxlm.load(args.workdir, step=args.step)
     task = lm.config.task.name
-    refuse_useless(task, args, parser)
+    refuse_useless(task, given)
     if TASKS[task].answers_examples and not (args.prompt or args.input):
         raise ConfigError(f"--prompt or --input: what is a model of task {task} to answer?")
     prompts = args.prompt or ([] if args.input else [""])
@@ -94,9 +125,10 @@ def main(argv: list[str]) -> None:
         prompts += read_sentences(args.input, lm.config) or read_input(args.input, task)
     if TASKS[task].answers_examples:
         return answer(lm, prompts, args)
-    texts = lm.generate(prompts, **{name: getattr(args, name) for name in SAMPLING})
+    options = {name: getattr(args, name) for name in SAMPLING}
+    texts = lm.generate(prompts, **options)
     if jax.process_index():
-        return  # the first process tells
+        return  # the first process prints
     alone = len(texts) == 1
     for i, text in enumerate(texts):
         if not alone:
@@ -104,53 +136,48 @@ def main(argv: list[str]) -> None:
         print(prompts[i // args.num_samples] + text)
 
 
-def refuse_useless(task: str, args, parser: cli.Parser) -> None:
-    """Raises ConfigError where a flag was given that says nothing to a model of this task."""
+def refuse_useless(task: str, given: set[str]) -> None:
+    """Raises ConfigError where a flag was given that a model of this task does not follow."""
     if not TASKS[task].answers_examples:
         follows = SAMPLING
     else:
         follows = SEARCH if TASKS[task].writes_text else ["output"]
     if TASKS[task].is_chat:  # a translation is searched, not sampled
         follows = [*follows, "temperature", "top_k", "top_p", "seed"]
-    given = set()
-    for name in (*SAMPLING, *SEARCH):
-        if getattr(args, name) != parser.get_default(name):
-            given.add(name)
-    if useless := sorted(given - {*follows}):
-
-        def say(names):
-            return ", ".join(f"--{name}" for name in names)
-
+    useless = sorted(given - {*follows})
+    if useless:
         raise ConfigError(
-            f"{say(useless)}: not for a model of task {task}; of these flags it takes {say(follows)}"
+            f"{flags(useless)}: not for a model of task {task}; of these flags it takes {flags(follows)}"
         )
 
 
+def flags(names: list[str]) -> str:
+    return ", ".join(f"--{name}" for name in names)
+
+
 def answer(lm, prompts: list[str], args) -> None:
-    options = {}
+    names = []
     if task_of(lm.config).writes_text:
-        options = {
-            "beams": args.beams,
-            "length_penalty": args.length_penalty,
-            "max_tokens": args.max_tokens,
-        }
-        options["stop"] = args.stop
-        options |= {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-        if task_of(lm.config).reads_source:
-            options["temperature"] = 0.0
-        else:
-            options["temperature"] = args.temperature
+        names = ["max_tokens", "stop"]
+        if args.beams > 1:
+            names += ["beams", "length_penalty"]
+        elif task_of(lm.config).is_chat:  # a translation is searched, not sampled
+            names += ["temperature", "top_k", "top_p", "seed"]
+    options = {name: getattr(args, name) for name in names}
     answers = lm.answer(prompts, **options)
     if jax.process_index():
         return
     if args.output:
         write_answers(args.output, prompts, answers)
     else:
-        print("\n".join(map(spelled, answers)))
+        print("\n".join(map(in_a_line, answers)))
 
 
 def read_input(path: str, task: str) -> list:
-    """What --input asks: texts, or the examples of a file of JSON. Raises DataError, and ConfigError of columns."""
+    """The prompts of --input: texts, or the examples of a file of JSON.
+
+    Raises DataError of a file that can't be read, ConfigError of columns that the task does not know.
+    """
     if not path.endswith(RECORDS):
         return read_prompts(path)
     names, records = read_records(path)
@@ -158,24 +185,24 @@ def read_input(path: str, task: str) -> list:
     if TASKS[task].from_examples:
         return examples_of(task, TASKS[task].column_names, records, where, names)
     read = Arguments(where)
-    texts = [read.text(name, text_in(record)) for name, record in zip(names, records)]
+    texts = []
+    for name, record in zip(names, records):
+        texts.append(read.text(name, text_in(record)))
     read.refuse()
     return texts
 
 
 def read_records(path: str) -> tuple[list[str], list]:
-    """(what messages call each, the JSON values): of each line, or of a file that is one JSON value."""
+    """(the name of each in messages, the JSON values): of each line, or of a file that is one JSON value.
+
+    Raises DataError of a line that is not JSON.
+    """
     lines = read_prompts(path)
     if path.endswith(".json"):
-        try:
-            whole = json.loads("\n".join(lines))
-        except json.JSONDecodeError:
-            pass  # one a line, then
-        else:
-            if isinstance(whole, list) and not all(map(is_message, whole)):
-                records = whole
-            else:
-                records = [whole]
+        whole = json_or_none("\n".join(lines))
+        if whole is not None:
+            is_list = isinstance(whole, list) and not all(map(is_message, whole))
+            records = whole if is_list else [whole]
             return [f"item {number}" for number in range(1, len(records) + 1)], records
     names = []
     records = []
@@ -193,6 +220,14 @@ def read_records(path: str) -> tuple[list[str], list]:
     return names, records
 
 
+def json_or_none(text: str):
+    """The value of a text that is JSON; None of another."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
+
+
 def text_in(record):
     """The text of a record for a model that goes on from it, or that fills its masks."""
     for name in ("prompt", "text"):
@@ -202,14 +237,11 @@ def text_in(record):
 
 
 def question_of(prompt: str, task: str) -> dict:
-    """An example of a task that is asked with several columns, of a --prompt that is one as JSON.
+    """The example in a --prompt, as JSON, of a task that is asked with several columns.
 
     Raises ConfigError of any other prompt.
     """
-    try:
-        example = json.loads(prompt)
-    except json.JSONDecodeError:
-        example = None
+    example = json_or_none(prompt)
     if isinstance(example, dict):
         return example
     if TASKS[task].answer == "span":
@@ -254,27 +286,30 @@ def read_sentences(path: str, config: ConfigDict) -> list[dict]:
 
 def write_answers(path: str, prompts: list[str], answers: list) -> None:
     """One line an answer: objects {"prompt", "answer"} to FILE.jsonl, else texts whose line ends are escaped."""
-    if path.endswith(".jsonl"):
-        pairs = zip(prompts, answers, strict=True)
-        lines = []
-        for prompt, said in pairs:
-            lines.append(cli.readable_json({"prompt": prompt, "answer": said}))
-    else:
-        lines = [escaped(said) if isinstance(said, str) else spelled(said) for said in answers]
-        changed = sum(isinstance(said, str) and said != line for said, line in zip(answers, lines))
-        if changed:
-            print(
-                f"--output={path}: in {changed} of {len(lines)} answers backslash, newline and carriage return are "
-                "written as \\\\, \\n and \\r, so that each is one line (FILE.jsonl keeps them in JSON)",
-                file=sys.stderr,
-            )
-    Path(path).write_bytes("".join(line + "\n" for line in lines).encode("utf-8"))
+    lines = []
+    changed = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if path.endswith(".jsonl"):
+            line = cli.readable_json({"prompt": prompt, "answer": answer})
+        elif isinstance(answer, str):
+            line = escaped(answer)
+            changed += line != answer
+        else:
+            line = in_a_line(answer)
+        lines.append(line + "\n")
+    if changed:
+        print(
+            f"--output={path}: in {changed} of {len(lines)} answers backslash, newline and carriage return are "
+            "written as \\\\, \\n and \\r, so that each is one line (FILE.jsonl keeps them in JSON)",
+            file=sys.stderr,
+        )
+    Path(path).write_bytes("".join(lines).encode("utf-8"))
 
 
-def spelled(said) -> str:
-    if isinstance(said, str):
-        return said
-    return cli.readable_json(said)
+def in_a_line(answer) -> str:
+    if isinstance(answer, str):
+        return answer
+    return cli.readable_json(answer)
 
 
 def escaped(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What people pass to jaxlm.load and its LM: taken where it is plainly meant, else refused by its name."""
+"""Arguments of jaxlm.load, its LM and jaxlm.generate: converted where the meaning is plain, else refused by name."""
 
 import json
 import math
@@ -12,28 +12,31 @@ from jaxlm.config.tasks import TASKS
 from jaxlm.errors import ConfigError
 
 INT32 = 2**31 - 1
-MOST_TOLD = 10  # faults of one call
+MOST_SHOWN = 10  # faults of one call
 
 
 class Arguments:
     """The arguments of one call. Each method returns the value as the code wants it, or notes what is wrong with it.
 
-    `refuse()` raises one ConfigError of everything that was noted; what was returned till then may be None.
+    where: the call, as messages name it. prefix: of names in messages, "--" of flags. `refuse()` raises one ConfigError
+    of everything that was noted; what was returned until then may be None.
     """
 
-    def __init__(self, where: str):
+    def __init__(self, where: str, prefix: str = ""):
         self.where = where
+        self.prefix = prefix
         self.problems: list[str] = []
 
     def refuse(self) -> None:
-        told = self.problems[:MOST_TOLD]
-        if len(self.problems) > MOST_TOLD:
-            told.append(f"and {len(self.problems) - MOST_TOLD:,} more")
-        if told:
-            raise ConfigError(f"{self.where}: " + "; ".join(told))
+        """Raises ConfigError where anything was noted."""
+        shown_problems = self.problems[:MOST_SHOWN]
+        if len(self.problems) > MOST_SHOWN:
+            shown_problems.append(f"and {len(self.problems) - MOST_SHOWN:,} more")
+        if shown_problems:
+            raise ConfigError(f"{self.where}: " + "; ".join(shown_problems))
 
     def must(self, name: str, value, rule: str) -> None:
-        self.problems.append(f"{name}={shown(value)}: must be {rule}")
+        self.problems.append(f"{self.prefix}{name}={shown(value)}: must be {rule}")
 
     def whole(
         self, name: str, value, low: int | None, rule: str, high: int | None = None
@@ -41,11 +44,9 @@ class Arguments:
         """An int of any integer type, or of a float such as 5.0."""
         number = number_of(value)
         is_whole = number is not None and math.isfinite(number) and number == int(number)
-        if (
-            not is_whole
-            or (low is not None and number < low)
-            or (high is not None and number > high)
-        ):
+        is_low = is_whole and low is not None and number < low
+        is_high = is_whole and high is not None and number > high
+        if not is_whole or is_low or is_high:
             self.must(name, value, f"a whole number, {rule}")
             return None
         return int(number)
@@ -66,10 +67,9 @@ class Arguments:
             array = np.asarray(None)
         numeric = array.dtype.kind in "iuf" and np.isfinite(array).all() and not np.any(array % 1)
         if not numeric and array.size:
+            hint = ""
             if is_text(value):
                 hint = " (lm.tokenizer.encode(text) gives them)"
-            else:
-                hint = ""
             self.must(name, value, f"{rule}{hint}")
             return None
         if array.size and np.abs(array.astype(np.float64)).max() > INT32:
@@ -82,7 +82,8 @@ class Arguments:
         if not isinstance(value, str):
             self.must(name, value, f"a text{hint_of(value)}")
             return None
-        if (place := half_character(value)) is not None:
+        place = half_character(value)
+        if place is not None:
             self.must(name, value, f"a text; character {place} is half of one (a lone surrogate)")
             return None
         return str(value)
@@ -111,8 +112,6 @@ class Arguments:
 
 
 SPEAKERS = ("system", "user", "assistant")
-NO_WORDS = (type(None), bytes, dict)
-NO_TEXT = (*NO_WORDS, list, tuple)
 
 
 def examples_of(
@@ -147,7 +146,8 @@ def examples_of(
         elif not isinstance(item, dict):
             read.must(name, item, f"a text or a dict of {', '.join(columns)}")
             continue
-        read.problems += [f"{name}{problem}" for problem in faults_of(task, columns, asked, item)]
+        for problem in faults_of(task, columns, asked, item):
+            read.problems.append(name + problem)
         examples.append(dict(item))
     read.refuse()
     return examples
@@ -167,17 +167,38 @@ def faults_of(
     for name in asked:
         if name not in example:
             problems.append(f" has no {name!r}: {rule}")
-        elif isinstance(example[name], NO_WORDS if name == "words" else NO_TEXT):
-            problems.append(f"[{name!r}]={shown(example[name])}: must be a text")
-        elif half_character(str(example[name])) is not None:
-            problems.append(
-                f"[{name!r}]={shown(example[name])}: it has half a character (a lone surrogate)"
-            )
+        elif name == "words":
+            problems += words_faults(example[name])
+        else:
+            problems += text_faults(f"[{name!r}]", example[name])
+    if "text2" in example:
+        problems += text_faults("['text2']", example["text2"])
+    return problems
+
+
+def text_faults(where: str, value) -> list[str]:
+    """Why a value is no text: a number is none, whose digits the model may have read in another form."""
+    if not isinstance(value, str):
+        return [f"{where}={shown(value)}: must be a text{hint_of(value)}"]
+    if half_character(value) is not None:
+        return [f"{where}={shown(value)}: it has half a character (a lone surrogate)"]
+    return []
+
+
+def words_faults(value) -> list[str]:
+    """Why a value is neither a text nor a list of words."""
+    if isinstance(value, str):
+        return text_faults("['words']", value)
+    if not hasattr(value, "__iter__") or isinstance(value, (bytes, dict)):
+        return [f"['words']={shown(value)}: must be a text, or a list of words"]
+    problems = []
+    for number, word in enumerate(value):
+        problems += text_faults(f"['words'][{number}]", word)
     return problems
 
 
 def dialogue_faults(messages) -> list[str]:
-    """What makes messages no dialogue that an assistant can answer."""
+    """Why messages, or their JSON, are no dialogue that an assistant can answer."""
     rule = 'a dialogue is a list of {"role": ..., "content": ...}'
     if isinstance(messages, str):
         try:
@@ -191,14 +212,15 @@ def dialogue_faults(messages) -> list[str]:
         where = f"['messages'][{number}]"
         if not is_message(message):
             problems.append(f"{where}={shown(message)}: {rule}")
-        elif message["role"] not in SPEAKERS:
-            hint = did_you_mean(str(message["role"]), SPEAKERS)
-            problems.append(
-                f"{where} has the role {message['role']!r}: roles are {', '.join(SPEAKERS)}{hint}"
-            )
-        elif not isinstance(message["content"], str):
-            problems.append(f"{where} has the content {shown(message['content'])}: must be a text")
-        elif half_character(message["content"]) is not None:
+            continue
+        role = message["role"]
+        content = message["content"]
+        if role not in SPEAKERS:
+            hint = did_you_mean(str(role), SPEAKERS)
+            problems.append(f"{where} has the role {role!r}: roles are {', '.join(SPEAKERS)}{hint}")
+        elif not isinstance(content, str):
+            problems.append(f"{where} has the content {shown(content)}: must be a text")
+        elif half_character(content) is not None:
             problems.append(f"{where} has half a character (a lone surrogate) in its content")
     if not problems and all(message["role"] == "assistant" for message in messages):
         problems.append("['messages'] has no message of a user to answer")
@@ -232,7 +254,7 @@ OF_ANSWERS = (
 
 
 def number_by(read: Arguments, name: str, value) -> int | float | None:
-    """The value as the argument of this name wants it."""
+    """The value as the argument of this name wants it; None, with the fault noted, where it is none."""
     is_whole, low, high, rule = NUMBERS[name]
     if is_whole:
         return read.whole(name, value, low, rule, high)
@@ -246,7 +268,7 @@ def stops_of(read: Arguments, stop) -> list[str] | None:
 
 
 def sampling_of(prompts, stop, given: dict) -> tuple[list[str], list[str], dict]:
-    """(prompts, stop strings, the numbers by name) of what was given to lm.generate. Raises ConfigError."""
+    """(prompts, stop strings, the numbers by name) as given to lm.generate. Raises ConfigError of all faults."""
     read = Arguments("lm.generate")
     prompts = read.texts("prompts", prompts)
     stop = stops_of(read, stop)
@@ -256,7 +278,7 @@ def sampling_of(prompts, stop, given: dict) -> tuple[list[str], list[str], dict]
 
 
 def options_of(task: str, given: dict) -> tuple[list[str], dict]:
-    """(stop strings, the numbers by name) of the options given to lm.answer. Raises ConfigError."""
+    """(stop strings, the numbers by name) of the options given to lm.answer. Raises ConfigError of all faults."""
     read = Arguments("lm.answer")
     stop = []
     numbers = {}
@@ -274,8 +296,22 @@ def options_of(task: str, given: dict) -> tuple[list[str], dict]:
             stop = stops_of(read, value)
         else:
             numbers[name] = number_by(read, name, value)
+    refuse_sampled_search(read, numbers)
     read.refuse()
     return stop, numbers
+
+
+def refuse_sampled_search(read: Arguments, numbers: dict) -> None:
+    """Notes each option of sampling beside a beam search, which draws nothing."""
+    beams = numbers.get("beams") or 1
+    if beams == 1:
+        return
+    for name in ("temperature", "top_k", "top_p"):
+        if numbers.get(name):
+            read.problems.append(
+                f"{read.prefix}beams={beams} and {read.prefix}{name}={numbers[name]}: a beam search draws nothing; "
+                f"leave out {read.prefix}{name} to search, or say {read.prefix}beams=1 to sample"
+            )
 
 
 def number_of(value) -> float | int | None:
@@ -320,6 +356,8 @@ def hint_of(value) -> str:
         return ' (bytes become text by .decode("utf-8"))'
     if isinstance(value, (dict, list, tuple)):
         return " (a dialogue or an example is for lm.answer)"
+    if number_of(value) is not None:
+        return f' (as text: "{value}")'
     return ""
 
 

@@ -66,7 +66,7 @@ def cut_tail(logits_BV, top_k, top_p) -> jax.Array:
 
 
 def as_float32(temperature: float, top_p: float) -> tuple[np.float32, np.float32]:
-    """The two as a program takes them, where they are too small or too large for float32 too."""
+    """(temperature, top_p) as a program takes them, clipped where float32 holds no such number."""
     if temperature < COLDEST:
         temperature = 0.0
     if top_p >= 1:  # all tokens: nothing is to be sorted
@@ -77,7 +77,7 @@ def as_float32(temperature: float, top_p: float) -> tuple[np.float32, np.float32
 
 
 def size_for(number: int, least: int, most: int = BIG) -> int:
-    """The size in which `number` of something has room: a power of two from `least` to `most`, then multiples of that.
+    """The padded size of `number` items: a power of two from `least` to `most`, then a multiple of `most`.
 
     A program is compiled for each size, not for each number.
     """
@@ -87,7 +87,7 @@ def size_for(number: int, least: int, most: int = BIG) -> int:
 
 
 def fill_rows(*arrays):
-    """The arrays [B, ...] with their first row again, up to a size: few numbers of rows are compiled. None stays."""
+    """The arrays [B, ...], padded to a size with copies of their first row. None is unchanged."""
 
     def fill(x):
         x = np.asarray(x)
@@ -108,7 +108,7 @@ def only_tokens(logits_BV, vocab_size: int | None) -> jax.Array:
 def start(
     model, params, prompts_BP, lengths_B, length: int, source: dict | None, whole: bool, vocab_size: int | None
 ):  # fmt: skip
-    """(logits after each prompt [B, V], a function of the next tokens, the cache): all but the loop.
+    """(logits after each prompt [B, V], a function that goes on with tokens, the cache): all but the loop.
 
     prompts: int32 [B, P], each at the right end of its row. length: positions to make room for. source: enc_tokens and
     enc_segments [B, S] of an encoder-decoder. whole: every token of a prompt sees all of it (a prefix).
@@ -124,13 +124,17 @@ def start(
         logits_BV = next_logits(model, params, x_BTD[:, -1:])[:, 0]
         return only_tokens(logits_BV, vocab_size), cache
 
-    sizes = (source["enc_tokens"].shape[1],) if source else ()
-    seen = source or ({"reach_BT": jnp.full((B, P), P - 1)} if whole else {})
+    sizes = ()
+    seen = {}
+    if source:
+        sizes = (source["enc_tokens"].shape[1],)
+        seen = source
+    elif whole:
+        seen = {"reach_BT": jnp.full((B, P), P - 1)}
     segments_BP = (offset_BP >= 0).astype(jnp.int32)
     positions_BP = jnp.maximum(offset_BP, 0)
-    logits_BV, cache = forward(
-        prompts_BP, segments_BP, positions_BP, model.init_cache(B, P + length, *sizes), **seen
-    )
+    cache = model.init_cache(B, P + length, *sizes)
+    logits_BV, cache = forward(prompts_BP, segments_BP, positions_BP, cache, **seen)
     return logits_BV, forward, cache
 
 
@@ -176,9 +180,8 @@ def sampled(
 
     def step(carry):
         i, logits_BV, cache, done_B, out_BM = carry
-        token_B = sample(
-            logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, i), temperature, top_k, top_p
-        )
+        here_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
+        token_B = sample(logits_BV, here_B, temperature, top_k, top_p)
         token_B = jnp.where(done_B, end, token_B)
         done_B |= (token_B == eos_id) if eos_id is not None else False
         out_BM = jax.lax.dynamic_update_slice_in_dim(out_BM, token_B[:, None], i, axis=1)
@@ -189,7 +192,9 @@ def sampled(
 
     zero = jnp.zeros((), jnp.int32)
     out_BM = jnp.full((B, room), end, jnp.int32)
-    return jax.lax.while_loop(more, step, (zero, logits_BV, cache, jnp.zeros(B, bool), out_BM))[-1]
+    carry = (zero, logits_BV, cache, jnp.zeros(B, bool), out_BM)
+    *_, out_BM = jax.lax.while_loop(more, step, carry)
+    return out_BM
 
 
 def beam_search(
@@ -219,90 +224,98 @@ def searched(
     """(int32 [B, K, room], scores [B, K]): beam_search, of which the first max_tokens count."""
     B = len(prompts_BP)
     K = beams
-    M = room
     logits_BV, forward, cache = start(
-        model, params, prompts_BP, lengths_B, M, source, whole, vocab_size
+        model, params, prompts_BP, lengths_B, room, source, whole, vocab_size
     )
     V = logits_BV.shape[1]
-
-    def flat(x):
-        return x.reshape(B * K, *x.shape[2:])
-
-    def pick(x, index_BJ):
-        return jnp.take_along_axis(x, index_BJ.reshape(B, -1, *[1] * (x.ndim - 2)), axis=1)
-
-    def penalty(length):
-        return ((5.0 + length) / 6.0) ** length_penalty
-
-    def best(score_BJ, *others):
-        order_BK = jnp.argsort(-score_BJ)[:, :K]
-        return [pick(x, order_BK) for x in (score_BJ, *others)]
-
     every_row = jnp.repeat(jnp.arange(B), K)
     lengths_R = lengths_B[every_row]
     cache = model.take_rows(cache, every_row)
 
+    def penalty(length):
+        return ((5.0 + length) / 6.0) ** length_penalty
+
     def more(carry):
         i, _, _, alive_BK, _, done_BK, _ = carry
-        hope_B = alive_BK.max(axis=1) / penalty(
-            max_tokens
-        )  # log-probabilities only fall: none can end better
+        # Log-probabilities only fall: no hypothesis can end better than this.
+        hope_B = alive_BK.max(axis=1) / penalty(max_tokens)
         return (i < max_tokens) & jnp.any(hope_B > done_BK.min(axis=1))
 
     def step(carry):
         i, logits_BKV, cache, alive_BK, alive_BKM, done_BK, done_BKM = carry
-        total_BKV = alive_BK[..., None] + jax.nn.log_softmax(logits_BKV.astype(jnp.float32))
-        score_BJ, index_BJ = jax.lax.top_k(total_BKV.reshape(B, -1), 2 * K)
-        beam_BJ = index_BJ // V
-        token_BJ = (index_BJ % V).astype(jnp.int32)
-        text_BJM = jax.lax.dynamic_update_slice_in_dim(
-            pick(alive_BKM, beam_BJ), token_BJ[..., None], i, axis=2
-        )
+        score_BJ, beam_BJ, token_BJ = extensions(alive_BK, logits_BKV)
+        text_BJM = write_token(pick(alive_BKM, beam_BJ), token_BJ, i)
         if eos_id is not None:
             ended_BJ = token_BJ == eos_id
         else:
             ended_BJ = jnp.zeros_like(token_BJ, bool)
         ended_BJ |= i + 1 == max_tokens  # what is cut off counts too
         counts_BJ = ended_BJ & (jnp.arange(2 * K) < K)  # of the K best: so that one beam is greedy
+        ends_BJ = jnp.where(counts_BJ, score_BJ / penalty(i + 1), NEVER)
         done_BK, done_BKM = best(
-            jnp.concatenate(
-                [done_BK, jnp.where(counts_BJ, score_BJ / penalty(i + 1), NEVER)], axis=1
-            ),
+            K,
+            jnp.concatenate([done_BK, ends_BJ], axis=1),
             jnp.concatenate([done_BKM, text_BJM], axis=1),
         )
         alive_BK, alive_BKM, beam_BK, token_BK = best(
-            jnp.where(ended_BJ, NEVER, score_BJ), text_BJM, beam_BJ, token_BJ
+            K, jnp.where(ended_BJ, NEVER, score_BJ), text_BJM, beam_BJ, token_BJ
         )
         rows = (jnp.arange(B)[:, None] * K + beam_BK).reshape(-1)
+        token_R1 = token_BK.reshape(B * K)[:, None]
         ones = jnp.ones((B * K, 1), jnp.int32)
         logits, cache = forward(
-            flat(token_BK)[:, None], ones, (lengths_R + i)[:, None], model.take_rows(cache, rows)
+            token_R1, ones, (lengths_R + i)[:, None], model.take_rows(cache, rows)
         )
         return i + 1, logits.reshape(B, K, V), cache, alive_BK, alive_BKM, done_BK, done_BKM
 
-    first_BK = jnp.where(jnp.arange(K) == 0, 0.0, NEVER) + jnp.zeros(
-        (B, 1)
-    )  # one hypothesis, not K alike
-    nothing = jnp.full((B, K, M), 0 if eos_id is None else eos_id, jnp.int32)
+    # One hypothesis at first, not K that are alike.
+    alive_BK = jnp.where(jnp.arange(K) == 0, 0.0, NEVER) + jnp.zeros((B, 1))
+    nothing = jnp.full((B, K, room), 0 if eos_id is None else eos_id, jnp.int32)
+    done_BK = jnp.full((B, K), NEVER)
     logits_BKV = jnp.broadcast_to(logits_BV[:, None], (B, K, V))
-    carry = (
-        jnp.zeros((), jnp.int32),
-        logits_BKV,
-        cache,
-        first_BK,
-        nothing,
-        jnp.full((B, K), NEVER),
-        nothing,
-    )
+    zero = jnp.zeros((), jnp.int32)
+    carry = (zero, logits_BKV, cache, alive_BK, nothing, done_BK, nothing)
     *_, done_BK, done_BKM = jax.lax.while_loop(more, step, carry)
     return done_BKM, done_BK
 
 
+def extensions(alive_BK, logits_BKV) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(sum of log-probabilities, hypothesis, token), each [B, 2 K]: the best extensions of K hypotheses by a token."""
+    B, K, V = logits_BKV.shape
+    total_BKV = alive_BK[..., None] + jax.nn.log_softmax(logits_BKV.astype(jnp.float32))
+    score_BJ, index_BJ = jax.lax.top_k(total_BKV.reshape(B, -1), 2 * K)
+    return score_BJ, index_BJ // V, (index_BJ % V).astype(jnp.int32)
+
+
+def write_token(text_BJM, token_BJ, i) -> jax.Array:
+    """The texts with these tokens at place i."""
+    return jax.lax.dynamic_update_slice_in_dim(text_BJM, token_BJ[..., None], i, axis=2)
+
+
+def pick(x, index_BJ) -> jax.Array:
+    """Of x [B, N, ...] the entries [B, J, ...] of each row at index_BJ."""
+    return jnp.take_along_axis(x, index_BJ.reshape(*index_BJ.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def best(count: int, score_BJ, *others) -> list[jax.Array]:
+    """The `count` largest scores [B, count] of each row, and what the others [B, J, ...] have in their places."""
+    order_BK = jnp.argsort(-score_BJ)[:, :count]
+    return [pick(x, order_BK) for x in (score_BJ, *others)]
+
+
 def pad_prompts(prompts: list[np.ndarray], least: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """(int32 [B, P], lengths [B]): each prompt at the right end of its row, P a size of at least `least`."""
-    lengths = np.array([len(p) for p in prompts], np.int32)
+    lengths = np.array(list(map(len, prompts)), np.int32)
     P = size_for(lengths.max(), least)
     padded = np.zeros((len(prompts), P), np.int32)
     for row, prompt in zip(padded, prompts):
         row[P - len(prompt) :] = prompt
     return padded, lengths
+
+
+def before_end(ids: np.ndarray, end_id: int | None) -> np.ndarray:
+    """The ids before the first end_id; all where it does not occur, or is None."""
+    if end_id is None:
+        return ids
+    ends = np.flatnonzero(ids == end_id)
+    return ids[: ends[0]] if len(ends) else ids

@@ -1,38 +1,31 @@
 """A trained model in Python: `lm = jaxlm.load(PATH)`, then lm.logits, lm.loss and lm.generate, on any mesh."""
 
-import logging
-import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import PurePath
-from typing import NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from jaxlm.cli import did_you_mean
 from jaxlm.config.keys import MESH_AXES
 from jaxlm.config.mesh_rules import fits
 from jaxlm.config.recipe import mesh_sizes
 from jaxlm.config.tasks import TASKS
-from jaxlm.data.batches import eval_rows
-from jaxlm.data.bits_per_byte import why_dropped, why_none
 from jaxlm.data.examples import Encoder
-from jaxlm.data.tokenization.base import replace_surrogates
 from jaxlm.data.transforms import Vocabulary, join
 from jaxlm.errors import ConfigError, UserError
-from jaxlm.generate.answer import label, write
+from jaxlm.generate.answer import label, longest_prompt, write
 from jaxlm.generate.arguments import Arguments, examples_of, options_of, sampling_of
-from jaxlm.generate.decode import generate_tokens, pad_prompts, size_for
+from jaxlm.generate.decode import before_end, fill_rows, generate_tokens, pad_prompts, size_for
 from jaxlm.generate.neighbors import SPELLED, Neighbors
+from jaxlm.generate.text_loss import TextLoss, text_losses
 from jaxlm.models import build, next_logits
 from jaxlm.models.vectors import word_vectors
-from jaxlm.parallel.hosts import fetch, to_global
+from jaxlm.parallel.hosts import fetch
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.run.checkpoint import Checkpoints, config_of, tokenizer_of
-from jaxlm.step.forward import mesh_order
-from jaxlm.step.losses import token_losses
 from jaxlm.step.state import abstract_state, state_shardings
 
 HEADS = {  # Task.answer -> what a model with a head is
@@ -44,14 +37,11 @@ HEADS = {  # Task.answer -> what a model with a head is
 }
 
 
-class TextLoss(NamedTuple):
-    nats_per_token: float
-    bits_per_byte: float
-    tokens: int  # counted
-
-
 class LM:
-    """config: resolved. params: tree of arrays on `mesh`, from step `step`. tokenizer: encode and decode."""
+    """A model with its tokenizer. Made by `jaxlm.load`.
+
+    config: resolved. params: tree of arrays on `mesh`, from step `step`. tokenizer: encode and decode.
+    """
 
     def __init__(self, config: ConfigDict, params, tokenizer, mesh, step: int):
         self.config = config
@@ -68,65 +58,38 @@ class LM:
         )
 
     def logits(self, tokens, segments=None, positions=None) -> np.ndarray:
-        """Logits of what follows each token. tokens, segments, positions: int [B, T]; returns float32 [B, T, V].
+        """Logits of what follows each token, float32 [B, T, V]. tokens, segments, positions: int [B, T].
 
-        segments: tokens see only their own number; None: each row is one document. positions: None: 0, 1, ...
+        segments: tokens see only their own number, 0 is padding; None: each row is one document. positions: None: 0,
+        1, ... One program serves all shapes of a size (decode.size_for). Raises ConfigError of other shapes and of
+        tokens that the model has not, UserError where the model gives no logits of tokens.
         """
         self._require_next()
         tokens, segments, positions = arrays_of(tokens, segments, positions)
         self._require_range(tokens)
-        self._require_length(tokens.shape[1] if positions is None else int(np.max(positions)) + 1)
+        B, T = tokens.shape
+        if segments is None:
+            segments = np.ones_like(tokens)
+        if positions is None:
+            positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+        self._require_length(int(np.max(positions)) + 1)
+        padding = ((0, 0), (0, size_for(T, 16) - T))
+        rows = fill_rows(*(np.pad(x, padding) for x in (tokens, segments, positions)))
         with jax.set_mesh(self.mesh):
-            return fetch(forward_logits(self.model, self.params, tokens, segments, positions))
+            return fetch(forward_logits(self.model, self.params, *rows))[:B, :T]
 
     def loss(self, texts: list[str]) -> list[TextLoss]:
-        """How surprising each text is, read in windows of data.seq_len as evaluation does.
+        """How surprising each text is, in nats per token and bits per byte, read in windows of data.seq_len.
 
         Where the tokenizer has no beginning-of-text token (chars), the first token of a text cannot be predicted and
         does not count. A text without a counted token has nan. So have the bits per byte of a text with unknown
-        tokens, and that is told. Raises ConfigError of what is no text.
+        tokens, with a warning. Raises ConfigError of what is no text, UserError where the task predicts none.
         """
         self._require_text("loss")
         read = Arguments("lm.loss")
         texts = read.texts("texts", texts)
         read.refuse()
-        T = self.config.data.seq_len
-        rows = []
-        owners = []
-        num_bytes = self._predicted_bytes(texts)
-        for owner, text in enumerate(texts):
-            ids = self.tokenizer.encode(text)
-            for start in range(0, len(ids), T):
-                rows.append(self._row(ids, start, T))
-                owners.append(owner)
-        sums = np.zeros((len(texts), 2))
-        B = min(eval_rows(self.config), 1 << max(len(rows) - 1, 0).bit_length())
-        with jax.set_mesh(self.mesh):
-            for start in range(0, len(rows), B):
-                chunk = rows[start : start + B]
-                chunk = chunk + [chunk[0]] * (B - len(chunk))
-                batch = {}
-                for key in chunk[0]:
-                    batch[key] = np.stack([row[key] for row in chunk])
-                losses = fetch(
-                    row_losses(
-                        self.model,
-                        self.params,
-                        to_global(batch, self.mesh, B),
-                        FrozenConfigDict(self.config),
-                    )
-                )
-                for owner, row, nats in zip(owners[start : start + B], chunk, losses):
-                    sums[owner] += nats, row["weights"].sum()
-        nan = float("nan")
-        return [
-            TextLoss(
-                float(nats / n) if n else nan,
-                float(nats / math.log(2) / size) if n else nan,
-                int(n),
-            )
-            for size, (nats, n) in zip(num_bytes, sums)
-        ]
+        return text_losses(self, texts)
 
     def generate(
         self,
@@ -142,8 +105,9 @@ class LM:
     ) -> list[str]:
         """Continuations, without the prompts: num_samples for each of `prompts` (str or list of str), in their order.
 
-        temperature 0: greedy. top_k, top_p: 0 is off. stop: a text ends before the first of these strings; None: none.
-        Raises ConfigError that names each argument that is not what it should be.
+        max_tokens: of each. temperature 0: greedy. top_k, top_p: 0 is off (Holtzman et al. 2020). seed: the same gives
+        the same texts. stop: a text ends before the first of these strings; None: none. Raises ConfigError that names
+        each argument that is not what it should be, UserError where the task does not go on from a prompt.
         """
         self._require_text("generate")
         task = self.config.task.name
@@ -156,8 +120,9 @@ class LM:
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
+            "num_samples": num_samples,
+            "seed": seed,
         }
-        given |= {"num_samples": num_samples, "seed": seed}
         prompts, stop, numbers = sampling_of(prompts, stop, given)
         num_samples = numbers.pop("num_samples")
         seed = numbers.pop("seed")
@@ -179,15 +144,18 @@ class LM:
         return [self._text(prompt, row, stop) for prompt, row in zip(ids, out)]
 
     def answer(self, examples, **options) -> list:
-        """What a fine-tuned model says to examples: dicts of the columns of its task, or strings of the first of them.
+        """The answer of a fine-tuned model to each example: dicts of the columns of its task, or strings of the first.
 
-        sft, dpo: also a dialogue, a list of {"role": ..., "content": ...}, or a list of dialogues. Raises ConfigError
-        of columns that the task does not have, and of those that it lacks.
+        sft, dpo: also a dialogue, a list of {"role": ..., "content": ...}, or a list of dialogues.
 
         classify, multilabel: {label: probability} each; regress: a number; tag: the tag of each word; qa: text of the
         context; seq2seq, sft, dpo: the text that it writes. options, of these three alone: beams, length_penalty,
         max_tokens (eval.max_tokens), temperature (0: greedy), top_k, top_p, seed, stop: as those of `generate`.
         mlm, of strings: for each [MASK], a hidden token, the five likeliest as (token, probability).
+
+        Raises ConfigError of columns that the task does not have, and of those that it lacks; of options that are not
+        what they should be, or go against each other; and of more tokens than learned positions have room for.
+        UserError where the task has no examples.
         """
         task = self.config.task.name
         if not TASKS[task].answers_examples:
@@ -206,13 +174,16 @@ class LM:
                 return label(self.config, self.params, self.tokenizer, examples)
             encode = Encoder(self.tokenizer, self.config.data.lowercase)
             vocab = Vocabulary(self.tokenizer, task)
+            longest = longest_prompt(self.config, vocab, encode, examples)
+            self._require_length(longest, options.get("max_tokens") or self.config.eval.max_tokens)
             texts = write(self.config, self.params, vocab, encode, examples, **options)
         return [cut_before(text, stop) for text in texts]
 
     def neighbors(self, word: str, count: int = 10) -> list[tuple[str, float]]:
-        """The tokens whose vectors have the largest cosine similarity with the word's, and that.
+        """The `count` tokens whose vectors are nearest to the word's, each with its cosine similarity.
 
-        Of a text of several tokens the mean direction is meant. Raises UserError of a word that is not known.
+        A text of several tokens has the mean direction of their vectors. Raises UserError of a word that is not known,
+        ConfigError of arguments of another kind.
         """
         (word,), count = words_of("lm.neighbors", {"word": word}, count)
         near = self._vectors("lm.neighbors")
@@ -220,15 +191,15 @@ class LM:
         return near.nearest(near.vector(ids), ids, count)
 
     def analogy(self, a: str, b: str, c: str, count: int = 10) -> list[tuple[str, float]]:
-        """What is to c as b is to a: the tokens most similar to b - a + c, and how much, without these three.
+        """What is to c as b is to a: the tokens most similar to b - a + c, with the cosine; none of the three words.
 
-        All vectors have length 1 (3CosAdd: Levy and Goldberg 2014). Raises UserError of a word that is not known.
+        All vectors have length 1 (3CosAdd: Levy and Goldberg 2014). Raises what `neighbors` raises.
         """
         words, count = words_of("lm.analogy", {"a": a, "b": b, "c": c}, count)
         near = self._vectors("lm.analogy")
         ids = [near.ids_of(word) for word in words]
-        from_a, to_b, from_c = map(near.vector, ids)
-        return near.nearest(to_b - from_a + from_c, np.concatenate(ids), count)
+        a_D, b_D, c_D = map(near.vector, ids)
+        return near.nearest(b_D - a_D + c_D, np.concatenate(ids), count)
 
     def _vectors(self, where: str) -> Neighbors:
         name = self.config.model.name
@@ -237,47 +208,37 @@ class LM:
         return Neighbors(fetch(word_vectors(self.params)), self.tokenizer, where)
 
     def _fill(self, text: str) -> list[list[tuple[str, float]]]:
+        """For each [MASK] of a text the five likeliest tokens, with their probabilities. Raises ConfigError of none."""
         vocab = Vocabulary(self.tokenizer, self.config.task.name)
         parts = text.split("[MASK]")
         if self.tokenizer.name not in SPELLED:  # the space before a hidden token is of that token
             parts[:-1] = [part.rstrip(" ") for part in parts[:-1]]
         if len(parts) < 2:
             raise ConfigError(
-                f"lm.answer: a model of task mlm foretells hidden tokens: {text!r} has no [MASK] in it"
+                f"lm.answer: a model of task mlm predicts hidden tokens: {text!r} has no [MASK] in it"
             )
         first, *rest = parts
         ids = [self.tokenizer.encode(first)]
         for part in rest:
             ids += [vocab.mask, self.tokenizer.encode(part, after="[MASK]")]
         ids = join(*ids)
-        logits = self._logits_of(ids)[ids == vocab.mask, : self.tokenizer.vocab_size]
-        chances = np.asarray(jax.nn.softmax(logits))
-        best = np.argsort(-chances)[:, :5]
-        return [
-            [(self.tokenizer.decode([i]), round(float(p[i]), 6)) for i in five]
-            for five, p in zip(best, chances)
-        ]
-
-    def _logits_of(self, ids: np.ndarray) -> np.ndarray:
-        """float32 [len(ids), V]: `logits` of one text, padded to a size so that few lengths are compiled."""
-        length = len(ids)
-        size = size_for(length, 16)
-        tokens, segments, positions = np.zeros((3, 1, size), np.int32)
-        tokens[0, :length] = ids
-        segments[0, :length] = 1
-        positions[0, :length] = np.arange(length)
-        return self.logits(tokens, segments, positions)[0, :length]
+        logits = self.logits(ids[None])[0, ids == vocab.mask, : self.tokenizer.vocab_size]
+        found = []
+        for chances in np.asarray(jax.nn.softmax(logits)):
+            best = np.argsort(-chances)[:5]
+            found.append([(self.tokenizer.decode([i]), round(float(chances[i]), 6)) for i in best])
+        return found
 
     def _require_text(self, what: str) -> None:
         task = self.config.task.name
         if TASKS[task].answer == "hidden":
             raise UserError(
-                f"lm.{what}: a model of task mlm foretells hidden tokens, none that follow; use lm.answer with [MASK] "
+                f"lm.{what}: a model of task mlm predicts hidden tokens, none that follow; use lm.answer with [MASK] "
                 'in the text, as in lm.answer("to [MASK] or not to be")'
             )
         if TASKS[task].has_head:
             raise UserError(
-                f"lm.{what}: a model of task {task} foretells no tokens that follow; use lm.answer"
+                f"lm.{what}: a model of task {task} predicts no tokens that follow; use lm.answer"
             )
         if TASKS[task].reads_source:
             use = "; use lm.answer" * TASKS[task].from_examples
@@ -300,14 +261,10 @@ class LM:
         return ids
 
     def _text(self, prompt: np.ndarray, ids: np.ndarray, stop) -> str:
-        eos = self.tokenizer.eos_id
-        ends = np.flatnonzero(ids == eos) if eos is not None else []
-        ids = ids[: ends[0]] if len(ends) else ids
+        ids = before_end(ids, self.tokenizer.eos_id)
         # Decoded together: some tokenizers drop a space at the beginning of a text.
-        text = self.tokenizer.decode(np.concatenate([prompt, ids]))[
-            len(self.tokenizer.decode(prompt)) :
-        ]
-        return cut_before(text, stop)
+        whole = self.tokenizer.decode(np.concatenate([prompt, ids]))
+        return cut_before(whole[len(self.tokenizer.decode(prompt)) :], stop)
 
     def _require_next(self) -> None:
         """Raises UserError where there are no logits of tokens, or none without a source."""
@@ -324,56 +281,6 @@ class LM:
             use = "; use lm.answer" * TASKS[task].from_examples
             raise UserError(f"lm.logits: a model of task {task} reads a source first{use}")
 
-    def _predicted_bytes(self, texts: list[str]) -> list[float]:
-        """UTF-8 bytes of what is foretold of each text; nan, and that is told, where it has unknown tokens."""
-        sizes = []
-        flawed = 0
-        unknown = 0
-        total = 0
-        dropped = 0
-        for text in texts:
-            ids = self.tokenizer.encode(text)
-            size = len(replace_surrogates(text)[0].encode())
-            if self.tokenizer.bos_id is None:
-                size -= len(self.tokenizer.decode(ids[:1]).encode())
-            if here := int(np.sum(ids == self.tokenizer.unknown_id)):
-                flawed = flawed + 1
-                unknown = unknown + here
-                total = total + len(ids)
-                size = math.nan
-            elif self.tokenizer.may_lose(ids) and (lost := self.tokenizer.lost(text)):
-                dropped += len("".join(lost))
-                size = math.nan
-            sizes.append(size)
-        if why := why_none(unknown, total, f"{flawed:,} of the {len(texts):,} texts"):
-            logging.getLogger("jaxlm").warning(why)
-        if why := why_dropped(dropped, "these texts"):
-            logging.getLogger("jaxlm").warning(why)
-        return sizes
-
-    def _row(self, ids: np.ndarray, start: int, T: int) -> dict[str, np.ndarray]:
-        """The batch row whose targets are ids[start : start + T]."""
-        targets = ids[start : start + T]
-        bos = self.tokenizer.bos_id
-        if start:
-            first = ids[start - 1]
-        else:
-            first = targets[0] if bos is None else bos
-        tokens = np.concatenate([[first], targets[:-1]])
-        padding = (0, T - len(targets))
-        weights = np.ones(len(targets), np.float32)
-        segments = np.ones(len(targets), np.int32)
-        if bos is None and not start:
-            weights[0] = segments[0] = 0
-        row = {"tokens": tokens, "targets": targets, "segments": segments, "weights": weights}
-        row = {key: np.pad(value, padding) for key, value in row.items()} | {
-            "positions": np.arange(T, dtype=np.int32)
-        }
-        return {
-            key: value.astype(np.float32 if key == "weights" else np.int32)
-            for key, value in row.items()
-        }
-
     def _require_range(self, tokens: np.ndarray) -> None:
         vocab = self.config.model.vocab_size
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab:
@@ -382,26 +289,26 @@ class LM:
             )
 
     def _require_length(self, length: int, more: int = 0) -> None:
-        """Raises ConfigError where there are no positions for `length` tokens, and `more` that are to be written."""
+        """Raises ConfigError where learned positions end before `length` tokens, and `more` that are to be written."""
         limit = self.config.model.context_length
         if self.config.model.positions != "learned" or length + more <= limit:
             return
-        said = f"learned positions end at {limit:,}: "
+        end = f"learned positions end at {limit:,}"
         if not more:
-            raise ConfigError(f"{said}{length:,} tokens are too many")
+            raise ConfigError(f"{end}: {length:,} tokens are too many")
         if length >= limit:
             raise ConfigError(
-                f"{said}a prompt of {length:,} tokens leaves none to write; shorten it"
+                f"{end}: a prompt of {length:,} tokens leaves none to write; shorten it"
             )
         room = limit - length
-        said += f"a prompt of {length:,} tokens and max_tokens={more:,} are too many"
         raise ConfigError(
-            f"{said}; say max_tokens={room} (on the command line: --max_tokens={room}), or fewer"
+            f"{end}: a prompt of {length:,} tokens and max_tokens={more:,} are too many; "
+            f"say max_tokens={room} (on the command line: --max_tokens={room}), or fewer"
         )
 
 
 def words_of(where: str, words: dict, count) -> tuple[list[str], int]:
-    """(the words, count) of what was given to lm.neighbors and lm.analogy. Raises ConfigError of all faults."""
+    """(the words, count) as given to lm.neighbors and lm.analogy. Raises ConfigError of all faults."""
     read = Arguments(where)
     for name, word in words.items():
         text = read.text(name, word)
@@ -413,7 +320,7 @@ def words_of(where: str, words: dict, count) -> tuple[list[str], int]:
 
 
 def arrays_of(tokens, segments, positions) -> tuple:
-    """The three as int32 [batch, length], the last two also None, of what was given to lm.logits."""
+    """The three as int32 [batch, length], the last two or None, as given to lm.logits. Raises ConfigError."""
     read = Arguments("lm.logits")
     rule = "ids, whole numbers of shape [batch, length], rows of equal lengths"
     tokens = read.integers("tokens", tokens, rule)
@@ -442,15 +349,9 @@ def cut_before(text: str, stop: list[str]) -> str:
 
 @partial(jax.jit, static_argnames="model")
 def forward_logits(model, params, tokens, segments, positions):
+    """float32 [B, T, V]: see LM.logits; segments and positions may be None."""
     x_BTD, _ = model.apply({"params": params}, tokens, segments, positions)
     return next_logits(model, params, x_BTD)
-
-
-@partial(jax.jit, static_argnames=("model", "config"))
-def row_losses(model, params, batch, config):
-    """float32 [B]: weighted nats of each row."""
-    batch, places = mesh_order(batch)
-    return (token_losses(model, params, batch, places, config)[0] * batch["weights"]).sum(axis=1)
 
 
 def require_loadable(path, step, mesh) -> int | str:
@@ -479,17 +380,18 @@ def is_axis_size(size) -> bool:
 def load(
     path: str | PurePath, *, step: str | int = "latest", mesh: dict[str, int] | None = None
 ) -> LM:
-    """The model of a run directory. step: latest, best or a number. mesh: sizes of axes, such as {"tensor": 4}.
+    """The trained model of a run directory, which writes, answers and gives logits.
 
-    Without `mesh`: the run's own where it fits the devices, else the parameters sharded over all of them. Raises
-    CheckpointError where there is none, ConfigError of arguments of another kind.
+    step: latest, best or a number. mesh: sizes of axes, such as {"tensor": 4}; None: the run's own where it fits the
+    devices, else the parameters sharded over all of them. Raises CheckpointError where there is no checkpoint,
+    ConfigError of arguments of another kind, and of a mesh that does not fit the devices.
     """
     step = require_loadable(path, step, mesh)
     checkpoints = Checkpoints(path)
     step = checkpoints.choose(step)
     meta = checkpoints.meta(step)
     config = config_of(meta)
-    # What a pipeline and slices ask of a batch is not for inference: rows come in any number.
+    # Pipelines and slices constrain the size of a batch; inference takes rows in any number.
     config.mesh.slices = 1
     config.model.pipeline_rounds = 1
     config.model.pipeline_microbatches = 0
@@ -497,26 +399,32 @@ def load(
         config.task.distill = 0.0
         config.task.teacher = ""
         config.task.teacher_model = ()
-    if mesh is None:
-        sizes = mesh_sizes(config)
-    else:
-        sizes = dict.fromkeys(MESH_AXES, 1) | mesh
-    for axis in set(sizes) - set(MESH_AXES):
-        hint = did_you_mean(axis, MESH_AXES)
-        raise ConfigError(f"mesh: there is no axis {axis}{hint} (they are {', '.join(MESH_AXES)})")
-    if mesh is None and (sizes["stage"] != 1 or not fits(sizes, jax.device_count())):
-        sizes = dict.fromkeys(MESH_AXES, 1) | {
-            "fsdp": -1
-        }  # a pipeline has nothing to gain from single tokens
-        config.mesh.across = "fsdp"
-    elif not fits(sizes, jax.device_count()):
-        raise ConfigError(
-            f"mesh={mesh} does not fit the {jax.device_count()} devices: its sizes must multiply to that"
-        )
-    config.mesh.update(sizes)
+    choose_mesh(config, mesh)
     mesh = make_mesh(config)
     params = checkpoints.restore_params(
         step, abstract_state(config)[0], state_shardings(config, mesh)
     )
     checkpoints.close()
     return LM(config, params, tokenizer_of(meta), mesh, step)
+
+
+def choose_mesh(config: ConfigDict, mesh: dict[str, int] | None) -> None:
+    """Sets config.mesh to the sizes given to `load`, or to what fits the devices. Raises ConfigError."""
+    devices = jax.device_count()
+    if mesh is None:
+        sizes = mesh_sizes(config)
+        if sizes["stage"] != 1 or not fits(sizes, devices):
+            # A pipeline has nothing to gain from single tokens.
+            sizes = dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1}
+            config.mesh.across = "fsdp"
+        config.mesh.update(sizes)
+        return
+    for axis in set(mesh) - set(MESH_AXES):
+        hint = did_you_mean(axis, MESH_AXES)
+        raise ConfigError(f"mesh: there is no axis {axis}{hint} (they are {', '.join(MESH_AXES)})")
+    sizes = dict.fromkeys(MESH_AXES, 1) | mesh
+    if not fits(sizes, devices):
+        raise ConfigError(
+            f"mesh={mesh} does not fit the {devices} devices: its sizes must multiply to that"
+        )
+    config.mesh.update(sizes)

@@ -1,4 +1,4 @@
-"""What the vectors of words say: which are near a word, and what is to c as b is to a."""
+"""The vectors of words: which are near a word, and what is to c as b is to a."""
 
 import logging
 
@@ -8,10 +8,8 @@ from jaxlm.cli import did_you_mean
 from jaxlm.data.tokenization.tokenizer import Tokenizer, Words
 from jaxlm.errors import UserError
 
-SPELLED = (
-    "bytes",
-    "chars",
-)  # tokenizers whose tokens are not words, nor parts of words, with the space before them
+# Tokenizers whose tokens are neither words nor parts of words with the space before them.
+SPELLED = ("bytes", "chars")
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -33,7 +31,7 @@ class Neighbors:
     def ids_of(self, word: str) -> np.ndarray:
         """The tokens of a word. Where it is fewer of them after a space, as most are to sentencepiece, these are meant.
 
-        Raises UserError where it is not in the vocabulary; says so where it is several tokens.
+        Raises UserError where it is not in the vocabulary; warns where it is several tokens.
         """
         if self.tokenizer.name in SPELLED:
             texts = (word,)
@@ -55,13 +53,11 @@ class Neighbors:
 
     def unknown(self, text: str) -> str:
         """What of a text is not in the vocabulary, each word with what is spelled nearly so."""
+        known = ()
         if isinstance(self.tokenizer, Words):
             known = self.tokenizer.words
-        else:
-            known = ()
-        missing = self.tokenizer.lost(text)
         hints = []
-        for word in missing:
+        for word in self.tokenizer.lost(text):
             hints.append(f"{word!r} is not in the vocabulary{self.near(word, known)}")
         return "; ".join(hints)
 
@@ -77,8 +73,11 @@ class Neighbors:
     def nearest(self, vector_D: np.ndarray, without, count: int) -> list[tuple[str, float]]:
         """The `count` tokens of the largest cosine similarity with a vector, and that; none of `without`."""
         t = self.tokenizer
-        similar = self.table_VD @ unit(vector_D)
+        similar_V = self.table_VD @ unit(vector_D)
         special = [i for i in (t.bos_id, t.eos_id, t.unknown_id) if i is not None]
-        similar[[*without, *special]] = -np.inf
-        best = np.argsort(-similar, kind="stable")[:count]
-        return [(t.decode([i]), float(similar[i])) for i in best if np.isfinite(similar[i])]
+        similar_V[[*without, *special]] = -np.inf
+        found = []
+        for i in np.argsort(-similar_V, kind="stable")[:count]:
+            if np.isfinite(similar_V[i]):
+                found.append((t.decode([i]), float(similar_V[i])))
+        return found

@@ -15,6 +15,7 @@ from jaxlm.data.tokenization import vocabulary
 from jaxlm.evaluate.evaluator import Evaluator
 from jaxlm.evaluate.score import warn_once
 from jaxlm.generate.lm import LM
+from jaxlm.generate.text_loss import predicted_bytes
 
 KNOWN = ["the cat sat on the mat", "a red moon over the old sea", "two dogs run by the sea"]
 CHINESE = "\u4eca\u5929\u5929\u6c14\u5f88\u597d"
@@ -109,7 +110,7 @@ def test_the_size_in_bits_of_a_text_with_unknown_tokens_is_nan(caplog, monkeypat
     config = small_config(model__vocab_size=tokenizer.vocab_size, data__seq_len=64)
     lm = LM(config, {}, tokenizer, mesh_of(1), 0)
     monkeypatch.setattr(
-        "jaxlm.generate.lm.row_losses",
+        "jaxlm.generate.text_loss.row_losses",
         lambda model, params, batch, config: batch["weights"].sum(axis=1),
     )
     known, odd = lm.loss([KNOWN[0], KNOWN[1] + CHINESE])
@@ -151,8 +152,7 @@ def test_text_that_is_dropped_flatters_as_much(tmp_path, caplog, odd):
 
 
 def test_the_size_in_bits_of_a_text_that_is_dropped_in_part_is_nan(caplog):
-    lm = LM(small_config(model__vocab_size=len(LETTERS)), {}, dropping(), None, 0)
-    whole, part = lm._predicted_bytes([KNOWN[0], KNOWN[0] + CHINESE])
+    whole, part = predicted_bytes(dropping(), [KNOWN[0], KNOWN[0] + CHINESE])
     assert whole == len(KNOWN[0]) - 1
     assert math.isnan(part)
     assert caplog.messages == [
@@ -161,6 +161,4 @@ def test_the_size_in_bits_of_a_text_that_is_dropped_in_part_is_nan(caplog):
 
 
 def test_the_first_word_of_a_text_is_not_among_its_bytes():
-    tokenizer = tokenizer_of("words")
-    lm = LM(small_config(model__vocab_size=tokenizer.vocab_size), {}, tokenizer, None, 0)
-    assert lm._predicted_bytes(["the cat", "cat", ""]) == [4, 0, 0]
+    assert predicted_bytes(tokenizer_of("words"), ["the cat", "cat", ""]) == [4, 0, 0]

@@ -15,6 +15,7 @@ from jaxlm.config.check import check
 from jaxlm.config.keys import BLEU_TOKENIZERS, base
 from jaxlm.errors import ConfigError, DataError
 from jaxlm.evaluate import metrics, pictures
+from jaxlm.evaluate.entities import entities
 from jaxlm.evaluate.evaluator import Evaluator
 from jaxlm.evaluate.score import bleu_options, of_texts, warn_once
 
@@ -128,7 +129,7 @@ ENTITIES = {  # tags: first token, token after the last, type
 
 
 def test_tagging():
-    assert {tags: metrics.entities(tags.split()) for tags in ENTITIES} == ENTITIES
+    assert {tags: entities(tags.split()) for tags in ENTITIES} == ENTITIES
     gold = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-LOC", "I-LOC"]]
     ours = [["B-PER", "I-PER", "O", "B-PER"], ["B-LOC", "I-LOC", "I-LOC"]]
     got = metrics.tagging(ours, gold)
@@ -391,6 +392,21 @@ def test_bootstrap():
     )
     with pytest.raises(DataError, match="20 of 20 resampled figures are NaN"):
         metrics.bootstrap(lambda x: math.nan, ours, samples=20)
+
+
+@pytest.mark.parametrize(("right", "total"), [(0, 7), (3, 10), (50, 50), (2, 2)])
+def test_wilsons_interval_is_scipys(right, total):
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binomtest(right, total).proportion_ci(method="wilson")
+    assert metrics.wilson_interval(right / total, total) == pytest.approx(tuple(expected))
+
+
+def test_several_figures_share_their_draws():
+    values = np.random.default_rng(0).random(40)
+    draws = metrics.resample(lambda x: [x.mean(), x.max()], values, samples=50)
+    for place, metric in enumerate((np.mean, np.max)):
+        column = [draw[place] for draw in draws]
+        assert metrics.percentile_interval(column) == metrics.bootstrap(metric, values, samples=50)
 
 
 def test_by_group():

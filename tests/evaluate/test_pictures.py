@@ -54,6 +54,19 @@ def test_pictures_of_classes(tmp_path, classes):
     assert all(500 < side < 3000 for side in size(tmp_path / "matrix.png"))
 
 
+@pytest.mark.parametrize(
+    ("names", "degrees"), [("ab", 0), (["negative", "a rather positive film"], 45)]
+)
+def test_names_of_classes_can_be_read(tmp_path, monkeypatch, names, degrees):
+    figures = []
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: figures.append(self))
+    pictures.confusion(tmp_path / "matrix.png", [[3, 1], [0, 2]], names)
+    labels = figures[0].axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == list(names)
+    assert {label.get_rotation() for label in labels} == {degrees}
+
+
 @pytest.mark.parametrize("rows", [1, 2000])
 def test_pictures_of_runs(tmp_path, rows):
     log = tmp_path / "metrics.jsonl"

@@ -240,6 +240,17 @@ def test_all_figures_that_have_meaning_need_no_line(monkeypatch, caplog):
     assert not caplog.messages
 
 
+@pytest.mark.parametrize(
+    ("golds", "low", "high"), [([1, 0] * 25, 0.928, 1.0), ([0, 1] * 25, 0.0, 0.072)]
+)
+def test_a_score_without_a_mistake_has_an_interval_of_some_width(golds, low, high, monkeypatch):
+    result = evaluated(monkeypatch, "classify", golds, SURE * 25)
+    for name in ("accuracy", "f1", "auc"):
+        assert result[f"{name}_interval"] == pytest.approx([low, high], abs=1e-3)
+    line = next(line for line in report.table(result) if line.startswith("accuracy"))
+    assert f"({low:.3f}" in line
+
+
 def test_classes_that_are_in_no_mean_are_named(monkeypatch, caplog):
     scores = [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]]
     result = evaluated(monkeypatch, "classify", [0, 1], scores, names=("x", "y", "z"))

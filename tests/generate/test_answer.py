@@ -11,7 +11,7 @@ from jaxlm.config.recipe import base, resolve
 from jaxlm.config.tasks import TASKS
 from jaxlm.data.tokenization import tokenizer as tokenizers
 from jaxlm.errors import CheckpointError, ConfigError, DataError, UserError
-from jaxlm.generate.__main__ import question_of, read_input, read_prompts, write_answers
+from jaxlm.generate.__main__ import main, question_of, read_input, read_prompts, write_answers
 from jaxlm.generate.arguments import examples_of, options_of, sampling_of
 from jaxlm.generate.lm import LM, load
 from jaxlm.run.monitor import proposal
@@ -279,6 +279,40 @@ def test_options_of_an_answer_are_taken_where_they_are_plain():
         ConfigError, match=r"stop\[1\]=3.*no option temprature.*did you mean temperature"
     ):
         options_of("sft", {"stop": ["a", 3], "temprature": 1})
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p"])
+def test_a_search_that_would_sample_is_refused(name):
+    with pytest.raises(ConfigError, match=f"beams=4 and {name}=1.*leave out {name}.*beams=1"):
+        options_of("sft", {"beams": 4, name: 1})
+    assert options_of("sft", {"beams": 4, name: 0, "seed": 1})[1]["beams"] == 4
+    flags = ["--workdir=none", "--beams=4", f"--{name}=1"]
+    with pytest.raises(ConfigError, match=rf"--beams=4 and --{name}=1.*leave out --{name}"):
+        main(flags)
+
+
+@pytest.mark.parametrize(
+    ("flag", "rule"),
+    [("--num_samples=0", "at least 1"), ("--temperature=-1", "0 .greedy. or positive"), ("--beams=0", "from 1"),
+     ("--top_p=2", "a probability")],
+)  # fmt: skip
+def test_a_flag_that_means_nothing_is_named_as_typed(flag, rule):
+    name, value = flag.split("=")
+    with pytest.raises(ConfigError, match=rf"^jaxlm\.generate: {name}={value}.*{rule}"):
+        main(["--workdir=none", flag])
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "named"),
+    [("classify", {"text": 5}, r"'text'\]=5: must be a text \(as text: \"5\"\)"),
+     ("classify", {"text": "a", "text2": 1.5}, r"'text2'\]=1.5: must be a text"), ("sft", {"prompt": True}, "a text"),
+     ("seq2seq", {"source": np.float32(2)}, "'source'.*must be a text"),
+     ("tag", {"words": ["a", 3]}, r"'words'\]\[1\]=3"),
+     ("tag", {"words": 3}, "a list of words"), ("tag", {"words": ["a", "\ud800"]}, "half a character")],
+)  # fmt: skip
+def test_a_number_is_no_text(task, given, named):
+    with pytest.raises(ConfigError, match=named):
+        asked(task, given)
 
 
 @pytest.mark.parametrize("task", [*HEADED, "mlm"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pydoc
 import shutil
 
 import jax
@@ -42,6 +43,15 @@ def workdir(tmp_path_factory, text_dir):
         "jaxlm.train", "--config=configs/quickstart.py", f"--workdir={path}", *settings, devices=8
     )
     return path
+
+
+def test_help_shows_the_real_load():
+    page = pydoc.plain(pydoc.render_doc("jaxlm.load"))
+    assert "load(path: str | " in page
+    assert "step: str | int = 'latest', mesh: dict[str, int] | None = None)" in page
+    assert "Raises CheckpointError where there is no checkpoint" in page
+    assert "load(path: str | " in pydoc.plain(pydoc.render_doc(jaxlm))
+    assert "load" in dir(jaxlm)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import pytest
 from conftest import mesh_of, small_config
 
 from jaxlm.data.tokenization import tokenizer as tokenizers
-from jaxlm.data.transforms import Vocabulary
 from jaxlm.errors import ConfigError
 from jaxlm.generate.answer import scores_of
 from jaxlm.generate.decode import (
@@ -19,7 +18,7 @@ from jaxlm.generate.decode import (
     searched,
     size_for,
 )
-from jaxlm.generate.lm import LM
+from jaxlm.generate.lm import LM, forward_logits
 from jaxlm.step.state import init_state
 
 
@@ -139,6 +138,15 @@ def test_a_text_beyond_learned_positions_is_told_what_fits(
         lm.generate(prompt, max_tokens=max_tokens)
 
 
+def test_an_answer_beyond_learned_positions_is_refused_with_what_fits():
+    asked = untrained(task__name="sft", model__positions="learned", model__context_length=64)
+    with pytest.raises(ConfigError, match=r"end at 64: a prompt of 6 tokens and max_tokens=60 are"):
+        asked.answer("ab", max_tokens=60)
+    with pytest.raises(ConfigError, match="say max_tokens=58"):
+        asked.answer(["", "ab"], max_tokens=60)
+    assert isinstance(asked.answer("ab", max_tokens=2)[0], str)
+
+
 def test_answers_of_a_classifier_are_compiled_once():
     asked = untrained(task__name="classify", model__name="bag", data__labels=("bad", "good"))
     before = scores_of._cache_size()
@@ -148,20 +156,26 @@ def test_answers_of_a_classifier_are_compiled_once():
     assert scores_of._cache_size() == before + 1
 
 
-@pytest.mark.slow
-def test_masked_texts_of_many_lengths_are_compiled_once(monkeypatch):
+def test_masked_texts_of_many_lengths_are_compiled_once():
     masked = untrained(task__name="mlm", model__name="encoder")
-    shapes = set()
-    logits = masked.logits
-    monkeypatch.setattr(
-        masked, "logits", lambda tokens, *more: shapes.add(tokens.shape) or logits(tokens, *more)
-    )
+    before = forward_logits._cache_size()
     for text in ("[MASK]", "ab[MASK]", "abcdef[MASK]g"):
         masked.answer(text)
-    assert shapes == {(1, 16)}
-    mask = Vocabulary(masked.tokenizer, "mlm").mask
-    ids = np.array([97, mask, 98])
-    np.testing.assert_allclose(masked._logits_of(ids), logits(ids[None])[0], atol=1e-5)
+    assert forward_logits._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder", "lstm"])
+def test_logits_of_many_shapes_are_compiled_once_and_those_of_the_shape_alone(kind):
+    lm = untrained(task__name="mlm" if kind == "encoder" else "lm", model__name=kind)
+    tokens = np.random.default_rng(0).integers(0, 256, (4, 13))
+    before = forward_logits._cache_size()
+    for rows, length in ((4, 13), (3, 1), (3, 16), (4, 7)):
+        found = lm.logits(np.resize(tokens, (rows, length)))
+        assert found.shape == (rows, length, 384)
+    assert forward_logits._cache_size() == before + 1
+    found = lm.logits(tokens[:3])
+    alone = forward_logits(lm.model, lm.params, tokens[:3], None, None)
+    np.testing.assert_allclose(found, alone, atol=1e-5)
 
 
 def kept(logits, top_k, top_p):
