@@ -3,13 +3,18 @@
 import argparse
 import difflib
 import errno
+import io
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from jaxlm.errors import ConfigError, UserError
 
@@ -118,6 +123,25 @@ def readable_json(value) -> str:
     """JSON in one line whose letters, of any script, are themselves; half a surrogate pair is escaped."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def table(rows: Iterable[Sequence], columns: Sequence[str] = (), left: int = 1) -> str:
+    """Rows of cells as lines of text in aligned columns, two spaces apart, below the names of the columns if given.
+
+    The first `left` columns are aligned to the left (words), the others to the right (numbers). Cells are shown by
+    str(). Returns '' where there are neither rows nor columns.
+    """
+    rows = [[Text(str(cell)) for cell in row] for row in rows]
+    width = max([len(columns), *map(len, rows)])
+    grid = Table(box=None, show_header=bool(columns), pad_edge=False, padding=(0, 2, 0, 0))
+    for i in range(width):
+        name = Text(columns[i]) if columns else ""
+        grid.add_column(name, justify="left" if i < left else "right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*row)
+    page = io.StringIO()
+    Console(file=page, width=100_000, color_system=None, force_terminal=False).print(grid)
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
 
 def spare_threads() -> None:
