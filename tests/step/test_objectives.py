@@ -22,8 +22,9 @@ from jaxlm.parallel.hosts import to_global
 from jaxlm.step import losses
 from jaxlm.step.losses import loss_of, total_weight
 from jaxlm.step.state import abstract_state, gradients, state_shardings
-from jaxlm.verify import __main__ as verify
-from jaxlm.verify.laws import GRADIENT_TOLERANCE, unpacked, worst
+from jaxlm.verify import tiny
+from jaxlm.verify.laws import GRADIENT_TOLERANCE, worst
+from jaxlm.verify.packing import unpacked
 
 ENCODERS = ("mlm", "tag", "qa", *LABELLED)
 CASES = {name: {"task__name": name} for name in (*TOKEN_TASKS, *ROLES)} | {
@@ -88,9 +89,9 @@ ROWS = 8
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("objectives")
-    verify.make_tokens(path)
+    tiny.make_tokens(path)
     for task in ROLES:
-        verify.make_examples(path / f"{task}.jsonl", task)
+        tiny.make_examples(path / f"{task}.jsonl", task)
     return path
 
 
@@ -107,12 +108,12 @@ def config_of(case, folder=None, **more):
     )
     settings.setdefault("model__name", kinds.get(task, "decoder"))
     if task in ("classify", "multilabel", "tag"):
-        settings["data__labels"] = verify.LABELS
+        settings["data__labels"] = tiny.LABELS
     if folder:
         key, file = ("data__train", f"{task}.jsonl") if task in ROLES else ("data__path", "tokens")
         settings[key] = str(folder / file)
     c = small_config(**settings)
-    if verify.needs_teacher(c):
+    if tiny.needs_teacher(c):
         c.task.teacher_model = tuple(c.model.items())
     return c
 
