@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from jaxlm import cli
 from jaxlm.bench import parts as dissect
 from jaxlm.config.check import check, require
-from jaxlm.config.keys import ROLES
-from jaxlm.config.recipe import load, override, resolve
+from jaxlm.config.keys import ROLES, base
+from jaxlm.config.recipe import flatten, load, override, resolve
 from jaxlm.data.batches import Prefetch, describe, train_batches
 from jaxlm.data.synthetic import random_tokens
 from jaxlm.errors import ConfigError, DataError
@@ -252,7 +252,7 @@ def line_of(name: str, rows: list[dict]) -> str:
 
 def main(argv: list[str]) -> int:
     parser = cli.Parser(prog="jaxlm.bench", description=__doc__)
-    parser.add_config()
+    parser.add_config(flatten(base()))
     parser.add_argument(
         "--steps", type=int, default=50, help="timed steps, after a warm-up (default: 50)"
     )

@@ -65,7 +65,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--length_penalty", type=float, help="of a beam search (default: the run's)"
     )
-    parser.add_argument("--max_tokens", type=int, help="of an answer (default: the run's)")
+    parser.add_argument(
+        "--max_tokens", type=int, help="tokens of an answer, at most (default: the run's)"
+    )
     parser.add_argument(
         "--bleu_tokenize",
         choices=BLEU_TOKENIZERS,

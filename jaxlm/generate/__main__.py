@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         help="hypotheses of a beam search; 1: greedy (translation, chat)",
     )
     parser.add_argument("--length_penalty", type=float, default=0.6, help="of the beam search")
-    parser.add_argument("--max_tokens", type=int, default=200)
+    parser.add_argument("--max_tokens", type=int, default=200, help="tokens of a text, at most")
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0: always the most likely token"
     )

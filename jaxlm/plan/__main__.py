@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from jaxlm import cli
 from jaxlm.config.check import check, require
-from jaxlm.config.recipe import load, override, resolve
+from jaxlm.config.keys import base
+from jaxlm.config.recipe import flatten, load, override, resolve
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.kernels.attention import BLOCK
 from jaxlm.parallel.chips import CHIPS
@@ -231,7 +232,7 @@ def line_of(row: dict) -> str:
 
 def main(argv: list[str]) -> int:
     parser = cli.Parser(prog="jaxlm.plan", description=__doc__)
-    parser.add_config()
+    parser.add_config(flatten(base()))
     parser.add_argument(
         "--topology", required=True, help="v5p:4x4x4, v5p-128, v5e:16x16, h100:1x8x8, local"
     )

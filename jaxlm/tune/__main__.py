@@ -24,7 +24,8 @@ from ml_collections import ConfigDict
 
 from jaxlm import cli
 from jaxlm.config.check import check, require
-from jaxlm.config.recipe import load, override, set_key
+from jaxlm.config.keys import base
+from jaxlm.config.recipe import flatten, load, override, set_key
 from jaxlm.data.batches import fingerprint, validation_batches
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.run.warm_start import inherit
@@ -208,7 +209,7 @@ def wrong_with(args, space: dict[str, Dimension]) -> list[str]:
 
 def main(argv: list[str]) -> int:
     parser = cli.Parser(prog="jaxlm.tune", description=__doc__)
-    parser.add_config()
+    parser.add_config(flatten(base()))
     parser.add_argument(
         "--workdir", required=True, help="where the results and the runs of all trials go"
     )

@@ -25,7 +25,8 @@ from ml_collections import ConfigDict
 
 from jaxlm import cli
 from jaxlm.config.check import check, require
-from jaxlm.config.recipe import load, override, resolve
+from jaxlm.config.keys import base
+from jaxlm.config.recipe import flatten, load, override, resolve
 from jaxlm.data.batches import train_batches
 from jaxlm.errors import ConfigError
 from jaxlm.parallel.mesh import make_mesh
@@ -115,7 +116,7 @@ def mesh_cells(figures: dict) -> list[str]:
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="jaxlm.verify", description=__doc__)
-    parser.add_config()
+    parser.add_config(flatten(base()))
     parser.add_argument(
         "--meshes",
         metavar="MESH; ...",
