@@ -31,9 +31,8 @@ from jaxlm.step.state import State, apply_gradients, gradients, init_state
 
 REPEATS = 10
 SAVES = 5  # of a checkpoint
-OTHER_WORK = (
-    8_000_000  # numbers touched between saves, as a step would, so that no state is in the caches
-)
+# Numbers touched between saves, as a step would, so that no state is in the caches.
+OTHER_WORK = 8_000_000
 ONE_STACK = ("decoder", "encoder")
 
 

@@ -19,18 +19,16 @@ class Collective(NamedTuple):
     bytes: int  # of its result on one device; of a reduce-scatter of what it takes in
     size: int  # devices of a group
     times: int
-    overlapped: (
-        bool  # other work may run beside it: it has a start and an end, or is spread over fusions
-    )
+    # Other work may run at the same time: it has a start and an end, or is spread over fusions.
+    overlapped: bool
     inside: bool = False  # of one slice, although its axes may lie across slices
 
 
 class Program(NamedTuple):
     collectives: list[Collective]
     cycles: float  # of everything that the TPU compiler estimates, kernels in Pallas apart; 0 from other compilers
-    traffic: float = (
-        0.0  # of a GPU: bytes that all but products and attention read and write; else 0
-    )
+    # Of a GPU: bytes that everything except products and attention reads and writes; else 0.
+    traffic: float = 0.0
 
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,

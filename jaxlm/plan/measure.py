@@ -61,9 +61,8 @@ def time_steps(
 
 class Measured(NamedTuple):
     seconds: float  # of a step, the mean of STEPS after WARM_UP
-    memory: (
-        int | None
-    )  # bytes of the fullest device at its peak; of CPUs what the process grew by, shared by them
+    # Bytes of the fullest device at its peak; of CPUs what the process grew by, shared among them.
+    memory: int | None
 
 
 def measure(config: ConfigDict, mesh, compiled: jax.stages.Compiled) -> Measured:

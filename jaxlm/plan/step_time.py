@@ -18,9 +18,8 @@ HIDDEN = 0.5  # part of the communication beside work where a schedule does not 
 ERROR = 0.07  # of the step time: the worst of the fit
 GPU_PRODUCTS = 0.72  # part of a GPU's peak FLOPs in products, attention included
 GPU_BANDWIDTH = 0.62  # part of a GPU's bandwidth in all else
-GPU_WORK = (
-    0.48  # part of its peak FLOPs over a whole step, where no GPU compiler says what else it does
-)
+# Part of a GPU's peak FLOPs over a whole step, where no GPU compiler says what else it does.
+GPU_WORK = 0.48
 
 
 class Times(NamedTuple):

@@ -132,8 +132,7 @@ def report(study: Study) -> None:
     if ranked:
         rows = [(record["trial"], outcome(record), *values_of(record)) for record in ranked[:SHOWN]]
         print(cli.table(rows, ("trial", study.goal.metric, *study.space), left=0))
-    counts = study.results()["counts"]
-    print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    print(", ".join(f"{count} {state}" for state, count in study.counts().items()))
     report_others(study)
     if not ranked:
         return

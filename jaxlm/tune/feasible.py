@@ -83,7 +83,9 @@ def nothing_runs(tried: list[Tried]) -> list[str]:
     counts = Counter()
     for one in tried:
         counts.update(one.problems)
-    reasons = [text for text, _ in counts.most_common(SHOWN)]
+    reasons = []
+    for text, _ in counts.most_common(SHOWN):
+        reasons.append(text)
     if len(counts) > SHOWN:
         reasons.append(
             f"and {len(counts) - SHOWN} other reasons why no trial of this --space can run"

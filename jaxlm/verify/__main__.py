@@ -53,10 +53,10 @@ def verify(config: ConfigDict, meshes: list[str] | None = None) -> list[Result]:
         results.append(result)
         print(line(result), flush=True)
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as beside:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         folder = Path(folder)
         make_data(folder, tiny)
-        runs = beside.submit(runs_agree, tiny, folder)  # in processes of their own
+        runs = pool.submit(runs_agree, tiny, folder)  # in processes of their own
         batches = train_batches(resolve(tiny))
         single = resolve(on_mesh(tiny, ""))
         one_device = make_mesh(single, jax.devices()[:1])

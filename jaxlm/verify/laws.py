@@ -45,9 +45,8 @@ class Result(NamedTuple):
 
     name: str
     ok: bool
-    figures: (
-        dict  # what was measured; "refused": why it has no meaning here; "place": where it broke
-    )
+    # What was measured; "refused": why it has no meaning here; "place": where it broke.
+    figures: dict
 
 
 def on_mesh(tiny: ConfigDict, words: str) -> ConfigDict:
@@ -72,9 +71,8 @@ def on_mesh(tiny: ConfigDict, words: str) -> ConfigDict:
 
 class Run(NamedTuple):
     losses: np.ndarray  # [steps]
-    loads: (
-        np.ndarray
-    )  # [steps, ...]: tokens that chose each expert of each layer; empty without experts
+    # [steps, ...]: tokens that chose each expert of each layer; empty without experts.
+    loads: np.ndarray
     grads: dict  # of the first step
     bytes: int  # of the state on a device
     replicated: float  # part of the parameters
