@@ -111,7 +111,10 @@ def state_of(error: Exception) -> str:
 
 
 class Study:
-    """All trials. results.json is their only state: a change is in it before anything follows from it."""
+    """All trials. Their only state is results.json, which has a change before anything follows from it.
+
+    optuna's study is in memory alone, made again from results.json: a study of an older jaxlm goes on too.
+    """
 
     def __init__(
         self,
@@ -145,7 +148,7 @@ class Study:
         self.restore()
 
     def restore(self) -> None:
-        """Takes up results.json, where there is one. Raises ConfigError where it is of another search."""
+        """Continues from results.json, if there is one. Raises ConfigError where it is of another search, or lost."""
         path = self.workdir / "results.json"
         again = f"give the same, or another --workdir than {self.workdir}"
         if path.exists():
@@ -237,10 +240,7 @@ class Study:
         write_whole(self.workdir / "results.json", json.dumps(self.results(), indent=1) + "\n")
 
     def ask(self, trials: int):
-        """The next of so many trials, those that were interrupted first; None where there is no other.
-
-        Each has a sampler of its own, seeded by its number: a restart changes nothing.
-        """
+        """The next of so many trials, those that were interrupted first; None where there is no other."""
         with self.lock:
             number = len(self.optuna.trials)
             if not self.optuna.get_trials(states=[TrialState.WAITING]):
@@ -248,27 +248,29 @@ class Study:
                     return None
                 if self.grid:
                     self.optuna.enqueue_trial(self.grid[number])
-            seed = int(
-                np.random.SeedSequence((self.goal.sampler_seed, number)).generate_state(1)[0]
-            )
-            self.optuna.sampler = TPESampler(seed=seed, multivariate=True, constant_liar=True)
+            self.optuna.sampler = self.sampler_of(number)
             trial = self.optuna.ask(self.distributions)
             if trial.number == len(self.records):
                 self.records.append({"trial": trial.number, "values": trial.params})
-            # Of one that was interrupted, metrics.jsonl has the rest.
-            self.records[trial.number] |= {
-                "state": "running",
-                "reason": "",
-                "by_seed": [],
-                "curve": {},
-            }
+            # An interrupted trial begins anew here; its runs go on, and their metrics.jsonl has all rows.
+            fresh = {"state": "running", "reason": "", "by_seed": [], "curve": {}}
+            self.records[trial.number] |= fresh
             self.save()
         return trial
 
+    def sampler_of(self, number: int):
+        """Each trial has a sampler of its own, seeded by the trial's number: a restart changes nothing."""
+        sequence = np.random.SeedSequence((self.goal.sampler_seed, number))
+        seed = int(sequence.generate_state(1)[0])
+        return TPESampler(seed=seed, multivariate=True, constant_liar=True)
+
     def work(self, trials: int) -> None:
-        """One trial after the other. What goes wrong with more than one of them ends the work of all threads."""
+        """One trial after the other. An error that is not of one trial alone ends the work of all threads."""
         try:
-            while not self.stop.is_set() and (trial := self.ask(trials)):
+            while not self.stop.is_set():
+                trial = self.ask(trials)
+                if trial is None:
+                    return
                 self.attempt(trial, self.records[trial.number])
         except Stopped:
             self.stop.set()
@@ -281,26 +283,11 @@ class Study:
 
         Raises Stopped, EveryTrialFails, and UserError where trials have failed and none was done.
         """
-        config = self.config.copy_and_resolve_references()
         began = time.perf_counter()
-        for key, value in record["values"].items():
-            set_key(config, key, value)
-        first = config.seed
         state = "done"
         reason = ""
         try:
-            problems = check(config)
-            if problems:
-                raise ConfigError("; ".join(problems))
-            for seed in range(self.goal.seeds):
-                config.seed = first + seed
-                folder = self.workdir / "trials" / str(trial.number) / f"seed_{seed}"
-                watch = partial(
-                    self.watch, trial, record, config.train.stop_at or config.train.steps, seed == 0
-                )
-                value = self.value_of(self.run(config, folder, watch))
-                with self.lock:
-                    record["by_seed"].append(value)
+            self.run_seeds(trial, record)
         except EveryTrialFails:
             raise
         except (optuna.TrialPruned, UserError) as error:
@@ -313,6 +300,24 @@ class Study:
                 "seconds": round(time.perf_counter() - began, 1),
             }
             self.finish(trial, record)
+
+    def run_seeds(self, trial, record: dict) -> None:
+        """The runs of a trial. Raises what ends them; ConfigError where the config is not valid with its values."""
+        config = self.config.copy_and_resolve_references()
+        for key, value in record["values"].items():
+            set_key(config, key, value)
+        problems = check(config)
+        if problems:
+            raise ConfigError("; ".join(problems))
+        first_seed = config.seed
+        last_step = config.train.stop_at or config.train.steps
+        for i in range(self.goal.seeds):
+            config.seed = first_seed + i
+            folder = self.workdir / "trials" / str(trial.number) / f"seed_{i}"
+            watch = partial(self.watch, trial, record, last_step, i == 0)
+            value = self.value_of(self.run(config, folder, watch))
+            with self.lock:
+                record["by_seed"].append(value)
 
     def finish(self, trial, record: dict) -> None:
         """Saves and prints what came of a trial. Raises UserError where trials have failed and none was done."""
