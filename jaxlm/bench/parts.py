@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,13 +28,13 @@ from jaxlm.parallel.mesh import make_mesh, partition_spec, shardings
 from jaxlm.run.checkpoint import Checkpoints, items, on_host
 from jaxlm.step.costs import human, reach
 from jaxlm.step.forward import rows_of
-from jaxlm.step.state import apply_gradients, gradients, init_state
+from jaxlm.step.state import State, apply_gradients, gradients, init_state
 
 REPEATS = 10
 SAVES = 5  # of a checkpoint
-OTHER_WORK = (
-    8_000_000  # numbers touched between them, as a step would, so that no state is in the caches
-)
+# Numbers touched between saves, as a step would, so that no state is in the caches.
+OTHER_WORK = 8_000_000
+ONE_STACK = ("decoder", "encoder")
 
 
 def median(f: Callable, repeats: int = REPEATS) -> float:
@@ -48,68 +49,92 @@ def median(f: Callable, repeats: int = REPEATS) -> float:
 
 def forward_and_backward(f: Callable, *args) -> float:
     """Seconds of f(*args), an array, and of its gradients for all of args."""
-    both = jax.jit(lambda *args: jax.vjp(f, *args)[1](jnp.ones_like(jax.eval_shape(f, *args))))
-    return median(partial(both, *args))
+
+    def both(*args):
+        result, pullback = jax.vjp(f, *args)
+        return pullback(jnp.ones_like(result))
+
+    return median(partial(jax.jit(both), *args))
 
 
 def layer(module: nn.Module, mesh, x_BTD, *rest) -> float:
     """Seconds of one layer, forward and backward, its parameters sharded as in the model."""
 
-    # the first: no cache
     def call(variables, x):
-        return jax.tree.leaves(module.apply(variables, x, *rest))[0]
+        outputs = module.apply(variables, x, *rest)
+        return jax.tree.leaves(outputs)[0]  # without a cache
 
-    make = partial(module.init, jax.random.key(0), x_BTD, *rest)
-    boxed = jax.eval_shape(make)
+    def variables():
+        return module.init(jax.random.key(0), x_BTD, *rest)
+
+    boxed = jax.eval_shape(variables)
     places = shardings(nn.unbox(boxed), nn.get_partition_spec(boxed), mesh)
-    return forward_and_backward(
-        call, jax.jit(lambda: nn.unbox(make()), out_shardings=places)(), x_BTD
-    )
+    made = jax.jit(lambda: nn.unbox(variables()), out_shardings=places)()
+    return forward_and_backward(call, made, x_BTD)
 
 
 def step_parts(config: ConfigDict, mesh) -> dict[str, float]:
     """Milliseconds a step of what can be taken out of it. config: resolved."""
     c = FrozenConfigDict(config)
     state = init_state(config, mesh)
-    found = {}
     rows = train_batches(config, hosts.local_rows(mesh, c.train.batch_size))[0]
     batch = hosts.to_global(rows, mesh, c.train.batch_size)
-    B, T = rows_of(batch)["tokens"].shape
-    place = jax.NamedSharding(
-        mesh, partition_spec(("batch", "residual", None), (B, T, c.model.embed_dim), mesh)
-    )
-    x_BTD = jax.jit(
-        lambda: jax.random.normal(jax.random.key(1), (B, T, c.model.embed_dim), c.model.dtype),
-        out_shardings=place,
-    )()
-    if c.model.name in ("decoder", "encoder"):  # of one stack
-        m = c.model
-        flat = rows_of(batch)
-        segments = flat["segments"] if c.data.isolate else None
-        causal = m.name == "decoder"
-        context = self_context(m, segments, segments, flat["positions"], None, None, None)
-        kinds = (m.layers * m.num_layers)[: m.num_layers]
-        seen = reach(config)
-        one = {}
-        for kind in set(kinds):
-            one[kind] = layer(Attention(m, seen[kind], causal), mesh, x_BTD, context, None)
-        found["attention"] = sum(one[kind] for kind in kinds)
-        if not m.num_experts:
-            found["MLP"] = m.num_layers * layer(MLP(m, m.mlp_dim), mesh, x_BTD)
+    x_BTD = random_residual(c, batch, mesh)
+    seconds = {}
+    if c.model.name in ONE_STACK:
+        seconds["attention"] = attention_seconds(c, reach(config), batch, x_BTD, mesh)
+        if not c.model.num_experts:
+            one = layer(MLP(c.model, c.model.mlp_dim), mesh, x_BTD)
+            seconds["MLP"] = c.model.num_layers * one
     if task_of(c).is_plain_lm:
-        table = unembedding(state.params)
-        options = {"softcap": c.model.logit_softcap, "chunk": c.train.loss_chunk}
+        seconds["loss"] = loss_seconds(c, state, batch, x_BTD)
+    seconds["optimizer"] = optimizer_seconds(c, state, batch)
+    return {name: 1e3 * value for name, value in seconds.items()}
 
-        def loss(x, table):
-            return weighted(x, table, batch["targets"], batch["weights"], Mix(), **options)[0]
 
-        found["loss"] = forward_and_backward(loss, x_BTD, table)
-    grads, sums = jax.jit(
-        lambda s, batch: gradients(s.params, batch, jax.random.key(0), c, s.teacher)
-    )(state, batch)
+def random_residual(c: FrozenConfigDict, batch: dict, mesh) -> jax.Array:
+    """[B, T, D] random numbers, sharded as what layers hand to each other."""
+    B, T = rows_of(batch)["tokens"].shape
+    shape = (B, T, c.model.embed_dim)
+    place = jax.NamedSharding(mesh, partition_spec(("batch", "residual", None), shape, mesh))
+    normal = partial(jax.random.normal, shape=shape, dtype=c.model.dtype)
+    return jax.jit(normal, out_shardings=place)(jax.random.key(1))
+
+
+def attention_seconds(
+    c: FrozenConfigDict, seen: dict[str, int], batch: dict, x_BTD: jax.Array, mesh
+) -> float:
+    """Of all layers; each kind of layer is timed once. seen: {kind of layer: tokens that it looks back}."""
+    m = c.model
+    rows = rows_of(batch)
+    segments = rows["segments"] if c.data.isolate else None
+    context = self_context(m, segments, segments, rows["positions"], None, None, None)
+    kinds = (m.layers * m.num_layers)[: m.num_layers]
+    total = 0.0
+    for kind, count in Counter(kinds).items():
+        attention = Attention(m, seen[kind], m.name == "decoder")
+        total += count * layer(attention, mesh, x_BTD, context, None)
+    return total
+
+
+def loss_seconds(c: FrozenConfigDict, state: State, batch: dict, x_BTD: jax.Array) -> float:
+    """Of the logits and the loss of a language model."""
+    options = {"softcap": c.model.logit_softcap, "chunk": c.train.loss_chunk}
+
+    def loss(x, table):
+        return weighted(x, table, batch["targets"], batch["weights"], Mix(), **options)[0]
+
+    return forward_and_backward(loss, x_BTD, unembedding(state.params))
+
+
+def optimizer_seconds(c: FrozenConfigDict, state: State, batch: dict) -> float:
+    @jax.jit
+    def gradients_of(state, batch):
+        return gradients(state.params, batch, jax.random.key(0), c, state.teacher)
+
+    grads, sums = gradients_of(state, batch)
     update = jax.jit(partial(apply_gradients, config=c))
-    found["optimizer"] = median(lambda: update(state, grads, sums))
-    return {name: 1e3 * seconds for name, seconds in found.items()}
+    return median(partial(update, state, grads, sums))
 
 
 def loader(config: ConfigDict, mesh) -> dict[str, float]:
@@ -131,44 +156,50 @@ def loader(config: ConfigDict, mesh) -> dict[str, float]:
     }
 
 
-def checkpoint(config: ConfigDict, mesh) -> dict[str, float]:
-    """A save: how long the loop waits for it, beside the state's copy alone, and how long until it is written."""
-    state = init_state(config, mesh)
-    found = {"blocked_ms": [], "copy_ms": [], "written_ms": []}
-    other = np.ones(OTHER_WORK)
-    size = sum(x.nbytes for x in jax.tree.leaves(items(state)))
-    new_arrays = jax.jit(
-        lambda state: jax.tree.map(jnp.copy, state)
-    )  # what has been read once is kept on the host
+@jax.jit
+def copied(state: State) -> State:
+    return jax.tree.map(jnp.copy, state)
 
-    def timed(f: Callable) -> float:
+
+def checkpoint(config: ConfigDict, mesh) -> dict[str, float]:
+    """A save: how long the loop waits for it, beside the state's copy alone, and how long until it is written.
+
+    Each works on new arrays: what has been read once is kept on the host. Other numbers are touched before it.
+    """
+    state = init_state(config, mesh)
+    other = np.ones(OTHER_WORK)
+    found = {"blocked_ms": [], "copy_ms": [], "written_ms": []}
+
+    def renew() -> float:
+        """Makes the next state; returns when the clock starts."""
         nonlocal state, other
-        state = jax.block_until_ready(new_arrays(state.replace(step=state.step + 1)))
+        state = jax.block_until_ready(copied(state.replace(step=state.step + 1)))
         other = other * 1.0
-        began = time.perf_counter()
-        f()
-        return 1e3 * (time.perf_counter() - began)
+        return time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder), config)
         for _ in range(SAVES + 1):
-            found["copy_ms"].append(timed(lambda: on_host(items(state))))
-            found["blocked_ms"].append(
-                timed(lambda: checkpoints.save(state, {"config": flatten(config)}))
-            )
-            began = time.perf_counter()
+            began = renew()
+            on_host(items(state))
+            found["copy_ms"].append(1e3 * (time.perf_counter() - began))
+            began = renew()
+            checkpoints.save(state, {"config": flatten(config)})
+            found["blocked_ms"].append(1e3 * (time.perf_counter() - began))
             checkpoints.wait()
-            found["written_ms"].append(
-                found["blocked_ms"][-1] + 1e3 * (time.perf_counter() - began)
-            )
+            found["written_ms"].append(1e3 * (time.perf_counter() - began))
         checkpoints.close()
-    return {"bytes": size} | {name: float(np.median(times[1:])) for name, times in found.items()}
+    result = {"bytes": sum(x.nbytes for x in jax.tree.leaves(items(state)))}
+    for name, times in found.items():
+        result[name] = float(np.median(times[1:]))  # the first makes folders and threads
+    return result
 
 
-def start(command: list[str]) -> dict[str, float]:
+def time_start(command: list[str]) -> dict[str, float]:
     """Seconds from a command of jaxlm.train to its first step, with no compiled programs and with a run's; of imports.
 
-    In processes of their own, which need the devices that are here: to be called before this one takes them.
+    In processes of their own, which need the devices that are here: to be called before this one takes them. Raises
+    UserError where the run ends before its first step.
     """
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import jaxlm.train.__main__"], check=True)
@@ -177,13 +208,7 @@ def start(command: list[str]) -> dict[str, float]:
         env = os.environ | {"JAX_COMPILATION_CACHE_DIR": folder}
         for name in ("cold_s", "warm_s"):
             words = [sys.executable, "-m", "jaxlm.train", *command, f"--workdir={folder}/{name}"]
-            began = time.perf_counter()
-            with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) as run:
-                first = next((line for line in run.stdout if line.startswith("step ")), None)
-                if first is None:
-                    raise UserError(f"jaxlm.train ended before its first step: {' '.join(words)}")
-                found[name] = time.perf_counter() - began
-                run.kill()
+            found[name] = seconds_to_first_step(words, env)
     print(
         f"start           {found['warm_s']:10.2f} s from the command to the first step; {found['cold_s']:.2f} s where "
         f"nothing is compiled yet; imports {found['imports_s']:.2f} s",
@@ -192,26 +217,37 @@ def start(command: list[str]) -> dict[str, float]:
     return found
 
 
-def parts(config: ConfigDict, step_ms: float) -> dict[str, dict]:
+def seconds_to_first_step(words: list[str], env: dict[str, str]) -> float:
+    """Of a command of jaxlm.train, which is ended then. Raises UserError where it ends by itself."""
+    began = time.perf_counter()
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) as run:
+        for line in run.stdout:
+            if line.startswith("step "):
+                took = time.perf_counter() - began
+                run.kill()
+                return took
+    raise UserError(f"jaxlm.train ended before its first step: {' '.join(words)}")
+
+
+def time_parts(config: ConfigDict, step_ms: float) -> dict[str, dict]:
     """Of a step, of its data and of a checkpoint, printed as they come. config: resolved."""
-    found = {}
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
-        found["step"] = step_parts(config, mesh)
-        found["step"]["rest"] = step_ms - sum(found["step"].values())
-        for name, ms in found["step"].items():
-            more = " (each part was timed alone)" * (name == "rest")
+        step = step_parts(config, mesh)
+        step["rest"] = step_ms - sum(step.values())
+        for name, ms in step.items():
+            more = " (each part was timed alone)" if name == "rest" else ""
             print(f"  {name:14}{ms:10.2f} ms, {ms / step_ms:.0%} of the step{more}", flush=True)
-        f = found["data"] = loader(config, mesh)
+        data = loader(config, mesh)
         print(
-            f"  data          {f['ms_a_batch']:10.2f} ms a batch, beside the step: {f['tokens_per_second']:,.0f} "
-            f"tokens/s; opened in {f['open_ms']:.0f} ms",
+            f"  data          {data['ms_a_batch']:10.2f} ms a batch, beside the step: "
+            f"{data['tokens_per_second']:,.0f} tokens/s; opened in {data['open_ms']:.0f} ms",
             flush=True,
         )
-        f = found["checkpoint"] = checkpoint(config, mesh)
+        save = checkpoint(config, mesh)
     print(
-        f"  checkpoint    {f['blocked_ms']:10.2f} ms in the loop, of {human(f['bytes'])}, whose copy to the host "
-        f"takes {f['copy_ms']:.2f} ms; written after {f['written_ms']:.0f} ms",
+        f"  checkpoint    {save['blocked_ms']:10.2f} ms in the loop, of {human(save['bytes'])}, whose copy to the host "
+        f"takes {save['copy_ms']:.2f} ms; written after {save['written_ms']:.0f} ms",
         flush=True,
     )
-    return found
+    return {"step": step, "data": data, "checkpoint": save}

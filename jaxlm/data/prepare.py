@@ -383,9 +383,14 @@ def _add_arguments_of_text(parser: argparse.ArgumentParser) -> None:
         metavar="GLOB",
         help="a file, a directory, a glob in quotes, or stdlib (Python's own source); may be given again",
     )
-    parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument(
-        "--val_fraction", type=float, default=0.1, help="of the text to keep for validation (0.1)"
+        "--output", required=True, metavar="DIR", help="where the shards of tokens go"
+    )
+    parser.add_argument(
+        "--val_fraction",
+        type=float,
+        default=0.1,
+        help="part of the text to keep for validation, 0 to 1",
     )
     parser.add_argument(
         "--val_split",
@@ -395,7 +400,7 @@ def _add_arguments_of_text(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     parser.add_argument(
-        "--text_key", default="text", help="the key or column of a record that has the text (text)"
+        "--text_key", default="text", help="the key or column of a record that has the text"
     )
     parser.add_argument(
         "--on_bad_record", choices=ON_BAD_RECORD, default="error", help="skip: count them and go on"
@@ -412,7 +417,7 @@ def _add_arguments_of_tokenizer(parser: argparse.ArgumentParser) -> None:
         "king and a comma); don't, well-known and 3.14 stay whole, and text without spaces is not split into words",
     )
     parser.add_argument(
-        "--vocab_size", type=int, help=f"of {' or '.join(SIZED)} (default: {VOCAB_SIZE})"
+        "--vocab_size", type=int, help=f"tokens, of {' or '.join(SIZED)} (default: {VOCAB_SIZE})"
     )
     for role, what in (("bos", "begins a text"), ("eos", "ends a document")):
         parser.add_argument(

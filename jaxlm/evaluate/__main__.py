@@ -59,7 +59,7 @@ def parser_of_flags() -> cli.Parser:
     )
     add("--beams", type=int, help="hypotheses of a beam search, for texts (default: the run's)")
     add("--length_penalty", type=float, help="of a beam search (default: the run's)")
-    add("--max_tokens", type=int, help="of an answer (default: the run's)")
+    add("--max_tokens", type=int, help="tokens of an answer, at most (default: the run's)")
     add(
         "--bleu_tokenize",
         choices=BLEU_TOKENIZERS,

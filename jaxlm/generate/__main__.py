@@ -63,7 +63,7 @@ def parser_of_flags() -> cli.Parser:
         help="hypotheses of a beam search; 1: greedy (translation, chat)",
     )
     add("--length_penalty", type=float, default=0.6, help="of the beam search")
-    add("--max_tokens", type=int, default=200)
+    add("--max_tokens", type=int, default=200, help="tokens of a text, at most")
     add("--temperature", type=float, default=0.8, help="0: always the most likely token")
     add("--top_k", type=int, default=0, help="choose among the k likeliest; 0: all")
     add("--top_p", type=float, default=0.0, help="choose among the likeliest of this mass; 0: all")

@@ -13,7 +13,8 @@ from jaxlm.data.batches import eval_rows
 from jaxlm.data.bits_per_byte import why_dropped, why_none
 from jaxlm.data.tokenization.base import replace_surrogates
 from jaxlm.parallel.hosts import fetch, to_global
-from jaxlm.step.losses import mesh_order, token_losses
+from jaxlm.step.forward import mesh_order
+from jaxlm.step.losses import token_losses
 
 
 class TextLoss(NamedTuple):

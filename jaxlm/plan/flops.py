@@ -3,61 +3,71 @@
 import math
 from collections.abc import Iterator
 
+CUDNN = "dot_product_attention_"  # how the names of cuDNN's attention begin
+KERNELS = ("pallas_call", "mpmd_map")
 
-def matmul_flops(jaxpr, visited: float = 1.0, only: str = "") -> float:
+
+def matmul_flops(jaxpr, attended: float = 1.0, only: str = "") -> float:
     """Of all matrix products of a jaxpr, on all devices; a multiplication and an addition are two.
 
-    visited: part of the blocks of attention by blocks that are not skipped (a `cond` of which one branch does nothing).
+    attended: part of attention's blocks that are not skipped (a `cond` of which one branch does nothing).
     only: "kernels": of Pallas kernels alone; "8 bits": of products of factors of 8 bits.
     """
-    total = 0.0
+    return sum(equation_flops(eqn, attended, only) for eqn in jaxpr.eqns)
 
-    def inside(inner):
-        return matmul_flops(inner, visited, only)
 
-    for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        p = eqn.params
-        if name == "dot_general":
-            (contracted, _), _ = p["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            narrow = all(x.aval.dtype.itemsize == 1 for x in eqn.invars)
-            if only == "kernels" or (only == "8 bits" and not narrow):
-                continue
-            total += (
-                2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
-            )
-        elif only == "8 bits" and (
-            name in ("pallas_call", "mpmd_map") or name.startswith("dot_product_attention_")
-        ):
-            continue
-        elif name == "pallas_call":
-            total += kernel_flops(p)
-        elif name.startswith(
-            "dot_product_attention_"
-        ):  # cuDNN; forward 2 products, backward 5 (two of them again)
-            (B, T, N, H), S = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
-            total += (
-                2.0 * (5 if "bwd" in name else 2) * B * T * S * N * H / 2
-            )  # causal: half is skipped
-        elif (
-            name == "mpmd_map"
-        ):  # attention in Pallas on GPUs: 2 products forward; dq 3; dk and dv 4
-            (*B, T, N, H), S = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[-3]
-            backward = (
-                eqn.invars[3].aval.shape == eqn.invars[0].aval.shape
-            )  # gradients come in after q, k and v
-            total += 2.0 * (2 + len(eqn.outvars) * backward) * math.prod(B) * T * S * N * H / 2
-        elif name == "cond":
-            costs = [inside(branch.jaxpr) for branch in p["branches"]]
-            total += max(costs) * (visited if min(costs) == 0 else 1)
-        else:
-            if name == "scan":
-                times = p["length"]
-            else:
-                times = p["mesh"].size if name == "shard_map" else 1
-            total += times * sum(map(inside, inner_jaxprs(p)))
-    return total
+def equation_flops(eqn, attended: float, only: str) -> float:
+    """Of one equation of a jaxpr, with all that it calls."""
+    name = eqn.primitive.name
+    is_kernel = name in KERNELS or name.startswith(CUDNN)
+    if name == "dot_general":
+        return product_flops(eqn, only)
+    if is_kernel and only == "8 bits":
+        return 0.0
+    if name == "pallas_call":
+        return kernel_flops(eqn.params)
+    if name == "mpmd_map":
+        return gpu_attention_flops(eqn)
+    if is_kernel:
+        return cudnn_attention_flops(eqn)
+    if name == "cond":
+        branches = [matmul_flops(b.jaxpr, attended, only) for b in eqn.params["branches"]]
+        return max(branches) * (attended if min(branches) == 0 else 1)
+    times = 1
+    if name == "scan":
+        times = eqn.params["length"]
+    elif name == "shard_map":
+        times = eqn.params["mesh"].size
+    return times * sum(matmul_flops(inner, attended, only) for inner in inner_jaxprs(eqn.params))
+
+
+def product_flops(eqn, only: str) -> float:
+    """Of a dot_general outside of kernels."""
+    is_narrow = all(x.aval.dtype.itemsize == 1 for x in eqn.invars)
+    if only == "kernels" or (only == "8 bits" and not is_narrow):
+        return 0.0
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    shape = eqn.invars[0].aval.shape
+    inner = math.prod(shape[i] for i in contracted)
+    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * inner
+
+
+def cudnn_attention_flops(eqn) -> float:
+    """Causal, half is skipped: two products forward; backward five, two of them again."""
+    B, T, N, H = eqn.invars[0].aval.shape
+    S = eqn.invars[1].aval.shape[1]
+    products = 5 if "bwd" in eqn.primitive.name else 2
+    return 2.0 * products * B * T * S * N * H / 2
+
+
+def gpu_attention_flops(eqn) -> float:
+    """Attention in Pallas on GPUs, causal: two products forward; backward three for dq, four for dk and dv."""
+    query = eqn.invars[0].aval.shape
+    *B, T, N, H = query
+    S = eqn.invars[1].aval.shape[-3]
+    is_backward = eqn.invars[3].aval.shape == query  # gradients come in after q, k and v
+    products = 2 + len(eqn.outvars) * is_backward
+    return 2.0 * products * math.prod(B) * T * S * N * H / 2
 
 
 def kernel_flops(params: dict) -> float:
@@ -77,8 +87,10 @@ def run_share(grid: tuple[int, ...]) -> float:
 
 
 def inner_jaxprs(params: dict) -> Iterator:
+    """The jaxprs among the parameters of an equation."""
     for value in params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
+        items = value if isinstance(value, (tuple, list)) else (value,)
+        for item in items:
             inner = getattr(item, "jaxpr", item)
             if hasattr(inner, "eqns"):
                 yield inner

@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 from jaxlm.data.batches import Prefetch
 from jaxlm.step.state import State, abstract_inputs, init_state
 
-# the first steps load programs and choose among kernels
-WARM_UP = 3
+WARM_UP = 3  # steps that load programs and choose among kernels
 STEPS = 10
 
 
@@ -52,22 +51,18 @@ def time_steps(
             losses.append(float(jax.device_get(pending)["loss"]))
         pending = metrics
         whole = time.perf_counter() - began
-        rows.append(
-            (
-                whole,
-                batches.waited,
-                (whole - (sent - called) if inline else sent - began) - batches.waited,
-            )
-        )
+        busy = sent - began
+        if inline:
+            busy = whole - (sent - called)
+        rows.append((whole, batches.waited, busy - batches.waited))
     jax.block_until_ready(state)
     return Times(*np.array(rows[warm_up + 1 :]).T), state, losses[warm_up:]
 
 
 class Measured(NamedTuple):
     seconds: float  # of a step, the mean of STEPS after WARM_UP
-    memory: (
-        int | None
-    )  # bytes of the fullest device at its peak; of CPUs what the process grew by, shared by them
+    # Bytes of the fullest device at its peak; of CPUs what the process grew by, shared among them.
+    memory: int | None
 
 
 def measure(config: ConfigDict, mesh, compiled: jax.stages.Compiled) -> Measured:
@@ -84,8 +79,8 @@ def begin(
 ) -> tuple[State, int]:
     """(the initial state, on a CPU the bytes of this process without it): what peak_memory measures from.
 
-    There a step is run before, and its memory given back: what XLA and Python allocate once and keep, 0.1 GiB or so, is
-    not the step's. Nor is what making the state has needed.
+    On a CPU, a step is run before and its memory is given back. So neither what XLA and Python allocate once and keep
+    (about 0.1 GiB) nor what making the state needs is counted.
     """
     if jax.default_backend() != "cpu":
         return init_state(config, mesh), 0
@@ -98,56 +93,50 @@ def begin(
 
 
 def peak_memory(mesh, before: int) -> int | None:
-    """Bytes of the fullest device at its peak, or None where that is not told.
+    """Bytes of the fullest device at its peak, or None where the device does not report it.
 
     A GPU's or TPU's peak is that since the process began: making the state is in it. On CPUs it is what the process
     has grown by over `before`, since `begin`.
     """
-    peak = max(
-        (device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in mesh.local_devices
-    )
-    if jax.default_backend() == "cpu" and before:
-        grown = (resident("VmHWM") - before) // mesh.size
-    else:
-        grown = 0
-    return peak or grown or None
+    peak = 0
+    for device in mesh.local_devices:
+        stats = device.memory_stats() or {}
+        peak = max(peak, stats.get("peak_bytes_in_use", 0))
+    if not peak and before and jax.default_backend() == "cpu":
+        peak = (resident("VmHWM") - before) // mesh.size
+    return peak or None
 
 
 def resident(key: str, forget_peak: bool = False) -> int:
-    """Bytes of this process that are in memory, VmRSS: now, VmHWM: at most since forget_peak. 0 where Linux is not."""
+    """Bytes of this process that are in memory: VmRSS now, VmHWM at most since forget_peak. 0 except on Linux."""
     try:
         if forget_peak:
-            ctypes.CDLL(None).malloc_trim(
-                0
-            )  # what the compiler has freed would be counted as there already
+            ctypes.CDLL(None).malloc_trim(0)  # what the compiler has freed would still be counted
             Path("/proc/self/clear_refs").write_text("5")
-        return 1024 * int(
-            re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
-        )
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", status)[1])
     except (OSError, AttributeError):
         return 0
 
 
 def random_batch(config: ConfigDict, mesh) -> dict[str, jax.Array]:
-    """Of one document a row: no block of attention is skipped that a prediction counts."""
+    """One document a row, so that attention skips no block that a prediction counts."""
     rng = np.random.default_rng(config.seed)
     m = config.model
-    kinds = {
+    ends = {
         "tokens": m.vocab_size,
         "enc_tokens": m.vocab_size,
         "targets": m.num_labels or m.vocab_size,
+        "labels": max(m.num_labels, 2),
     }
-    kinds["labels"] = max(m.num_labels, 2)
-
-    def values(name: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
-        if name in kinds:
-            return rng.integers(0, kinds[name], like.shape).astype(like.dtype)
-        places = name in ("positions", "enc_positions", "reach")
-        return np.broadcast_to(np.arange(like.shape[-1]) if places else 1, like.shape).astype(
-            like.dtype
-        )
-
-    return {
-        name: jax.device_put(values(name, x), x.sharding)
-        for name, x in abstract_inputs(config, mesh)[1].items()
-    }
+    _, shapes = abstract_inputs(config, mesh)
+    batch = {}
+    for name, x in shapes.items():
+        values = 1
+        if name in ends:
+            values = rng.integers(0, ends[name], x.shape)
+        elif name in ("positions", "enc_positions", "reach"):
+            values = np.arange(x.shape[-1])
+        whole = np.broadcast_to(values, x.shape).astype(x.dtype)
+        batch[name] = jax.device_put(whole, x.sharding)
+    return batch

@@ -1,10 +1,12 @@
 """What a plan holds, and how it reads: the figures of --json, and the page."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
+from jaxlm.cli import table
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.plan.hlo import Program
 from jaxlm.plan.measure import STEPS, WARM_UP, Measured
@@ -30,18 +32,16 @@ def tokens_per_step(config: ConfigDict) -> int:
 
 
 def figures(plan: Plan, price: float = 0.0, measured: Measured | None = None) -> dict:
-    """What --json writes: numbers in bytes, seconds and FLOPs; errors as predicted / measured - 1."""
-    devices = len(plan.topology.devices)
-    times = plan.times
+    """What --json writes: numbers in bytes, seconds and FLOPs; errors as predicted / measured - 1.
+
+    price: of a chip for an hour.
+    """
+    mesh = make_mesh(plan.config, plan.topology.devices)
     result = {
         "topology": plan.topology.name,
-        "devices": devices,
+        "devices": len(plan.topology.devices),
         "estimate": plan.topology.estimate,
-        "mesh": {
-            axis: n
-            for axis, n in make_mesh(plan.config, plan.topology.devices).shape.items()
-            if n > 1
-        },
+        "mesh": {axis: n for axis, n in mesh.shape.items() if n > 1},
         "fits": fits(plan),
         "memory": plan.memory,
         "flops": plan.flops,
@@ -52,33 +52,53 @@ def figures(plan: Plan, price: float = 0.0, measured: Measured | None = None) ->
     result["collectives"] = collectives(plan)
     result["cycles"] = plan.program.cycles
     if measured:
+        result["measured"] = measured_figures(plan, measured)
+    if plan.times:
+        result |= time_figures(plan, price)
+    return result
 
-        def error(predicted, found):
-            if predicted and found:
-                return predicted / found - 1
-            return None
 
-        result["measured"] = {
-            "step": measured.seconds, "step_error": error(times and times.expected, measured.seconds), "steps": STEPS,
-            "memory": measured.memory, "memory_error": error(plan.memory["needed"], measured.memory),
-        }  # fmt: skip
-    if times is None:
-        return result
-    tokens = tokens_per_step(plan.config)
-    steps = plan.config.train.steps
-    days = times.expected * steps / 86400
-    result["time"] = {
-        "step": times.expected, "low": times.low, "high": times.high, "matrix": times.matrix, "work": times.work,
-        "communication": sum(times.communication.values()), "exposed": times.exposed,
-    }  # fmt: skip
-    result["mfu"] = plan.flops["model"] / (times.expected * devices * plan.topology.spec.flops)
-    result["tokens_per_second"] = tokens / times.expected
-    result["days"] = days
+def measured_figures(plan: Plan, measured: Measured) -> dict:
+    predicted = plan.times and plan.times.expected
+    return {
+        "step": measured.seconds,
+        "step_error": relative_error(predicted, measured.seconds),
+        "steps": STEPS,
+        "memory": measured.memory,
+        "memory_error": relative_error(plan.memory["needed"], measured.memory),
+    }
+
+
+def relative_error(predicted: float | None, measured: float | None) -> float | None:
+    if predicted and measured:
+        return predicted / measured - 1
+    return None
+
+
+def time_figures(plan: Plan, price: float) -> dict:
+    times = plan.times
+    devices = len(plan.topology.devices)
+    days = times.expected * plan.config.train.steps / 86400
+    result = {
+        "time": {
+            "step": times.expected,
+            "low": times.low,
+            "high": times.high,
+            "matrix": times.matrix,
+            "work": times.work,
+            "communication": sum(times.communication.values()),
+            "exposed": times.exposed,
+        },
+        "mfu": plan.flops["model"] / (times.expected * devices * plan.topology.spec.flops),
+        "tokens_per_second": tokens_per_step(plan.config) / times.expected,
+        "days": days,
+    }
     if price:
         result["cost"] = days * 24 * devices * price
     return result
 
 
+# How a collective moves data. A sum may be an all-reduce or a reduce-scatter: which one is the compiler's choice.
 MOVES = {
     "all-gather": "gather",
     "all-reduce": "sum",
@@ -95,80 +115,55 @@ def collectives(plan: Plan) -> list[dict]:
     """One row for each kind, axes and network: runs and bytes a device and step, beside the least of its strategy."""
     rows = {}
     mesh = make_mesh(plan.config, plan.topology.devices)
-    least = costs.least_traffic(plan.config, mesh)
     for one in plan.program.collectives:
         network = network_of(one.axes, mesh, plan.topology, one.inside)
-        named = {"kind": one.kind, "axes": list(one.axes), "network": network.name}
-        row = rows.setdefault(
-            (one.kind, one.axes, network.name), named | {"count": 0, "bytes": 0, "seconds": 0.0}
-        )
+        key = (one.kind, one.axes, network.name)
+        if key not in rows:
+            rows[key] = {
+                "kind": one.kind,
+                "axes": list(one.axes),
+                "network": network.name,
+                "count": 0,
+                "bytes": 0,
+                "seconds": 0.0,
+            }
+        row = rows[key]
         row["count"] += one.times
         row["bytes"] += one.times * one.bytes
         row["seconds"] += seconds(one, network)
     ordered = sorted(rows.values(), key=lambda row: -row["bytes"])
-    moves = [(MOVES.get(row["kind"]), tuple(row["axes"])) for row in ordered]
-    for row, move in zip(
-        ordered, moves
-    ):  # the first of its sort: sums may be all-reduces and reduce-scatters
-        row["least"] = least.pop(move, None)
-        row["shared"] = moves.count(move) > 1
+    least = costs.least_traffic(plan.config, mesh)
+    moves = Counter(map(move_of, ordered))
+    for row in ordered:
+        move = move_of(row)
+        row["least"] = least.pop(move, None)  # beside the largest of its kind alone
+        row["shared"] = moves[move] > 1
     return ordered
 
 
+def move_of(row: dict) -> tuple:
+    return (MOVES.get(row["kind"]), tuple(row["axes"]))
+
+
+KINDS = (  # of memory, in the order of the page
+    "parameters",
+    "optimizer",
+    "EMA",
+    "batch",
+    "gradients and activations",
+    "packed factors",
+    "code",
+)
+INDENT = " " * 12
+
+
 def page(plan: Plan, found: dict) -> str:
-    pod = plan.topology
-    available = plan.memory["available"]
-    needed = plan.memory["needed"]
-    axes = " x ".join(f"{axis}={n}" for axis, n in found["mesh"].items()) or "one device"
-    devices = f"{found['devices']:,} device{'s' if found['devices'] > 1 else ''}"
-    lines = [f"{pod.name}: {devices} of {human(available)}, {axes}"]
-    if pod.estimate:
-        lines += [
-            "AN ESTIMATE: compiled for CPUs, which send float32 for bfloat16, up to twice the bytes. XLA's compiler",
-            f"for GPUs comes with pip install -e '.[cuda]', and knows {' and '.join(GPU_CHANGES)}",
-        ]
-    verdict = "fits" if found["fits"] else "doesn't fit"
-    if found["fits"]:
-        room = f"{human(available - needed)} to spare"
-    else:
-        room = f"{human(needed - available)} too much"
-    lines += ["", f"memory      {verdict}: needs {human(needed)} of {human(available)}, {room}"]
-    kinds = (
-        "parameters",
-        "optimizer",
-        "EMA",
-        "batch",
-        "gradients and activations",
-        "packed factors",
-        "code",
-    )
-    lines += [
-        f"            {kind:26}{human(plan.memory[kind]):>12}"
-        for kind in kinds
-        if plan.memory.get(kind)
-    ]
-    if sum(plan.memory.get(kind, 0) for kind in kinds) > needed and found["fits"]:
-        lines.append("            (some of these share memory)")
-    model = plan.flops["model"]
-    executed = plan.flops["executed"]
-    if plan.flops["recomputed"]:
-        again = f"; recomputed: {plan.flops['recomputed'] / executed:.1%}"
-    else:
-        again = ""
-    lines += ["", f"work        {executed:.4g} FLOPs a step (the model's: {model:.4g}{again})"]
+    """The plan as people read it. found: its figures."""
+    lines = [*pod_lines(plan, found), "", *memory_lines(plan, found), "", work_line(plan)]
     if plan.program is None:
         return "\n".join(lines)
     if found["collectives"]:
-        lines += [
-            "",
-            "collectives a step and device: runs, bytes, time alone; the least that the strategy must move",
-        ]
-    for row in found["collectives"]:
-        along = "+".join(row["axes"])
-        least = f"  least {human(row['least'])}" if row["least"] else ""
-        least += " of all sums" if least and row["shared"] else ""
-        sent = f"{row['count']:>7,} x{human(row['bytes']):>12} {row['network']:6} {duration(row['seconds']):>9}"
-        lines.append(f"            {row['kind']:20}{along:14}{sent}{least}")
+        lines += ["", *collective_lines(found["collectives"])]
     if plan.times:
         lines += ["", *time_lines(plan, found)]
     if "measured" in found:
@@ -176,40 +171,112 @@ def page(plan: Plan, found: dict) -> str:
     return "\n".join([*lines, f"compiled in {plan.seconds:.0f} s"])
 
 
+def pod_lines(plan: Plan, found: dict) -> list[str]:
+    pod = plan.topology
+    axes = " x ".join(f"{axis}={n}" for axis, n in found["mesh"].items()) or "one device"
+    devices = f"{found['devices']:,} devices" if found["devices"] > 1 else "1 device"
+    lines = [f"{pod.name}: {devices} of {human(plan.memory['available'])}, {axes}"]
+    if pod.estimate:
+        lines += [
+            "AN ESTIMATE: compiled for CPUs, which send float32 for bfloat16, up to twice the bytes. XLA's compiler",
+            f"for GPUs comes with pip install -e '.[cuda]', and knows {' and '.join(GPU_CHANGES)}",
+        ]
+    return lines
+
+
+def memory_lines(plan: Plan, found: dict) -> list[str]:
+    available = plan.memory["available"]
+    needed = plan.memory["needed"]
+    if found["fits"]:
+        verdict = "fits"
+        room = f"{human(available - needed)} to spare"
+    else:
+        verdict = "doesn't fit"
+        room = f"{human(needed - available)} too much"
+    rows = []
+    total = 0
+    for kind in KINDS:
+        size = plan.memory.get(kind, 0)
+        if size:
+            rows.append((kind, human(size)))
+            total += size
+    lines = [f"memory      {verdict}: needs {human(needed)} of {human(available)}, {room}"]
+    lines += indented(table(rows))
+    if total > needed and found["fits"]:
+        lines.append(f"{INDENT}(some of these share memory)")
+    return lines
+
+
+def work_line(plan: Plan) -> str:
+    model = plan.flops["model"]
+    executed = plan.flops["executed"]
+    recomputed = plan.flops["recomputed"]
+    again = f"; recomputed: {recomputed / executed:.1%}" if recomputed else ""
+    return f"work        {executed:.4g} FLOPs a step (the model's: {model:.4g}{again})"
+
+
+def collective_lines(collectives: list[dict]) -> list[str]:
+    rows = []
+    for row in collectives:
+        least = f"least {human(row['least'])}" if row["least"] else ""
+        if least and row["shared"]:
+            least += " of all sums"
+        axes = "+".join(row["axes"])
+        runs = f"{row['count']:,} x"
+        size = human(row["bytes"])
+        time = duration(row["seconds"])
+        rows.append((row["kind"], axes, row["network"], runs, size, time, least))
+    head = "collectives a step and device: runs, bytes, time alone; the least that the strategy must move"
+    return [head, *indented(table(rows, left=3))]
+
+
+def indented(text: str) -> list[str]:
+    return [INDENT + line for line in text.splitlines()]
+
+
 def time_lines(plan: Plan, found: dict) -> list[str]:
     t = plan.times
-    days = found["days"]
     train = plan.config.train
-    units = (("days", days, 2), ("hours", 24 * days, 1), ("minutes", 1440 * days, 0))
-    length = next(f"{n:,.3g} {unit}" for unit, n, least in units if n >= least)
+    run = f"run         {tokens_per_step(plan.config) * train.steps:,} tokens in {train.steps:,} steps: "
+    run += length_of(found["days"])
+    if "cost" in found:
+        run += f", {found['cost']:,.2f} at the given price"
     return [
         f"time        {duration(t.expected)} a step ({duration(t.low)} to {duration(t.high)}): MFU {found['mfu']:.1%}, "
         f"{found['tokens_per_second']:,.0f} tokens/s",
         f"            on the device {duration(t.work)}, of which matrix units at their peak {duration(t.matrix)}",
         f"            communication {duration(found['time']['communication'])}, waited for {duration(t.exposed)}",
-        f"run         {tokens_per_step(plan.config) * train.steps:,} tokens in {train.steps:,} steps: {length}"
-        + (f", {found['cost']:,.2f} at the given price" if "cost" in found else ""),
+        run,
     ]
+
+
+def length_of(days: float) -> str:
+    """A time in the unit that people would use."""
+    if days >= 2:
+        return f"{days:,.3g} days"
+    if 24 * days >= 1:
+        return f"{24 * days:,.3g} hours"
+    return f"{1440 * days:,.3g} minutes"
 
 
 def measured_lines(plan: Plan, found: dict) -> list[str]:
     chip = plan.topology.chip
-    predicted = human(plan.memory["needed"])
-    peak = found["memory"]
     step = f"measured    {found['step']:.4g} s a step, the mean of {STEPS} after {WARM_UP} to warm up; "
     if plan.times:
         step += f"predicted {plan.times.expected:.4g} s: error {found['step_error']:+.1%}"
     else:
         step += f"not predicted: there is no data sheet of {chip}"
-    if peak:
-        memory = f"{human(peak)} at its peak"
-    else:
-        memory = f"not measured ({chip} does not tell)"
-    error = f": error {found['memory_error']:+.1%}" if peak else ""
+    memory = f"not measured ({chip} does not report it)"
+    error = ""
+    if found["memory"]:
+        memory = f"{human(found['memory'])} at its peak"
+        error = f": error {found['memory_error']:+.1%}"
+    predicted = human(plan.memory["needed"])
     return [step, f"            memory {memory}; predicted {predicted}{error}"]
 
 
 def duration(seconds: float) -> str:
+    """In seconds, or in milliseconds below a tenth."""
     if seconds >= 0.1:
         return f"{seconds:,.3f} s"
     return f"{1000 * seconds:,.3f} ms"

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from typing import NamedTuple
 
+from jaxlm.parallel.chips import Chip
 from jaxlm.plan.hlo import Collective, Program
 from jaxlm.plan.topology import Topology, wraps
 
@@ -15,12 +16,10 @@ CYCLES = 0.8  # real time of compiled fusions over the TPU compiler's own estima
 KERNELS = 0.65  # part of the peak that kernels in Pallas reach: attention, experts' products
 HIDDEN = 0.5  # part of the communication beside work where a schedule does not say (GPUs, arithmetic; not measured)
 ERROR = 0.07  # of the step time: the worst of the fit
-# parts of a GPU's peaks: in products, attention included; in all else
-GPU_PRODUCTS = 0.72
-GPU_BANDWIDTH = 0.62
-GPU_WORK = (
-    0.48  # part of the first over a whole step, where no GPU's compiler told what else it does
-)
+GPU_PRODUCTS = 0.72  # part of a GPU's peak FLOPs in products, attention included
+GPU_BANDWIDTH = 0.62  # part of a GPU's bandwidth in all else
+# Part of a GPU's peak FLOPs over a whole step, where no GPU compiler says what else it does.
+GPU_WORK = 0.48
 
 
 class Times(NamedTuple):
@@ -43,7 +42,7 @@ class Network(NamedTuple):
 
     name: str  # ICI, NVLink, DCN, or "here" of chips that are not known
     bandwidth: float  # bytes a second, one way, of a device to another
-    ring: float  # the same in rings through all: along every link of a torus; NCCL has one for each adapter of a host
+    ring: float  # the same in rings through all: along every link of a torus; NCCL has one for each network adapter
 
 
 def network_of(axes: tuple[str, ...], mesh, topology: Topology, inside: bool = False) -> Network:
@@ -52,46 +51,66 @@ def network_of(axes: tuple[str, ...], mesh, topology: Topology, inside: bool = F
     GPUs of one host talk over NVLink, those of several over DCN, whether or not they are of one slice.
     """
     chip = topology.spec
-    names = list(mesh.axis_names)
-    index = tuple(slice(None) if name in axes or axes == ("?",) else 0 for name in names)
-    place = {device: i for i, device in enumerate(topology.devices)}
-    size = len(topology.devices) // topology.slices
-
-    def slice_of(device):
-        return getattr(device, "slice_index", place[device] // size)
-
-    group = list(mesh.devices[index].flat)
     if not chip.flops:
         return Network("here", math.inf, math.inf)
+    group = group_along(axes, mesh)
+    place = {device: i for i, device in enumerate(topology.devices)}
     if not chip.dims:
-        hosts = Counter(place[device] // topology.shape[-1] for device in group)
-        if len(hosts) == 1:
-            ring = chip.link
-        else:
-            ring = min(chip.link, chip.network * min(hosts.values()))
-        if len(hosts) == 1:
-            return Network("NVLink", chip.link, ring)
-        return Network("DCN", chip.network, ring)
+        return gpu_network([place[device] for device in group], topology)
+    size = len(topology.devices) // topology.slices
+    slices = [getattr(device, "slice_index", place[device] // size) for device in group]
     if inside:
-        group = [device for device in group if slice_of(device) == slice_of(group[0])]
-    else:
-        group = group
-    if len(set(map(slice_of, group))) > 1:
+        group = [device for device, number in zip(group, slices) if number == slices[0]]
+    elif len(set(slices)) > 1:
         return Network("DCN", chip.network, chip.network)
-    spans = []
-    for d in range(chip.dims):
-        spans.append(len({device.coords[d] for device in group}) > 1)
-    links = sum(1 + ring for spanned, ring in zip(spans, wraps(topology.shape)) if spanned)
+    links = 0
+    for d, is_ring in enumerate(wraps(topology.shape)):
+        is_spanned = len({device.coords[d] for device in group}) > 1
+        if is_spanned:
+            links += 1 + is_ring
     return Network("ICI", chip.link, chip.link * max(links, 1))
+
+
+def group_along(axes: tuple[str, ...], mesh) -> list:
+    """The devices that the first device meets along these axes; ("?",) is all of them."""
+    index = []
+    for name in mesh.axis_names:
+        index.append(slice(None) if name in axes or axes == ("?",) else 0)
+    return list(mesh.devices[tuple(index)].flat)
+
+
+def gpu_network(places: list[int], topology: Topology) -> Network:
+    """places: of the group's GPUs among the topology's."""
+    chip = topology.spec
+    hosts = Counter(place // topology.shape[-1] for place in places)
+    if len(hosts) == 1:
+        return Network("NVLink", chip.link, chip.link)
+    ring = min(chip.link, chip.network * min(hosts.values()))
+    return Network("DCN", chip.network, ring)
 
 
 def seconds(collective: Collective, network: Network) -> float:
     """Of all runs of a collective in a step: each device sends and receives the parts of the others."""
-    share = (collective.size - 1) / max(collective.size, 1)
-    rings = collective.kind in ("all-gather", "reduce-scatter", "all-reduce")
-    bandwidth = network.ring if rings else network.bandwidth
-    sent = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(collective.kind, share)
+    kind = collective.kind
+    sent = (collective.size - 1) / max(collective.size, 1)
+    if kind == "all-reduce":
+        sent *= 2
+    elif kind == "collective-permute":
+        sent = 1.0
+    bandwidth = network.bandwidth
+    if kind in ("all-gather", "reduce-scatter", "all-reduce"):
+        bandwidth = network.ring
     return collective.times * collective.bytes * sent / bandwidth
+
+
+def work_seconds(program: Program, flops: float, kernel_flops: float, chip: Chip) -> float:
+    """On the device, by what its compiler says: cycles (TPU), bytes besides products (GPU), or nothing."""
+    if program.cycles:
+        return CYCLES * program.cycles / chip.clock + kernel_flops / (KERNELS * chip.flops)
+    if program.traffic:
+        products = flops / (GPU_PRODUCTS * chip.flops)
+        return products + program.traffic / (GPU_BANDWIDTH * chip.bandwidth)
+    return flops / (GPU_WORK * chip.flops)
 
 
 def step_times(
@@ -102,28 +121,24 @@ def step_times(
     Products of 8 bits count half.
     """
     chip = topology.spec
-    matrix = flops / chip.flops
-    if program.cycles:
-        work = CYCLES * program.cycles / chip.clock + kernel_flops / (KERNELS * chip.flops)
-    elif program.traffic:
-        work = flops / (GPU_PRODUCTS * chip.flops) + program.traffic / (
-            GPU_BANDWIDTH * chip.bandwidth
-        )
-    else:
-        work = flops / (GPU_WORK * chip.flops)
+    work = work_seconds(program, flops, kernel_flops, chip)
     communication = {}
-    waited = 0.0
+    exposed = 0.0
     for collective in program.collectives:
         network = network_of(collective.axes, mesh, topology, collective.inside)
         key = (collective.axes, network.name)
         time = seconds(collective, network)
         communication[key] = communication.get(key, 0.0) + time
-        waited += 0.0 if collective.overlapped else time
+        if not collective.overlapped:
+            exposed += time
     total = math.fsum(communication.values())
-    waited = (
-        waited if program.cycles else total * (1 - HIDDEN)
-    )  # a TPU's schedule says what runs beside work
-    exposed = max(waited, total - work)
-    low = (1 - ERROR) * max(work, total)
-    high = (1 + ERROR) * (work + total)
-    return Times(matrix, work, communication, exposed, low, high)
+    if not program.cycles:  # only a TPU's schedule says what runs beside work
+        exposed = total * (1 - HIDDEN)
+    return Times(
+        matrix=flops / chip.flops,
+        work=work,
+        communication=communication,
+        exposed=max(exposed, total - work),
+        low=(1 - ERROR) * max(work, total),
+        high=(1 + ERROR) * (work + total),
+    )

@@ -48,7 +48,9 @@ class Topology(NamedTuple):
         """Bytes of a device that a program may use."""
         if self.name == "local":
             return memory_here()
-        return int(self.spec.memory * (1 if self.spec.dims else GPU_MEMORY_FRACTION))
+        if self.spec.dims:
+            return int(self.spec.memory)
+        return int(self.spec.memory * GPU_MEMORY_FRACTION)
 
 
 def parse(text: str) -> tuple[str, tuple[int, ...]]:
@@ -83,9 +85,8 @@ def parse(text: str) -> tuple[str, tuple[int, ...]]:
                 f"--topology={text}: GPUs are slices x hosts x GPUs of a host, such as {chip}:1x8x8"
             )
         host = CHIPS[chip].host
-        if (
-            len(shape) == 1 and shape[0] > host and shape[0] % host == 0
-        ):  # h100:64 is eight hosts of eight
+        is_whole_hosts = len(shape) == 1 and shape[0] > host and shape[0] % host == 0
+        if is_whole_hosts:  # h100:64 is eight hosts of eight
             shape = (shape[0] // host, host)
         shape = (1,) * (3 - len(shape)) + shape
         if shape[-1] > host:
@@ -102,7 +103,7 @@ def prepare_environment(num_devices: int) -> None:
         "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to wait for
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5p-8",
-        "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's warnings of what does not fit are told on the page
+        "TF_CPP_MIN_LOG_LEVEL": "3",  # what XLA warns of, that a step does not fit, is on the page
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # nothing is locked: another plan may run
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num_devices}",
     }
@@ -116,19 +117,21 @@ def describe(text: str, slices: int = 1) -> Topology:
         slices = shape[0] * slices
         shape = shape[1:]
         return gpus(text, chip, shape, slices)
-    wrap = tuple(wraps(shape))
+    options = {}
+    if any(wraps(shape)):
+        rings = (*wraps(shape), False)
+        options["wrap"] = rings[:3]
+    if math.prod(shape) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(
             platform="tpu",
             topology_name=f"{chip}:{'x'.join(map(str, shape))}",
             num_slices=slices,
-            **({"wrap": wrap + (False,) * (3 - len(wrap))} if any(wrap) else {}),
-            **({"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}),
+            **options,
         )
     except Exception as error:
-        missing = any(
-            words in str(error) for words in ("libtpu", "not installed", "Unable to initialize")
-        )
+        missing = re.search(r"libtpu|not installed|Unable to initialize", str(error))
         if missing or isinstance(error, ImportError):
             raise UserError(
                 f"--topology={text} needs the TPU compiler: pip install -e '.[tpu]' ({error})"
@@ -146,10 +149,10 @@ def describe(text: str, slices: int = 1) -> Topology:
 def wraps(shape: tuple[int, ...]) -> list[bool]:
     """Which dimensions of a TPU slice are rings: of a 3D torus all or none, in multiples of 4; of a 2D one those of 16.
 
-    The compiler has to be told: without it, all-gathers over a whole slice become all-reduces.
+    The compiler needs this: without it, all-gathers over a whole slice become all-reduces.
     """
     if len(shape) == 3:
-        return [all(n % 4 == 0 for n in shape)] * 3
+        return [math.gcd(4, *shape) == 4] * 3
     return [n == 16 for n in shape]
 
 
@@ -203,6 +206,5 @@ def memory_here() -> int:
     """Bytes that each device here may use: its own, or, of CPUs, its part of the machine's."""
     devices = jax.local_devices()
     stats = devices[0].memory_stats() or {}
-    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf(
-        "SC_PHYS_PAGES"
-    ) // len(devices)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return stats.get("bytes_limit") or machine // len(devices)

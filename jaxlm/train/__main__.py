@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jaxlm import cli
 from jaxlm.config.check import check
-from jaxlm.config.keys import MESH_AXES
+from jaxlm.config.keys import MESH_AXES, base
 from jaxlm.config.problems import require
 from jaxlm.config.recipe import flatten, load, override, resolve
 from jaxlm.config.tasks import less_is_better, task_of
@@ -432,7 +432,7 @@ def write_config(workdir: PurePath, config: ConfigDict, last: dict) -> None:
 
 def main(argv: list[str]) -> int:
     parser = cli.Parser(prog="jaxlm.train", description=__doc__)
-    parser.add_config()
+    parser.add_config(flatten(base()))
     parser.add_argument("--workdir", help="where config, metrics and checkpoints go")
     parser.add_argument(
         "--print_config", action="store_true", help="print every key of the config and exit"

@@ -10,6 +10,7 @@ Trial 0 is the recipe itself, where the space holds its values; TPE chooses the 
 in WORKDIR/trials/N/seed_S, in processes of their own. The same command goes on from where it was stopped or killed.
 """
 
+import contextlib
 import importlib.util
 import math
 import signal
@@ -24,8 +25,9 @@ from ml_collections import ConfigDict
 
 from jaxlm import cli
 from jaxlm.config.check import check
+from jaxlm.config.keys import base
 from jaxlm.config.problems import require
-from jaxlm.config.recipe import load, override, set_key
+from jaxlm.config.recipe import flatten, load, override, set_key
 from jaxlm.data.batches import fingerprint, validation_batches
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.run.warm_start import inherit
@@ -53,13 +55,14 @@ except ImportError:  # main says so
 # Trials done before importances are shown: of a known space with 4 keys, between seeds, that of the largest (about 0.7)
 # was 0.54 with a deviation of 0.35 after 12 trials, 0.59 and 0.25 after 30. A choice of two came out too low in both.
 ENOUGH = 20
-SIGNALS = signal.SIGINT, signal.SIGTERM
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DATA = {
     "data.path",
     "data.mixture",
     "data.train",
-}  # where these are searched, each trial has data of its own
+}  # where one is searched, each trial has data of its own
 SHOWN = 10  # the best trials, and those that have no value
+NEEDED = ("optuna", "matplotlib")
 
 
 def tune(
@@ -81,81 +84,101 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = Study(config, space, workdir, run, goal, data or {})
     total = trials or len(study.grid)
-    way = "maximized" if study.maximize else "minimized"
-    seeds = f" of {goal.seeds} seeds" if goal.seeds > 1 else ""
-    have = f"{total} trials{seeds}, of which {study.finished()} are finished"
     print(
-        f"{goal.metric} ({goal.take} of each run), {way} over {', '.join(space)}: {have}",
+        f"{headline(study)}: {total} trials{of_seeds(goal)}, of which {study.finished()} are finished",
         flush=True,
     )
+    with stopped_by_signals(study), ThreadPoolExecutor(parallel) as pool:
+        threads = [pool.submit(study.work, total) for _ in range(parallel)]
+        for thread in threads:
+            thread.result()
+    return study
 
-    def end(number, _):
+
+def headline(study: Study) -> str:
+    """The metric, and what is searched."""
+    goal = study.goal
+    way = "maximized" if study.maximize else "minimized"
+    return f"{goal.metric} ({goal.take} of each run), {way} over {', '.join(study.space)}"
+
+
+def of_seeds(goal: Goal) -> str:
+    if goal.seeds > 1:
+        return f" of {goal.seeds} seeds"
+    return ""
+
+
+@contextlib.contextmanager
+def stopped_by_signals(study: Study):
+    """Within it, Ctrl-C or SIGTERM stops the study after its runs have saved; a second one ends them at once."""
+
+    def stop(number, frame):
         study.stop.set()
-        print("stopping: what runs is saved first (once more: is not)", flush=True)
+        print("stopping: what runs is saved first (a second signal: without saving)", flush=True)
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)  # runs end with this process
 
-    before = {number: signal.signal(number, end) for number in SIGNALS}
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
-        with ThreadPoolExecutor(parallel) as pool:
-            for thread in [pool.submit(study.work, total) for _ in range(parallel)]:
-                thread.result()
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return study
 
 
 def report(study: Study) -> None:
     """Prints the best trials, those without a value, what matters, and what to paste; draws history and importances."""
-    pictures = []
     ranked = study.ranked()
-    others = [r for r in study.records if r["state"] not in ("done", "pruned")]
-    table = [("trial", study.goal.metric, *study.space)]
-    for record in ranked[:SHOWN]:
-        table.append((str(record["trial"]), outcome(record), *values_of(record)))
-    widths = [max(map(len, column)) for column in zip(*table)]
     print()
-    for row in table if ranked else []:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
-    print(", ".join(f"{count} {state}" for state, count in study.results()["counts"].items()))
+    if ranked:
+        rows = [(record["trial"], outcome(record), *values_of(record)) for record in ranked[:SHOWN]]
+        print(cli.table(rows, ("trial", study.goal.metric, *study.space), left=0))
+    print(", ".join(f"{count} {state}" for state, count in study.counts().items()))
+    report_others(study)
+    if not ranked:
+        return
+    pictures = [draw_history(study)]
+    if len(ranked) >= ENOUGH and len(study.space) > 1:
+        pictures.append(draw_importances(study))
+        shown = "  ".join(f"{key} {value:.2f}" for key, value in study.importances.items())
+        trials = len(ranked)
+        print(f"importance (PED-ANOVA of {trials} trials: rough, and low for choices): {shown}")
+    for text in edges(study.space, ranked[0]["values"], study.config):
+        print(text)
+    print(f"wrote {' and '.join(pictures)} to {study.workdir}")
+    print(f"the best, to paste:\n{flags(ranked[0])}")
+
+
+def report_others(study: Study) -> None:
+    """The trials that were refused, diverged or failed, with the reason."""
+    others = [record for record in study.records if record["state"] not in ("done", "pruned")]
     for record in others[:SHOWN]:
         print(line(record))
     if len(others) > SHOWN:
         print(f"  and {len(others) - SHOWN} more, in {study.workdir / 'results.json'}")
-    if ranked:
-        matplotlib.use("Agg")
-        plots = optuna.visualization.matplotlib
-        axes = plots.plot_optimization_history(study.optuna, target_name=study.goal.metric)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        draw(axes, study.workdir, "history")
-        pictures.append("history.png")
-    if len(ranked) >= ENOUGH and len(study.space) > 1:
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        study.importances = optuna.importance.get_param_importances(
-            study.optuna, evaluator=evaluator
-        )
-        study.save()
-        draw(
-            plots.plot_param_importances(study.optuna, evaluator=evaluator),
-            study.workdir,
-            "importance",
-        )
-        pictures.append("importance.png")
-        shown = "  ".join(f"{key} {value:.2f}" for key, value in study.importances.items())
-        print(
-            f"importance (PED-ANOVA of {len(ranked)} trials: rough, and low for choices): {shown}"
-        )
-    if ranked:
-        for text in edges(study.space, ranked[0]["values"], study.config):
-            print(text)
-        print(f"wrote {' and '.join(pictures)} to {study.workdir}")
-        print(f"the best, to paste:\n{flags(ranked[0])}")
 
 
-def draw(axes, workdir: Path, name: str) -> None:
-    axes.figure.savefig(workdir / f"{name}.png", bbox_inches="tight", dpi=120)
+def draw_history(study: Study) -> str:
+    matplotlib.use("Agg")
+    plot = optuna.visualization.matplotlib.plot_optimization_history
+    axes = plot(study.optuna, target_name=study.goal.metric)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return draw(axes, study.workdir, "history.png")
+
+
+def draw_importances(study: Study) -> str:
+    """Sets and saves the study's importances, and draws them."""
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    study.importances = optuna.importance.get_param_importances(study.optuna, evaluator=evaluator)
+    study.save()
+    plot = optuna.visualization.matplotlib.plot_param_importances
+    return draw(plot(study.optuna, evaluator=evaluator), study.workdir, "importance.png")
+
+
+def draw(axes, workdir: Path, name: str) -> str:
+    axes.figure.savefig(workdir / name, bbox_inches="tight", dpi=120)
     matplotlib.pyplot.close(axes.figure)
+    return name
 
 
 def judge_space(args, config: ConfigDict, space: dict[str, Dimension]) -> Verdict:
@@ -188,13 +211,14 @@ def wrong_with(args, space: dict[str, Dimension]) -> list[str]:
     """What is wrong with the other flags, whatever the config and the space."""
     problems = []
     for name in ("trials", "seeds", "parallel"):
-        if (number := getattr(args, name)) is not None and number < 1:
+        number = getattr(args, name)
+        if number is not None and number < 1:
             problems.append(f"--{name}={number}: must be at least 1")
     sizes = []
     for dimension in space.values():
         if is_grid(dimension):
             sizes.append(len(dimension.values.choices))
-    if not (args.trials or sizes) and not any("=grid:" in text for text in args.space):
+    if not (args.trials or sizes) and "=grid:" not in " ".join(args.space):
         problems.append("--trials: how many? Only a sweep, whose keys are all grid:A,B,C, knows")
     if sizes and (args.trials or 0) > math.prod(sizes):
         problems.append(f"--trials={args.trials}: the grids have {math.prod(sizes)} combinations")
@@ -207,64 +231,85 @@ def wrong_with(args, space: dict[str, Dimension]) -> list[str]:
     return problems
 
 
-def main(argv: list[str]) -> int:
+def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="jaxlm.tune", description=__doc__)
-    parser.add_config()
+    parser.add_config(flatten(base()))
     parser.add_argument(
-        "--workdir", required=True, help="where the results and the runs of all trials go"
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help="where the results and the runs of all trials go",
     )
     parser.add_argument(
         "--space",
         required=True,
         action="append",
-        help="KEY=FORM or FILE.json, as above; for each key",
+        metavar="KEY=FORM|FILE.json",
+        help="values of a key, as above; may be given again",
     )
     parser.add_argument(
-        "--trials", type=int, help="how many in all (default: all combinations of grids)"
+        "--trials", type=int, metavar="N", help="in all (default: all combinations of grids)"
     )
-    parser.add_argument(
-        "--metric", default="eval/loss", help="a key of metrics.jsonl (default: eval/loss)"
-    )
+    parser.add_argument("--metric", default="eval/loss", help="a key of metrics.jsonl")
     parser.add_argument(
         "--direction", choices=("minimize", "maximize"), default="", help="default: by its name"
     )
     parser.add_argument(
-        "--take", choices=("best", "last"), default="best", help="of a run's values (default: best)"
+        "--take", choices=("best", "last"), default="best", help="which of a run's values counts"
     )
     parser.add_argument(
-        "--seeds", type=int, default=1, help="runs of a trial, whose mean is its value (default: 1)"
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs of a trial, whose mean is its value",
     )
     parser.add_argument(
         "--parallel",
         type=int,
         default=1,
-        help="trials at a time, sharing cores or GPUs (default: 1)",
+        metavar="N",
+        help="trials at a time, sharing cores or GPUs",
     )
     parser.add_argument(
         "--no_prune", action="store_true", help="end no trial early, however bad it is"
     )
     parser.add_argument(
-        "--sampler_seed", type=int, default=0, help="others give other trials (default: 0)"
+        "--sampler_seed", type=int, default=0, metavar="N", help="other seeds, other trials"
     )
-    args = parser.parse(argv)
-    missing = []
-    for name in ("optuna", "matplotlib"):
-        if importlib.util.find_spec(name) is None:
-            missing.append(name)
+    return parser
+
+
+def require_libraries() -> None:
+    """Raises ConfigError that says what to install."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             f'{" and ".join(missing)} is not installed; type: pip install -e ".[tune]"'
         )
-    jax.config.update("jax_platforms", "cpu")  # the accelerator is for the trials
+
+
+def read_config(args) -> tuple[ConfigDict, dict[str, Dimension]]:
+    """(the config, unresolved; the space). Raises ConfigError that lists all problems; prints notes."""
     config = load(args.config)
     problems = override(config, args.overrides)
-    space, of_space = read_space(args.space, config)
+    space, space_problems = read_space(args.space, config)
     verdict = judge_space(args, config, space)
-    problems += of_space + verdict.problems
-    problems += wrong_with(args, space) + ([] if problems else missing_data(config, space))
-    require(problems)
+    problems += space_problems + verdict.problems
+    data_problems = []
+    if not problems:
+        data_problems = missing_data(config, space)
+    require(problems + wrong_with(args, space) + data_problems)
     for note in verdict.notes:
         print(f"note: {note}", file=sys.stderr)
+    return config, space
+
+
+def main(argv: list[str]) -> int:
+    args = make_parser().parse(argv)
+    require_libraries()
+    jax.config.update("jax_platforms", "cpu")  # the accelerator is for the trials
+    config, space = read_config(args)
     data = {}
     if not DATA & space.keys():
         data = fingerprint(config)
@@ -275,16 +320,8 @@ def main(argv: list[str]) -> int:
     goal = Goal(
         args.metric, args.direction, args.take, args.seeds, not args.no_prune, args.sampler_seed
     )
-    study = tune(
-        config,
-        space,
-        workdir,
-        Trainer(args.config, args.parallel),
-        goal,
-        args.trials or 0,
-        args.parallel,
-        data,
-    )
+    run = Trainer(args.config, args.parallel)
+    study = tune(config, space, workdir, run, goal, args.trials or 0, args.parallel, data)
     hold.close()
     if study.stop.is_set():
         total = args.trials or len(study.grid)

@@ -35,30 +35,39 @@ def judge(config: ConfigDict, space: dict[str, Dimension], rule: Rule) -> Verdic
     config: the recipe, not resolved. Of an empty space it is the recipe itself that is judged.
     """
     combinations, complete = combinations_of(space)
-    tried = [attempt(config, values, rule) for values in combinations]
-    refused = [one for one in tried if one.problems]
-    running = [one for one in tried if not one.problems]
+    tried = []
+    refused = []
+    running = []
+    for values in combinations:
+        one = attempt(config, values, rule)
+        tried.append(one)
+        if one.problems:
+            refused.append(one)
+        else:
+            running.append(one)
     if not running:
         return Verdict(nothing_runs(tried), [])
     never = never_running(space, refused, running)
-    notes = [] if complete else never
-    notes += refused_between(config, space, running, rule)
+    notes = refused_between(config, space, running, rule)
     if refused and not never:
         notes.append(some_refused(refused, len(tried)))
-    return Verdict(never if complete else [], notes)
+    if complete:
+        return Verdict(never, notes)
+    return Verdict([], never + notes)
 
 
 def combinations_of(space: dict[str, Dimension]) -> tuple[list[dict], bool]:
     """(combinations of ends and choices, whether they are all)."""
     values = {key: ends(dimension) for key, dimension in space.items()}
-    count = math.prod(len(each) for each in values.values())
-    if count <= COMBINATIONS:
-        return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())], True
+    combinations = []
+    if math.prod(map(len, values.values())) <= COMBINATIONS:
+        for chosen in itertools.product(*values.values()):
+            combinations.append(dict(zip(values, chosen)))
+        return combinations, True
     rng = random.Random(0)
-    sample = []
     for _ in range(COMBINATIONS):
-        sample.append({key: rng.choice(each) for key, each in values.items()})
-    return sample, False
+        combinations.append({key: rng.choice(each) for key, each in values.items()})
+    return combinations, False
 
 
 def attempt(config: ConfigDict, values: dict, rule: Rule) -> Tried:
@@ -74,7 +83,9 @@ def nothing_runs(tried: list[Tried]) -> list[str]:
     counts = Counter()
     for one in tried:
         counts.update(one.problems)
-    reasons = [text for text, _ in counts.most_common(SHOWN)]
+    reasons = []
+    for text, _ in counts.most_common(SHOWN):
+        reasons.append(text)
     if len(counts) > SHOWN:
         reasons.append(
             f"and {len(counts) - SHOWN} other reasons why no trial of this --space can run"
@@ -90,9 +101,10 @@ def never_running(
     for key, dimension in space.items():
         good = {one.values[key] for one in running}
         for value in ends(dimension):
+            if value in good:
+                continue
             reasons = Counter(one.problems[0] for one in refused if one.values[key] == value)
-            if reasons and value not in good:
-                reason = reasons.most_common(1)[0][0]
+            for reason, _ in reasons.most_common(1):
                 lines.append(f"--space={key}={dimension.text}: {value} can never run: {reason}")
     return lines
 
@@ -105,10 +117,12 @@ def refused_between(
     for key, dimension in space.items():
         bad = []
         for value in inner(dimension):
-            runs = [attempt(config, one.values | {key: value}, rule) for one in running[:PARTNERS]]
-            if all(one.problems for one in runs):
+            problems = []
+            for one in running[:PARTNERS]:
+                problems.append(attempt(config, one.values | {key: value}, rule).problems)
+            if all(problems):
                 bad.append(value)
-                reason = runs[0].problems[0]
+                reason = problems[0][0]
         if bad:
             count = len(inner(dimension)) + len(ends(dimension))
             lines.append(

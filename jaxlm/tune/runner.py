@@ -59,63 +59,68 @@ class Trainer:
         What `watch` raises ends the run, which saves first. Raises ConfigError where train refuses the config,
         NumericsError where it diverges, UserError where it fails, Stopped where something else has stopped it.
         """
-        flags = []
+        flags = [f"--config={self.recipe}", f"--workdir={folder}"]
         for key, value in flatten(config).items():
             if value != self.base[key]:
                 flags.append(f"--config.{key}={value}")
-        cores, environment = share = self.shares.get()
-        command = [
-            sys.executable,
-            "-c",
-            CHILD,
-            cores,
-            f"--config={self.recipe}",
-            f"--workdir={folder}",
-            *flags,
-        ]
         folder.mkdir(parents=True, exist_ok=True)
         rows = Rows(folder / "metrics.jsonl")
+        file = folder / "train.log"
+        share = self.shares.get()
         try:
-            with open(folder / "train.log", "ab") as log:
+            with open(file, "ab") as log:
                 start = log.tell()
-                # A session of its own: Ctrl-C in the terminal is for the search, which then asks its runs to save.
-                to = {
-                    "stdin": subprocess.PIPE,
-                    "stdout": log,
-                    "stderr": subprocess.STDOUT,
-                    "start_new_session": True,
-                }
-                process = subprocess.Popen(command, env=os.environ | environment, **to)
-                try:
-                    while process.poll() is None:
-                        watch(rows.new())
-                        time.sleep(POLL)
-                except BaseException:
-                    process.terminate()
-                    raise
-                finally:
-                    code = process.wait()
-                    process.stdin.close()
+                code = run(flags, share, log, lambda: watch(rows.new()))
         finally:
             self.shares.put(share)
         if code == PREEMPTED:
             raise Stopped
         if code:
-            said = last_words((folder / "train.log").read_bytes()[start:].decode(errors="replace"))
-            if code < 0:
-                how = f"killed by {signal.Signals(-code).name}"
-            else:
-                how = f"exit code {code}"
-            # A directory that is in use says nothing of the config.
-            if "another run is using it" not in said:
-                refused = ConfigError
-            else:
-                refused = UserError
-            raise {2: refused, 5: NumericsError}.get(code, UserError)(
-                f"{said} ({how}; {folder}/train.log)"
-            )
+            raise error_of(code, file.read_bytes()[start:].decode(errors="replace"), file)
         watch(rows.new())
         return Rows(folder / "metrics.jsonl").new()
+
+
+def run(flags: list[str], share: tuple[str, dict], log, look: Callable[[], None]) -> int:
+    """Trains on a share of the machine and returns the exit code.
+
+    `look` is called again and again. What it raises ends the run, which saves first.
+    """
+    cores, environment = share
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, cores, *flags],
+        env=os.environ | environment,
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        # Ctrl-C in the terminal is for the search, which then asks its runs to save.
+        start_new_session=True,
+    )
+    try:
+        while process.poll() is None:
+            look()
+            time.sleep(POLL)
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        code = process.wait()
+        process.stdin.close()
+    return code
+
+
+def error_of(code: int, log: str, file: Path) -> UserError:
+    """What a run that failed comes to, with the end of its log."""
+    reason = last_words(log)
+    how = f"exit code {code}"
+    if code < 0:
+        how = f"killed by {signal.Signals(-code).name}"
+    kind = UserError
+    if code == NumericsError.exit_code:
+        kind = NumericsError
+    elif code == ConfigError.exit_code and "another run is using it" not in reason:
+        kind = ConfigError  # a directory that is in use is no fault of the config
+    return kind(f"{reason} ({how}; {file})")
 
 
 class Rows:
@@ -132,7 +137,9 @@ class Rows:
             return []
         with open(self.path, "rb") as file:
             inode = os.fstat(file.fileno()).st_ino
-            self.inode, self.offset = inode, self.offset if inode == self.inode else 0
+            if inode != self.inode:
+                self.inode = inode
+                self.offset = 0
             file.seek(self.offset)
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
@@ -142,45 +149,49 @@ class Rows:
 
 def last_words(log: str) -> str:
     """What a log ends with, on one line: the error, or the last of a traceback."""
-    lines = log.strip().splitlines() or ["it said nothing"]
-    errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
-    words = " ".join(" ".join(lines[errors[-1] if errors else -1 :]).split())
-    return words.removeprefix("error: ")[:500]
+    text = "\n" + log.strip()
+    _, error, message = text.rpartition("\nerror: ")
+    if not error:
+        message = text.splitlines()[-1] or "it printed nothing"
+    return " ".join(message.split())[:500]
 
 
 def shares(parallel: int) -> list[tuple[str, dict]]:
-    """For each of so many runs at a time: its cores, and the environment that shows it its GPUs."""
+    """For each of so many runs at a time: its cores, and the environment that shows it its GPUs.
+
+    Raises ConfigError where there are GPUs, but fewer than runs.
+    """
+    cores = []
     if hasattr(os, "sched_getaffinity"):
         cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
-    else:
-        cores = []
     gpus = []
-    for path in sorted(Path("/dev").glob("nvidia[0-9]*")):
-        gpus.append(path.name.removeprefix("nvidia"))
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
-    else:
-        gpus = gpus
-    if os.environ.get("JAX_PLATFORMS") == "cpu" or parallel == 1:
-        gpus = []
+    if parallel > 1 and os.environ.get("JAX_PLATFORMS") != "cpu":
+        gpus = gpus_here()
     if 0 < len(gpus) < parallel:
         raise ConfigError(
             f"--parallel={parallel}: there are {len(gpus)} GPUs, and a trial needs one of its own"
         )
-    environments = []
+    found = []
     for i in range(parallel):
-        environments.append(
-            {"CUDA_VISIBLE_DEVICES": ",".join(part(gpus, i, parallel))} if gpus else {}
-        )
-    return [
-        (" ".join(part(cores, i, parallel)), environment)
-        for i, environment in enumerate(environments)
-    ]
+        environment = {}
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(part(gpus, i, parallel))
+        found.append((" ".join(part(cores, i, parallel)), environment))
+    return found
+
+
+def gpus_here() -> list[str]:
+    """Those that this process may use, by number or name."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    files = sorted(Path("/dev").glob("nvidia[0-9]*"))
+    return [file.name.removeprefix("nvidia") for file in files]
 
 
 def part(things: list, i: int, of: int) -> list:
     """The i-th of so many even parts; where there are fewer things than parts, one of them."""
     size = len(things)
-    return things[i * size // of : (i + 1) * size // of] or (
-        things[i % size :][:1] if things else []
-    )
+    even = things[i * size // of : (i + 1) * size // of]
+    if even or not things:
+        return even
+    return [things[i % size]]

@@ -20,9 +20,8 @@ try:
 except ImportError:  # the program says so
     BaseDistribution = object
 
-EDGE = 0.05  # of a range, in its scale: so near to an end, the best value says little about what lies beyond
-
-FEW = 32  # whole numbers of a range, up to which each is looked at
+EDGE = 0.05  # part of a range, in its scale: a best value so near to an end says little about what lies beyond
+FEW = 32  # whole numbers of a range, up to which each is tried
 
 
 class Dimension(NamedTuple):
@@ -67,27 +66,26 @@ def is_grid(dimension: Dimension) -> bool:
 def forms(default) -> list[str]:
     """How a key with this default can be searched. A;B;C too, for values with commas in them."""
     kind = type(default).__name__
-    if kind in ("int", "float"):
-        numbers = [f"{kind}:LOW:HIGH[:STEP]", "log:LOW:HIGH"]
-    else:
-        numbers = []
+    lists = ["choice:A,B,C", "grid:A,B,C"]
     if kind == "tuple":
         return []
-    return [*numbers, "choice:A,B,C", "grid:A,B,C"]
+    if kind in ("int", "float"):
+        return [f"{kind}:LOW:HIGH[:STEP]", "log:LOW:HIGH", *lists]
+    return lists
 
 
 def distribution(key: str, form: str, config: ConfigDict) -> BaseDistribution:
     """The values that a key may take. Raises ValueError that says all that is wrong with them."""
-    known, (kind, _, rest) = flatten(config), form.partition(":")
+    known = flatten(config)
+    kind, _, rest = form.partition(":")
     if key not in known:
         raise ValueError(f"no such key{nearest_key(key, known)}")
     default = known[key]
     allowed = {text.partition(":")[0]: text for text in forms(default)}
     if kind not in allowed:
+        what = "cannot be searched"
         if allowed:
             what = f"takes {' or '.join(allowed.values())}"
-        else:
-            what = "cannot be searched"
         raise ValueError(f"the key is of type {type(default).__name__}, which {what}")
     if kind in ("choice", "grid"):
         values = read_values(key, rest.split(";" if ";" in rest else ","), config)
@@ -97,16 +95,17 @@ def distribution(key: str, form: str, config: ConfigDict) -> BaseDistribution:
         raise ValueError(f"give {allowed[kind]}")
     low, high = read_values(key, texts[:2], config)
     if not (-math.inf < low < high < math.inf and (kind != "log" or low > 0)):
-        raise ValueError("LOW must be below HIGH" + (", and above 0" if kind == "log" else ""))
-    step = 1 if isinstance(default, int) else None
+        above = ", and above 0" if kind == "log" else ""
+        raise ValueError(f"LOW must be below HIGH{above}")
+    kind_of = FloatDistribution
+    step = None
+    if isinstance(default, int):
+        kind_of = IntDistribution
+        step = 1
     if len(texts) == 3:
         step = parse(texts[2], default)
         if not 0 < step <= high - low:
             raise ValueError(f"STEP must be above 0 and at most {high - low:g}")
-    if isinstance(default, int):
-        kind_of = IntDistribution
-    else:
-        kind_of = FloatDistribution
     return kind_of(low, high, log=kind == "log", step=step)
 
 
@@ -116,13 +115,16 @@ def read_values(key: str, texts: list[str], config: ConfigDict) -> list:
     problems = []
     for text in texts:
         one = config.copy_and_resolve_references()
-        problems += override(one, [(key, text)]) or [
-            problem for problem in ranges(one) if problem.key == key
-        ]
+        problems += override(one, [(key, text)]) or out_of_range(key, one)
         values.append(flatten(one)[key])
     if problems:
         raise ValueError("; ".join(problems))
     return values
+
+
+def out_of_range(key: str, config: ConfigDict) -> list[str]:
+    """What is wrong with the value of this key by itself."""
+    return [problem for problem in ranges(config) if problem.key == key]
 
 
 def ends(dimension: Dimension) -> list:
@@ -149,8 +151,12 @@ def holds(dimension: Dimension, value) -> bool:
     among = dimension.values
     if isinstance(among, CategoricalDistribution):
         return value in among.choices
-    steps = (value - among.low) / (among.step or 1)
-    return among.low <= value <= among.high and (not among.step or abs(steps - round(steps)) < 1e-8)
+    if not among.low <= value <= among.high:
+        return False
+    if not among.step:
+        return True
+    steps = (value - among.low) / among.step
+    return abs(steps - round(steps)) < 1e-8
 
 
 def edge_of(dimension: Dimension, value) -> str:
@@ -199,9 +205,7 @@ def beyond(dimension: Dimension, edge: str) -> float | int:
         if edge == "lowest":
             return low - 1
         return high + 1
-    if (
-        low > 0
-    ):  # also of a scale that is not logarithmic: a positive key may have no values below 0
+    if low > 0:  # on a linear scale too: a positive key may have no values below 0
         if edge == "lowest":
             return low * 0.9
         return high * 1.1
@@ -211,6 +215,13 @@ def beyond(dimension: Dimension, edge: str) -> float | int:
     return high + margin
 
 
+def readable(value) -> str:
+    """A value with at most four digits."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
 def edges(space: dict[str, Dimension], best: dict, config: ConfigDict) -> list[str]:
     """A line for each key whose best value is at an edge of what was searched. best: {key: value}."""
     lines = []
@@ -218,8 +229,7 @@ def edges(space: dict[str, Dimension], best: dict, config: ConfigDict) -> list[s
         edge = edge_of(space[key], value)
         if not edge:
             continue
-        shown = f"{value:.4g}" if isinstance(value, float) else value
-        said = f"{key}={shown} is at the {edge} end of {space[key].text}"
+        said = f"{key}={readable(value)} is at the {edge} end of {space[key].text}"
         try:
             read_values(key, [str(beyond(space[key], edge))], config)
         except ValueError:

@@ -24,7 +24,7 @@ from jaxlm.config.tasks import DIRECTIONS
 from jaxlm.errors import ConfigError, NumericsError, UserError
 from jaxlm.run.workdir import write_whole
 from jaxlm.tune.runner import Stopped
-from jaxlm.tune.space import Dimension, holds, is_grid
+from jaxlm.tune.space import Dimension, holds, is_grid, readable
 
 try:
     import optuna
@@ -38,8 +38,8 @@ FAILURES = 3  # and no other outcome: the values are not the reason
 REASONS = 5  # shown of a search without results
 
 
-class Vain(ConfigError):
-    """What is wrong with every trial."""
+class EveryTrialFails(ConfigError):
+    """The reason is none of a trial's values, so the search ends."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,57 @@ def direction_of(metric: str) -> str:
         if re.search(words, metric.rpartition("/")[2]):
             found.append(way)
     if len(found) != 1:
-        known = []
-        for words in DIRECTIONS.values():
-            for word in words.split("|"):
-                known.append(word)
-        near = did_you_mean(metric, [*known, *(f"eval/{word}" for word in known)])
+        known = "|".join(DIRECTIONS.values()).split("|")
+        near = did_you_mean(metric, known + [f"eval/{word}" for word in known])
         raise ConfigError(
             f"--metric={metric}: is less of it better, or more? Give --direction=minimize or maximize{near}"
         )
     return found[0]
 
 
+def grid_of(space: dict[str, Dimension]) -> list[dict]:
+    """All combinations of a sweep's values, in order; of another space none."""
+    lists = [dimension.values.choices for dimension in space.values() if is_grid(dimension)]
+    if not lists:
+        return []
+    return [dict(zip(space, values)) for values in itertools.product(*lists)]
+
+
+def asked(goal: Goal, space: dict[str, Dimension], config: ConfigDict, data: dict) -> dict:
+    """What makes a search this one and no other, as results.json keeps it."""
+    found = asdict(goal)
+    for key, dimension in space.items():
+        found[f"space.{key}"] = dimension.text
+    for key, value in flatten(config).items():
+        found[f"config.{key}"] = value
+    for key, value in data.items():
+        found[f"data.{key}"] = value
+    return json.loads(json.dumps(found))
+
+
+def given(value):
+    """A value as a message shows it."""
+    if value in (None, ""):
+        return "not given"
+    return value
+
+
+def state_of(error: Exception) -> str:
+    """The outcome of a trial that ended with this error."""
+    if type(error) is ConfigError:
+        return "refused"
+    if isinstance(error, NumericsError):
+        return "diverged"
+    if isinstance(error, optuna.TrialPruned):
+        return "pruned"
+    return "failed"
+
+
 class Study:
-    """All trials. results.json is their only state: a change is in it before anything follows from it."""
+    """All trials. Their only state is results.json, which has a change before anything follows from it.
+
+    optuna's study is in memory alone, made again from results.json: a study of an older jaxlm goes on too.
+    """
 
     def __init__(
         self,
@@ -91,21 +129,8 @@ class Study:
         self.goal = goal
         self.maximize = (goal.direction or direction_of(goal.metric)) == "maximize"
         self.distributions = {key: dimension.values for key, dimension in space.items()}
-        lists = [dimension.values.choices for dimension in space.values() if is_grid(dimension)]
-        if lists:
-            self.grid = [dict(zip(space, values)) for values in itertools.product(*lists)]
-        else:
-            self.grid = []
-        parts = {
-            "space": {key: d.text for key, d in space.items()},
-            "config": flatten(config),
-            "data": data,
-        }
-        named = {}
-        for part, values in parts.items():
-            for key, value in values.items():
-                named[f"{part}.{key}"] = value
-        self.asked = json.loads(json.dumps(asdict(goal) | named))
+        self.grid = grid_of(space)
+        self.asked = asked(goal, space, config, data)
         self.records = []
         self.importances = {}
         self.keys = set()
@@ -115,13 +140,12 @@ class Study:
         # A sweep is wanted whole; and the training loss, of single batches, says too little at one step.
         self.prunes = goal.prune and not self.grid and goal.metric.startswith("eval/")
         pruner = optuna.pruners.MedianPruner(n_warmup_steps=resolve(config).optim.warmup_steps)
-        self.optuna = optuna.create_study(
-            direction="maximize" if self.maximize else "minimize", pruner=pruner
-        )
+        direction = "maximize" if self.maximize else "minimize"
+        self.optuna = optuna.create_study(direction=direction, pruner=pruner)
         self.restore()
 
     def restore(self) -> None:
-        """Takes up results.json, where there is one. Raises ConfigError where it is of another search."""
+        """Continues from results.json, if there is one. Raises ConfigError where it is of another search, or lost."""
         path = self.workdir / "results.json"
         again = f"give the same, or another --workdir than {self.workdir}"
         if path.exists():
@@ -132,22 +156,7 @@ class Study:
                     f"{path} is not JSON any more ({error}); give another --workdir"
                 ) from None
             self.records = before["trials"]
-            pairs = {}
-            for key in {**before["asked"], **self.asked}:
-                pairs[key] = (before["asked"].get(key), self.asked.get(key))
-            # Those with a dot have decided what is in the checkpoints; the goal, only what the finished trials came to.
-            compared = [key for key in pairs if self.finished() or "." in key]
-
-            def say(value):
-                if value in (None, ""):
-                    return "not given"
-                return value
-
-            changed = []
-            for key in compared:
-                for a, b in [pairs[key]]:
-                    if a != b:
-                        changed.append(f"  {key}: {say(a)} -> {say(b)}")
+            changed = self.changes(before["asked"])
             if changed:
                 raise ConfigError("\n".join([f"{path} is of another search:", *changed, again]))
         elif (self.workdir / "trials").exists():
@@ -155,40 +164,65 @@ class Study:
                 f"{path} is lost, and with it what the values of the trials there were; {again}"
             )
         for record in self.records:
-            if record["state"] not in FINISHED:
+            if record["state"] in FINISHED:
+                self.optuna.add_trial(self.as_trial(record))
+            else:
                 self.optuna.enqueue_trial(record["values"])
-                continue
-            done = record["state"] == "done"
-            finished = optuna.trial.create_trial(
-                state=TrialState.COMPLETE if done else TrialState.PRUNED,
-                value=record["mean"] if done else None,
-                params=record["values"],
-                distributions=self.distributions,
-                intermediate_values={int(step): value for step, value in record["curve"].items()},
-            )
-            self.optuna.add_trial(finished)
-        recipe = {key: flatten(self.config)[key] for key in self.space}
-        if (
-            not self.records
-            and not self.grid
-            and all(holds(self.space[key], recipe[key]) for key in recipe)
-        ):
-            self.optuna.enqueue_trial(recipe)
+        if not self.records and not self.grid:
+            self.enqueue_recipe()
+
+    def changes(self, before: dict) -> list[str]:
+        """What this search asks differently, a line each.
+
+        Keys with a dot have decided what is in the checkpoints; the goal only what the finished trials came to.
+        """
+        lines = []
+        for key in {**before, **self.asked}:
+            old = before.get(key)
+            new = self.asked.get(key)
+            matters = self.finished() or "." in key
+            if matters and old != new:
+                lines.append(f"  {key}: {given(old)} -> {given(new)}")
+        return lines
+
+    def as_trial(self, record: dict):
+        """A finished trial, for optuna. Trials without a value are worse than all that have one."""
+        state = TrialState.PRUNED
+        value = None
+        if record["state"] == "done":
+            state = TrialState.COMPLETE
+            value = record["mean"]
+        return optuna.trial.create_trial(
+            state=state,
+            value=value,
+            params=record["values"],
+            distributions=self.distributions,
+            intermediate_values={int(step): loss for step, loss in record["curve"].items()},
+        )
+
+    def enqueue_recipe(self) -> None:
+        """Makes the recipe's own values the next trial, where the space holds them."""
+        known = flatten(self.config)
+        for key, dimension in self.space.items():
+            if not holds(dimension, known[key]):
+                return
+        self.optuna.enqueue_trial({key: known[key] for key in self.space})
 
     def results(self) -> dict:
         """What results.json holds."""
-        ranked = self.ranked()
-        if ranked:
-            best = {"best": ranked[0] | {"flags": flags(ranked[0])}}
-        else:
-            best = {}
-        counts = Counter(record["state"] for record in self.records)
+        best = {}
+        for record in self.ranked()[:1]:
+            best["best"] = record | {"flags": flags(record)}
         return best | {
-            "counts": counts,
+            "counts": self.counts(),
             "importances": self.importances,
             "trials": self.records,
             "asked": self.asked,
         }
+
+    def counts(self) -> Counter:
+        """{state: trials}"""
+        return Counter(record["state"] for record in self.records)
 
     def ranked(self) -> list[dict]:
         """The trials that are done, the best first."""
@@ -196,16 +230,14 @@ class Study:
         return sorted(done, key=lambda record: record["mean"], reverse=self.maximize)
 
     def finished(self) -> int:
-        return sum(record["state"] in FINISHED for record in self.records)
+        counts = self.counts()
+        return sum(counts[state] for state in FINISHED)
 
     def save(self) -> None:
         write_whole(self.workdir / "results.json", json.dumps(self.results(), indent=1) + "\n")
 
     def ask(self, trials: int):
-        """The next of so many trials, those that were interrupted first; None where there is no other.
-
-        Each has a sampler of its own, seeded by its number: a restart changes nothing.
-        """
+        """The next of so many trials, those that were interrupted first; None where there is no other."""
         with self.lock:
             number = len(self.optuna.trials)
             if not self.optuna.get_trials(states=[TrialState.WAITING]):
@@ -213,27 +245,29 @@ class Study:
                     return None
                 if self.grid:
                     self.optuna.enqueue_trial(self.grid[number])
-            seed = int(
-                np.random.SeedSequence((self.goal.sampler_seed, number)).generate_state(1)[0]
-            )
-            self.optuna.sampler = TPESampler(seed=seed, multivariate=True, constant_liar=True)
+            self.optuna.sampler = self.sampler_of(number)
             trial = self.optuna.ask(self.distributions)
             if trial.number == len(self.records):
                 self.records.append({"trial": trial.number, "values": trial.params})
-            # Of one that was interrupted, metrics.jsonl has the rest.
-            self.records[trial.number] |= {
-                "state": "running",
-                "reason": "",
-                "by_seed": [],
-                "curve": {},
-            }
+            # An interrupted trial begins anew here; its runs go on, and their metrics.jsonl has all rows.
+            fresh = {"state": "running", "reason": "", "by_seed": [], "curve": {}}
+            self.records[trial.number] |= fresh
             self.save()
         return trial
 
+    def sampler_of(self, number: int):
+        """Each trial has a sampler of its own, seeded by the trial's number: a restart changes nothing."""
+        sequence = np.random.SeedSequence((self.goal.sampler_seed, number))
+        seed = int(sequence.generate_state(1)[0])
+        return TPESampler(seed=seed, multivariate=True, constant_liar=True)
+
     def work(self, trials: int) -> None:
-        """One trial after the other. What goes wrong with more than one of them ends the work of all threads."""
+        """One trial after the other. An error that is not of one trial alone ends the work of all threads."""
         try:
-            while not self.stop.is_set() and (trial := self.ask(trials)):
+            while not self.stop.is_set():
+                trial = self.ask(trials)
+                if trial is None:
+                    return
                 self.attempt(trial, self.records[trial.number])
         except Stopped:
             self.stop.set()
@@ -242,35 +276,19 @@ class Study:
             raise
 
     def attempt(self, trial, record: dict) -> None:
-        """Runs a trial, whatever becomes of it. Raises Stopped, Vain, and UserError where every trial has failed."""
-        config = self.config.copy_and_resolve_references()
+        """Runs a trial and records what came of it.
+
+        Raises Stopped, EveryTrialFails, and UserError where trials have failed and none was done.
+        """
         began = time.perf_counter()
-        for key, value in record["values"].items():
-            set_key(config, key, value)
-        first = config.seed
         state = "done"
         reason = ""
         try:
-            if problems := check(config):
-                raise ConfigError("; ".join(problems))
-            for seed in range(self.goal.seeds):
-                config.seed = first + seed
-                folder = self.workdir / "trials" / str(trial.number) / f"seed_{seed}"
-                watch = partial(
-                    self.watch, trial, record, config.train.stop_at or config.train.steps, seed == 0
-                )
-                value = self.value_of(self.run(config, folder, watch))
-                with self.lock:
-                    record["by_seed"].append(value)
-        except Vain:
+            self.run_seeds(trial, record)
+        except EveryTrialFails:
             raise
         except (optuna.TrialPruned, UserError) as error:
-            outcomes = {
-                optuna.TrialPruned: "pruned",
-                ConfigError: "refused",
-                NumericsError: "diverged",
-            }
-            state = outcomes.get(type(error), "failed")
+            state = state_of(error)
             reason = " ".join(str(error).split())
         with self.lock:
             record |= {
@@ -278,13 +296,33 @@ class Study:
                 "reason": reason,
                 "seconds": round(time.perf_counter() - began, 1),
             }
-            self.tell(trial, record)
+            self.finish(trial, record)
 
-    def tell(self, trial, record: dict) -> None:
-        """Takes note of what came of a trial, and says it."""
+    def run_seeds(self, trial, record: dict) -> None:
+        """The runs of a trial. Raises what ends them; ConfigError where the config is not valid with its values."""
+        config = self.config.copy_and_resolve_references()
+        for key, value in record["values"].items():
+            set_key(config, key, value)
+        problems = check(config)
+        if problems:
+            raise ConfigError("; ".join(problems))
+        first_seed = config.seed
+        last_step = config.train.stop_at or config.train.steps
+        for i in range(self.goal.seeds):
+            config.seed = first_seed + i
+            folder = self.workdir / "trials" / str(trial.number) / f"seed_{i}"
+            watch = partial(self.watch, trial, record, last_step, i == 0)
+            value = self.value_of(self.run(config, folder, watch))
+            with self.lock:
+                record["by_seed"].append(value)
+
+    def finish(self, trial, record: dict) -> None:
+        """Saves and prints what came of a trial. Raises UserError where trials have failed and none was done."""
         if record["state"] == "done":
             values = record["by_seed"]
-            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            deviation = 0.0
+            if len(values) > 1:
+                deviation = statistics.stdev(values)
             record |= {"mean": statistics.fmean(values), "deviation": deviation}
             self.optuna.tell(trial, record["mean"])
         else:  # for TPE, worse than all that are done
@@ -292,7 +330,7 @@ class Study:
         self.save()
         best = ", the best so far" if record in self.ranked()[:1] else ""
         print(f"{line(record)}{best}  ({record['seconds']:.0f} s)", flush=True)
-        states = Counter(record["state"] for record in self.records)
+        states = self.counts()
         if states["failed"] >= FAILURES and not states["done"] + states["pruned"]:
             raise UserError(
                 f"{states['failed']} trials failed and none was done; the last: {record['reason']}"
@@ -302,48 +340,50 @@ class Study:
         """Looks at the new rows of a run up to step `last`. Raises what ends it."""
         if self.stop.is_set():
             raise Stopped
-        metric = self.goal.metric
         for row in rows:
-            self.keys |= row.keys()
-            self.evaluated |= (
-                {row["step"]} if any(key.startswith("eval/") for key in row) else set()
-            )
-            if metric.startswith("eval/") and metric not in self.keys and len(self.evaluated) > 1:
-                self.no_such_metric()
+            self.require_metric(row)
             step = row["step"]
-            value = float(row.get(metric, "nan"))
-            if (
-                first_run
-                and self.prunes
-                and math.isfinite(value)
-                and str(step) not in record["curve"]
-            ):
+            value = float(row.get(self.goal.metric, "nan"))
+            is_new = math.isfinite(value) and str(step) not in record["curve"]
+            if first_run and self.prunes and is_new:
                 with self.lock:
                     record["curve"][str(step)] = value
                 trial.report(value, step)
                 if step < last and trial.should_prune():  # the last step costs nothing more
                     raise optuna.TrialPruned(f"{value:.5g} at step {step}, worse than the median")
 
+    def require_metric(self, row: dict) -> None:
+        """Raises EveryTrialFails where a metric of evaluations is still missing after the second one."""
+        metric = self.goal.metric
+        self.keys |= row.keys()
+        if "eval/" in " ".join(row):
+            self.evaluated.add(row["step"])
+        if metric.startswith("eval/") and metric not in self.keys and len(self.evaluated) > 1:
+            self.no_such_metric()
+
     def no_such_metric(self):
+        """Raises EveryTrialFails with the keys that there are."""
         known = sorted(self.keys - {"step"})
-        raise Vain(
+        raise EveryTrialFails(
             f"--metric={self.goal.metric}: metrics.jsonl has no such key{did_you_mean(self.goal.metric, known)} "
             f"(it has: {', '.join(known)})"
         )
 
     def value_of(self, rows: list[dict]) -> float:
-        """A run's value. Raises NumericsError where it has none that is finite, Vain where it has none at all."""
+        """A run's value.
+
+        Raises NumericsError where it has none that is finite, EveryTrialFails where it has none at all.
+        """
+        metric = self.goal.metric
         self.keys = self.keys.union(*rows)
-        values = [float(row[self.goal.metric]) for row in rows if self.goal.metric in row]
+        values = [float(row[metric]) for row in rows if metric in row]
         if not values:
             self.no_such_metric()
-        values = [
-            value
-            for value in (values[-1:] if self.goal.take == "last" else values)
-            if math.isfinite(value)
-        ]
+        if self.goal.take == "last":
+            values = values[-1:]
+        values = list(filter(math.isfinite, values))
         if not values:
-            raise NumericsError(f"{self.goal.metric} was not finite")
+            raise NumericsError(f"{metric} was not finite")
         if self.maximize:
             return max(values)
         return min(values)
@@ -367,12 +407,12 @@ def nothing_done(records: list[dict]) -> UserError:
     if len(counts) > REASONS:
         lines.append(f"  and {len(counts) - REASONS} other reasons, in results.json")
     lines.append("change --space or the config, and give another --workdir")
+    kind = UserError
     states = {record["state"] for record in records}
-    kinds = {"refused": ConfigError, "diverged": NumericsError}
-    if len(states) == 1:
-        kind = kinds.get(states.pop(), UserError)
-    else:
-        kind = UserError
+    if states == {"refused"}:
+        kind = ConfigError
+    elif states == {"diverged"}:
+        kind = NumericsError
     return kind("\n".join(lines))
 
 
@@ -380,22 +420,22 @@ def outcome(record: dict) -> str:
     """A trial's value, or why it has none."""
     if record["state"] != "done":
         return f"{record['state']}: {record['reason']}"
-    return f"{record['mean']:.5g}" + (
-        f" ± {record['deviation']:.2g}" if len(record["by_seed"]) > 1 else ""
-    )
+    mean = f"{record['mean']:.5g}"
+    if len(record["by_seed"]) > 1:
+        return f"{mean} ± {record['deviation']:.2g}"
+    return mean
 
 
 def line(record: dict) -> str:
-    values = zip(record["values"], values_of(record))
-    return f"trial {record['trial']:>3}  {'  '.join(f'{key}={value}' for key, value in values)}  {outcome(record)}"
+    """A trial, its values and its outcome."""
+    pairs = zip(record["values"], values_of(record))
+    values = "  ".join(f"{key}={value}" for key, value in pairs)
+    return f"trial {record['trial']:>3}  {values}  {outcome(record)}"
 
 
 def values_of(record: dict) -> list[str]:
-    """To be read."""
-    return [
-        f"{value:.4g}" if isinstance(value, float) else str(value)
-        for value in record["values"].values()
-    ]
+    """With at most four digits."""
+    return list(map(readable, record["values"].values()))
 
 
 def flags(record: dict) -> str:

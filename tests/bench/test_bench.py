@@ -10,7 +10,7 @@ import pytest
 from conftest import small_config
 
 from jaxlm.bench import __main__ as bench
-from jaxlm.bench import parts as dissect
+from jaxlm.bench import parts, sweep
 from jaxlm.config.recipe import flatten
 from jaxlm.config.tasks import TASKS
 from jaxlm.data.batches import Prefetch, batch_shapes, train_batches
@@ -84,9 +84,9 @@ def test_a_run_of_its_own_data(recipe, tmp_path, text_dir):
 
 @pytest.mark.slow
 def test_a_sweep_has_a_picture_for_each_size_that_varies(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "FACTORS", (1, 2))
+    monkeypatch.setattr(sweep, "FACTORS", (1, 2))
     told = run(recipe, tmp_path, f"--sweep={tmp_path / 'pictures'}")
-    assert sorted(file.stem for file in (tmp_path / "pictures").iterdir()) == sorted(bench.SIZES)
+    assert sorted(file.stem for file in (tmp_path / "pictures").iterdir()) == sorted(sweep.SIZES)
     assert [row["size"] for row in told["sweep"]["depth"]] == [2, 4]
     for rows in told["sweep"].values():
         assert all(later["flops"] > row["flops"] for row, later in pairwise(rows))
@@ -118,9 +118,9 @@ def test_parts_of_a_step_and_of_a_run(tmp_path):
         config.data.path = str(tmp_path / "tokens")
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
-        step = dissect.step_parts(config, mesh)
-        loader = dissect.loader(config, mesh)
-        saving = dissect.checkpoint(config, mesh)
+        step = parts.step_parts(config, mesh)
+        loader = parts.loader(config, mesh)
+        saving = parts.checkpoint(config, mesh)
     assert step.keys() == {"attention", "MLP", "loss", "optimizer"}
     assert min(step.values()) > 0
     assert loader["tokens_per_second"] > 0
@@ -143,7 +143,7 @@ def test_parts_of_a_step_on_examples(tmp_path):
     )
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
-        assert dissect.step_parts(config, mesh).keys() == {"attention", "MLP", "optimizer"}
+        assert parts.step_parts(config, mesh).keys() == {"attention", "MLP", "optimizer"}
 
 
 def test_a_counted_model_has_no_step(recipe):

@@ -24,8 +24,9 @@ from jaxlm.parallel.hosts import to_global
 from jaxlm.step import forward
 from jaxlm.step.losses import loss_of, total_weight
 from jaxlm.step.state import abstract_state, gradients, state_shardings
-from jaxlm.verify import __main__ as verify
-from jaxlm.verify.laws import GRADIENT_TOLERANCE, unpacked, worst
+from jaxlm.verify import tiny
+from jaxlm.verify.laws import GRADIENT_TOLERANCE, worst
+from jaxlm.verify.packing import unpacked
 
 CASES = {name: {"task__name": name} for name in TASKS} | {
     "lm distilled": {"task__name": "lm", "task__distill": 0.5, "task__temperature": 2.0},
@@ -89,10 +90,10 @@ ROWS = 8
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("objectives")
-    verify.make_tokens(path)
+    tiny.make_tokens(path)
     for task in TASKS.values():
         if task.from_examples:
-            verify.make_examples(path / f"{task.name}.jsonl", task.name)
+            tiny.make_examples(path / f"{task.name}.jsonl", task.name)
     return path
 
 
@@ -111,7 +112,7 @@ def config_of(case, folder=None, **more):
         settings.setdefault("model__name", "vectors")
     settings.setdefault("model__name", "decoder")
     if record.has_label_names:
-        settings["data__labels"] = verify.LABELS
+        settings["data__labels"] = tiny.LABELS
     if folder:
         key, file = (
             ("data__train", f"{task}.jsonl")
@@ -120,7 +121,7 @@ def config_of(case, folder=None, **more):
         )
         settings[key] = str(folder / file)
     c = small_config(**settings)
-    if verify.needs_teacher(c):
+    if tiny.needs_teacher(c):
         c.task.teacher_model = tuple(c.model.items())
     return c
 

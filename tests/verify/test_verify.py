@@ -18,7 +18,8 @@ from jaxlm.errors import ConfigError
 from jaxlm.kernels import attention, cross_entropy
 from jaxlm.parallel import context_parallel as ring
 from jaxlm.verify import __main__ as verify
-from jaxlm.verify.laws import Result, on_mesh, packed_as_alone, same_as_one_device, train_on
+from jaxlm.verify.laws import Result, on_mesh, same_as_one_device, train_on
+from jaxlm.verify.packing import packed_as_alone
 
 SIZES = "model.num_heads model.num_kv_heads optim.learning_rate optim.adam_learning_rate".split()
 
