@@ -30,8 +30,8 @@ from jaxlm.parallel.chips import peak_flops
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.plan.measure import Times, begin, peak_memory, time_steps
 from jaxlm.run.checkpoint import VERSIONS, versions
+from jaxlm.run.inherit import inherit
 from jaxlm.run.process import manage_memory, quick_random_numbers
-from jaxlm.run.warm_start import inherit
 from jaxlm.step import costs
 from jaxlm.step.state import (
     abstract_inputs,

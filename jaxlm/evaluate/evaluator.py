@@ -46,6 +46,7 @@ class Evaluator:
         self.step = jax.jit(
             partial(eval_step, config=config), out_shardings=NamedSharding(mesh, PartitionSpec())
         )
+        self.samples = []  # of the last evaluation: examples, each with the model's answer
         self.num_bytes = self.bytes_of_text() if config.task.name == "lm" else None
 
     def bytes_of_text(self) -> int | None:
@@ -81,7 +82,15 @@ class Evaluator:
         if scores is not None and installed():
             result |= self.scored(scores)
         if config.task.name in WRITTEN and config.eval.generate:
-            texts = partial(score_texts, config, self.sources[0], params, config.eval.generate)
+            self.samples = []
+            texts = partial(
+                score_texts,
+                config,
+                self.sources[0],
+                params,
+                config.eval.generate,
+                self.samples.extend,
+            )
             result |= attempt("this evaluation gives no figures of texts", texts)
         return result
 

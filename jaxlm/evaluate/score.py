@@ -13,6 +13,7 @@ from jaxlm.errors import CheckpointError, DataError, NumericsError, UserError
 from jaxlm.evaluate import absent, metrics
 from jaxlm.generate.answer import span_said, write
 
+SAMPLES = 8  # texts of an evaluation that a run's writers get
 SCORED = ("classify", "multilabel", "regress", "tag", "qa")  # whose examples have scores
 # Faults that no evaluation may hide: no memory, a device or another host that is lost, a run that diverged.
 FAULTS = (
@@ -168,9 +169,16 @@ def reference_of(example: dict, config: ConfigDict) -> str:
     return text
 
 
-def score_texts(config: ConfigDict, source, params, count: int = 0) -> dict:
-    """BLEU, chrF and ROUGE of what the model writes to the examples."""
+def score_texts(
+    config: ConfigDict, source, params, count: int = 0, show=lambda samples: None
+) -> dict:
+    """BLEU, chrF and ROUGE of what the model writes to the examples.
+
+    show: gets the first SAMPLES examples, each with its `answer`.
+    """
     said, references = write_answers(config, source, params, count)
+    shown = zip(source.examples[:SAMPLES], said)
+    show([{**example, "answer": text} for example, text in shown])
     return of_texts(config, said, references)
 
 

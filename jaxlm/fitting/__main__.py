@@ -18,7 +18,7 @@ from jaxlm.config.recipe import flatten
 from jaxlm.errors import ConfigError, DataError
 from jaxlm.evaluate import pictures
 from jaxlm.evaluate.report import columns
-from jaxlm.run.warm_start import read_config
+from jaxlm.run.saved_run import read_config
 from jaxlm.run.workdir import run_directory
 from jaxlm.step.costs import num_parameters
 from jaxlm.step.state import abstract_state

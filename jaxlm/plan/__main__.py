@@ -29,8 +29,9 @@ from jaxlm.plan.page import Plan, duration, figures, fits, page, tokens_per_step
 from jaxlm.plan.search import changed, faster, remedies, search
 from jaxlm.plan.step_time import step_times
 from jaxlm.plan.topology import Topology
+from jaxlm.run.inherit import inherit
+from jaxlm.run.known_data import look_at_data, undescribed
 from jaxlm.run.process import manage_memory, quick_random_numbers
-from jaxlm.run.warm_start import inherit, look_at_data, not_told
 from jaxlm.step import costs
 from jaxlm.step.costs import human
 from jaxlm.step.state import (
@@ -268,7 +269,7 @@ def main(argv: list[str]) -> int:
         )
     problems += inherit(config)
     vocab_size, _, data_problem = look_at_data(config)
-    problems += not_told(config, vocab_size, data_problem)
+    problems += undescribed(config, vocab_size, data_problem)
     require(problems + check(config, len(pod.devices), vocab_size))
     config.model.vocab_size = config.model.vocab_size or vocab_size
     plan = make_plan(resolve(config), pod)

@@ -118,7 +118,7 @@ class Manager(ocp.CheckpointManager):
     """Orbax's, which does not ask jax whether a signal has come.
 
     jax takes the number that it was asked with last for the progress of this process, and orbax asks again, with older
-    steps, from a thread: the processes would miss the step at which they agreed to stop (see jaxlm.train.StopSignal).
+    steps, from a thread: the processes would miss the step at which they agreed to stop (jaxlm/train/stop_signal.py).
     """
 
     def reached_preemption(self, step: int) -> bool:

@@ -195,9 +195,7 @@ def describe(config: ConfigDict, num_devices: int, train_tokens: int | None) -> 
         ("checkpoint", human(saved)),
         (
             "data",
-            f"{train_tokens:,} tokens, {run_tokens / train_tokens:.2f} epochs"
-            if train_tokens
-            else "not known",
+            data_text(train_tokens, run_tokens),
         ),
     ]
     return (
@@ -205,6 +203,14 @@ def describe(config: ConfigDict, num_devices: int, train_tokens: int | None) -> 
         + "\n\n"
         + sharding_table(state.params, places.params)
     )
+
+
+def data_text(train_tokens: int | None, run_tokens: int) -> str:
+    if train_tokens is None:
+        return "not known"
+    if train_tokens == 0:
+        return "there; examples and pairs are not counted in tokens"
+    return f"{train_tokens:,} tokens, {run_tokens / train_tokens:.2f} epochs"
 
 
 def attention_lines(config: ConfigDict, mesh) -> list[tuple[str, str]]:

@@ -39,7 +39,7 @@ from jaxlm.data.tokenization.tokenizer import Bytes
 from jaxlm.data.transforms import Vocabulary
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.run.warm_start import inherit
+from jaxlm.run.inherit import inherit
 from jaxlm.step.costs import human
 from jaxlm.verify.laws import (
     DEVICES,
