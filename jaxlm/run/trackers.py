@@ -12,7 +12,8 @@ import io
 import json
 import os
 import time
-from pathlib import PurePath
+import uuid
+from pathlib import Path, PurePath
 
 from ml_collections import ConfigDict
 
@@ -50,12 +51,10 @@ class Tracker(Writer):
         numbers = {key: float(value) for key, value in row.items() if key != "step"}
         self.log(step, numbers)
         self.sent[kind] = step
-        self.logged()
 
     def samples(self, step: int, samples: list[dict]) -> None:
         if step > self.sent.get(EVAL, -1):
             self.log_samples(step, samples)
-            self.logged()
 
     def connect(self, config: ConfigDict, workdir: PurePath) -> str:
         """Begins or resumes the tracker's run; fills in `sent`. Returns a line for the console."""
@@ -66,9 +65,6 @@ class Tracker(Writer):
 
     def log_samples(self, step: int, samples: list[dict]) -> None:
         raise NotImplementedError
-
-    def logged(self) -> None:
-        """After each row and each set of samples."""
 
     def recall(self) -> dict:
         """What this tracker remembered in an earlier start of the run, {} where nothing."""
@@ -89,47 +85,54 @@ class Tracker(Writer):
 class Wandb(Tracker):
     """Weights & Biases: online with an API key, else offline. WANDB_MODE overrules; WANDB_PROJECT names the project.
 
-    Each start of an offline run is a folder of its own, of the same run id; `wandb sync` sends them.
+    Each start of an offline run is a folder of its own, of the same run id; `wandb sync` sends them. A kill loses what
+    wandb has not written yet, up to 15 seconds. A row of an evaluation has eval/step too, so that a resumed run finds
+    the last row of each kind.
     """
 
     name = "wandb"
 
     def connect(self, config: ConfigDict, workdir: PurePath) -> str:
-        known = self.recall()
         mode = os.environ.get("WANDB_MODE") or self.mode()
-        run_id = known.get("id") or self.library.util.generate_id()
+        online = mode == "online"
+        run_id = self.recall().get("id") or uuid.uuid4().hex[:8]
+        folder = self.folder(workdir, online)
+        stored = []
+        if not online:
+            stored = read_wandb(folder, run_id)
         self.run = self.library.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=workdir.name,
             id=run_id,
-            dir=self.folder(workdir, mode),
+            dir=folder,
             config=flatten(config),
             mode=mode,
-            resume="allow" if mode == "online" else None,
+            resume="allow" if online else None,
             settings=self.library.Settings(silent=True, console="off"),
         )
-        self.run.define_metric("*", step_metric="step")
-        self.sent = known.get("sent", {})
-        self.rows = max(known.get("rows", 0), self.run.step)  # wandb's own step: one for each row
         self.remember(id=run_id)
-        if mode == "online":
+        self.run.define_metric("*", step_metric="step")
+        last = self.run.summary if online else last_values(stored)
+        self.sent = {TRAIN: last.get("step", -1), EVAL: last.get("eval/step", -1)}
+        self.rows = max(len(stored), self.run.step)  # wandb's own step, one for each row
+        if online:
             return f"wandb: {self.run.url}"
-        return f"wandb: {mode}, in {workdir / 'wandb'}; to send it: wandb sync {workdir / 'wandb'}/*run-*"
+        return f"wandb: {mode}, in {folder}/wandb; to send it: wandb sync {folder}/wandb/*run-*"
 
     def mode(self) -> str:
         return "online" if self.library.login(prompt=False) else "offline"
 
-    def folder(self, workdir: PurePath, mode: str) -> str | None:
-        if mode == "online" and in_bucket(workdir):
+    def folder(self, workdir: PurePath, online: bool) -> str | None:
+        if online and in_bucket(workdir):
             return None
         return self.local_folder(workdir, "set WANDB_API_KEY")
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
-        self.run.log({"step": step, **numbers}, step=self.rows, commit=True)
+        row = {"step": step, **numbers}
+        if EVAL in numbers:
+            row["eval/step"] = step
+        self.run.log(row, step=self.rows, commit=True)
         self.rows += 1
-
-    def logged(self) -> None:
-        self.remember(sent=self.sent, rows=self.rows)
 
     def log_samples(self, step: int, samples: list[dict]) -> None:
         texts = [readable_json(sample) for sample in samples]
@@ -255,6 +258,57 @@ class Trackio(Tracker):
     def close(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             self.run.finish()
+
+
+def read_wandb(folder: str, run_id: str) -> list[dict]:
+    """The rows in the files of a wandb run, oldest first."""
+    from wandb.proto.wandb_internal_pb2 import Record  # late: an extra
+
+    rows = []
+    for file in sorted(Path(folder).glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")):
+        for record in wandb_records(file.read_bytes()):
+            row = {}
+            for item in Record.FromString(record).history.item:
+                row[item.key or item.nested_key[0]] = json.loads(item.value_json)
+            if row:
+                rows.append(row)
+    return rows
+
+
+def wandb_records(data: bytes):
+    """The whole records of a .wandb file; a last one that a kill cut short is left out.
+
+    The format is LevelDB's log: after a header of 7 bytes, blocks of 32 KiB, in which each piece has a CRC of 4 bytes,
+    its length in 2, and in 1 whether it is a whole record (1), its first, a middle or its last piece (2, 3, 4).
+    https://github.com/google/leveldb/blob/main/doc/log_format.md
+    """
+    header = 7
+    block = 1 << 15
+    place = header
+    record = b""
+    while place + header <= len(data):
+        left = block - place % block
+        if left < header:  # a block ends in zeros where no header fits
+            place += left
+            continue
+        length = int.from_bytes(data[place + 4 : place + 6], "little")
+        kind = data[place + 6]
+        end = place + header + length
+        if kind == 0 or end > len(data):
+            return
+        record += data[place + header : end]
+        place = end
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def last_values(rows: list[dict]) -> dict:
+    """The last value of each key."""
+    last = {}
+    for row in rows:
+        last |= row
+    return last
 
 
 def read_memory(path: PurePath) -> dict:
