@@ -37,13 +37,8 @@ ITEMS = {
     "meta": ocp.JsonCheckpointHandler,
 }
 DECIDING = ("model.", "optim.", "task.", "train.ema")  # keys that decide what a state holds
-BROKEN_FILES = (
-    AttributeError,
-    KeyError,
-    OSError,
-    TypeError,
-    ValueError,
-)  # what orbax raises of them
+# What orbax raises where files are broken.
+BROKEN_FILES = (AttributeError, KeyError, OSError, TypeError, ValueError)
 ROW_STEP = r'^\{"step": (\d+),'  # of a row of metrics.jsonl, whole or cut short
 VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint")
 

@@ -118,7 +118,7 @@ def other_tokens(spec: str, saved, own, config: ConfigDict) -> str:
     if config.task.name in ROLES:
         remedy = f"give --config.data.tokenizer={folder}"
     else:
-        remedy = f"prepare the text anew with --tokenizer={folder}"
+        remedy = f"prepare the text again with --tokenizer={folder}"
     return (
         f"its tokenizer ({tokenizer_text(saved)}) is not the data's ({tokenizer_text(own)}), so that the same id is "
         f"another text; {remedy}"

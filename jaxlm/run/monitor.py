@@ -71,7 +71,7 @@ class Monitor:
         self.data_seconds += seconds
 
     def saved(self, seconds: float) -> None:
-        """Adds to the time that the loop stood still for a checkpoint."""
+        """Adds to the time that the loop waited for a checkpoint."""
         self.save_seconds += seconds
 
     def step(self, step: int, metrics: dict, finished: float) -> None:

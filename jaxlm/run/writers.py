@@ -207,7 +207,7 @@ class TensorBoard(Writer):
             from tensorboardX import SummaryWriter  # late: an extra
         except ImportError:
             return ""
-        if in_bucket(workdir):  # its thread would make the run wait for ever after one failed write
+        if in_bucket(workdir):  # after one failed write of its thread the run would wait forever
             return "no TensorBoard files in a bucket: metrics.jsonl has the same numbers"
         self.board = SummaryWriter(str(workdir / "tensorboard"))
         return ""
