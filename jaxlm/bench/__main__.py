@@ -28,8 +28,8 @@ from jaxlm.data.batches import describe
 from jaxlm.data.synthetic import random_tokens
 from jaxlm.errors import ConfigError, DataError
 from jaxlm.run.checkpoint import VERSIONS, versions
+from jaxlm.run.inherit import inherit
 from jaxlm.run.process import manage_memory, quick_random_numbers
-from jaxlm.run.warm_start import inherit
 
 VOCABULARY = 256  # of random tokens, where the config names no other
 RANDOM_TOKENS = 4_000_000

@@ -254,4 +254,5 @@ def base() -> ConfigDict:
     c.log = ConfigDict()
     c.log.every = 10  # steps between rows of metrics.jsonl
     c.log.tensorboard = True  # when tensorboardX is installed
+    c.log.trackers = ""  # besides: "wandb,mlflow,trackio", any of them; each is an extra (pip install -e ".[wandb]")
     return c.lock()

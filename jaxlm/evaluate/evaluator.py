@@ -49,6 +49,7 @@ class Evaluator:
         self.step = jax.jit(
             partial(eval_step, config=config), out_shardings=NamedSharding(mesh, PartitionSpec())
         )
+        self.samples = []  # of the last evaluation: examples, each with the model's answer
         self.num_bytes = None
         if "bits_per_byte" in task_of(config).metrics:
             self.num_bytes = self.bytes_of_text()
@@ -88,7 +89,15 @@ class Evaluator:
         if scores is not None and installed():
             result |= self.scored(scores)
         if task_of(config).writes_text and config.eval.generate:
-            texts = partial(score_texts, config, self.sources[0], params, config.eval.generate)
+            self.samples = []
+            texts = partial(
+                score_texts,
+                config,
+                self.sources[0],
+                params,
+                config.eval.generate,
+                self.samples.extend,
+            )
             result |= attempt("this evaluation gives no figures of texts", texts)
         return result
 

@@ -14,6 +14,7 @@ from jaxlm.errors import CheckpointError, DataError, NumericsError, UserError
 from jaxlm.evaluate import absent, metrics
 from jaxlm.generate.answer import span_text, write
 
+SAMPLES = 8  # texts of an evaluation that a run's writers get
 # Never hidden by an evaluation: no memory, a lost device or host, a run that diverged.
 FAULTS = (
     MemoryError,
@@ -199,9 +200,15 @@ def reference_of(example: dict, config: ConfigDict) -> str:
     return text
 
 
-def score_texts(config: ConfigDict, source, params, count: int = 0) -> dict:
-    """BLEU, chrF and ROUGE of what the model writes to the first `count` examples, 0: to all."""
+def score_texts(config: ConfigDict, source, params, count: int = 0, show=None) -> dict:
+    """BLEU, chrF and ROUGE of what the model writes to the first `count` examples, 0: to all.
+
+    show: gets the first SAMPLES examples, each with its `answer`.
+    """
     texts, references = write_answers(config, source, params, count)
+    if show:
+        shown = zip(source.examples[:SAMPLES], texts)
+        show([{**example, "answer": text} for example, text in shown])
     return of_texts(config, texts, references)
 
 

@@ -1,1 +1,1 @@
-"""`python -m jaxlm.fitting`: which of several runs underfits, and which overfit."""
+"""`python -m jaxlm.fitting`: which of several runs underfit, and which overfit."""

@@ -1,9 +1,9 @@
 """python -m jaxlm.fitting --workdir=DIR --workdir=DIR ...: which of several runs underfits, and which overfits.
 
-From what the runs have written, so it takes seconds. They must have learned the same task from the same data. The run
-of the lowest validation loss fits best. One that is worse underfits where its training loss is higher too: it is too
-small, or was trained too little. Else it overfits: it learns by heart what it is trained on. The training loss is the
-mean since the evaluation before, with dropout, where there is any.
+It reads what the runs have written, so it takes seconds. They must have learned the same task from the same data. The
+run with the lowest validation loss fits best. A worse one underfits if its training loss is higher too: it is too
+small, or was trained too little. Otherwise it overfits: it learns its training data by heart. The training loss is the
+mean since the evaluation before, with dropout where the run has any.
 """
 
 import json
@@ -18,7 +18,7 @@ from jaxlm.config.recipe import flatten
 from jaxlm.errors import ConfigError, DataError
 from jaxlm.evaluate import pictures
 from jaxlm.evaluate.report import columns
-from jaxlm.run.warm_start import read_config
+from jaxlm.run.saved_run import read_config
 from jaxlm.run.workdir import run_directory
 from jaxlm.step.costs import num_parameters
 from jaxlm.step.state import abstract_state
@@ -29,8 +29,8 @@ SAME = (
     "data.mixture",
     "data.train",
     "data.val",
-)  # else losses cannot be compared
-CLOSE = 0.01  # nats: losses that are nearer to each other are taken to be the same
+)  # or losses can't be compared
+CLOSE = 0.01  # nats: a smaller difference between losses counts as none
 FITS = "fits best"
 AS_WELL = "fits as well"
 UNDER = "underfits"
@@ -39,7 +39,7 @@ NOT_DONE = "not done"
 
 
 class Fit(NamedTuple):
-    """What a run has written of its losses, in nats."""
+    """The losses of a run, in nats."""
 
     name: str
     parameters: int
@@ -84,19 +84,17 @@ class Fit(NamedTuple):
 
 
 def require_same_data(configs: dict[str, ConfigDict]) -> None:
-    """Raises ConfigError that tells every key of SAME in which these runs differ."""
+    """Raises ConfigError that names every key of SAME in which these runs differ."""
     problems = []
     for key in SAME:
         values = {workdir: flatten(config)[key] for workdir, config in configs.items()}
         if len(set(values.values())) > 1:
-            problems.append(
-                f"{key}: "
-                + ", ".join(f"{value!r} in {workdir}" for workdir, value in values.items())
-            )
+            each = [f"{value!r} in {workdir}" for workdir, value in values.items()]
+            problems.append(f"  - {key}: {', '.join(each)}")
     if problems:
-        said = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(
-            f"these runs did not learn the same, so that their losses cannot be compared:\n{said}"
+            "these runs did not learn the same, so that their losses cannot be compared:\n"
+            + "\n".join(problems)
         )
 
 
@@ -112,7 +110,7 @@ def mean_since(ends_N, steps_M, losses_M) -> np.ndarray:
 
 
 def read_fit(workdir: str, name: str, config: ConfigDict) -> Fit:
-    """Raises DataError where the run has not been evaluated."""
+    """The losses in a run's metrics.jsonl. Raises DataError where it has not been evaluated."""
     file = run_directory(workdir) / "metrics.jsonl"
     steps_N, val_N = pictures.read(file, "eval/loss")
     if not len(steps_N):
@@ -121,14 +119,19 @@ def read_fit(workdir: str, name: str, config: ConfigDict) -> Fit:
         )
     train_N = mean_since(steps_N, *pictures.read(file, "loss"))
     state, _ = abstract_state(config)
-    parameters = num_parameters(state.params)
     return Fit(
-        name, parameters, steps_N, train_N, val_N, config.train.stop_at, config.eval.patience
+        name=name,
+        parameters=num_parameters(state.params),
+        steps_N=steps_N,
+        train_N=train_N,
+        val_N=val_N,
+        planned=config.train.stop_at,
+        patience=config.eval.patience,
     )
 
 
 def verdicts(fits: list[Fit]) -> list[str]:
-    """What each run shows beside the one of the lowest validation loss."""
+    """For each run, how it compares with the one of the lowest validation loss."""
     best = min(fits, key=lambda fit: fit.val_N.min())
     found = []
     for fit in fits:
@@ -148,34 +151,41 @@ def verdicts(fits: list[Fit]) -> list[str]:
 def rows_of(fits: list[Fit]) -> list[dict]:
     """The table that is printed."""
     rows = []
-    for fit, shows in zip(fits, verdicts(fits)):
-        row = {"run": fit.name, "parameters": fit.parameters, "training loss": fit.training}
-        row |= {
+    for fit, verdict in zip(fits, verdicts(fits)):
+        row = {
+            "run": fit.name,
+            "parameters": fit.parameters,
+            "training loss": fit.training,
             "best validation loss": float(fit.val_N.min()),
             "at step": int(fit.steps_N[fit.best]),
+            "last validation loss": float(fit.val_N[-1]),
+            "ended": fit.ended,
+            "shows": verdict,
         }
-        row |= {"last validation loss": float(fit.val_N[-1]), "ended": fit.ended, "shows": shows}
         rows.append(row)
     return rows
 
 
 def draw(path: Path, fits: list[Fit]) -> None:
-    shown = verdicts(fits)
-    best = fits[shown.index(FITS)]
+    """Training and validation loss of the runs, with a title that says which fits best."""
+    found = verdicts(fits)
+    best = fits[found.index(FITS)]
     curves = []
-    said = []
-    for fit, shows in zip(fits, shown):
-        label = f"{pictures.short(fit.name)}: {shows}\n{fit.parameters:,} parameters"
+    others = []
+    for fit, verdict in zip(fits, found):
+        name = pictures.short(fit.name)
+        label = f"{name}: {verdict}\n{fit.parameters:,} parameters"
         curves.append(pictures.Curves(label, fit.steps_N, fit.train_N, fit.val_N, fit.stopped))
-        said += [f"{pictures.short(fit.name)} {shows}"] * (fit is not best)
-    where = f"validation loss {best.val_N.min():.3f} at step {best.steps_N[best.best]:,.0f}"
-    pictures.fitting(
-        path, curves, f"{pictures.short(best.name)} {FITS}: {where}\n{', '.join(said)}"
-    )
+        if fit is not best:
+            others.append(f"{name} {verdict}")
+    loss = f"validation loss {best.val_N.min():.3f}"
+    step = f"step {best.steps_N[best.best]:,.0f}"
+    title = f"{pictures.short(best.name)} {FITS}: {loss} at {step}\n{', '.join(others)}"
+    pictures.fitting(path, curves, title)
 
 
 def require_file(flag: str, path: str | None) -> None:
-    """Raises ConfigError where a file to be written there would fail."""
+    """Raises ConfigError where no file can be written at `path`."""
     if path is None:
         return
     if Path(path).is_dir():
@@ -203,8 +213,9 @@ def main(argv: list[str]) -> None:
         require_file(flag, path)
     configs = {workdir: read_config(workdir) for workdir in workdirs}
     require_same_data(configs)
-    last = [Path(workdir).name for workdir in workdirs]
-    names = last if len(set(last)) == len(last) else workdirs
+    names = [Path(workdir).name for workdir in workdirs]
+    if len(set(names)) < len(names):
+        names = workdirs
     fits = []
     for workdir, name in zip(workdirs, names):
         fits.append(read_fit(workdir, name, configs[workdir]))

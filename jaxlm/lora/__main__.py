@@ -16,9 +16,9 @@ from jaxlm.config.recipe import flatten, resolve
 from jaxlm.data.tokenization.specials import write_tokenizer
 from jaxlm.errors import ConfigError
 from jaxlm.parallel import hosts
+from jaxlm.run.adapters import fold_adapters
 from jaxlm.run.checkpoint import Checkpoints, describe_tokenizer
-from jaxlm.run.monitor import proposal
-from jaxlm.run.warm_start import merge
+from jaxlm.run.next_command import next_command
 from jaxlm.run.workdir import Hold, run_directory, write_whole
 
 
@@ -27,18 +27,18 @@ def merged_config(config: ConfigDict, section: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.model = section
     config.train.ema = 0.0
-    config.optim = base().optim  # its patterns may name adapters, which are no more
+    config.optim = base().optim  # the run's own patterns may name adapters
     return resolve(config)
 
 
 def write_run(
     workdir: PurePath, step: int, params: dict, meta: dict, config: ConfigDict, tokenizer
 ) -> None:
-    """A run directory of these parameters alone: config.json, the tokenizer and checkpoints/STEP."""
+    """Writes a run directory of these parameters alone: config.json, the tokenizer and checkpoints/STEP."""
     hold = Hold(workdir)
     checkpoints = Checkpoints(workdir, config)
-    told = {"config": flatten(config), "tokenizer": describe_tokenizer(tokenizer)}
-    checkpoints.save_params(step, params, meta | told)
+    own = {"config": flatten(config), "tokenizer": describe_tokenizer(tokenizer)}
+    checkpoints.save_params(step, params, meta | own)
     checkpoints.close()
     if jax.process_index() == 0:
         write_tokenizer(workdir, tokenizer)
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
             f"--workdir={args.workdir}: this model has no adapters (model.lora_rank=0); use it as it is"
         )
     with jax.set_mesh(lm.mesh):
-        params, section = merge(lm.params, lm.config.model)
+        params, section = fold_adapters(lm.params, lm.config.model)
         # An average is float32: what takes the parameters' place has their dtype.
         params = jax.tree.map(lambda x: x.astype(section.param_dtype), params)
     source = Checkpoints(args.workdir)
@@ -78,9 +78,8 @@ def main(argv: list[str]) -> None:
     source.close()
     config = merged_config(lm.config, section)
     write_run(output, lm.step, params, meta, config, lm.tokenizer)
-    print(
-        f"step {lm.step} without adapters is in {output}; {proposal(config, output, lm.tokenizer)}"
-    )
+    then = next_command(config, output, lm.tokenizer)
+    print(f"step {lm.step} without adapters is in {output}; {then}")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class Grams(nn.Module):
         weights_BTG = counts_BTG.astype(c.dtype)
         if (
             c.ngram_weights == "log_count_ratio"
-        ):  # counted where a run begins (jaxlm/run/warm_start.py), not trained
+        ):  # counted where a run begins (jaxlm/run/counted.py), not trained
             ratio_V = parameter(self, "ratio", nn.initializers.ones, axes[:1], (V,), c)
             weights_BTG *= find(ratio_V[:, None])[..., 0]
         squares_BT = jnp.square(weights_BTG.astype(jnp.float32)).sum(axis=2)

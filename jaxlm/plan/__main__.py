@@ -25,8 +25,9 @@ from jaxlm.plan.measure import measure
 from jaxlm.plan.page import Plan, duration, figures, fits, page
 from jaxlm.plan.search import changed, faster, remedies, search
 from jaxlm.plan.topology import Topology
+from jaxlm.run.inherit import inherit
+from jaxlm.run.known_data import look_at_data, undescribed
 from jaxlm.run.process import manage_memory, quick_random_numbers
-from jaxlm.run.warm_start import inherit, look_at_data, not_told
 from jaxlm.step.costs import human
 
 # ---------------------------------------------------------------- what to change
@@ -185,7 +186,7 @@ def read_config(args) -> tuple[ConfigDict, Topology]:
         )
     problems += inherit(config)
     vocab_size, _, data_problem = look_at_data(config)
-    problems += not_told(config, vocab_size, data_problem)
+    problems += undescribed(config, vocab_size, data_problem)
     require(problems + check(config, len(pod.devices), vocab_size))
     config.model.vocab_size = config.model.vocab_size or vocab_size
     return config, pod

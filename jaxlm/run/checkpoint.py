@@ -36,6 +36,10 @@ ITEMS = {
     "rest": ocp.StandardCheckpointHandler,
     "meta": ocp.JsonCheckpointHandler,
 }
+DECIDING = ("model.", "optim.", "task.", "train.ema")  # keys that decide what a state holds
+# What orbax raises where files are broken.
+BROKEN_FILES = (AttributeError, KeyError, OSError, TypeError, ValueError)
+ROW_STEP = r'^\{"step": (\d+),'  # of a row of metrics.jsonl, whole or cut short
 VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
@@ -91,22 +95,21 @@ def tokenizer_of(meta: dict):
 
 
 def require_checkpoints(workdir: PurePath, config: ConfigDict) -> None:
-    """Raises CheckpointError where metrics.jsonl tells of steps whose checkpoints are gone.
+    """Raises CheckpointError where metrics.jsonl has steps whose checkpoints are gone.
 
-    A run makes checkpoints/ before its first row, and a save that was cut short leaves a directory in it, so a run that
-    died before or inside of its first save is told from one whose checkpoints were deleted. To be called before
+    A run makes checkpoints/ before its first row, and a save that was cut short leaves a directory in it. So a run that
+    died before or during its first save is not taken for one whose checkpoints were deleted. Call it before
     `Checkpoints` makes the directory. A bucket has no empty directories: there nothing is known.
     """
     rows = workdir / "metrics.jsonl"
     folder = workdir / "checkpoints"
     if in_bucket(workdir) or not rows.is_file():
         return
-    last = max(
-        re.findall(r'^\{"step": (\d+),', rows.read_text(), re.MULTILINE), key=int, default=None
-    )
-    if last is None:
+    steps = [int(step) for step in re.findall(ROW_STEP, rows.read_text(), re.MULTILINE)]
+    if not steps:
         return
-    if folder.is_dir() and (any(folder.iterdir()) or int(last) <= config.checkpoint.every):
+    last = max(steps)
+    if folder.is_dir() and (any(folder.iterdir()) or last <= config.checkpoint.every):
         return
     raise CheckpointError(
         f"{rows} has rows up to step {last}, but {folder} has no checkpoint: put it back, give another --workdir, or "
@@ -115,10 +118,10 @@ def require_checkpoints(workdir: PurePath, config: ConfigDict) -> None:
 
 
 class Manager(ocp.CheckpointManager):
-    """Orbax's, which does not ask jax whether a signal has come.
+    """Orbax's manager, which does not ask jax whether a signal has come.
 
-    jax takes the number that it was asked with last for the progress of this process, and orbax asks again, with older
-    steps, from a thread: the processes would miss the step at which they agreed to stop (see jaxlm.train.StopSignal).
+    jax takes the number of the latest question for the progress of this process. Orbax asks from a thread, with older
+    steps, so the processes would miss the step at which they agreed to stop (jaxlm/train/stop_signal.py).
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -130,39 +133,37 @@ class Checkpoints:
 
     def __init__(self, workdir: str | PurePath, config: ConfigDict | None = None):
         """config: of the run that saves; None to read only."""
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every step it takes
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every step it takes
         workdir = run_directory(workdir)
         self.config = config
-        self.path = (workdir if in_bucket(workdir) else workdir.absolute()) / "checkpoints"
-        if config is None and not self.path.is_dir():
-            if workdir.is_dir():
-                found = "has no checkpoints/"
-            else:
-                found = "is not a directory"
-            need = "give the --workdir of a jaxlm.train run that has saved"
-            raise CheckpointError(f"{workdir} {found}: {need}{near_path(workdir)}")
+        self.path = workdir / "checkpoints"
+        if not in_bucket(workdir):
+            self.path = self.path.absolute()
+        if config is None:
+            self._require_saved(workdir)
         self._writer = ThreadPoolExecutor(1)
         self._writing = None
-        options = {"read_only": True}
-        if config is not None:
-            policies = [keep.LatestN(config.checkpoint.keep)]
-            if config.checkpoint.keep_best:
-                lowest = {"get_metric_fn": lambda m: m["loss"], "reverse": True, "n": 1}
-                policies.append(keep.BestN(**lowest, keep_checkpoints_without_metrics=False))
-            options = {
-                "preservation_policy": keep.AnyPreservationPolicy(policies),
-                "cleanup_tmp_directories": True,
-            }
         try:
             self.manager = Manager(
                 self.path,
                 item_handlers={name: handler() for name, handler in ITEMS.items()},
-                options=ocp.CheckpointManagerOptions(**options),
+                options=manager_options(config),
             )
         except OSError as error:
             raise CheckpointError(f"cannot use {self.path}: {error.strerror or error}") from None
 
+    def _require_saved(self, workdir: PurePath) -> None:
+        if self.path.is_dir():
+            return
+        found = "is not a directory"
+        if workdir.is_dir():
+            found = "has no checkpoints/"
+        raise CheckpointError(
+            f"{workdir} {found}: give the --workdir of a jaxlm.train run that has saved{near_path(workdir)}"
+        )
+
     def latest(self) -> int | None:
+        """The newest step that is saved whole."""
         self._settle()
         return self.manager.latest_step()
 
@@ -174,13 +175,16 @@ class Checkpoints:
         if step == "latest":
             return steps[-1]
         if step == "best":
-            losses = {s: self.meta(s).get("eval_loss") for s in steps}
-            measured = [s for s in steps if losses[s] is not None]
-            if not measured:
+            losses = {}
+            for saved in steps:
+                loss = self.meta(saved).get("eval_loss")
+                if loss is not None:
+                    losses[saved] = loss
+            if not losses:
                 raise CheckpointError(
                     f"{self.path}: no checkpoint is of a step that was evaluated (config.eval.every); steps: {steps}"
                 )
-            return min(measured, key=losses.get)
+            return min(losses, key=losses.get)
         if not str(step).isdecimal() or int(step) not in steps:
             raise CheckpointError(
                 f"{self.path} has no step {step}; it has {', '.join(map(str, steps))}, latest and best"
@@ -188,40 +192,40 @@ class Checkpoints:
         return int(step)
 
     def save(self, state: State, meta: dict, eval_loss: float | None = None) -> None:
-        """Copies the state to the host, then writes it in the background. Raises what the save before came to."""
+        """Copies the state to the host, then writes it in the background. Raises the error of the save before.
+
+        eval_loss: the step's `Best.badness`, None where it was not evaluated.
+        """
         self._settle()
         step = int(state.step)
         if step in self.manager.all_steps():
             return
-        if (
-            jax.process_count() > 1
-        ):  # orbax's processes wait for each other, in the order of the loop
+        if jax.process_count() > 1:
+            # Orbax's processes wait for each other, in the order of the loop.
             self._write(step, items(state), meta, eval_loss)
-        else:  # orbax takes 50 ms to begin, however small the state
-            self._writing = self._writer.submit(
-                self._write, step, on_host(items(state)), meta, eval_loss
-            )
+            return
+        # In a thread: orbax takes 50 ms to begin, however small the state.
+        parts = on_host(items(state))
+        self._writing = self._writer.submit(self._write, step, parts, meta, eval_loss)
 
     def _settle(self) -> None:
-        """Waits until orbax has begun with the save before, and raises its error."""
+        """Waits until orbax has begun the save before, and raises its error."""
         if self._writing:
             writing = self._writing
             self._writing = None
             writing.result()
 
     def save_params(self, step: int, params: dict, meta: dict) -> None:
-        """A checkpoint to evaluate, to generate and to begin from, not to go on with: it has no optimizer's state."""
+        """Writes a checkpoint to evaluate, generate or start from. Training can't go on: it has no optimizer state."""
         self._write(step, {"params": params}, meta, meta.get("eval_loss"))
 
     def _write(self, step: int, parts: dict, meta: dict, eval_loss: float | None) -> None:
         args = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
-        saved = self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                **args, meta=ocp.args.JsonSave(meta | {"eval_loss": eval_loss})
-            ),
-            metrics=None if eval_loss is None else {"loss": eval_loss},
-        )
+        args["meta"] = ocp.args.JsonSave(meta | {"eval_loss": eval_loss})
+        metrics = None
+        if eval_loss is not None:
+            metrics = {"loss": eval_loss}
+        saved = self.manager.save(step, args=ocp.args.Composite(**args), metrics=metrics)
         if not saved:  # orbax says no more than this
             raise CheckpointError(
                 f"step {step} was not saved: {self.path} has steps {sorted(self.manager.all_steps())}, and nothing is "
@@ -229,10 +233,10 @@ class Checkpoints:
             )
 
     def meta(self, step: int) -> dict:
+        """What `describe_run` made for this checkpoint, and `eval_loss`. Raises CheckpointError where it is damaged."""
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         try:
-            return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
-                "meta"
-            ]
+            return self.manager.restore(step, args=args)["meta"]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{self.path / str(step)} is damaged ({error}): move it away to use the one before"
@@ -240,11 +244,12 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: State, shardings: State) -> State:
         """The state at `step`, on the mesh of `shardings`. Raises CheckpointError where it does not fit `abstract`."""
-        places = items(shardings)
-        got = self._read(
-            step, **{name: as_target(tree, places[name]) for name, tree in items(abstract).items()}
-        )
-        if (inside := int(got["rest"]["step"])) != step:
+        targets = {}
+        for name, tree in items(abstract).items():
+            targets[name] = as_target(tree, items(shardings)[name])
+        got = self._read(step, **targets)
+        inside = int(got["rest"]["step"])
+        if inside != step:
             raise CheckpointError(
                 f"{self.path / str(step)} holds step {inside}: its directory was renamed or copied; rename it to "
                 f"{inside}, or move it away to go on from the one before"
@@ -252,39 +257,32 @@ class Checkpoints:
         return State(params=got["params"], ema=got.get("ema"), teacher=None, **got["rest"])
 
     def restore_params(self, step: int, abstract: State, shardings: State) -> dict:
-        """What evaluation and generation use: the average of the parameters where the run keeps one, else these."""
+        """What evaluation and generation use: the average of the parameters where the run keeps one, else these.
+
+        Raises CheckpointError where they do not fit `abstract`.
+        """
         name = "params" if abstract.ema is None else "ema"
-        return self._read(step, **{name: as_target(items(abstract)[name], items(shardings)[name])})[
-            name
-        ]
+        target = as_target(items(abstract)[name], items(shardings)[name])
+        return self._read(step, **{name: target})[name]
 
     def read_params(self, step: int, place) -> dict:
-        """What evaluation uses, as it was saved, whatever the model. place: (name, shape) -> sharding."""
-        if self.meta(step)["config"].get("train.ema"):
-            name = "ema"
-        else:
-            name = "params"
-        saved = self._saved(step, name)
+        """What evaluation uses, as it was saved, whatever the model. place: (name, shape) -> sharding.
+
+        Raises CheckpointError where it is damaged.
+        """
+        name = "ema" if self.meta(step)["config"].get("train.ema") else "params"
 
         def target(path, x):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(name_of(path), x.shape))
 
-        return self._read(step, **{name: jax.tree_util.tree_map_with_path(target, saved)})[name]
+        targets = jax.tree_util.tree_map_with_path(target, self._saved(step, name))
+        return self._read(step, **{name: targets})[name]
 
     def _read(self, step: int, **targets):
         parts = self._parts(step)
         for name, target in targets.items():
             if name not in parts:
-                if name == "ema" and "rest" in parts:
-                    raise CheckpointError(
-                        f"{self.path / str(step)} was trained without an average of the parameters: train.ema can't be "
-                        "switched on half-way; set --config.train.ema=0, or begin a new run in another --workdir with "
-                        f"--config.train.init_from={self.path.parent}"
-                    )
-                raise CheckpointError(
-                    f"{self.path / str(step)} has no {name}: it is of a model alone, which a run can begin from, but "
-                    f"not go on with; give another --workdir, and --config.train.init_from={self.path.parent}"
-                )
+                raise self._lacks(step, name, parts)
             self._require_fit(step, name, target)
         args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
         try:
@@ -296,40 +294,38 @@ class Checkpoints:
                 raise
             raise self._damaged(step, error.__cause__ or error) from error
 
+    def _lacks(self, step: int, name: str, parts) -> CheckpointError:
+        where = self.path / str(step)
+        if name == "ema" and "rest" in parts:
+            return CheckpointError(
+                f"{where} was trained without an average of the parameters: train.ema can't be switched on half-way; "
+                "set --config.train.ema=0, or begin a new run in another --workdir with "
+                f"--config.train.init_from={self.path.parent}"
+            )
+        return CheckpointError(
+            f"{where} has no {name}: it is of a model alone, which a run can begin from, but not go on with; give "
+            f"another --workdir, and --config.train.init_from={self.path.parent}"
+        )
+
     def _require_fit(self, step: int, name: str, target) -> None:
         """Orbax casts dtypes silently and reports other shapes unreadably: compare first."""
-
-        def flat(tree):
-            return {
-                name_of(path): (tuple(x.shape), str(x.dtype))
-                for path, x in jax.tree.leaves_with_path(tree)
-            }
-
-        saved = flat(self._saved(step, name))
-        wanted = flat(target)
-        both = [path for path in wanted if path in saved and saved[path] != wanted[path]]
-        lines = [f"{path}: saved {saved[path]}, wanted {wanted[path]}" for path in both]
-        lines += [f"{path}: not in the checkpoint" for path in wanted if path not in saved]
-        lines += [f"{path}: only in the checkpoint" for path in saved if path not in wanted]
-        if lines:
-            more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
-            raise CheckpointError(
-                f"checkpoint {self.path / str(step)} is of another model or optimizer than the config:\n  "
-                + "\n  ".join(self._changed(step) + lines[:8] + more)
-                + "\nuse the config that it was trained with (workdir/config.json), or another --workdir"
-            )
+        lines = differences(self._saved(step, name), target)
+        if not lines:
+            return
+        more = []
+        if len(lines) > 8:
+            more = [f"and {len(lines) - 8} more"]
+        raise CheckpointError(
+            f"checkpoint {self.path / str(step)} is of another model or optimizer than the config:\n  "
+            + "\n  ".join(self._changed(step) + lines[:8] + more)
+            + "\nuse the config that it was trained with (workdir/config.json), or another --workdir"
+        )
 
     def _parts(self, step: int):
         """{name: what orbax knows of it} of a checkpoint."""
         try:
             return self.manager.item_metadata(step)
-        except (
-            AttributeError,
-            KeyError,
-            OSError,
-            TypeError,
-            ValueError,
-        ) as error:  # orbax's, of broken files
+        except BROKEN_FILES as error:
             raise self._damaged(step, error) from error
 
     def _damaged(self, step: int, error: BaseException) -> CheckpointError:
@@ -344,36 +340,27 @@ class Checkpoints:
             return self._parts(step)[name].tree
         except CheckpointError:
             raise
-        except (
-            AttributeError,
-            KeyError,
-            OSError,
-            ValueError,
-        ):  # orbax: None, where its own files are not whole
+        except BROKEN_FILES:  # orbax gives None where its own files are not whole
             folder = self.path / str(step)
             raise CheckpointError(
                 f"{folder} is damaged: its {name} do not say what they are; move it away to use the one before"
             ) from None
 
     def _changed(self, step: int) -> list[str]:
-        """The keys, of those that decide what a state holds, which are not as in a checkpoint."""
+        """The keys that decide what a state holds, where the config differs from a checkpoint's."""
+        if self.config is None:
+            return []
         now = json.loads(
-            json.dumps(flatten(self.config) if self.config else {})
-        )  # tuples are lists there
-
-        def deciding(key):
-            return key.startswith(("model.", "optim.", "task.", "train.ema"))
-
-        pairs = [
-            (key, old, now[key]) for key, old in self.meta(step)["config"].items() if key in now
-        ]
-        return [
-            f"config.{key}: {old} -> {new}"
-            for key, old, new in pairs
-            if deciding(key) and old != new
-        ]
+            json.dumps(flatten(self.config))
+        )  # tuples become lists, as in the checkpoint
+        lines = []
+        for key, old in self.meta(step)["config"].items():
+            if key.startswith(DECIDING) and key in now and old != now[key]:
+                lines.append(f"config.{key}: {old} -> {now[key]}")
+        return lines
 
     def wait(self) -> None:
+        """Returns when all saves are on the disk. Raises the error of the last one."""
         self._settle()
         self.manager.wait_until_finished()
 
@@ -382,12 +369,34 @@ class Checkpoints:
         self.manager.close()
 
 
+def manager_options(config: ConfigDict | None) -> ocp.CheckpointManagerOptions:
+    """Which checkpoints a run keeps. config: None to read only."""
+    if config is None:
+        return ocp.CheckpointManagerOptions(read_only=True)
+    policies = [keep.LatestN(config.checkpoint.keep)]
+    if config.checkpoint.keep_best:
+        policies.append(
+            keep.BestN(
+                get_metric_fn=lambda metrics: metrics["loss"],
+                reverse=True,  # the lowest
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    return ocp.CheckpointManagerOptions(
+        preservation_policy=keep.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+    )
+
+
 def items(state: State) -> dict:
     """The parts of a state that are saved, and can be read, on their own."""
-    rest = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
-    return {"params": state.params, "rest": rest} | (
-        {} if state.ema is None else {"ema": state.ema}
-    )
+    parts = {
+        "params": state.params,
+        "rest": {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped},
+    }
+    if state.ema is not None:
+        parts["ema"] = state.ema
+    return parts
 
 
 def on_host(tree):
@@ -398,6 +407,31 @@ def on_host(tree):
 
 
 def as_target(abstract, shardings):
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
+    """What orbax is to restore: shapes and dtypes, each with its sharding."""
+
+    def target(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(target, abstract, shardings)
+
+
+def differences(saved, wanted) -> list[str]:
+    """A line for each parameter of two trees that differs in shape or dtype, or is in one alone."""
+    saved = shapes_of(saved)
+    wanted = shapes_of(wanted)
+    other = []
+    missing = []
+    for path, shape in wanted.items():
+        if path not in saved:
+            missing.append(f"{path}: not in the checkpoint")
+        elif saved[path] != shape:
+            other.append(f"{path}: saved {saved[path]}, wanted {shape}")
+    extra = [f"{path}: only in the checkpoint" for path in saved if path not in wanted]
+    return other + missing + extra
+
+
+def shapes_of(tree) -> dict[str, tuple]:
+    shapes = {}
+    for path, x in jax.tree.leaves_with_path(tree):
+        shapes[name_of(path)] = (tuple(x.shape), str(x.dtype))
+    return shapes

@@ -271,8 +271,10 @@ def memory_lines(config: ConfigDict, state, places) -> Lines:
 
 def data_lines(config: ConfigDict, train_tokens: int | None) -> Lines:
     """How often the data is seen."""
-    if not train_tokens:
+    if train_tokens is None:
         return [("data", "not known")]
+    if train_tokens == 0:
+        return [("data", "there; examples and pairs are not counted in tokens")]
     epochs = run_tokens(config) / train_tokens
     return [("data", f"{train_tokens:,} tokens, {epochs:.2f} epochs")]
 

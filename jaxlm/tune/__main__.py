@@ -30,7 +30,7 @@ from jaxlm.config.problems import require
 from jaxlm.config.recipe import flatten, load, override, set_key
 from jaxlm.data.batches import fingerprint, validation_batches
 from jaxlm.errors import ConfigError, UserError
-from jaxlm.run.warm_start import inherit
+from jaxlm.run.inherit import inherit
 from jaxlm.run.workdir import Hold
 from jaxlm.tune.feasible import Verdict, judge
 from jaxlm.tune.runner import Trainer

@@ -31,7 +31,7 @@ from jaxlm.config.recipe import flatten, load, override, resolve
 from jaxlm.data.batches import train_batches
 from jaxlm.errors import ConfigError
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.run.warm_start import inherit
+from jaxlm.run.inherit import inherit
 from jaxlm.step.costs import human
 from jaxlm.verify.laws import DEVICES, Result, on_mesh, same_as_one_device, train_on
 from jaxlm.verify.packing import packed_as_alone

@@ -149,6 +149,7 @@ def shrink_training(c: ConfigDict) -> None:
     c.eval.generate = 0
     c.log.every = 1
     c.log.tensorboard = False
+    c.log.trackers = ""
     c.checkpoint.every = 1000
     c.mesh.update(dict.fromkeys(MESH_AXES, 0) | {"slices": 1, "strategy": "data"})
 

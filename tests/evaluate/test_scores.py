@@ -18,7 +18,8 @@ from jaxlm.evaluate import metrics, report
 from jaxlm.evaluate.__main__ import finite
 from jaxlm.evaluate.evaluator import Evaluator
 from jaxlm.evaluate.score import attempt, of_texts, warn_once
-from jaxlm.train.__main__ import Best, Run
+from jaxlm.train.best import Best
+from jaxlm.train.loop import Run
 
 pytest.importorskip("scipy")
 pytest.importorskip("sacrebleu")
@@ -409,7 +410,7 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 def test_faults_of_the_machine_and_signals_pass_on(fault, monkeypatch):
     with pytest.raises(type(fault)):
-        run_of(Mock(side_effect=fault)).visit(Mock(ema=None), 250, False, True)
+        run_of(Mock(side_effect=fault)).evaluate_and_save(Mock(ema=None), 250, False, True)
     monkeypatch.setattr("jaxlm.evaluate.evaluator.score", Mock(side_effect=fault))
     with pytest.raises(type(fault)):
         evaluator("classify")(None)
@@ -447,7 +448,10 @@ ERRORS = [
 def test_a_run_saves_and_goes_on_where_an_evaluation_fails(error):
     run = run_of(Mock(side_effect=error))
     state = Mock(ema=None)
-    assert [run.visit(state, step, False, True) for step in (250, 500)] == [False, False]
+    assert [run.evaluate_and_save(state, step, False, True) for step in (250, 500)] == [
+        False,
+        False,
+    ]
     assert [save.args for save in run.checkpoints.save.call_args_list] == [
         (state, {"best": [None, 0]}, None)
     ] * 2
@@ -463,9 +467,11 @@ def test_a_run_saves_and_goes_on_where_an_evaluation_fails(error):
 def test_one_of_several_processes_does_not_go_on_alone(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(OSError, match="gone"):
-        run_of(Mock(side_effect=OSError("gone"))).visit(Mock(ema=None), 250, False, True)
+        run_of(Mock(side_effect=OSError("gone"))).evaluate_and_save(
+            Mock(ema=None), 250, False, True
+        )
     run = run_of(Mock(side_effect=DataError("nothing counts")))  # which all of them see
-    assert not run.visit(Mock(ema=None), 250, False, True)
+    assert not run.evaluate_and_save(Mock(ema=None), 250, False, True)
 
 
 def examples_of(task, rows, names):

@@ -14,7 +14,7 @@ from jaxlm.errors import CheckpointError, ConfigError, DataError, UserError
 from jaxlm.generate.__main__ import main, question_of, read_input, read_prompts, write_answers
 from jaxlm.generate.arguments import examples_of, options_of, sampling_of
 from jaxlm.generate.lm import LM, load
-from jaxlm.run.monitor import proposal
+from jaxlm.run.next_command import next_command
 
 ODD_LINES = ["a\x0bb", "c\x0cd", "e\u2028f", "g\x85h", "i\x1cj", "", " k\rl "]
 
@@ -400,7 +400,7 @@ def test_a_line_that_is_not_json_is_named(tmp_path):
 )
 def test_a_run_proposes_what_works_as_typed(task, tokenizer):
     config = of_task(task).config
-    command = proposal(config, PurePath("my runs/it's"), tokenizer).removeprefix(
+    command = next_command(config, PurePath("my runs/it's"), tokenizer).removeprefix(
         "try python -m jaxlm."
     )
     program, *flags = shlex.split(command)

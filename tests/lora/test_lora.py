@@ -11,9 +11,9 @@ from conftest import fresh_state, program, small_config
 import jaxlm
 from jaxlm.data.batches import fingerprint
 from jaxlm.data.tokenization import tokenizer as tokenizers
-from jaxlm.lora.__main__ import merge
 from jaxlm.models import build, build_section
 from jaxlm.models.transformer import unembedding
+from jaxlm.run.adapters import fold_adapters
 from jaxlm.run.checkpoint import name_of
 
 ALL = "query|key|value|out|up|gate|down"
@@ -51,7 +51,7 @@ def config_of(name, **settings):
 def test_the_merged_model_computes_the_same(name, scan):
     c = config_of(name, model__scan=scan, model__bias=scan, model__lora_targets=ALL)
     params = with_noise(fresh_state(c).params)
-    merged, section = merge(params, c.model)
+    merged, section = fold_adapters(params, c.model)
     assert section.lora_rank == 0
     assert c.model.lora_rank == 4
     plain = jax.eval_shape(
@@ -74,7 +74,7 @@ def test_adapters_begin_as_nothing():
     c = config_of("decoder")
     plain = small_config()
     params = fresh_state(c).params
-    kept, section = merge(params, c.model)
+    kept, section = fold_adapters(params, c.model)
     np.testing.assert_array_equal(
         logits(build(c), params, "decoder"), logits(build_section(section), kept, "decoder")
     )

@@ -11,7 +11,7 @@ from conftest import fresh_state, one_step, small_config
 from jaxlm.data.batches import train_batches
 from jaxlm.models import build
 from jaxlm.models.bag import log_count_ratios, ngrams_in
-from jaxlm.run.warm_start import weigh_ngrams
+from jaxlm.run.counted import weigh_ngrams
 
 ORDER = 4
 MANY = 2**31 - 1

@@ -11,7 +11,7 @@ from conftest import fresh_state, mesh_of, one_step, random_batch, small_config
 from jaxlm.config.recipe import flatten
 from jaxlm.errors import CheckpointError
 from jaxlm.run.checkpoint import Checkpoints, config_of, require_checkpoints
-from jaxlm.run.warm_start import read_config
+from jaxlm.run.saved_run import read_config
 from jaxlm.step.state import abstract_state, state_shardings
 
 

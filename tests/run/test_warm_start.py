@@ -19,7 +19,9 @@ from jaxlm.errors import UserError
 from jaxlm.generate.lm import LM
 from jaxlm.lora.__main__ import write_run
 from jaxlm.run.checkpoint import describe_run, name_of
-from jaxlm.run.warm_start import agree, inherit, overruled, rate_jump, warm_start
+from jaxlm.run.inherit import agree, inherit, overruled
+from jaxlm.run.resume import rate_jump
+from jaxlm.run.warm_start import warm_start
 from jaxlm.step.optim import schedule
 from jaxlm.step.state import init_state
 

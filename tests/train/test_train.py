@@ -15,7 +15,8 @@ from conftest import FLAGS, ROOT, program
 from jaxlm.config.keys import base
 from jaxlm.data.prepare import prepare
 from jaxlm.run.workdir import Hold
-from jaxlm.train.__main__ import Best, Run
+from jaxlm.train.best import Best
+from jaxlm.train.loop import Run
 
 SETTINGS = {
     "model.num_layers": 2, "model.embed_dim": 32, "model.num_heads": 4, "model.num_kv_heads": 2, "model.scan": False,
@@ -276,7 +277,9 @@ def test_a_metric_that_an_evaluation_does_not_give_saves_and_waits(metric, resul
     run.checkpoints = Mock()
     run.evaluate = Mock(return_value=result)
     state = Mock(ema=None)
-    assert [run.visit(state, step, False, True) for step in (250, 500, 750)] == [False] * 3
+    assert [run.evaluate_and_save(state, step, False, True) for step in (250, 500, 750)] == [
+        False
+    ] * 3
     saves = run.checkpoints.save.call_args_list
     assert [save.args for save in saves] == [(state, {"best": [None, 0]}, None)] * 3
     said = [call.args[0] for call in run.monitor.say.call_args_list]

@@ -13,7 +13,7 @@ from conftest import mesh_of, small_config
 from ml_collections import FrozenConfigDict
 
 import jaxlm.generate.lm
-import jaxlm.train.__main__ as trainer
+import jaxlm.train.loop as trainer
 from jaxlm.data.batches import describe
 from jaxlm.evaluate.evaluator import Evaluator
 from jaxlm.run.checkpoint import Checkpoints

@@ -1,0 +1,49 @@
+"""Parameters that are counted in the training data and not trained: n-gram models, and log-count ratios of a bag."""
+
+from itertools import pairwise
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxlm.data.batches import open_stores
+from jaxlm.data.examples import Examples
+from jaxlm.models import ngram
+from jaxlm.models.bag import log_count_ratios
+
+
+def count_ngrams(config: ConfigDict) -> dict:
+    """The parameters of an n-gram model of the training data; fills in config.model.ngrams."""
+    stores = open_stores(config, "train")
+    m = config.model
+    params = ngram.fit(
+        documents(stores),
+        m.order,
+        m.vocab_size,
+        stores[0].bos_id,
+        m.discount,
+    )
+    m.ngrams = ngram.sizes(params)
+    return params
+
+
+def documents(stores):
+    """Each document's tokens, int32, with bos in front where the tokenizer has one."""
+    for store in stores:
+        front = [] if store.bos_id is None else [store.bos_id]
+        starts = [*store.document_starts(0, store.num_tokens), store.num_tokens]
+        for start, stop in pairwise(starts):
+            tokens = store.read(int(start), int(stop - start))
+            yield np.concatenate([front, tokens]).astype(np.int32)
+
+
+def weigh_ngrams(params: dict, config: ConfigDict) -> dict:
+    """The parameters of a bag of n-grams, with the log-count ratios of the training examples (NBSVM) filled in."""
+    m = config.model
+    pieces = Examples(config, "train").pieces
+    texts = [piece["tokens"] for piece in pieces]
+    labels = np.array([piece["label"] for piece in pieces])
+    ratio = log_count_ratios(texts, labels, m.num_labels, m.order, m.buckets)
+    old = params["embed"]["ratio"]
+    new = jax.device_put(ratio.astype(old.dtype), old.sharding)
+    return params | {"embed": params["embed"] | {"ratio": new}}
