@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from jaxlm import cli
 from jaxlm.bench import parts as dissect
 from jaxlm.config.check import check, require
-from jaxlm.config.keys import ROLES
+from jaxlm.config.keys import COUNTED, ROLES
 from jaxlm.config.recipe import load, override, resolve
 from jaxlm.data.batches import Prefetch, describe, train_batches
 from jaxlm.data.synthetic import random_tokens
@@ -278,9 +278,9 @@ def main(argv: list[str]) -> int:
     problems = override(config, args.overrides) + inherit(config)
     with tempfile.TemporaryDirectory() as folder:
         require(problems)
-        if config.model.name == "ngram":
+        if config.model.name in COUNTED:
             raise ConfigError(
-                "config.model.name=ngram: is counted, not trained: it has no step to time"
+                f"config.model.name={config.model.name}: is counted, not trained: it has no step to time"
             )
         config, where, flags = with_data(config, Path(folder) / "tokens")
         print(f"data: {where}", flush=True)

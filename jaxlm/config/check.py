@@ -7,6 +7,7 @@ import re
 from ml_collections import ConfigDict
 
 from jaxlm.cli import did_you_mean
+from jaxlm.config.attention_kernels import capabilities
 from jaxlm.config.keys import (
     ATTENDING,
     CHOICES,
@@ -143,7 +144,7 @@ def model(c: ConfigDict, vocab_size: int | None) -> list[str]:
     if m.positions == "learned" and 0 < m.context_length < c.data[longest]:
         table = f"the table of learned positions, config.model.context_length={m.context_length}"
         problems.append(f"config.data.{longest}={c.data[longest]}: longer than {table}")
-    if m.attention_softcap and m.attention not in ("auto", "reference", "blockwise", "tokamax"):
+    if m.attention_softcap and not capabilities(m.attention).softcap:
         problems.append(
             f"config.model.attention={m.attention}: has no attention_softcap; set auto or reference"
         )

@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from jaxlm.config.attention_kernels import ATTENTION_KERNELS
+
 MESH_AXES = ("data", "fsdp", "stage", "expert", "sequence", "tensor")
 STRATEGIES = {  # mesh.strategy -> the axis that takes the devices left over
     "data": "data",
@@ -37,6 +39,8 @@ ROLES = {
 GROUP = "group"  # a column beside them, by whose values evaluate tells figures apart
 TWO_SIDED = ("span_corruption", "ul2", "seq2seq")  # a source is read, a target written
 ATTENDING = ("decoder", "encoder", "encoder_decoder")  # models with heads
+COUNTED = ("ngram",)  # models that are counted, not trained: jaxlm.models.FITS
+GATED = ("swiglu",)  # of model.mlp: those with a gate
 LABELLED = ("classify", "multilabel", "regress")  # one label an example, not one a token
 HEADED = (
     *LABELLED,
@@ -129,16 +133,7 @@ CHOICES = {
     "model.mlp": ("swiglu", "gelu", "relu", "relu2"),
     "model.positions": ("rope", "learned", "sinusoidal", "none"),
     "model.remat": ("none", "full", "dots", "attention"),
-    "model.attention": (
-        "auto",
-        "reference",
-        "dense",
-        "blockwise",
-        "splash",
-        "xla",
-        "cudnn",
-        "tokamax",
-    ),
+    "model.attention": ("auto", *ATTENTION_KERNELS),
     "model.context_parallel": ("ring", "all_gather"),
     "model.router": ("softmax", "sigmoid"),
     "model.quantize": ("none", "fp8", "int8"),
@@ -254,7 +249,7 @@ def base() -> ConfigDict:
         1  # rounds of layers in the body of that loop: more can overlap, and take longer to compile
     )
     m.remat = "none"  # what the backward pass recomputes: none | full | dots (all but products) | attention
-    m.attention = "auto"  # or reference | dense (CPU) | blockwise | splash (TPU) | xla | cudnn | tokamax (GPUs)
+    m.attention = "auto"  # auto | a key of jaxlm.config.attention_kernels.ATTENTION_KERNELS
     m.context_parallel = (
         "ring"  # how attention meets the keys of other devices (mesh.sequence): ring | all_gather
     )

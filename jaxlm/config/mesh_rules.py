@@ -5,6 +5,7 @@ import math
 
 from ml_collections import ConfigDict
 
+from jaxlm.config.attention_kernels import capabilities
 from jaxlm.config.keys import ATTENDING, MESH_AXES
 from jaxlm.config.recipe import mesh_sizes, pipeline_microbatches
 
@@ -132,7 +133,7 @@ def model_on_mesh(c: ConfigDict, sizes: dict[str, int], devices: int | None) -> 
     if (
         sizes["sequence"] > 1
         and m.context_parallel == "ring"
-        and m.attention not in ("auto", "blockwise")
+        and not capabilities(m.attention).ring
     ):
         problems.append(
             f"config.model.attention={m.attention}: the ring over config.mesh.sequence={sizes['sequence']} has its own "

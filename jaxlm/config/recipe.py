@@ -16,10 +16,10 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxlm.cli import did_you_mean
-from jaxlm.config.keys import MESH_AXES, ROLES, STRATEGIES, base
+from jaxlm.config.keys import COUNTED, GATED, MESH_AXES, ROLES, STRATEGIES, base
 from jaxlm.errors import ConfigError, UserError
 
-COUNTED = (r"^embed/ratio$", 0.0)  # of optim.rates: model.ngram_weights are not trained
+RATIO_RATE = (r"^embed/ratio$", 0.0)  # of optim.rates: model.ngram_weights are not trained
 WRONG_TYPE = r"field '(\w+)'.*?\. (.*) is of original type .* to type <class '(.*)'>"  # as ml_collections says it
 
 
@@ -235,7 +235,7 @@ def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     m.num_kv_heads = m.num_kv_heads or m.num_heads
     m.head_dim = m.head_dim or m.embed_dim // m.num_heads
     m.mlp_dim = m.mlp_dim or (
-        64 * math.ceil(m.embed_dim * 8 / 3 / 64) if m.mlp == "swiglu" else 4 * m.embed_dim
+        64 * math.ceil(m.embed_dim * 8 / 3 / 64) if m.mlp in GATED else 4 * m.embed_dim
     )
     m.expert_dim = m.expert_dim or m.mlp_dim
     m.vocab_size = m.vocab_size or vocab_size
@@ -249,7 +249,7 @@ def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     ):  # an example of 8 tokens is a short one
         c.data.examples_per_row = max(c.data.seq_len // 8, 1) if c.data.pack else 1
     m.bias = m.bias or c.task.name == "glove"
-    if m.name == "ngram":  # counted, not trained
+    if m.name in COUNTED:
         m.ngrams = m.ngrams or (m.vocab_size,) * m.order  # until it is
         c.optim.decay = c.optim.rates = ((r".*", 0.0),)
         c.train.steps = c.train.stop_at = 1
@@ -257,8 +257,8 @@ def resolve(c: ConfigDict, vocab_size: int = 0) -> ConfigDict:
         c.optim.decay = (
             (r".*", 1.0),
         )  # there is no norm and no bias, which a pattern would be for
-    elif m.ngram_weights != "none" and c.optim.rates[0] != COUNTED:
-        c.optim.rates = (COUNTED, *c.optim.rates)
+    elif m.ngram_weights != "none" and c.optim.rates[0] != RATIO_RATE:
+        c.optim.rates = (RATIO_RATE, *c.optim.rates)
     elif m.lora_rank and c.optim.rates == ((r".*", 1.0),):  # adapters, and a head that is new
         c.optim.rates = ((r"lora_|^head/", 1.0), (r".*", 0.0))
     c.train.stop_at = c.train.stop_at or c.train.steps

@@ -18,7 +18,7 @@ from jaxlm import cli
 from jaxlm.config.check import check, require
 from jaxlm.config.recipe import load, override, resolve
 from jaxlm.errors import ConfigError, UserError
-from jaxlm.kernels.attention import BLOCK
+from jaxlm.kernels.blockwise import BLOCK
 from jaxlm.parallel.chips import CHIPS
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.plan import topology

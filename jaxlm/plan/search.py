@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from jaxlm.config.check import check
+from jaxlm.config.keys import GATED
 from jaxlm.config.recipe import resolve, set_key
 from jaxlm.errors import ConfigError
 from jaxlm.parallel.mesh import abstract_mesh, batch_shards, require_sharded, shardings
@@ -78,7 +79,7 @@ def estimate(config: ConfigDict, overrides: dict, pod: Topology) -> Option | Non
     rows = config.train.batch_size / parts / batch_shards(mesh)
     tokens = rows * config.data.seq_len / sequence / tensor
     width = m.embed_dim
-    gates = 2 if m.mlp == "swiglu" else 1
+    gates = 2 if m.mlp in GATED else 1
     if not m.num_experts:
         mlp = m.mlp_dim
     else:

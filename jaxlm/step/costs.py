@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm.config.keys import ATTENDING, MESH_AXES
+from jaxlm.config.keys import ATTENDING, COUNTED, MESH_AXES
 from jaxlm.config.recipe import pipeline_microbatches
 from jaxlm.kernels.attention import choose
 from jaxlm.parallel.mesh import RULES, abstract_mesh, batch_shards, names_of
@@ -58,7 +58,7 @@ def flops_per_token(config: ConfigDict, params) -> int:
     """
     m = config.model
     seen = reach(config)
-    if m.name == "ngram":
+    if m.name in COUNTED:
         return 0
     if m.name == "vectors" and (config.task.negatives or config.task.name == "glove"):
         return 6 * m.embed_dim * (1 + config.task.negatives)  # a product with each context

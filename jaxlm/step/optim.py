@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from jaxlm.config.keys import COUNTED
 from jaxlm.errors import ConfigError
 from jaxlm.parallel.mesh import current_mesh
 
@@ -105,7 +106,7 @@ def require_trained(params, config: ConfigDict) -> None:
     """Raises ConfigError where config.optim.rates and decay miss a parameter, or leave nothing to train."""
     require_cover(config.optim.decay, params, "config.optim.decay")
     require_cover(config.optim.rates, params, "config.optim.rates")
-    if config.model.name != "ngram" and not jax.tree.leaves(split(params, config)[0]):
+    if config.model.name not in COUNTED and not jax.tree.leaves(split(params, config)[0]):
         raise ConfigError(
             "config.optim.rates: freezes every parameter; give some pattern a factor above 0"
         )

@@ -30,8 +30,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxlm import cli
+from jaxlm.config.attention_kernels import capabilities
 from jaxlm.config.check import check, forget, require
-from jaxlm.config.keys import LABELLED, MESH_AXES, ROLES
+from jaxlm.config.keys import COUNTED, LABELLED, MESH_AXES, ROLES
 from jaxlm.config.recipe import flatten, load, override, resolve
 from jaxlm.data.batches import train_batches
 from jaxlm.data.prepare import prepare
@@ -121,10 +122,8 @@ def shrink(c: ConfigDict) -> ConfigDict:
     m.lora_rank = min(m.lora_rank, 4)
     m.num_labels = 0
     m.quantize = "none"  # its rounding is that of a device: of another mesh, another
-    if m.attention in ("cudnn", "tokamax", "xla"):
+    if not capabilities(m.attention).auto_on_cpu:
         m.attention = "reference"
-    else:
-        m.attention = m.attention
     d.seq_len = 64
     d.path = ""
     d.mixture = ""
@@ -420,10 +419,10 @@ def main(argv: list[str]) -> int:
         config
     )  # where those runs are not here, the recipe's own model section is what is verified
     require(problems + check(config))
-    if config.model.name == "ngram":
+    if config.model.name in COUNTED:
         raise ConfigError(
-            "config.model.name=ngram: is counted, not trained: there is no step whose gradients could differ; "
-            "train it, and evaluate it on any mesh"
+            f"config.model.name={config.model.name}: is counted, not trained: there is no step whose gradients could "
+            "differ; train it, and evaluate it on any mesh"
         )
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(DEVICES)}"  # read when the first device is asked for
