@@ -67,11 +67,14 @@ def reference(q_BTNH, k_BSKH, v_BSKH, mask: Mask, *, scale: float, softcap: floa
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * scale
-    logits = capped(einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH), softcap)
+    logits = einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH)
+    logits = capped(logits, softcap)
     mask_BTS = visible(mask.at_T, mask.at_S, mask.window)
     logits = jnp.where(mask_BTS[:, None, None], logits, NEVER)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
+    weights = jax.nn.softmax(logits, axis=-1)
+    weights = weights.astype(v_BSKH.dtype)
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
+    return out_BTKGH.reshape(B, T, N, H)
 
 
 def capped(logits, softcap: float):
@@ -102,7 +105,16 @@ def attention(
             f"model.attention={implementation} has no soft-cap: set reference, blockwise or auto"
         )
     S = k_BSKH.shape[1]
-    mask = mask_of(q_BTNH.shape[1], S, segments_BT, segments_BS, places_T, places_S, window, causal)
+    mask = mask_of(
+        q_BTNH.shape[1],
+        S,
+        segments_BT,
+        segments_BS,
+        places_T,
+        places_S,
+        window,
+        causal,
+    )
     name = implementation
     if name == "auto":
         name = choose(
@@ -124,7 +136,14 @@ def attention(
 
 
 def mask_of(
-    T: int, S: int, segments_BT, segments_BS, places_T, places_S, window: int, causal: bool
+    T: int,
+    S: int,
+    segments_BT,
+    segments_BS,
+    places_T,
+    places_S,
+    window: int,
+    causal: bool,
 ) -> Mask:
     """The Mask of what `attention` is given."""
     in_order = places_T is None and places_S is None and T == S
@@ -136,7 +155,14 @@ def mask_of(
         places_T = jnp.arange(T)
     if places_S is None:
         places_S = jnp.arange(S)
-    return Mask((places_T, segments_BT), (places_S, segments_BS), window, causal, in_order, plain)
+    return Mask(
+        (places_T, segments_BT),
+        (places_S, segments_BS),
+        window,
+        causal,
+        in_order,
+        plain,
+    )
 
 
 # ---------------------------------------------------------------- which kernel

@@ -75,9 +75,7 @@ def flash_forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap, scale=Non
 
             return jax.lax.cond(may_see(at_T, at_S, window), add, unchanged, sums), None
 
-        acc = jnp.zeros_like(q_BTKGH.transpose(0, 2, 3, 1, 4), jnp.float32)
-        start = (acc, acc[..., 0] + NEVER, acc[..., 0])
-        sums, _ = jax.lax.scan(add_key_block, start, keys)
+        sums, _ = jax.lax.scan(add_key_block, no_sums(q_BTKGH), keys)
         return divide(*sums)
 
     out, lse = jax.lax.map(one_query_block, queries)
@@ -88,18 +86,28 @@ def unchanged(sums):
     return sums
 
 
+def no_sums(q_BTKGH):
+    """What `add_block` begins with."""
+    q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
+    acc = jnp.zeros_like(q_BKGTH, jnp.float32)
+    total = acc[..., 0]
+    return acc, total + NEVER, total
+
+
 def add_block(sums, logits, mask, v_BSKH):
     """The sums of the online softmax with one more block of keys.
 
     sums: (the weighted values [B, K, G, T, H], the largest logit, the sum of weights: both [B, K, G, T]).
     """
     acc, top, total = sums
-    new_top = jnp.maximum(top, jnp.max(logits, axis=-1, where=mask, initial=NEVER))
+    block_top = jnp.max(logits, axis=-1, where=mask, initial=NEVER)
+    new_top = jnp.maximum(top, block_top)
     weights = jnp.where(mask, jnp.exp(logits - new_top[..., None]), 0)
     fade = jnp.exp(top - new_top)
     part = einsum("BKGTS,BSKH->BKGTH", weights.astype(v_BSKH.dtype), v_BSKH)
     acc = acc * fade[..., None] + part
-    return acc, new_top, total * fade + weights.sum(axis=-1)
+    total = total * fade + weights.sum(axis=-1)
+    return acc, new_top, total
 
 
 def divide(acc, top, total):
@@ -114,7 +122,17 @@ def divide(acc, top, total):
 
 
 def flash_backward(
-    q_BTNH, k_BSKH, v_BSKH, at_T, at_S, lse_BTN, delta_BTN, dout_BTNH, window, softcap, scale=None
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    at_T,
+    at_S,
+    lse_BTN,
+    delta_BTN,
+    dout_BTNH,
+    window,
+    softcap,
+    scale=None,
 ):
     """float32 gradients of q, k and v (FlashAttention, algorithm 4).
 
@@ -177,7 +195,8 @@ def block_gradients(query, key, dq_BTKGH, dk_BSKH, dv_BSKH, *, window, softcap, 
         dlogits *= 1 - jnp.square(logits / softcap)
     dlogits = dlogits.astype(q_BTKGH.dtype)
     dk_BSKH += einsum("BKGTS,BTKGH->BSKH", dlogits, q_BTKGH)
-    return dq_BTKGH + einsum("BKGTS,BSKH->BTKGH", dlogits, k_BSKH), dk_BSKH, dv_BSKH
+    dq_BTKGH += einsum("BKGTS,BSKH->BTKGH", dlogits, k_BSKH)
+    return dq_BTKGH, dk_BSKH, dv_BSKH
 
 
 FLASH = (flash_forward, flash_backward)

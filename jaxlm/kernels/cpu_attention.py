@@ -43,7 +43,9 @@ def forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, ordered, scale):
     outputs = []
     for rows, keys in blocks(T, S, window, ordered):
         q_BKGtH = q_BKGTH[:, :, :, rows]
-        logits = contract(merged(q_BKGtH), k_BKSH[:, :, keys], 3, 3)
+        k_BKsH = k_BKSH[:, :, keys]
+        v_BKsH = v_BKSH[:, :, keys]
+        logits = contract(merged(q_BKGtH), k_BKsH, 3, 3)
         logits = logits.reshape(*q_BKGtH.shape[:-1], -1)
         mask_BtS = visible(part(at_T, rows), part(at_S, keys), window)
         logits = jnp.where(mask_BtS[:, None, None], logits, HIDDEN)
@@ -51,13 +53,15 @@ def forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, ordered, scale):
         p_BKGtS = jnp.exp(logits - top).astype(dtype)
         total = p_BKGtS.sum(axis=-1, keepdims=True, dtype=jnp.float32)
         total = jnp.maximum(total, 1e-37)
-        sums = contract(merged(p_BKGtS), v_BKSH[:, :, keys], 3, 2).reshape(q_BKGtH.shape)
+        sums = contract(merged(p_BKGtS), v_BKsH, 3, 2)
+        sums = sums.reshape(q_BKGtH.shape)
         weights.append(p_BKGtS)
         totals.append(total)
         outputs.append((sums / total).astype(dtype))
     out_BKGTH = jnp.concatenate(outputs, axis=3)
     total_BKGT1 = jnp.concatenate(totals, axis=3)
-    return heads_last(out_BKGTH), (q_BKGTH, k_BKSH, v_BKSH, weights, total_BKGT1, out_BKGTH)
+    kept = (q_BKGTH, k_BKSH, v_BKSH, weights, total_BKGT1, out_BKGTH)
+    return heads_last(out_BKGTH), kept
 
 
 def backward(window, ordered, scale, kept, dout_BTNH):
@@ -74,19 +78,26 @@ def backward(window, ordered, scale, kept, dout_BTNH):
     dv = []
     for (rows, keys), p_BKGtS in zip(blocks(T, S, window, ordered), weights):
         p = merged(p_BKGtS)
+        q = merged(q_BKGTH[:, :, :, rows])
         do = merged(dout[:, :, :, rows])
         delta = merged(delta_BKGT1[:, :, :, rows])
-        dweights = contract(do, v_BKSH[:, :, keys], 3, 3) - delta
+        k_BKsH = k_BKSH[:, :, keys]
+        v_BKsH = v_BKSH[:, :, keys]
+        dweights = contract(do, v_BKsH, 3, 3) - delta
         dlogits = (p * dweights).astype(dtype)
-        q = merged(q_BKGTH[:, :, :, rows])
-        dv.append(among_all(contract(p, do, 2, 2), keys, S))
-        dk.append(among_all(contract(dlogits, q, 2, 2), keys, S))
-        dq_BKgH = contract(dlogits, k_BKSH[:, :, keys], 3, 2)
+        dv_BKsH = contract(p, do, 2, 2)
+        dk_BKsH = contract(dlogits, q, 2, 2)
+        dq_BKgH = contract(dlogits, k_BKsH, 3, 2)
+        dv.append(among_all(dv_BKsH, keys, S))
+        dk.append(among_all(dk_BKsH, keys, S))
         dq.append(dq_BKgH.reshape(*p_BKGtS.shape[:-1], H))
     dq_BTNH = heads_last(jnp.concatenate(dq, axis=3) * scale)
     dk_BSKH = sum(dk[1:], dk[0]).transpose(0, 2, 1, 3)
     dv_BSKH = sum(dv[1:], dv[0]).transpose(0, 2, 1, 3)
-    return dq_BTNH.astype(dtype), dk_BSKH.astype(dtype), dv_BSKH.astype(dtype), None, None
+    dq_BTNH = dq_BTNH.astype(dtype)
+    dk_BSKH = dk_BSKH.astype(dtype)
+    dv_BSKH = dv_BSKH.astype(dtype)
+    return dq_BTNH, dk_BSKH, dv_BSKH, None, None
 
 
 attend.defvjp(forward, backward)
@@ -94,7 +105,9 @@ attend.defvjp(forward, backward)
 
 def contract(a, b, i: int, j: int):
     """[B, K, ...], float32: a times b, summed over the dimensions i of a and j of b."""
-    dims = (((i,), (j,)), ((0, 1), (0, 1)))
+    batch = ((0, 1), (0, 1))
+    summed = ((i,), (j,))
+    dims = (summed, batch)
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 

@@ -56,7 +56,10 @@ class Options(NamedTuple):
 def logits_of(x_BTD: jax.Array, unembed_VD: jax.Array, softcap: float) -> jax.Array:
     """float32 [B, T, V]."""
     logits = jnp.einsum(
-        "BTD,VD->BTV", x_BTD, unembed_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32
+        "BTD,VD->BTV",
+        x_BTD,
+        unembed_VD.astype(x_BTD.dtype),
+        preferred_element_type=jnp.float32,
     )
     return capped(logits, softcap)
 
@@ -186,9 +189,17 @@ def weighted_forward(mix, options, x_BTD, unembed_VD, targets_BT, weights_BT):
         dloss_BC = weights_BC * mix.loss
         dlog_z_BC = weights_BC * (mix.log_z + 2 * mix.z_loss * log_z_BC)
         dx_BCD, more = backward(
-            options, unembed_VD, x_BCD, targets_BC, logits_BCV, log_z_BC, dloss_BC, dlog_z_BC
+            options,
+            unembed_VD,
+            x_BCD,
+            targets_BC,
+            logits_BCV,
+            log_z_BC,
+            dloss_BC,
+            dlog_z_BC,
         )
-        return (dunembed_VD + more).astype(dunembed_VD.dtype), (loss_BC, log_z_BC, dx_BCD)
+        dunembed_VD = (dunembed_VD + more).astype(dunembed_VD.dtype)
+        return dunembed_VD, (loss_BC, log_z_BC, dx_BCD)
 
     few = x_BTD.shape[1] <= FEW * chunk_of(options, unembed_VD, x_BTD)
     dtype = jnp.float32
@@ -199,7 +210,10 @@ def weighted_forward(mix, options, x_BTD, unembed_VD, targets_BT, weights_BT):
         options, unembed_VD, step, zeros, x_BTD, targets_BT, weights_BT
     )
     loss_BT, log_z_BT, dx_BTD = found
-    return (total(mix, weights_BT, loss_BT, log_z_BT), loss_BT, log_z_BT), (dx_BTD, dunembed_VD)
+    return (total(mix, weights_BT, loss_BT, log_z_BT), loss_BT, log_z_BT), (
+        dx_BTD,
+        dunembed_VD,
+    )
 
 
 def weighted_backward(mix, options, kept, slopes):
@@ -207,7 +221,12 @@ def weighted_backward(mix, options, kept, slopes):
     slope, *_ = slopes
     dx_BTD, dunembed_VD = kept
     dtype = dx_BTD.dtype
-    return (slope * dx_BTD).astype(dtype), (slope * dunembed_VD).astype(dtype), None, None
+    return (
+        (slope * dx_BTD).astype(dtype),
+        (slope * dunembed_VD).astype(dtype),
+        None,
+        None,
+    )
 
 
 weighted_nats.defvjp(weighted_forward, weighted_backward)
@@ -278,13 +297,16 @@ def top_and_sum(logits_BCV) -> tuple[jax.Array, jax.Array]:
     """(maximum, sum of exp(logit - maximum)) over V; on a GPU in one pass (Milakov & Gimelshein 2018)."""
     if platform() != "gpu":
         top_BC = jnp.max(logits_BCV, axis=-1)
-        return top_BC, jnp.exp(logits_BCV - top_BC[..., None]).sum(axis=-1)
+        weights_BCV = jnp.exp(logits_BCV - top_BC[..., None])
+        return top_BC, weights_BCV.sum(axis=-1)
 
     def combine(a, b):
         top_a, sum_a = a
         top_b, sum_b = b
         top = jnp.maximum(top_a, top_b)
-        return top, sum_a * jnp.exp(top_a - top) + sum_b * jnp.exp(top_b - top)
+        sum_a = sum_a * jnp.exp(top_a - top)
+        sum_b = sum_b * jnp.exp(top_b - top)
+        return top, sum_a + sum_b
 
     start = (jnp.float32(NEVER), jnp.float32(0))
     pairs = (logits_BCV, jnp.ones_like(logits_BCV))
@@ -292,7 +314,14 @@ def top_and_sum(logits_BCV) -> tuple[jax.Array, jax.Array]:
 
 
 def backward(
-    options: Options, unembed_VD, x_BCD, targets_BC, logits_BCV, log_z_BC, dloss_BC, dlog_z_BC
+    options: Options,
+    unembed_VD,
+    x_BCD,
+    targets_BC,
+    logits_BCV,
+    log_z_BC,
+    dloss_BC,
+    dlog_z_BC,
 ):
     """(dx, of this device's positions; dunembed, float32); the logits' gradient is rounded as x is."""
     given = whole(options, x_BCD, targets_BC, log_z_BC, dloss_BC, dlog_z_BC)

@@ -49,8 +49,11 @@ def blocks(rows_MD, kernel_EDF, sizes_E, quantize="none"):
     group_N = group_of(index_N, block_ends_E)
     row_N = starts_E[group_N] + (index_N - block_starts_E[group_N]) * R
     row_NR = row_N[:, None] + jnp.arange(R)
-    inside_NR = (row_NR < ends_E[group_N][:, None]) & (group_N < E)[:, None]
-    source_NR = jnp.where(inside_NR, row_NR, nowhere(N * R, M).reshape(N, R))
+    end_N1 = ends_E[group_N][:, None]
+    real_N1 = (group_N < E)[:, None]
+    inside_NR = (row_NR < end_N1) & real_N1
+    nothing_NR = nowhere(N * R, M).reshape(N, R)
+    source_NR = jnp.where(inside_NR, row_NR, nothing_NR)
     x_NRD = permute(rows_MD, source_NR)
     y_NRF = multiply_each(x_NRD, kernel_EDF[group_N], quantize)
     group_M = group_of(index_M, ends_E)
@@ -64,7 +67,11 @@ def group_of(index, ends_E):
     return jnp.sum(index[:, None] >= ends_E, axis=1)
 
 
-TILE = (512, 1024, 1024)  # of rows, inputs and outputs: 11 MiB of a TPU's vector memory in bfloat16
+TILE = (
+    512,
+    1024,
+    1024,
+)  # of rows, inputs and outputs: 11 MiB of a TPU's vector memory in bfloat16
 LANES = 128  # of a TPU's vector registers, of which tiles are multiples
 
 
@@ -80,10 +87,19 @@ def megablox(rows_MD, kernel_EDF, sizes_E):
     for most, size in zip(TILE, (M, D, F)):
         tile.append(min(most, -(-size // LANES) * LANES))
     # The kernels leave what is after the last group undefined.
-    inside_M1 = (jnp.arange(M) < jnp.sum(sizes_E))[:, None]
-    rows_MD = jnp.pad(jnp.where(inside_M1, rows_MD, 0), ((0, -M % tile[0]), (0, 0)))
+    inside_M = jnp.arange(M) < jnp.sum(sizes_E)
+    inside_M1 = inside_M[:, None]
+    rows_MD = jnp.where(inside_M1, rows_MD, 0)
+    rows_MD = jnp.pad(rows_MD, ((0, -M % tile[0]), (0, 0)))
     interpret = platform() != "tpu"
-    y_MF = gmm(rows_MD, kernel_EDF, sizes_E, rows_MD.dtype, tuple(tile), interpret=interpret)
+    y_MF = gmm(
+        rows_MD,
+        kernel_EDF,
+        sizes_E,
+        rows_MD.dtype,
+        tuple(tile),
+        interpret=interpret,
+    )
     return jnp.where(inside_M1, y_MF[:M], 0)
 
 

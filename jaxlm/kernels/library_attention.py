@@ -15,7 +15,12 @@ def cudnn(q_BTNH, k_BSKH, v_BSKH, mask: Mask, *, scale: float, softcap: float) -
     if not mask.plain:
         return with_mask(q_BTNH, k_BSKH, v_BSKH, mask, scale, "cudnn")
     return jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, scale=scale, is_causal=mask.causal, implementation="cudnn"
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        scale=scale,
+        is_causal=mask.causal,
+        implementation="cudnn",
     )
 
 

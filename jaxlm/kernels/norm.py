@@ -28,8 +28,9 @@ def forward(x, scale_D, bias_D, eps, center):
     mean_1 = jnp.zeros((*x.shape[:-1], 1))
     if center:
         mean_1 = wide.mean(axis=-1, keepdims=True)
-    variance_1 = jnp.square(wide).mean(axis=-1, keepdims=True) - jnp.square(mean_1)
-    factor_1 = jax.lax.rsqrt(jnp.maximum(variance_1, 0) + eps)
+    square_1 = jnp.square(wide).mean(axis=-1, keepdims=True)
+    variance_1 = jnp.maximum(square_1 - jnp.square(mean_1), 0)
+    factor_1 = jax.lax.rsqrt(variance_1 + eps)
     y = (wide - mean_1) * factor_1 * scale_D
     if bias_D is not None:
         y = y + bias_D
@@ -42,7 +43,8 @@ def backward(eps, center, kept, dy):
     unit = (x.astype(jnp.float32) - mean_1) * factor_1
     dy = dy.astype(jnp.float32)
     dunit = dy * scale_D
-    dx = dunit - unit * (dunit * unit).mean(axis=-1, keepdims=True)
+    slope_1 = (dunit * unit).mean(axis=-1, keepdims=True)
+    dx = dunit - unit * slope_1
     if center:
         dx = dx - dunit.mean(axis=-1, keepdims=True)
     dx = factor_1 * dx

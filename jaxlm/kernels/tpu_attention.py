@@ -15,7 +15,14 @@ BLOCKS = (1024, 512, 256, 128)
 
 
 def splash(
-    q_BTNH, k_BTKH, v_BTKH, mask: Mask, *, scale: float, softcap: float, interpret=False
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float,
+    interpret=False,
 ) -> jax.Array:
     """[B, T, N, H]. mask: in order. interpret: on a CPU, slowly. Raises ValueError where 128 doesn't divide T."""
     T, N = q_BTNH.shape[1:3]

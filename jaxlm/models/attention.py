@@ -10,7 +10,14 @@ from ml_collections import FrozenConfigDict
 
 from jaxlm.kernels.attention import ANYWHERE, attention
 from jaxlm.kernels.blockwise import FLASH
-from jaxlm.models.layers import Linear, norm, project_in, project_out, rotary, rotate
+from jaxlm.models.layers import (
+    Linear,
+    norm,
+    project_in,
+    project_out,
+    rotary,
+    rotate,
+)
 from jaxlm.parallel.context_parallel import sharded_attention
 
 
@@ -105,7 +112,13 @@ class Context(NamedTuple):
 
 
 def self_context(
-    config: FrozenConfigDict, segments_BT, segments_BS, positions_BT, reach_BT, places_T, index
+    config: FrozenConfigDict,
+    segments_BT,
+    segments_BS,
+    positions_BT,
+    reach_BT,
+    places_T,
+    index,
 ) -> Context:
     """The context of layers whose queries see the tokens of their own row. reach: as in `Transformer`."""
     rope = None

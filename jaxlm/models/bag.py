@@ -52,21 +52,31 @@ def ngrams_in(
 def first(buckets_BTG, segments_BTG) -> jax.Array:
     """bool [B, T, G]: no n-gram before it in the row has the same bucket and segment."""
     B, T, G = buckets_BTG.shape
-    segments = segments_BTG.reshape(B, T * G)
-    buckets = buckets_BTG.reshape(B, T * G)
-    place = jnp.broadcast_to(jnp.arange(T * G), (B, T * G))
-    segments, buckets, place = jax.lax.sort((segments, buckets, place), num_keys=3)
+    flat = (B, T * G)
+    segments = segments_BTG.reshape(flat)
+    buckets = buckets_BTG.reshape(flat)
+    place = jnp.broadcast_to(jnp.arange(T * G), flat)
+    in_order = (segments, buckets, place)
+    segments, buckets, place = jax.lax.sort(in_order, num_keys=3)
     changes = (jnp.diff(segments) != 0) | (jnp.diff(buckets) != 0)
     new = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
-    in_order = jax.vmap(lambda new, place: new.at[place].set(new))(new, place)
-    return in_order.reshape(B, T, G)
+    new = jax.vmap(put_at)(new, place)
+    return new.reshape(B, T, G)
+
+
+def put_at(values, places):
+    return values.at[places].set(values)
 
 
 # ---------------------------------------------------------------- weights, counted
 
 
 def log_count_ratios(
-    texts: list[np.ndarray], labels: np.ndarray, num_labels: int, order: int, buckets: int
+    texts: list[np.ndarray],
+    labels: np.ndarray,
+    num_labels: int,
+    order: int,
+    buckets: int,
 ) -> np.ndarray:
     """float32 [buckets]: |log(p / q)|, p the share of an n-gram in all those of a class, q in those of the others.
 

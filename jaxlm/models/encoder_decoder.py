@@ -14,7 +14,12 @@ from jaxlm.models.attention import (
     take_rows,
     write_tokens,
 )
-from jaxlm.models.layers import Embed, embedding_dropout, final_norm, output_parameters
+from jaxlm.models.layers import (
+    Embed,
+    embedding_dropout,
+    final_norm,
+    output_parameters,
+)
 from jaxlm.models.transformer import stack
 
 

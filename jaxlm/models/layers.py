@@ -81,7 +81,14 @@ class Linear(nn.Module):
         a_axes = (*self.axes[:n], None)
         b_axes = (None, *self.axes[n:])
         a = parameter(self, "lora_a", normal, a_axes, (*self.shape[:n], rank), c)
-        b = parameter(self, "lora_b", nn.initializers.zeros, b_axes, (rank, *self.shape[n:]), c)
+        b = parameter(
+            self,
+            "lora_b",
+            nn.initializers.zeros,
+            b_axes,
+            (rank, *self.shape[n:]),
+            c,
+        )
         return (c.lora_alpha / rank) * jnp.tensordot(a, b, 1)
 
     def root_of_inputs(self) -> float:
@@ -92,13 +99,16 @@ def project_in(x_BTD, *weights: Weights) -> list[jax.Array]:
     """x kernel + bias for each, kernels [D, ...], whose input is gathered once for all."""
     kernels = [w.kernel for w in weights]
     axes = [w.axes for w in weights]
-    outputs = name_product(columns(x_BTD, kernels, axes, tensordot(weights[0].quantize)))
+    multiply = tensordot(weights[0].quantize)
+    outputs = columns(x_BTD, kernels, axes, multiply)
+    outputs = name_product(outputs)
     return [add_bias(y, w) for y, w in zip(outputs, weights)]
 
 
 def project_out(h, weights: Weights) -> jax.Array:
     """[B, T, D], to the residual stream: h kernel + bias, kernel [..., D]."""
-    y_BTD = rows(h, weights.kernel, weights.axes, tensordot(weights.quantize))
+    multiply = tensordot(weights.quantize)
+    y_BTD = rows(h, weights.kernel, weights.axes, multiply)
     return add_bias(name_product(y_BTD), weights)
 
 
@@ -185,7 +195,14 @@ NORM_PLACES = {  # model.norm_place
 }
 
 
-def residual(config: FrozenConfigDict, name: str, function: Callable, x_BTD, *, drop: Callable):
+def residual(
+    config: FrozenConfigDict,
+    name: str,
+    function: Callable,
+    x_BTD,
+    *,
+    drop: Callable,
+):
     """(x [B, T, D] with the y of function(x) -> (y, other) added, other).
 
     name: of the norm, whose place is model.norm_place. drop: dropout.
@@ -215,7 +232,8 @@ def rotary(positions_BT, head_dim: int, theta: float) -> tuple[jax.Array, jax.Ar
     """(sin, cos), float32 [B, T, 1, H/2], of rotary positions (Su et al. 2021)."""
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequencies = theta**-exponents
-    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
+    positions_BT11 = positions_BT[:, :, None, None]
+    angles = positions_BT11.astype(jnp.float32) * frequencies
     return jnp.sin(angles), jnp.cos(angles)
 
 
@@ -225,8 +243,10 @@ def rotate(x_BTNH, sin_cos) -> jax.Array:
     first, second = jnp.split(x_BTNH, 2, axis=-1)
     first = first.astype(jnp.float32)
     second = second.astype(jnp.float32)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
+    rotated_first = first * cos - second * sin
+    rotated_second = second * cos + first * sin
+    rotated = jnp.concatenate([rotated_first, rotated_second], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
 
 
 def sinusoidal(positions_BT, embed_dim: int) -> jax.Array:

@@ -195,7 +195,11 @@ def additive(c: FrozenConfigDict, q_BTD, k_BSD):
     return jax.lax.map(of_position, q_BTD.swapaxes(0, 1)).swapaxes(0, 1)
 
 
-SCORES = {"dot": dot, "bilinear": bilinear, "additive": additive}  # model.cross_attention
+SCORES = {  # model.cross_attention
+    "dot": dot,
+    "bilinear": bilinear,
+    "additive": additive,
+}
 
 
 class Attention(nn.Module):

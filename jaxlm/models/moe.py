@@ -216,7 +216,10 @@ def balance(params: dict, routing: dict, config) -> tuple[dict, dict]:
         fullest.append(jnp.max(load / jnp.maximum(mean, 1)))
         if config.model.balance_rate:
             layers[block] = balanced(layers[block], load, config.model.balance_rate)
-    metrics = {"expert_load": jnp.max(jnp.stack(fullest)), "dropped_tokens": routing["dropped"]}
+    metrics = {
+        "expert_load": jnp.max(jnp.stack(fullest)),
+        "dropped_tokens": routing["dropped"],
+    }
     return params | {"layers": layers}, metrics
 
 

@@ -98,7 +98,11 @@ def in_a_row(documents: list[np.ndarray], order: int, vocab_size: int, bos_id: i
 
 
 def grams(
-    tokens: np.ndarray, left: np.ndarray, order: int, vocab_size: int, bos_id: int | None
+    tokens: np.ndarray,
+    left: np.ndarray,
+    order: int,
+    vocab_size: int,
+    bos_id: int | None,
 ) -> Iterator[tuple]:
     """(last token, index without the last token, index without the first, a) of the k-grams, for k = 1 ... order.
 
@@ -142,9 +146,12 @@ def discounts(count: np.ndarray) -> np.ndarray:
     """
     n = np.bincount(np.minimum(count, 5), minlength=5)
     j = np.arange(1, 4)
+    n_j = np.maximum(n[1:4], 1)
+    n_next = n[2:5]
     Y = n[1] / max(n[1] + 2 * n[2], 1)
-    D = j - (j + 1) * Y * n[2:5] / np.maximum(n[1:4], 1)
-    if np.all((D > 0) & (D / j < 1)):
+    D = j - (j + 1) * Y * n_next / n_j
+    inside = (D > 0) & (D / j < 1)
+    if np.all(inside):
         return np.array([0, *D])
     if 0 < Y < 1:
         return np.array([0, Y, Y, Y])
@@ -210,7 +217,10 @@ def log_probs(params: dict, x_BTC: jax.Array) -> jax.Array:
 
 
 def target_log_probs(
-    params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, targets_BT: jax.Array
+    params: dict,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    targets_BT: jax.Array,
 ) -> jax.Array:
     """float32 [B, T], in nats: what log_probs has for each target, without the array of all tokens."""
     return log_probs_of(params, find_contexts(params, tokens_BT, positions_BT), targets_BT)
@@ -307,7 +317,8 @@ def tokens_to_the_left(segments_BT, positions_BT, count_B) -> jax.Array:
     begins_BT = jnp.pad(changes_BT, ((0, 0), (1, 0)))
     begin_BT = jnp.where(begins_BT, jnp.arange(T), -count_B[:, None])
     begin_BT = jax.lax.cummax(begin_BT, axis=1)
-    left_BT = jnp.minimum(positions_BT, jnp.arange(T) - begin_BT)
+    left_BT = jnp.arange(T) - begin_BT
+    left_BT = jnp.minimum(positions_BT, left_BT)
     return jnp.where(segments_BT > 0, left_BT, -1)
 
 

@@ -119,7 +119,14 @@ class Pattern(nn.Module):
             cache = None
             if caches is not None:
                 cache = caches[i]
-            layer = block(self.config, kind, self.train, self.causal, self.cross, name=f"block_{i}")
+            layer = block(
+                self.config,
+                kind,
+                self.train,
+                self.causal,
+                self.cross,
+                name=f"block_{i}",
+            )
             x_BTD, cache = layer(x_BTD, context, cache)
             new.append(cache)
         if caches is None:

@@ -23,7 +23,8 @@ def word_table(module: nn.Module, config: FrozenConfigDict, table: str, bias: st
     shape = (config.vocab_size, config.embed_dim)
     table_VD = parameter(module, table, init, AXES, shape, config)
     if config.bias:
-        parameter(module, bias, nn.initializers.zeros, AXES[:1], shape[:1], config)
+        zeros = nn.initializers.zeros
+        parameter(module, bias, zeros, AXES[:1], shape[:1], config)
     return table_VD
 
 
