@@ -221,8 +221,8 @@ def has_package(name: str) -> bool:
     found = importlib.util.find_spec(name) is not None
     if not found:
         logging.getLogger("jaxlm").warning(
-            "attention of packed documents goes by blocks in XLA, slower: for the kernel, Python >= 3.12 and "
-            f"pip install -e '.[cuda]' ({name})"
+            f"{name} is not installed: attention of packed documents goes by blocks in XLA, slower. "
+            "For its kernel: Python >= 3.12 and pip install -e '.[cuda]'"
         )
     return found
 
