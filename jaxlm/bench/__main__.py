@@ -20,7 +20,7 @@ from jaxlm.bench.parts import time_parts, time_start
 from jaxlm.bench.step import lines, time_step
 from jaxlm.bench.sweep import sweep
 from jaxlm.config.check import check
-from jaxlm.config.keys import base
+from jaxlm.config.keys import COUNTED, base
 from jaxlm.config.problems import require
 from jaxlm.config.recipe import flatten, load, override, resolve
 from jaxlm.config.tasks import task_of
@@ -116,9 +116,9 @@ def main(argv: list[str]) -> int:
     quick_random_numbers()
     config = load(args.config)
     require(override(config, args.overrides) + inherit(config))
-    if config.model.name == "ngram":
+    if config.model.name in COUNTED:
         raise ConfigError(
-            "config.model.name=ngram: is counted, not trained: it has no step to time"
+            f"config.model.name={config.model.name}: is counted, not trained: it has no step to time"
         )
     with tempfile.TemporaryDirectory() as folder:
         measure(args, config, Path(folder))

@@ -21,8 +21,9 @@ from jaxlm.config.tasks import task_of
 from jaxlm.data.batches import train_batches
 from jaxlm.errors import UserError
 from jaxlm.kernels.cross_entropy import Mix, weighted
+from jaxlm.models.attention import Attention, self_context
 from jaxlm.models.layers import MLP
-from jaxlm.models.transformer import Attention, self_context, unembedding
+from jaxlm.models.transformer import unembedding
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import make_mesh, partition_spec, shardings
 from jaxlm.run.checkpoint import Checkpoints, items, on_host

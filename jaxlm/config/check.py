@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from jaxlm.cli import did_you_mean
+from jaxlm.config.attention_kernels import capabilities
 from jaxlm.config.keys import ATTENDING, CHOICES, base
 from jaxlm.config.mesh_rules import mesh, nearest_divisors, nearest_multiples
 from jaxlm.config.problems import Problem
@@ -146,7 +147,7 @@ def model(c: ConfigDict, vocab_size: int | None) -> Iterator[Problem]:
     if m.positions == "learned" and 0 < m.context_length < c.data[longest]:
         table = f"the table of learned positions, config.model.context_length={m.context_length}"
         yield Problem(f"data.{longest}", c.data[longest], f"longer than {table}")
-    if m.attention_softcap and m.attention not in ("auto", "reference", "blockwise", "tokamax"):
+    if m.attention_softcap and not capabilities(m.attention).softcap:
         yield Problem(
             "model.attention", m.attention, "has no attention_softcap; set auto or reference"
         )

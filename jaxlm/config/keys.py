@@ -2,8 +2,11 @@
 
 from ml_collections import ConfigDict
 
+from jaxlm.config.attention_kernels import ATTENTION_KERNELS
 from jaxlm.config.tasks import TASKS
 
+COUNTED = ("ngram",)  # models that are counted, not trained: jaxlm.models.FITS
+GATED = ("swiglu",)  # of model.mlp: those with a gate
 MESH_AXES = ("data", "fsdp", "stage", "expert", "sequence", "tensor")
 STRATEGIES = {  # mesh.strategy -> the axis that takes the devices left over
     "data": "data",
@@ -32,16 +35,7 @@ CHOICES = {
     "model.mlp": ("swiglu", "gelu", "relu", "relu2"),
     "model.positions": ("rope", "learned", "sinusoidal", "none"),
     "model.remat": ("none", "full", "dots", "attention"),
-    "model.attention": (
-        "auto",
-        "reference",
-        "dense",
-        "blockwise",
-        "splash",
-        "xla",
-        "cudnn",
-        "tokamax",
-    ),
+    "model.attention": ("auto", *ATTENTION_KERNELS),
     "model.context_parallel": ("ring", "all_gather"),
     "model.router": ("softmax", "sigmoid"),
     "model.quantize": ("none", "fp8", "int8"),
@@ -148,7 +142,7 @@ def base() -> ConfigDict:
     # rounds of layers in the body of that loop: more can overlap, and take longer to compile
     m.scan_unroll = 1
     m.remat = "none"  # what the backward pass recomputes: none | full | dots (all but products) | attention
-    m.attention = "auto"  # or reference | dense (CPU) | blockwise | splash (TPU) | xla | cudnn | tokamax (GPUs)
+    m.attention = "auto"  # auto | a key of jaxlm.config.attention_kernels.ATTENTION_KERNELS
     # how attention meets the keys of other devices (mesh.sequence): ring | all_gather
     m.context_parallel = "ring"
     # parts of a microbatch in flight over mesh.stage; 0: up to 4 a stage

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from jaxlm.config.attention_kernels import capabilities
 from jaxlm.config.keys import ATTENDING, MESH_AXES
 from jaxlm.config.problems import Problem
 from jaxlm.config.recipe import mesh_sizes, pipeline_microbatches
@@ -158,7 +159,7 @@ def model_on_mesh(c: ConfigDict, sizes: dict[str, int], devices: int | None) -> 
         rule = "the model has no experts; set config.model.num_experts, or 1"
         yield Problem("mesh.expert", expert, rule)
     ring = sizes["sequence"] > 1 and m.context_parallel == "ring"
-    if ring and m.attention not in ("auto", "blockwise"):
+    if ring and not capabilities(m.attention).ring:
         yield Problem(
             "model.attention",
             m.attention,

@@ -17,13 +17,13 @@ from types import ModuleType
 from ml_collections import ConfigDict
 
 from jaxlm.cli import did_you_mean, nearest
-from jaxlm.config.keys import MESH_AXES, STRATEGIES, base
+from jaxlm.config.keys import COUNTED, GATED, MESH_AXES, STRATEGIES, base
 from jaxlm.config.problems import Problem
 from jaxlm.config.shipped import find
 from jaxlm.config.tasks import task_of
 from jaxlm.errors import ConfigError, UserError
 
-COUNTED = (r"^embed/ratio$", 0.0)  # of optim.rates: model.ngram_weights are not trained
+RATIO_RATE = (r"^embed/ratio$", 0.0)  # of optim.rates: model.ngram_weights are not trained
 EVERYTHING = ((r".*", 1.0),)  # the default of optim.rates
 TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 # A message of ml_collections.
@@ -264,7 +264,7 @@ def num_labels(c: ConfigDict) -> int:
 
 def mlp_dim(m: ConfigDict) -> int:
     """The usual hidden width of an MLP. m: the model section."""
-    if m.mlp == "swiglu":
+    if m.mlp in GATED:
         return 64 * math.ceil(m.embed_dim * 8 / 3 / 64)
     return 4 * m.embed_dim
 
@@ -310,7 +310,7 @@ def resolve_training(c: ConfigDict) -> None:
     """Sets what is trained, and what decays, of models in which that is not everything."""
     m = c.model
     o = c.optim
-    if m.name == "ngram":  # counted, not trained
+    if m.name in COUNTED:
         fill(m, ngrams=(m.vocab_size,) * m.order)  # until it is counted
         o.decay = ((r".*", 0.0),)
         o.rates = ((r".*", 0.0),)
@@ -318,7 +318,7 @@ def resolve_training(c: ConfigDict) -> None:
         c.train.stop_at = 1
     elif m.name == "vectors" and not m.bias and o.decay == base().optim.decay:
         o.decay = EVERYTHING  # it has no norm and no bias, which a pattern would be for
-    elif m.ngram_weights != "none" and o.rates[0] != COUNTED:
-        o.rates = (COUNTED, *o.rates)
+    elif m.ngram_weights != "none" and o.rates[0] != RATIO_RATE:
+        o.rates = (RATIO_RATE, *o.rates)
     elif m.lora_rank and o.rates == EVERYTHING:  # adapters, and a head that is new
         o.rates = ((r"lora_|^head/", 1.0), (r".*", 0.0))

@@ -1,329 +1,233 @@
 """Scaled dot-product attention (Vaswani et al. 2017) with causal, segment and window masks and grouped queries.
 
-B batch, T queries, S keys, N query heads, K key-value heads, G = N / K, H head dimension. What decides who sees whom,
-at_T and at_S: (places int32 [T] or [S], segments int [B, T] or [B, S], or None where all are one segment). A query's
-place is the last that it sees: its own under the causal mask, ANYWHERE without it, and the end of the prefix, [B, T],
-in a prefix (Raffel et al. 2020).
+B batch, T queries, S keys, N query heads, K key-value heads, G = N / K, H head dimension.
 
-`flash_forward` and `flash_backward` go through keys and queries in blocks (Rabe & Staats 2021, FlashAttention: Dao et
-al. 2022): memory grows with T, not with T x S. Within a block T and S are the block's. Both may be given a part of the
-keys; the parts' results are merged by their log-sum-exp (jaxlm/parallel/context_parallel.py).
+All kernels have the signature of `reference`: (q [B, T, N, H], k and v [B, S, K, H], Mask, scale=, softcap=) ->
+[B, T, N, H] in q's dtype, and give what it gives. `attention` chooses one of them, by the table in
+jaxlm/config/attention_kernels.py.
 """
 
 import functools
-import math
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend import backend
 
-from jaxlm.kernels.cpu_attention import dense
-from jaxlm.kernels.hopper_attention import hopper, takes
-from jaxlm.kernels.tpu_attention import LANES, splash
+from jaxlm.config.attention_kernels import ATTENTION_KERNELS, Kernel, capabilities
 from jaxlm.parallel.mesh import platform
 
-BLOCK = 512  # positions of queries, and of keys, whose logits exist at one time
-MAX_LOGITS = 64 << 20  # bytes of float32 logits beyond which auto goes by blocks
+MAX_LOGITS = 64 << 20  # bytes of float32 logits beyond which auto keeps none
 NEVER = -1e30  # a logit that no exponential survives; finite, so that differences are numbers
 LAST = np.iinfo(np.int32).max
 ANYWHERE = LAST - 1  # the place of a query that sees all keys, with a window of LAST
+FALLBACK = "blockwise"  # where a kernel that is named can't have this mask, as in generation
 einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+class Mask(NamedTuple):
+    """Which keys each query sees.
+
+    at_T, at_S: (places, segments) of queries and keys. Places: int32 [T] and [S]. The place of a query is the last that
+    it sees: its own under the causal mask, ANYWHERE without it, and the end of the prefix, then [B, T], in a prefix
+    (Raffel et al. 2020). Segments: int [B, T] and [B, S], or None where every row is one document.
+    window: keys that a query sees at most, up to its place; LAST without the causal mask.
+    causal, in_order: under the causal mask; queries and keys are both at the places 0, 1, ...
+    plain: in order, and each query sees all keys, or all up to its own place.
+    """
+
+    at_T: tuple[jax.Array, jax.Array | None]
+    at_S: tuple[jax.Array, jax.Array | None]
+    window: int
+    causal: bool
+    in_order: bool
+    plain: bool
 
 
 def visible(at_T, at_S, window) -> jax.Array:
     """bool [B or 1, T, S]: key s, of the same segment, is at the place of query t or less than `window` before it."""
-    (places_T, segments_BT), (places_S, segments_BS) = at_T, at_S
+    places_T, segments_BT = at_T
+    places_S, segments_BS = at_S
     mask_BTS = (places_S <= places_T[..., None]) & (places_S > places_T[..., None] - window)
-    mask_BTS = mask_BTS if mask_BTS.ndim == 3 else mask_BTS[None]
+    if mask_BTS.ndim == 2:
+        mask_BTS = mask_BTS[None]
     if segments_BT is not None:
         mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BS[:, None, :])
     return mask_BTS
 
 
-def reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, softcap):
+def reference(q_BTNH, k_BSKH, v_BSKH, mask: Mask, *, scale: float, softcap: float) -> jax.Array:
+    """[B, T, N, H] in v's dtype. A query that sees no key gets the mean of all values."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
-    logits = capped(einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH), softcap)
-    weights = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], logits, NEVER), axis=-1).astype(
-        v_BSKH.dtype
-    )
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * scale
+    logits = einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH)
+    logits = capped(logits, softcap)
+    mask_BTS = visible(mask.at_T, mask.at_S, mask.window)
+    logits = jnp.where(mask_BTS[:, None, None], logits, NEVER)
+    weights = jax.nn.softmax(logits, axis=-1)
+    weights = weights.astype(v_BSKH.dtype)
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
+    return out_BTKGH.reshape(B, T, N, H)
 
 
-def capped(logits, softcap):
+def capped(logits, softcap: float):
+    """softcap x tanh(logits / softcap) (Gemma Team 2024); 0: the logits."""
     if softcap:
         return softcap * jnp.tanh(logits / softcap)
     return logits
 
 
-def library(implementation):
-    def attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, softcap):
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation=implementation
-        )
-
-    return attend
-
-
-ATTENTION = {
-    "reference": reference,
-    "xla": library("xla"),
-    "cudnn": library("cudnn"),
-}  # and dense, blockwise, splash and tokamax, without a mask
-
-
-def choose(q_BTNH, S: int, *, plain: bool, in_order: bool, causal: bool, softcap: float) -> str:
-    """What auto is, on what the mesh in force is made of. q: the queries of a device, or their shape and dtype.
-
-    in_order: queries and keys are at the places 0, 1, ...; plain: and each sees all of them up to its own, or all.
-    """
-    (B, T, N, H), chip = q_BTNH.shape, platform()
-    fits = (
-        q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and H % 8 == 0 and H <= 128
-    )  # what cuDNN takes on every GPU
-    if chip == "tpu" and in_order and T % LANES == 0:
-        return "splash"
-    if chip == "gpu" and plain and fits and not softcap:
-        return "cudnn"
-    if chip == "gpu" and causal and in_order and takes(q_BTNH):
-        return "tokamax"
-    if 4 * B * N * T * S > MAX_LOGITS:
-        return "blockwise"
-    if chip == "cpu" and not softcap:
-        return "dense"
-    return "reference"
-
-
 def attention(
     q_BTNH, k_BSKH, v_BSKH, segments_BT=None, segments_BS=None, *, places_T=None, places_S=None,
-    window, causal=True, softcap=0.0, implementation="auto",
+    window, causal=True, softcap=0.0, scale=None, implementation="auto",
 ) -> jax.Array:  # fmt: skip
     """[B, T, N, H]. Queries see keys of their own segment, none later than themselves, at most `window` back.
 
-    segments: int [B, T] and [B, S], or None where every row is one document. places: int32 [T] and [S], where queries
-    and keys are in the sequence; None: 0, 1, ...; of queries also [B, T], the last place that each sees. window: tokens
-    a query sees, itself included. causal: False: all keys of the segment, whatever the window. implementation: see
-    ATTENTION; auto: splash on a TPU; on a GPU in half precision cuDNN where the mask is plainly causal (elsewhere it is
-    slow) and tokamax on a Hopper; else by blocks where the logits are many, else dense on a CPU and the reference
-    elsewhere (`choose`). What the backward pass
-    needs is named "attention"; of the kernels for GPUs only the result is, and their forward pass runs again.
+    q: [B, T, N, H]; k, v: [B, S, K, H], K dividing N. segments: int [B, T] and [B, S], or None where every row is one
+    document. places: int32 [T] and [S], where queries and keys are in the sequence; None: 0, 1, ...; of queries also
+    [B, T], the last place that each sees. window: tokens a query sees, itself included. causal: False: all keys of the
+    segment, whatever the window. softcap: of the logits; 0: none. scale: the logits' factor; None: H^-0.5.
+    implementation: a key of ATTENTION_KERNELS, or auto: the first of them that `choose` finds fit. One that is named
+    but can't have this mask, as in generation, is replaced by `blockwise`. What the backward pass needs is named
+    "attention"; of the kernels for GPUs only the result is, and their forward pass runs again.
+
+    Raises ValueError where a kernel that is named has no soft-cap, or doesn't take these shapes.
     """
-    if softcap and implementation in ("xla", "cudnn", "dense"):
+    if softcap and not capabilities(implementation).softcap:
         raise ValueError(
             f"model.attention={implementation} has no soft-cap: set reference, blockwise or auto"
         )
-    T = q_BTNH.shape[1]
     S = k_BSKH.shape[1]
+    mask = mask_of(
+        q_BTNH.shape[1],
+        S,
+        segments_BT,
+        segments_BS,
+        places_T,
+        places_S,
+        window,
+        causal,
+    )
+    name = implementation
+    if name == "auto":
+        name = choose(
+            q_BTNH,
+            S,
+            plain=mask.plain,
+            in_order=mask.in_order,
+            causal=mask.causal,
+            softcap=softcap,
+        )
+    elif not takes_mask(ATTENTION_KERNELS[name], mask.in_order, mask.causal):
+        name = FALLBACK
+    if scale is None:
+        scale = q_BTNH.shape[3] ** -0.5
+    out_BTNH = function_of(name)(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap)
+    if ATTENTION_KERNELS[name].names_residuals:
+        return out_BTNH
+    return checkpoint_name(out_BTNH, "attention")
+
+
+def mask_of(
+    T: int,
+    S: int,
+    segments_BT,
+    segments_BS,
+    places_T,
+    places_S,
+    window: int,
+    causal: bool,
+) -> Mask:
+    """The Mask of what `attention` is given."""
     in_order = places_T is None and places_S is None and T == S
     plain = in_order and segments_BS is None and (window >= S or not causal)
     if not causal:
         window = LAST
-    if implementation == "auto":
-        implementation = choose(
-            q_BTNH, S, plain=plain, in_order=in_order, causal=causal, softcap=softcap
-        )
-    if implementation == "splash":
-        return splash(
-            q_BTNH, k_BSKH, v_BSKH, segments_BT, window=window, causal=causal, softcap=softcap
-        )
-    if implementation == "tokamax" and causal and in_order:  # else, as in generation, by blocks
-        out_BTNH = hopper(q_BTNH, k_BSKH, v_BSKH, segments_BT, window=window, softcap=softcap)
-        return checkpoint_name(out_BTNH, "attention")
-    if not causal:
         places_T = jnp.full(T, ANYWHERE)
-    at_T = (jnp.arange(T) if places_T is None else places_T, segments_BT)
-    at_S = (jnp.arange(S) if places_S is None else places_S, segments_BS)
-    if implementation == "dense":
-        out_BTNH = dense(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, visible, window, causal and in_order)
-        return checkpoint_name(out_BTNH, "attention")
-    if implementation in ("blockwise", "tokamax"):
-        return blockwise(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap)
-    if implementation == "cudnn" and plain and not softcap:
-        out_BTNH = jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, is_causal=causal, implementation="cudnn"
-        )
-    else:
-        out_BTNH = ATTENTION[implementation](
-            q_BTNH, k_BSKH, v_BSKH, visible(at_T, at_S, window), softcap
-        )
-    return checkpoint_name(out_BTNH, "attention")
-
-
-# ---------------------------------------------------------------- by blocks
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def blockwise(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap):
-    """[B, T, N, H]. For the backward pass only the arguments, the result and its log-sum-exp [B, T, N] are kept."""
-    return flash_forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap)[0].astype(
-        q_BTNH.dtype
+    elif places_T is None:
+        places_T = jnp.arange(T)
+    if places_S is None:
+        places_S = jnp.arange(S)
+    return Mask(
+        (places_T, segments_BT),
+        (places_S, segments_BS),
+        window,
+        causal,
+        in_order,
+        plain,
     )
 
 
-def blockwise_forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap):
-    out, lse_BTN = flash_forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap)
-    out_BTNH = checkpoint_name(out.astype(q_BTNH.dtype), "attention")
-    return out_BTNH, (
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
-        at_T,
-        at_S,
-        out_BTNH,
-        checkpoint_name(lse_BTN, "attention"),
-    )
+# ---------------------------------------------------------------- which kernel
 
 
-def blockwise_backward(window, softcap, kept, dout_BTNH):
-    q, k, v, at_T, at_S, out_BTNH, lse_BTN = kept
-    delta_BTN = einsum("BTNH,BTNH->BTN", out_BTNH, dout_BTNH)
-    grads = flash_backward(q, k, v, at_T, at_S, lse_BTN, delta_BTN, dout_BTNH, window, softcap)
-    return *(grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v))), None, None
+def choose(q_BTNH, S: int, *, plain: bool, in_order: bool, causal: bool, softcap: float) -> str:
+    """What auto is: the first of ATTENTION_KERNELS that the mesh in force has and that can do what is asked.
 
-
-blockwise.defvjp(blockwise_forward, blockwise_backward)
-
-
-def flash_forward(q_BTNH, k_BSKH, v_BSKH, at_T, at_S, window, softcap):
-    """(out [B, T, N, H], log-sum-exp of the logits [B, T, N]), float32: 0 and NEVER where a query sees no key."""
-    T, N = q_BTNH.shape[1:3]
-    q_BTNH, at_T, at_S = tie(q_BTNH, at_T, at_S)
-    keys = (split(k_BSKH), split(v_BSKH), split_marks(at_S, LAST))
-
-    def row(query):
-        q_BTKGH, at_T = query
-
-        def step(sums, key):
-            k_BSKH, v_BSKH, at_S = key
-
-            def add(sums):
-                acc, top, total = sums
-                logits, mask = block_logits(q_BTKGH, k_BSKH, at_T, at_S, window, softcap)
-                new_top = jnp.maximum(top, jnp.max(logits, axis=-1, where=mask, initial=NEVER))
-                weights = jnp.where(mask, jnp.exp(logits - new_top[..., None]), 0)
-                fade = jnp.exp(top - new_top)
-                part = einsum("BKGTS,BSKH->BKGTH", weights.astype(v_BSKH.dtype), v_BSKH)
-                return acc * fade[..., None] + part, new_top, total * fade + weights.sum(axis=-1)
-
-            return jax.lax.cond(may_see(at_T, at_S, window), add, lambda sums: sums, sums), None
-
-        acc = jnp.zeros_like(q_BTKGH.transpose(0, 2, 3, 1, 4), jnp.float32)
-        (acc, top, total), _ = jax.lax.scan(step, (acc, acc[..., 0] + NEVER, acc[..., 0]), keys)
-        total = jnp.where(total == 0, 1, total)
-        return (acc / total[..., None]).transpose(0, 3, 1, 2, 4), (top + jnp.log(total)).transpose(
-            0, 3, 1, 2
-        )
-
-    out, lse = jax.lax.map(row, (split_queries(q_BTNH, k_BSKH.shape[2]), split_marks(at_T, -1)))
-    return join(out, T).reshape(q_BTNH.shape), join(lse, T).reshape(-1, T, N)
-
-
-def flash_backward(
-    q_BTNH, k_BSKH, v_BSKH, at_T, at_S, lse_BTN, delta_BTN, dout_BTNH, window, softcap
-):
-    """float32 gradients of q, k and v (FlashAttention, algorithm 4).
-
-    lse_BTN: over all keys that the queries see, also those that are not among these. delta_BTN: sum over H of
-    out * dout.
+    q: the queries of a device, or their shape and dtype. S: keys. plain, in_order, causal: as in Mask.
     """
-    (T, S), H, K = (q_BTNH.shape[1], k_BSKH.shape[1]), q_BTNH.shape[3], k_BSKH.shape[2]
-    q_BTNH, at_T, at_S = tie(q_BTNH, at_T, at_S)
-    queries = (
-        *(split_queries(x, K) for x in (q_BTNH, lse_BTN, delta_BTN, dout_BTNH)),
-        split_marks(at_T, -1),
-    )
-
-    def column(dq, key):
-        k_BSKH, v_BSKH, at_S = key
-
-        def step(dkv, query):
-            dq_BTKGH, (q_BTKGH, lse, delta, dout_BTKGH, at_T) = query
-
-            def add(dq_BTKGH, dk_BSKH, dv_BSKH):
-                logits, mask = block_logits(q_BTKGH, k_BSKH, at_T, at_S, window, softcap)
-
-                def rows(x_BTKG):
-                    return x_BTKG.transpose(0, 2, 3, 1)[..., None]
-
-                weights = jnp.where(mask, jnp.exp(logits - rows(lse)), 0)
-                dv_BSKH += einsum("BKGTS,BTKGH->BSKH", weights.astype(dout_BTKGH.dtype), dout_BTKGH)
-                dweights = einsum("BTKGH,BSKH->BKGTS", dout_BTKGH, v_BSKH)
-                dlogits = weights * (dweights - rows(delta)) * H**-0.5
-                if softcap:
-                    dlogits *= 1 - jnp.square(logits / softcap)
-                dlogits = dlogits.astype(q_BTKGH.dtype)
-                dk_BSKH += einsum("BKGTS,BTKGH->BSKH", dlogits, q_BTKGH)
-                return dq_BTKGH + einsum("BKGTS,BSKH->BTKGH", dlogits, k_BSKH), dk_BSKH, dv_BSKH
-
-            dq_BTKGH, *dkv = jax.lax.cond(
-                may_see(at_T, at_S, window), add, lambda *sums: sums, dq_BTKGH, *dkv
-            )
-            return dkv, dq_BTKGH
-
-        zeros = [jnp.zeros_like(x, jnp.float32) for x in (k_BSKH, v_BSKH)]
-        dkv, dq = jax.lax.scan(step, zeros, (dq, queries))
-        return dq, dkv
-
-    keys = (split(k_BSKH), split(v_BSKH), split_marks(at_S, LAST))
-    dq, (dk, dv) = jax.lax.scan(column, jnp.zeros_like(queries[0], jnp.float32), keys)
-    return join(dq, T).reshape(q_BTNH.shape), join(dk, S), join(dv, S)
+    B, T, N, _ = q_BTNH.shape
+    too_many_logits = 4 * B * N * T * S > MAX_LOGITS
+    for name, kernel in ATTENTION_KERNELS.items():
+        if not kernel.auto or platform() not in kernel.chips:
+            continue
+        if softcap and not kernel.softcap:
+            continue
+        if too_many_logits and kernel.keeps_logits:
+            continue
+        if not plain and not kernel.any_mask:
+            continue
+        if takes_mask(kernel, in_order, causal) and fits(kernel, q_BTNH):
+            return name
+    raise ValueError("no attention kernel takes these queries")
 
 
-FLASH = (flash_forward, flash_backward)
+def takes_mask(kernel: Kernel, in_order: bool, causal: bool) -> bool:
+    return (in_order or kernel.any_order) and (causal or kernel.bidirectional)
 
 
-def tie(*arrays):
-    """The same, as if each depended on all. A scan over layers computes what is the same in all of them beforehand:
-
-    it would make the masks of all blocks, T x S of them, and keep them.
-    """
-    return jax.lax.optimization_barrier(arrays)
-
-
-def block_logits(q_BTKGH, k_BSKH, at_T, at_S, window, softcap):
-    """(float32 logits [B, K, G, T, S], which of them count: bool, broadcast to that)."""
-    logits = einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) * q_BTKGH.shape[-1] ** -0.5
-    return capped(logits, softcap), visible(at_T, at_S, window)[:, None, None]
-
-
-def may_see(at_T, at_S, window) -> jax.Array:
-    """bool scalar: False only where no query of the block sees a key of the other, by their first and last places."""
-    (places_T, _), (places_S, _) = at_T, at_S
-    return (places_S.min() <= places_T.max()) & (places_S.max() > places_T.min() - window)
+def fits(kernel: Kernel, q_BTNH) -> bool:
+    """Whether it takes queries of this shape and dtype, and what it needs is here."""
+    _, T, _, H = q_BTNH.shape
+    if T % kernel.length_multiple:
+        return False
+    if kernel.head_dims is not None and H not in kernel.head_dims:
+        return False
+    if kernel.dtypes is not None and str(q_BTNH.dtype) not in kernel.dtypes:
+        return False
+    if kernel.compute_capability and compute_capability() != kernel.compute_capability:
+        return False
+    return not kernel.package or has_package(kernel.package)
 
 
-def num_blocks(length: int) -> int:
-    """Even, so that no block lies across the two parts of a shard in zig-zag order."""
-    if length > 1:
-        return 2 * math.ceil(length / (2 * BLOCK))
-    return 1
+def compute_capability() -> str:
+    """Of jax's default device, here or not; "" where it is no GPU."""
+    device = backend.get_default_device()
+    if device.platform != "gpu":
+        return ""
+    return device.compute_capability
 
 
-def split(x, axis=1, fill=0):
-    """[B, T, ...] -> [blocks, B, T of a block, ...], padded where the blocks do not divide T."""
-    blocks = num_blocks(x.shape[axis])
-    padding = [(0, -x.shape[axis] % blocks if i == axis else 0) for i in range(x.ndim)]
-    if any(after for _, after in padding):
-        x = jnp.pad(x, padding, constant_values=fill)
-    else:
-        x = x
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, -1, *x.shape[axis + 1 :]), axis, 0)
+@functools.cache
+def has_package(name: str) -> bool:
+    """Whether it is installed; logs once how to install it where it is not."""
+    found = importlib.util.find_spec(name) is not None
+    if not found:
+        logging.getLogger("jaxlm").warning(
+            f"{name} is not installed: attention of packed documents goes by blocks in XLA, slower. "
+            "For its kernel: Python >= 3.12 and pip install -e '.[cuda]'"
+        )
+    return found
 
 
-def split_queries(x_BTN, K: int):
-    """[B, T, N, ...] -> [blocks, B, T of a block, K, G, ...]."""
-    return split(x_BTN.reshape(*x_BTN.shape[:2], K, -1, *x_BTN.shape[3:]))
-
-
-def split_marks(at, fill: int):
-    """fill: the place of padding. Before all keys for queries, after all queries for keys: neither sees any."""
-    places, segments = at
-    return split(places, places.ndim - 1, fill), None if segments is None else split(segments)
-
-
-def join(x, length: int):
-    """The inverse of `split`: [blocks, B, T of a block, ...] -> [B, T, ...]."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+def function_of(name: str) -> Callable:
+    """The function of a key of ATTENTION_KERNELS, imported now: most runs need one kernel of them."""
+    module, function = ATTENTION_KERNELS[name].function.split(".")
+    return getattr(importlib.import_module(f"jaxlm.kernels.{module}"), function)

@@ -56,27 +56,30 @@ class Options(NamedTuple):
 def logits_of(x_BTD: jax.Array, unembed_VD: jax.Array, softcap: float) -> jax.Array:
     """float32 [B, T, V]."""
     logits = jnp.einsum(
-        "BTD,VD->BTV", x_BTD, unembed_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32
+        "BTD,VD->BTV",
+        x_BTD,
+        unembed_VD.astype(x_BTD.dtype),
+        preferred_element_type=jnp.float32,
     )
     return capped(logits, softcap)
 
 
 def chunk_length(batch: int, length: int, table: tuple[int, int], limit: int = 0) -> int:
-    """The largest divisor of `length` whose float32 logits stay within AUTO_CHUNK_BYTES, or that is at most `limit`.
+    """Positions of a chunk: the largest divisor of `length` whose float32 logits stay within AUTO_CHUNK_BYTES.
 
-    On a CPU without a limit: of those divisors the one whose logits come nearest to the size of the table [V, D], or to
-    CPU_CACHE where that is larger.
+    table: (V, D) of the output table. limit: positions at most, instead; 0: none. On a CPU without a limit: of those
+    divisors the one whose logits come nearest to the size of the table, or to CPU_CACHE where that is larger.
     """
-    (vocab, dim), most = table, AUTO_CHUNK_BYTES[platform()]
+    vocab, dim = table
+    most_bytes = AUTO_CHUNK_BYTES[platform()]
+    best_bytes = most_bytes
     if platform() == "cpu":
-        best = min(most, max(CPU_CACHE, 4 * vocab * dim))
-    else:
-        best = most
-    fit, best = (limit or n // (4 * batch * vocab) or 1 for n in (most, best))
-    return min(
-        (d for d in range(1, min(fit, length) + 1) if length % d == 0),
-        key=lambda d: abs(math.log(d / best)),
-    )
+        best_bytes = min(most_bytes, max(CPU_CACHE, 4 * vocab * dim))
+    a_position = 4 * batch * vocab  # bytes of its logits
+    most = limit or most_bytes // a_position or 1
+    best = limit or best_bytes // a_position or 1
+    divisors = [d for d in range(1, min(most, length) + 1) if length % d == 0]
+    return min(divisors, key=lambda d: abs(math.log(d / best)))
 
 
 def cross_entropy(
@@ -84,8 +87,9 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """(loss, log_z), both float32 [B, T]: nats of each target, and log of the softmax's denominator.
 
-    x: final hidden states. chunk: positions whose logits a device has at one time; 0 chooses. Any chunk and any mesh
-    give the same numbers. On a mesh each device has the logits of its own part of the vocabulary (Shoeybi et al. 2019).
+    x: final hidden states [B, T, D]. unembed: [V, D]. targets: int [B, T]. chunk: positions whose logits a device has
+    at one time; 0 chooses. Any chunk and any mesh give the same numbers. On a mesh each device has the logits of its
+    own part of the vocabulary (Shoeybi et al. 2019).
     """
     return on_mesh(nats, Options(softcap, chunk), x_BTD, unembed_VD, targets_BT)
 
@@ -93,14 +97,19 @@ def cross_entropy(
 def weighted(x_BTD, unembed_VD, targets_BT, weights_BT, mix: Mix, *, softcap=0.0, chunk=0):
     """(float32 sum over tokens of weight x mix; loss and log_z of cross_entropy, which pass no gradient on).
 
-    The weights are constants. Three products where cross_entropy's gradient takes four.
+    x: final hidden states [B, T, D]. unembed: [V, D]. targets, weights: [B, T]; the weights are constants. Takes three
+    products where cross_entropy's gradient takes four.
     """
-    arrays = targets_BT, weights_BT.astype(jnp.float32)
-    return on_mesh(partial(weighted_nats, mix), Options(softcap, chunk), x_BTD, unembed_VD, *arrays)
+    f = partial(weighted_nats, mix)
+    weights_BT = weights_BT.astype(jnp.float32)
+    return on_mesh(f, Options(softcap, chunk), x_BTD, unembed_VD, targets_BT, weights_BT)
 
 
 def on_mesh(f, options: Options, x_BTD, unembed_VD, *arrays):
-    """f(options, x, table, *arrays) on what each device holds. Of results without dimensions: their sum."""
+    """f(options, x, table, *arrays) on what each device holds; results without dimensions are summed over devices.
+
+    arrays: [B, T].
+    """
     unembed_VD = unembed_VD.astype(x_BTD.dtype)
     mesh = even_mesh(*x_BTD.shape[:2])
     if mesh is None:
@@ -108,19 +117,24 @@ def on_mesh(f, options: Options, x_BTD, unembed_VD, *arrays):
     spec = partition_spec(("vocab", "embed"), unembed_VD.shape, mesh)
     batch, _, between, extra = activation_specs(*x_BTD.shape[:2], mesh)
     vocab = split_axes("vocab", unembed_VD.shape[0], mesh)
-    options = options._replace(
-        vocab=vocab, scattered=tuple(name for name in vocab if name in extra)
-    )
+    scattered = tuple(name for name in vocab if name in extra)
+    options = options._replace(vocab=vocab, scattered=scattered)
     tokens = PartitionSpec(batch, between)
     everywhere = names_of(batch) + names_of(between)
 
+    def sum_scalar(y):
+        if y.ndim:
+            return y
+        return jax.lax.psum(y, everywhere)
+
     def local(x, unembed, *arrays):
-        out = f(options, x, gather_weight(unembed, spec[1:], x, start=1), *arrays)
-        return [jax.lax.psum(y, everywhere) if y.ndim == 0 else y for y in out]
+        unembed = gather_weight(unembed, spec[1:], x, start=1)
+        return [sum_scalar(y) for y in f(options, x, unembed, *arrays)]
 
     out_specs = [PartitionSpec()] * (len(arrays) - 1) + [tokens, tokens]
     in_specs = (tokens, spec, *[tokens] * len(arrays))
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)(x_BTD, unembed_VD, *arrays)
+    call = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)
+    return call(x_BTD, unembed_VD, *arrays)
 
 
 # ---------------------------------------------------------------- on one device
@@ -128,10 +142,19 @@ def on_mesh(f, options: Options, x_BTD, unembed_VD, *arrays):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def nats(options: Options, x_BTD, unembed_VD, targets_BT):
-    def step(_, x_BCD, targets_BC):
-        return (None, forward(options, unembed_VD, x_BCD, targets_BC)[0])
+    """(nats of each target, log Z), float32 [B, T]."""
 
-    return scan_chunks(options, unembed_VD, step, None, x_BTD, targets_BT)[1]
+    def step(carry, x_BCD, targets_BC):
+        found, _ = forward(options, unembed_VD, x_BCD, targets_BC)
+        return carry, found
+
+    _, found = scan_chunks(options, unembed_VD, step, None, x_BTD, targets_BT)
+    return found
+
+
+def nats_forward(options, x_BTD, unembed_VD, targets_BT):
+    found = nats(options, x_BTD, unembed_VD, targets_BT)
+    return found, (x_BTD, unembed_VD, targets_BT)
 
 
 def nats_backward(options, kept, slopes):
@@ -151,7 +174,7 @@ def nats_backward(options, kept, slopes):
     return dx_BTD, dunembed_VD.astype(unembed_VD.dtype), None
 
 
-nats.defvjp(lambda options, *given: (nats(options, *given), given), nats_backward)
+nats.defvjp(nats_forward, nats_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -163,68 +186,95 @@ def weighted_nats(mix: Mix, options: Options, x_BTD, unembed_VD, targets_BT, wei
 def weighted_forward(mix, options, x_BTD, unembed_VD, targets_BT, weights_BT):
     def step(dunembed_VD, x_BCD, targets_BC, weights_BC):
         (loss_BC, log_z_BC), logits_BCV = forward(options, unembed_VD, x_BCD, targets_BC)
-        slopes = weights_BC * mix.loss, weights_BC * (mix.log_z + 2 * mix.z_loss * log_z_BC)
+        dloss_BC = weights_BC * mix.loss
+        dlog_z_BC = weights_BC * (mix.log_z + 2 * mix.z_loss * log_z_BC)
         dx_BCD, more = backward(
-            options, unembed_VD, x_BCD, targets_BC, logits_BCV, log_z_BC, *slopes
+            options,
+            unembed_VD,
+            x_BCD,
+            targets_BC,
+            logits_BCV,
+            log_z_BC,
+            dloss_BC,
+            dlog_z_BC,
         )
-        return (dunembed_VD + more).astype(dunembed_VD.dtype), (loss_BC, log_z_BC, dx_BCD)
+        dunembed_VD = (dunembed_VD + more).astype(dunembed_VD.dtype)
+        return dunembed_VD, (loss_BC, log_z_BC, dx_BCD)
 
     few = x_BTD.shape[1] <= FEW * chunk_of(options, unembed_VD, x_BTD)
-    zeros = jnp.zeros_like(unembed_VD, unembed_VD.dtype if few and current_mesh() else jnp.float32)
+    dtype = jnp.float32
+    if few and current_mesh():
+        dtype = unembed_VD.dtype
+    zeros = jnp.zeros_like(unembed_VD, dtype)
     dunembed_VD, found = scan_chunks(
         options, unembed_VD, step, zeros, x_BTD, targets_BT, weights_BT
     )
     loss_BT, log_z_BT, dx_BTD = found
-    return (total(mix, weights_BT, loss_BT, log_z_BT), loss_BT, log_z_BT), (dx_BTD, dunembed_VD)
+    return (total(mix, weights_BT, loss_BT, log_z_BT), loss_BT, log_z_BT), (
+        dx_BTD,
+        dunembed_VD,
+    )
 
 
 def weighted_backward(mix, options, kept, slopes):
-    dx_BTD, dunembed_VD = (slopes[0] * x for x in kept)
-    return dx_BTD.astype(kept[0].dtype), dunembed_VD.astype(kept[0].dtype), None, None
+    """mix, whose weights are constants, is the only result that passes a gradient on."""
+    slope, *_ = slopes
+    dx_BTD, dunembed_VD = kept
+    dtype = dx_BTD.dtype
+    return (
+        (slope * dx_BTD).astype(dtype),
+        (slope * dunembed_VD).astype(dtype),
+        None,
+        None,
+    )
 
 
 weighted_nats.defvjp(weighted_forward, weighted_backward)
 
 
 def total(mix: Mix, weights_BT, loss_BT, log_z_BT) -> jax.Array:
-    return jnp.sum(
-        weights_BT * (mix.loss * loss_BT + mix.log_z * log_z_BT + mix.z_loss * jnp.square(log_z_BT))
-    )
+    mixed_BT = mix.loss * loss_BT + mix.log_z * log_z_BT + mix.z_loss * jnp.square(log_z_BT)
+    return jnp.sum(weights_BT * mixed_BT)
 
 
 def chunk_of(options: Options, unembed_VD, x_BTD) -> int:
+    """Positions of this device in a chunk, to which those of the other devices in `scattered` come."""
+    peers = 1
     if options.scattered:
         peers = jax.lax.axis_size(options.scattered)
-    else:
-        peers = 1
-    return chunk_length(
-        x_BTD.shape[0] * peers, x_BTD.shape[1], unembed_VD.shape, -(-options.chunk // peers)
-    )
+    limit = -(-options.chunk // peers)
+    return chunk_length(x_BTD.shape[0] * peers, x_BTD.shape[1], unembed_VD.shape, limit)
 
 
 def scan_chunks(options: Options, unembed_VD, step, carry, *arrays):
     """(the last carry, outputs joined) of step(carry, *chunks of the arrays [B, T, ...]) -> (carry, outputs)."""
-    (B, T), chunk = arrays[0].shape[:2], chunk_of(options, unembed_VD, arrays[0])
+    T = arrays[0].shape[1]
+    chunk = chunk_of(options, unembed_VD, arrays[0])
     if chunk == T:
         return step(carry, *arrays)
+    chunks = [split_positions(a, chunk) for a in arrays]
+    carry, out = jax.lax.scan(lambda carry, parts: step(carry, *parts), carry, chunks)
+    return carry, tuple(join_positions(a) for a in out)
 
-    def split(a):
-        return jnp.moveaxis(a.reshape(B, T // chunk, chunk, *a.shape[2:]), 1, 0)
 
-    def join(a):
-        return jnp.moveaxis(a, 0, 1).reshape(B, T, *a.shape[3:])
+def split_positions(a, chunk: int):
+    """[B, T, ...] -> [T / C, B, C, ...]."""
+    B, T, *rest = a.shape
+    return jnp.moveaxis(a.reshape(B, T // chunk, chunk, *rest), 1, 0)
 
-    carry, out = jax.lax.scan(
-        lambda carry, parts: step(carry, *parts), carry, [split(a) for a in arrays]
-    )
-    return carry, tuple(join(a) for a in out)
+
+def join_positions(a):
+    """The inverse of `split_positions`."""
+    chunks, B, C, *rest = a.shape
+    return jnp.moveaxis(a, 0, 1).reshape(B, chunks * C, *rest)
 
 
 def forward(options: Options, unembed_VD, x_BCD, targets_BC):
     """((nats, log Z) of this device's positions, float32 [B, C]; logits of those of all in `scattered`)."""
     vocab = options.vocab
     scattered = options.scattered
-    chunk, (x_BCD, targets_BC) = x_BCD.shape[1], whole(options, x_BCD, targets_BC)
+    chunk = x_BCD.shape[1]
+    x_BCD, targets_BC = whole(options, x_BCD, targets_BC)
     logits_BCV = logits_of(x_BCD, unembed_VD, options.softcap)
     top_BC, sums_BC = top_and_sum(logits_BCV)
     if vocab:  # of all positions: the sums of the devices need one maximum
@@ -233,15 +283,13 @@ def forward(options: Options, unembed_VD, x_BCD, targets_BC):
         sums_BC *= jnp.exp(own_BC - top_BC)
     local = local_targets(options, unembed_VD, targets_BC)
     mine = (local >= 0) & (local < logits_BCV.shape[-1])
-    found_BC = jnp.take_along_axis(logits_BCV, jnp.where(mine, local, 0)[..., None], axis=-1)[
-        ..., 0
-    ]
+    row_BC1 = jnp.where(mine, local, 0)[..., None]
+    found_BC = jnp.take_along_axis(logits_BCV, row_BC1, axis=-1)[..., 0]
     log_sum = jnp.log(sum_parts(sums_BC, vocab, scattered))
     target_BC = sum_parts(jnp.where(mine, found_BC - top_BC, 0.0), vocab, scattered)
     if scattered:
-        top_BC = jax.lax.dynamic_slice_in_dim(
-            top_BC, jax.lax.axis_index(scattered) * chunk, chunk, axis=1
-        )
+        start = jax.lax.axis_index(scattered) * chunk
+        top_BC = jax.lax.dynamic_slice_in_dim(top_BC, start, chunk, axis=1)
     return (log_sum - target_BC, log_sum + top_BC), logits_BCV
 
 
@@ -249,28 +297,37 @@ def top_and_sum(logits_BCV) -> tuple[jax.Array, jax.Array]:
     """(maximum, sum of exp(logit - maximum)) over V; on a GPU in one pass (Milakov & Gimelshein 2018)."""
     if platform() != "gpu":
         top_BC = jnp.max(logits_BCV, axis=-1)
-        return top_BC, jnp.exp(logits_BCV - top_BC[..., None]).sum(axis=-1)
+        weights_BCV = jnp.exp(logits_BCV - top_BC[..., None])
+        return top_BC, weights_BCV.sum(axis=-1)
 
-    def join(a, b):
-        (top_a, sum_a), (top_b, sum_b) = a, b
+    def combine(a, b):
+        top_a, sum_a = a
+        top_b, sum_b = b
         top = jnp.maximum(top_a, top_b)
-        return top, sum_a * jnp.exp(top_a - top) + sum_b * jnp.exp(top_b - top)
+        sum_a = sum_a * jnp.exp(top_a - top)
+        sum_b = sum_b * jnp.exp(top_b - top)
+        return top, sum_a + sum_b
 
-    start = jnp.float32(NEVER), jnp.float32(0)
-    return jax.lax.reduce(
-        (logits_BCV, jnp.ones_like(logits_BCV)), start, join, (logits_BCV.ndim - 1,)
-    )
+    start = (jnp.float32(NEVER), jnp.float32(0))
+    pairs = (logits_BCV, jnp.ones_like(logits_BCV))
+    return jax.lax.reduce(pairs, start, combine, (logits_BCV.ndim - 1,))
 
 
 def backward(
-    options: Options, unembed_VD, x_BCD, targets_BC, logits_BCV, log_z_BC, dloss_BC, dlog_z_BC
+    options: Options,
+    unembed_VD,
+    x_BCD,
+    targets_BC,
+    logits_BCV,
+    log_z_BC,
+    dloss_BC,
+    dlog_z_BC,
 ):
     """(dx, of this device's positions; dunembed, float32); the logits' gradient is rounded as x is."""
     given = whole(options, x_BCD, targets_BC, log_z_BC, dloss_BC, dlog_z_BC)
     x_BCD, targets_BC, log_z_BC, dloss_BC, dlog_z_BC = given
-    hit_BCV = (
-        jnp.arange(unembed_VD.shape[0]) == local_targets(options, unembed_VD, targets_BC)[..., None]
-    )
+    local = local_targets(options, unembed_VD, targets_BC)
+    hit_BCV = jnp.arange(unembed_VD.shape[0]) == local[..., None]
     dlogits_BCV = (dloss_BC + dlog_z_BC)[..., None] * jnp.exp(logits_BCV - log_z_BC[..., None])
     dlogits_BCV -= jnp.where(hit_BCV, dloss_BC[..., None], 0)
     if options.softcap:
@@ -282,15 +339,15 @@ def backward(
 
 
 def whole(options: Options, *arrays) -> list[jax.Array]:
-    """With the positions that the other devices in `scattered` hold."""
+    """The arrays [B, C, ...] with the positions that the other devices in `scattered` hold."""
     return [gather(x, 1, options.scattered) for x in arrays]
 
 
 def local_targets(options: Options, unembed_VD, targets_BC) -> jax.Array:
-    """Rows of this device's part of the table."""
-    return targets_BC - (
-        jax.lax.axis_index(options.vocab) * unembed_VD.shape[0] if options.vocab else 0
-    )
+    """The targets' rows in this device's part of the table; out of its bounds where others have them."""
+    if not options.vocab:
+        return targets_BC
+    return targets_BC - jax.lax.axis_index(options.vocab) * unembed_VD.shape[0]
 
 
 def divergence(student: tuple, teacher: tuple, temperature: float) -> jax.Array:
@@ -299,21 +356,23 @@ def divergence(student: tuple, teacher: tuple, temperature: float) -> jax.Array:
     Hinton et al. 2015. student, teacher: (x [B, T, D], table [V, D], softcap), of one vocabulary. Like cross_entropy,
     logits exist a chunk of positions at a time and are not kept.
     """
-    (x_BTD, table, softcap), (y_BTE, their_table, their_softcap) = student, teacher
+    x_BTD, student_table, student_softcap = student
+    y_BTE, teacher_table, teacher_softcap = teacher
     B, T, _ = x_BTD.shape
-    chunk = chunk_length(2 * B, T, table.shape)
+    chunk = chunk_length(2 * B, T, student_table.shape)
+
+    def log_softmax(x, table, softcap):
+        return jax.nn.log_softmax(logits_of(x, table, softcap) / temperature)
 
     @jax.checkpoint
-    def one(parts):
-        x, y = parts
-        mine = jax.nn.log_softmax(logits_of(x, table, softcap) / temperature)
-        theirs = jax.nn.log_softmax(logits_of(y, their_table, their_softcap) / temperature)
-        return temperature**2 * jnp.sum(jnp.exp(theirs) * (theirs - mine), axis=-1)
+    def of_chunk(parts):
+        x_BCD, y_BCE = parts
+        student_BCV = log_softmax(x_BCD, student_table, student_softcap)
+        teacher_BCV = log_softmax(y_BCE, teacher_table, teacher_softcap)
+        difference_BCV = teacher_BCV - student_BCV
+        return temperature**2 * jnp.sum(jnp.exp(teacher_BCV) * difference_BCV, axis=-1)
 
     if chunk == T:
-        return one((x_BTD, y_BTE))
-
-    def split(a):
-        return jnp.moveaxis(a.reshape(B, T // chunk, chunk, -1), 1, 0)
-
-    return jnp.moveaxis(jax.lax.map(one, (split(x_BTD), split(y_BTE))), 0, 1).reshape(B, T)
+        return of_chunk((x_BTD, y_BTE))
+    chunks = (split_positions(x_BTD, chunk), split_positions(y_BTE, chunk))
+    return join_positions(jax.lax.map(of_chunk, chunks))

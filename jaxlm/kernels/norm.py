@@ -14,20 +14,26 @@ import jax.numpy as jnp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalize(x, scale_D, bias_D, eps: float, center: bool) -> jax.Array:
-    """scale (x - mean) / deviation + bias, in x's dtype. center: False leaves out the mean. bias: or None."""
-    return forward(x, scale_D, bias_D, eps, center)[0]
+    """scale (x - mean) / deviation + bias, in x's shape [..., D] and dtype.
+
+    scale: [D]. bias: [D] or None. center: False leaves out the mean.
+    """
+    y, _ = forward(x, scale_D, bias_D, eps, center)
+    return y
 
 
 def forward(x, scale_D, bias_D, eps, center):
+    """(the result, what the backward pass keeps)."""
     wide = x.astype(jnp.float32)
+    mean_1 = jnp.zeros((*x.shape[:-1], 1))
     if center:
         mean_1 = wide.mean(axis=-1, keepdims=True)
-    else:
-        mean_1 = jnp.zeros((*x.shape[:-1], 1))
-    variance_1 = jnp.square(wide).mean(axis=-1, keepdims=True) - jnp.square(mean_1)
-    factor_1 = jax.lax.rsqrt(jnp.maximum(variance_1, 0) + eps)
+    square_1 = jnp.square(wide).mean(axis=-1, keepdims=True)
+    variance_1 = jnp.maximum(square_1 - jnp.square(mean_1), 0)
+    factor_1 = jax.lax.rsqrt(variance_1 + eps)
     y = (wide - mean_1) * factor_1 * scale_D
-    y = y if bias_D is None else y + bias_D
+    if bias_D is not None:
+        y = y + bias_D
     return y.astype(x.dtype), (x, scale_D, bias_D, mean_1, factor_1)
 
 
@@ -37,14 +43,16 @@ def backward(eps, center, kept, dy):
     unit = (x.astype(jnp.float32) - mean_1) * factor_1
     dy = dy.astype(jnp.float32)
     dunit = dy * scale_D
-    dx = dunit - unit * (dunit * unit).mean(axis=-1, keepdims=True)
-    dx = factor_1 * (dx - dunit.mean(axis=-1, keepdims=True) if center else dx)
-    dscale_D = (dy * unit).sum(axis=rows).astype(scale_D.dtype)
-    return (
-        dx.astype(x.dtype),
-        dscale_D,
-        None if bias_D is None else dy.sum(axis=rows).astype(bias_D.dtype),
-    )
+    slope_1 = (dunit * unit).mean(axis=-1, keepdims=True)
+    dx = dunit - unit * slope_1
+    if center:
+        dx = dx - dunit.mean(axis=-1, keepdims=True)
+    dx = factor_1 * dx
+    dscale_D = (dy * unit).sum(axis=rows)
+    dbias_D = None
+    if bias_D is not None:
+        dbias_D = dy.sum(axis=rows).astype(bias_D.dtype)
+    return dx.astype(x.dtype), dscale_D.astype(scale_D.dtype), dbias_D
 
 
 normalize.defvjp(forward, backward)

@@ -25,10 +25,8 @@ import jax.numpy as jnp
 from jaxlm.errors import ConfigError
 
 DTYPES = {  # model.quantize: of both factors; of the gradient that comes back
-    "fp8": (
-        jnp.float8_e4m3fn,
-        jnp.float8_e5m2,
-    ),  # gradients need range more than digits (Micikevicius et al. 2022)
+    # Gradients need range more than digits (Micikevicius et al. 2022).
+    "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2),
     "int8": (jnp.int8, jnp.int8),
 }
 
@@ -55,5 +53,6 @@ def rounded(quantize: str, x, kernel, axes: int) -> jax.Array:
         lhs_qtype=factor, rhs_qtype=factor, dlhs_grad_qtype=gradient, drhs_grad_qtype=gradient,
         lhs_collect_quant_stat=constant, rhs_collect_quant_stat=constant,
     )  # fmt: skip
-    summed = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
-    return dot_general_qt(x, kernel, (summed, ((), ())), config)
+    summed_of_x = tuple(range(x.ndim - axes, x.ndim))
+    summed_of_kernel = tuple(range(axes))
+    return dot_general_qt(x, kernel, ((summed_of_x, summed_of_kernel), ((), ())), config)

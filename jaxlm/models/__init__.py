@@ -5,9 +5,12 @@ B batch, T positions (queries), S positions (keys), D embed, N query heads, K ke
 F MLP, V vocabulary, L layers.
 """
 
+from collections.abc import Iterable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -30,6 +33,8 @@ MODELS = {
     "bag": Bag,
     "vectors": Vectors,
 }
+# How those of config.keys.COUNTED get their parameters: (documents, order, vocab_size, bos_id, discount) -> params.
+FITS = {"ngram": ngram.fit}
 
 
 def build(config: ConfigDict) -> nn.Module:
@@ -42,28 +47,49 @@ def build_section(section: ConfigDict) -> nn.Module:
     return MODELS[section.name](FrozenConfigDict(section))
 
 
+def fit(config: ConfigDict, documents: Iterable[np.ndarray], bos_id: int | None) -> dict:
+    """The parameters of a model that is counted, not trained; fills in config.model.ngrams, their sizes.
+
+    config: resolved, its model one of config.keys.COUNTED. documents: int [length] each, bos in front where there is a
+    bos_id. Raises DataError where they don't suit the model.
+    """
+    m = config.model
+    params = FITS[m.name](documents, m.order, m.vocab_size, bos_id, m.discount)
+    m.ngrams = ngram.sizes(params)
+    return params
+
+
+# ---------------------------------------------------------------- what a model predicts
+
+
+def is_counted(model: nn.Module) -> bool:
+    """Whether it predicts by tables of probabilities, not by hidden states and an output table."""
+    return isinstance(model, ngram.NGram)
+
+
 def next_logits(model: nn.Module, params, x) -> jax.Array:
     """float32 [B, T, V]: logits of the next token, of what the model returned, [B, T, ...]."""
-    if isinstance(model, ngram.NGram):
+    if is_counted(model):
         return ngram.log_probs(params, x)
     return logits_of(x, unembedding(params), model.config.logit_softcap)
 
 
 def nats_of(model: nn.Module, params, x, targets_BT, chunk: int = 0) -> tuple[jax.Array, jax.Array]:
-    """(nats of each target, log of the softmax's denominator), float32 [B, T]; the logits are not kept."""
-    if isinstance(model, ngram.NGram):
+    """(nats of each target, log of the softmax's denominator), float32 [B, T]; the logits are not kept.
+
+    x: what the model returned, [B, T, ...]. chunk: as in cross_entropy.
+    """
+    if is_counted(model):
         return -ngram.log_probs_of(params, x, targets_BT), targets_BT * 0.0
-    return cross_entropy(
-        x, unembedding(params), targets_BT, softcap=model.config.logit_softcap, chunk=chunk
-    )
+    softcap = model.config.logit_softcap
+    return cross_entropy(x, unembedding(params), targets_BT, softcap=softcap, chunk=chunk)
 
 
 def weighted_nats_of(model: nn.Module, params, x, targets_BT, weights_BT, mix: Mix, chunk: int = 0):
     """(float32 sum over tokens of weight x mix; what `nats_of` gives, which passes no gradient on)."""
-    if isinstance(model, ngram.NGram):
+    if is_counted(model):
         nats_BT, log_z_BT = nats_of(model, params, x, targets_BT)
-        return jax.numpy.sum(weights_BT * nats_BT), nats_BT, log_z_BT
+        return jnp.sum(weights_BT * nats_BT), nats_BT, log_z_BT
+    table = unembedding(params)
     softcap = model.config.logit_softcap
-    return weighted(
-        x, unembedding(params), targets_BT, weights_BT, mix, softcap=softcap, chunk=chunk
-    )
+    return weighted(x, table, targets_BT, weights_BT, mix, softcap=softcap, chunk=chunk)

@@ -5,16 +5,22 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxlm.models.layers import Embed, embedding_dropout, norm
-from jaxlm.models.transformer import (
+from jaxlm.models.attention import (
     Cache,
     Context,
-    heads,
     init_cache,
+    places_or_order,
     self_context,
-    stack,
     take_rows,
+    write_tokens,
 )
+from jaxlm.models.layers import (
+    Embed,
+    embedding_dropout,
+    final_norm,
+    output_parameters,
+)
+from jaxlm.models.transformer import stack
 
 
 class Encoder(nn.Module):
@@ -25,29 +31,23 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD, segments_BS, positions_BS) -> jax.Array:
-        context = self_context(
-            self.config, segments_BS, segments_BS, positions_BS, None, None, None
-        )
-        x_BSD, _ = stack(self.config, self.train, causal=False, name="layers")(x_BSD, context, None)
-        if self.config.norm_place == "pre":
-            return norm(self.config, "final_norm")(x_BSD)
-        return x_BSD
+        c = self.config
+        context = self_context(c, segments_BS, segments_BS, positions_BS, None, None, None)
+        x_BSD, _ = stack(c, self.train, causal=False, name="layers")(x_BSD, context, None)
+        return final_norm(c, x_BSD)
 
 
 class CausalDecoder(nn.Module):
-    """Embedded targets [B, T, D] -> [B, T, D], with a look at the encoder's output."""
+    """Embedded targets [B, T, D] -> ([B, T, D], caches), with a look at the encoder's output."""
 
     config: FrozenConfigDict
     train: bool
 
     @nn.compact
     def __call__(self, x_BTD, context: Context, caches):
-        x_BTD, caches = stack(self.config, self.train, cross=True, name="layers")(
-            x_BTD, context, caches
-        )
-        return norm(self.config, "final_norm")(
-            x_BTD
-        ) if self.config.norm_place == "pre" else x_BTD, caches
+        layers = stack(self.config, self.train, cross=True, name="layers")
+        x_BTD, caches = layers(x_BTD, context, caches)
+        return final_norm(self.config, x_BTD), caches
 
 
 class EncoderDecoder(nn.Module):
@@ -81,43 +81,39 @@ class EncoderDecoder(nn.Module):
         if enc_tokens is None and cache is None:  # to make the parameters
             enc_tokens = jnp.zeros((B, 1), jnp.int32)
         memory_BSD = None
+        if enc_tokens is not None:
+            if enc_positions is None:
+                place_S = jnp.arange(enc_tokens.shape[1])
+                enc_positions = jnp.broadcast_to(place_S, enc_tokens.shape)
+            encoder = Encoder(of_encoder(c), train, name="encoder")
+            memory_BSD = encoder(
+                drop(embed(enc_tokens, enc_positions)), enc_segments, enc_positions
+            )
         segments_BS = segments_BT
         index = None
-        if enc_tokens is not None:
-            place_S = jnp.arange(enc_tokens.shape[1])
-            if enc_positions is None:
-                enc_positions = jnp.broadcast_to(place_S, enc_tokens.shape)
-            else:
-                enc_positions = enc_positions
-            x_BSD = drop(embed(enc_tokens, enc_positions))
-            memory_BSD = Encoder(of_encoder(c), train, name="encoder")(
-                x_BSD, enc_segments, enc_positions
-            )
+        blocks = None
         if cache is not None:
             if segments_BT is None:
                 segments_BT = jnp.ones((B, T), jnp.int32)
-            else:
-                segments_BT = segments_BT
             index = cache.index
-            places_T = cache.index + jnp.arange(T)
-            segments_BS = jax.lax.dynamic_update_slice_in_dim(
-                cache.segments_BS, segments_BT, index, axis=1
-            )
+            places_T = index + jnp.arange(T)
+            cache = write_tokens(cache, tokens_BT, segments_BT)
+            segments_BS = cache.segments_BS
+            blocks = cache.blocks
             if enc_tokens is None:
                 enc_segments = cache.enc_segments_BS
             elif enc_segments is None:
                 enc_segments = jnp.ones(enc_tokens.shape, jnp.int32)
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(T) if places_T is None else places_T, (B, T))
+            positions_BT = jnp.broadcast_to(places_or_order(places_T, T), (B, T))
         context = self_context(c, segments_BT, segments_BS, positions_BT, None, places_T, index)
         context = context._replace(memory_BSD=memory_BSD, enc_segments_BS=enc_segments)
-        caches = None if cache is None else cache.blocks
-        x_BTD, caches = CausalDecoder(c, train, name="decoder")(
-            drop(embed(tokens_BT, positions_BT)), context, caches
-        )
-        heads(self, c)
+        decoder = CausalDecoder(c, train, name="decoder")
+        x_BTD = drop(embed(tokens_BT, positions_BT))
+        x_BTD, blocks = decoder(x_BTD, context, blocks)
+        output_parameters(self, c)
         if cache is not None:
-            cache = Cache(caches, segments_BS, index + T, enc_segments)
+            cache = cache._replace(blocks=blocks, index=index + T, enc_segments_BS=enc_segments)
         return x_BTD, cache
 
 

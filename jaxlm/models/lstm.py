@@ -10,9 +10,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import FrozenConfigDict
 
+from jaxlm.kernels.attention import NEVER
 from jaxlm.kernels.lstm import Steps, recur
-from jaxlm.models.layers import Embed, Linear, Weights, back, embedding_dropout, into, parameter
-from jaxlm.models.transformer import heads
+from jaxlm.models.layers import (
+    Embed,
+    Linear,
+    Weights,
+    embedding_dropout,
+    output_parameters,
+    parameter,
+    project_in,
+    project_out,
+)
 from jaxlm.parallel.mesh import constrain
 
 
@@ -30,7 +39,7 @@ class Cache(NamedTuple):
 
 
 def borders_of(segments_BT, positions_BT, cache: Cache | None = None):
-    """Two float32 [B, T]: 0 where what comes from the left, from the right is not of a position's own document.
+    """(left, right), float32 [B, T]: 0 where the position to that side is not of the same document, else 1.
 
     (None, None) where both inputs are None: every row is one document. Nothing goes into or out of padding, segment 0.
     """
@@ -38,9 +47,10 @@ def borders_of(segments_BT, positions_BT, cache: Cache | None = None):
         return None, None
     same_BT = True
     if segments_BT is not None:
-        before_BT = (
-            jnp.roll(segments_BT, 1, axis=1).at[:, 0].set(0 if cache is None else cache.segments_B)
-        )
+        last_B = 0
+        if cache is not None:
+            last_B = cache.segments_B
+        before_BT = jnp.roll(segments_BT, 1, axis=1).at[:, 0].set(last_B)
         same_BT = (segments_BT != 0) & (segments_BT == before_BT)
     if positions_BT is not None:
         same_BT &= positions_BT != 0
@@ -63,39 +73,46 @@ class Direction(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, keep_BT, start_BTH=None, state=None):
-        """(h [B, T, H], the last (h, c)). start: c at the beginning of the document that a position is of; None: 0."""
+        """(h [B, T, H], the last (h, c)).
+
+        keep: float32 [B, T], 0 where a document begins, or None. start: c at the beginning of the document that a
+        position is of; None: 0. state: (h, c) before the first position; None: 0.
+        """
         c = self.config
-        B = x_BTD.shape[0]
-        D = x_BTD.shape[-1]
+        B, _, D = x_BTD.shape
         H = self.width
         axes = ("embed", None, "mlp")
         normal = nn.initializers.normal
         kernel_DGH = parameter(self, "input_kernel", normal(D**-0.5), axes, (D, 4, H), c)
         kernel_HGH = parameter(self, "recurrent_kernel", normal(H**-0.5), axes, (H, 4, H), c)
         bias_GH = parameter(self, "bias", forget_one, axes[1:], (4, H), c)
-        (x_BTGH,) = into(x_BTD, Weights(kernel_DGH, bias_GH, axes))  # of all positions at once
+        (x_BTGH,) = project_in(
+            x_BTD, Weights(kernel_DGH, bias_GH, axes)
+        )  # of all positions at once
         x_TBGH = constrain(x_BTGH.swapaxes(0, 1), None, "batch", None, "mlp")
         kernel_HGH = constrain(kernel_HGH, None, None, "mlp")  # gathered once, not at each step
 
-        keep_TB1 = None if keep_BT is None else keep_BT.T[..., None]
+        keep_TB1 = None
+        if keep_BT is not None:
+            keep_TB1 = keep_BT.T[..., None]
         start = None
         if start_BTH is not None:
             start_TBH = (1 - keep_TB1) * start_BTH.swapaxes(0, 1)
-            start = jnp.tanh(start_TBH).astype(c.dtype), start_TBH
+            start = (jnp.tanh(start_TBH).astype(c.dtype), start_TBH)
         mask_BH = None
         if self.train and c.recurrent_dropout:
-            mask_BH = nn.Dropout(c.recurrent_dropout, deterministic=False)(
-                jnp.ones((B, H), c.dtype)
-            )
-        h_BH, c_BH = (jnp.zeros((B, H), c.dtype), jnp.zeros((B, H))) if state is None else state
-        h_TBH, *state = recur(
-            self.reverse, kernel_HGH, Steps(x_TBGH, keep_TB1, start), mask_BH, h_BH, c_BH
-        )
+            drop = nn.Dropout(c.recurrent_dropout, deterministic=False)
+            mask_BH = drop(jnp.ones((B, H), c.dtype))
+        if state is None:
+            state = (jnp.zeros((B, H), c.dtype), jnp.zeros((B, H)))
+        h_BH, c_BH = state
+        steps = Steps(x_TBGH, keep_TB1, start)
+        h_TBH, *state = recur(self.reverse, kernel_HGH, steps, mask_BH, h_BH, c_BH)
         return constrain(h_TBH.swapaxes(0, 1), "batch", None, None), state
 
 
 class Layers(nn.Module):
-    """Stacked LSTMs, H wide; both: one half of H reads from the left, the other from the right. Then back to D.
+    """Stacked LSTMs, H wide, and a map from H to D where they differ. both: each half of H reads from its own side.
 
     Dropout is variational (Gal & Ghahramani 2016): one mask for all positions of a row.
     """
@@ -107,32 +124,52 @@ class Layers(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, borders, start_BTLH=None, cache: Cache | None = None):
-        """(y [B, T, D], the last states: h and c, [L, B, H])."""
-        c, states, (left_BT, right_BT) = self.config, [], borders
+        """(y [B, T, D], the last states: [h, c], each [L, B, H]; [] of both).
+
+        borders: of `borders_of`. start: float32 [B, T, L, H], as in Direction.
+        """
+        c = self.config
+        states = []
         drop = nn.Dropout(c.dropout, broadcast_dims=(1,), deterministic=not self.train)
         y = embedding_dropout(c, self.train, broadcast_dims=(1,))(x_BTD)
         for i in range(self.num_layers):
             if self.both:
-                left, _ = Direction(c, c.hidden_dim // 2, self.train, name=f"left_{i}")(y, left_BT)
-                right, _ = Direction(c, c.hidden_dim // 2, self.train, True, name=f"right_{i}")(
-                    y, right_BT
-                )
-                y = jnp.concatenate([left, right], axis=-1)
+                y = self.from_both_sides(y, borders, i)
             else:
-                start_BTH = None if start_BTLH is None else start_BTLH[:, :, i]
-                state = None if cache is None else (cache.h[i], cache.c[i])
-                y, state = Direction(c, c.hidden_dim, self.train, name=f"left_{i}")(
-                    y, left_BT, start_BTH, state
-                )
+                start_BTH = None
+                if start_BTLH is not None:
+                    start_BTH = start_BTLH[:, :, i]
+                state = None
+                if cache is not None:
+                    state = (cache.h[i], cache.c[i])
+                layer = Direction(c, c.hidden_dim, self.train, name=f"left_{i}")
+                y, state = layer(y, borders[0], start_BTH, state)
                 states.append(state)
             y = drop(y)
         if c.hidden_dim != c.embed_dim:
-            y = back(y, Linear(c, (c.hidden_dim, c.embed_dim), ("mlp", "embed"), name="out")())
+            out = Linear(c, (c.hidden_dim, c.embed_dim), ("mlp", "embed"), name="out")
+            y = project_out(y, out())
         return constrain(y, "batch", "residual", None), [jnp.stack(x) for x in zip(*states)]
 
+    def from_both_sides(self, y, borders, i: int) -> jax.Array:
+        c = self.config
+        half = c.hidden_dim // 2
+        left_BT, right_BT = borders
+        from_left = Direction(c, half, self.train, name=f"left_{i}")
+        from_right = Direction(c, half, self.train, reverse=True, name=f"right_{i}")
+        left, _ = from_left(y, left_BT)
+        right, _ = from_right(y, right_BT)
+        return jnp.concatenate([left, right], axis=-1)
 
-def square(c: FrozenConfigDict, name: str, x_BTD):
-    return into(x_BTD, Linear(c, (c.embed_dim, c.embed_dim), ("embed", "mlp"), name=name)())[0]
+
+# ---------------------------------------------------------------- attention to a source
+
+
+def square(c: FrozenConfigDict, name: str, x_BTD) -> jax.Array:
+    """[B, T, D], by a square kernel of this name."""
+    weights = Linear(c, (c.embed_dim, c.embed_dim), ("embed", "mlp"), name=name)()
+    (y_BTD,) = project_in(x_BTD, weights)
+    return y_BTD
 
 
 def dot(c: FrozenConfigDict, q_BTD, k_BSD):
@@ -149,11 +186,20 @@ def additive(c: FrozenConfigDict, q_BTD, k_BSD):
     q_BTD = square(c, "query", q_BTD)
     k_BSD = square(c, "key", k_BSD)
     v_D1 = Linear(c, (c.embed_dim, 1), ("mlp", None), name="score")().kernel
-    one = jax.checkpoint(lambda q_BD: (jnp.tanh(q_BD[:, None] + k_BSD) @ v_D1)[..., 0])
-    return jax.lax.map(one, q_BTD.swapaxes(0, 1)).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def of_position(q_BD):
+        hidden_BSD = jnp.tanh(q_BD[:, None] + k_BSD)
+        return (hidden_BSD @ v_D1)[..., 0]
+
+    return jax.lax.map(of_position, q_BTD.swapaxes(0, 1)).swapaxes(0, 1)
 
 
-SCORES = {"dot": dot, "bilinear": bilinear, "additive": additive}  # model.cross_attention
+SCORES = {  # model.cross_attention
+    "dot": dot,
+    "bilinear": bilinear,
+    "additive": additive,
+}
 
 
 class Attention(nn.Module):
@@ -164,16 +210,18 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, keys_BSD, same_BTS):
         c = self.config
-        scores_BTS = SCORES[c.cross_attention](c, constrain(x_BTD, "batch", None, None), keys_BSD)
-        weights_BTS = jax.nn.softmax(
-            jnp.where(same_BTS, scores_BTS.astype(jnp.float32), -1e30), axis=-1
-        )
-        weights_BTS = jnp.where(same_BTS, weights_BTS, 0).astype(
-            c.dtype
-        )  # a document without a source: no context
+        q_BTD = constrain(x_BTD, "batch", None, None)
+        scores_BTS = SCORES[c.cross_attention](c, q_BTD, keys_BSD).astype(jnp.float32)
+        weights_BTS = jax.nn.softmax(jnp.where(same_BTS, scores_BTS, NEVER), axis=-1)
+        # A document without a source has no context.
+        weights_BTS = jnp.where(same_BTS, weights_BTS, 0).astype(c.dtype)
         context_BTD = jnp.einsum("BTS,BSD->BTD", weights_BTS, keys_BSD)
         out = Linear(c, (2 * c.embed_dim, c.embed_dim), ("embed", "mlp"), name="out")()
-        return jnp.tanh(into(jnp.concatenate([context_BTD, x_BTD], axis=-1), out)[0])
+        (y_BTD,) = project_in(jnp.concatenate([context_BTD, x_BTD], axis=-1), out)
+        return jnp.tanh(y_BTD)
+
+
+# ---------------------------------------------------------------- the models
 
 
 class Model(nn.Module):
@@ -183,26 +231,30 @@ class Model(nn.Module):
 
     def outputs(self, x_BTD) -> jax.Array:
         """x, once the parameters are made that losses apply to it."""
-        heads(self, self.config)
+        output_parameters(self, self.config)
         return constrain(x_BTD, "batch", "residual", None)
 
     def init_cache(self, batch: int, length: int, enc_length: int = 0) -> Cache:
         """Empty; a state has no length. enc_length: of the source."""
         c = self.config
-        h_LBH = jnp.zeros((c.num_layers, batch, c.hidden_dim), c.dtype)
-        keys_BSD = jnp.zeros((batch, enc_length, c.embed_dim), c.dtype)
-        segments_B = jnp.zeros(batch, jnp.int32)
+        state = (c.num_layers, batch, c.hidden_dim)
         return Cache(
-            h_LBH,
-            h_LBH.astype(jnp.float32),
-            segments_B,
-            keys_BSD,
-            jnp.zeros((batch, enc_length), jnp.int32),
+            h=jnp.zeros(state, c.dtype),
+            c=jnp.zeros(state, jnp.float32),
+            segments_B=jnp.zeros(batch, jnp.int32),
+            keys_BSD=jnp.zeros((batch, enc_length, c.embed_dim), c.dtype),
+            segments_BS=jnp.zeros((batch, enc_length), jnp.int32),
         )
 
     def take_rows(self, cache: Cache, rows_B) -> Cache:
         """The cache of these rows of the batch, in their order."""
-        return Cache(*(jnp.take(x, rows_B, axis=axis) for x, axis in zip(cache, (1, 1, 0, 0, 0))))
+        return Cache(
+            h=jnp.take(cache.h, rows_B, axis=1),
+            c=jnp.take(cache.c, rows_B, axis=1),
+            segments_B=jnp.take(cache.segments_B, rows_B, axis=0),
+            keys_BSD=jnp.take(cache.keys_BSD, rows_B, axis=0),
+            segments_BS=jnp.take(cache.segments_BS, rows_B, axis=0),
+        )
 
 
 class LSTM(Model):
@@ -231,10 +283,13 @@ class LSTM(Model):
             segments_BT = jnp.ones_like(tokens_BT)
         x_BTD = Embed(c, name="embed")(tokens_BT, positions_BT)
         borders = borders_of(segments_BT, positions_BT, cache)
-        x_BTD, states = Layers(c, c.num_layers, train, self.both, name="layers")(
-            x_BTD, borders, cache=cache
-        )
-        return self.outputs(x_BTD), cache and Cache(*states, segments_BT[:, -1], *cache[3:])
+        layers = Layers(c, c.num_layers, train, self.both, name="layers")
+        x_BTD, states = layers(x_BTD, borders, cache=cache)
+        x_BTD = self.outputs(x_BTD)
+        if cache is not None:
+            h_LBH, c_LBH = states
+            cache = cache._replace(h=h_LBH, c=c_LBH, segments_B=segments_BT[:, -1])
+        return x_BTD, cache
 
 
 class BiLSTM(LSTM):
@@ -255,41 +310,48 @@ class LSTMSeq2Seq(Model):
         self, tokens_BT, segments_BT=None, positions_BT=None, *, enc_tokens=None, enc_segments=None,
         enc_positions=None, cache=None, places_T=None, reach_BT=None, train=False,
     ):  # fmt: skip
-        """(x [B, T, D], the cache after these tokens). enc_*: [B, S]; not needed once the cache has them."""
+        """(x [B, T, D], the cache after these tokens). enc_*: [B, S]; not needed once the cache has them.
+
+        Raises ValueError without a source: neither enc_tokens nor a cache.
+        """
         c = self.config
-        embed = Embed(self.config, name="embed")
+        embed = Embed(c, name="embed")
         if segments_BT is None:
             segments_BT = jnp.ones_like(tokens_BT)
-        else:
-            segments_BT = segments_BT
         if enc_tokens is None and self.is_initializing():
             enc_tokens = tokens_BT
         if enc_tokens is not None:
-            if enc_segments is None:
+            segments_BS = enc_segments
+            if segments_BS is None:
                 segments_BS = jnp.ones_like(enc_tokens)
-            else:
-                segments_BS = enc_segments
+            borders = borders_of(segments_BS, enc_positions)
             encoder = Layers(c, c.encoder_layers, train, both=True, name="encoder")
-            keys_BSD, _ = encoder(
-                embed(enc_tokens, enc_positions), borders_of(segments_BS, enc_positions)
-            )
+            keys_BSD, _ = encoder(embed(enc_tokens, enc_positions), borders)
             keys_BSD = constrain(keys_BSD, "batch", None, None)
         elif cache is not None:
-            keys_BSD, segments_BS = cache[3:]
+            keys_BSD = cache.keys_BSD
+            segments_BS = cache.segments_BS
         else:
             raise ValueError(
                 "an encoder-decoder needs enc_tokens, or the cache of an earlier call that had them"
             )
-        same_BTS = (segments_BT[:, :, None] == segments_BS[:, None]) & (segments_BS != 0)[:, None]
-
-        share_BTS = same_BTS / jnp.maximum(same_BTS.sum(axis=-1, keepdims=True), 1)
-        mean_BTD = jnp.einsum("BTS,BSD->BTD", share_BTS.astype(c.dtype), keys_BSD)
-        start = Linear(
-            c, (c.embed_dim, c.num_layers, c.hidden_dim), ("embed", None, "mlp"), name="start"
-        )()
-        (start_BTLH,) = into(mean_BTD, start)
+        same_BTS = segments_BT[:, :, None] == segments_BS[:, None]
+        same_BTS &= (segments_BS != 0)[:, None]
+        start_BTLH = self.start_of_decoder(keys_BSD, same_BTS)
         borders = borders_of(segments_BT, positions_BT, cache)
         decoder = Layers(c, c.num_layers, train, name="decoder")
         x_BTD, states = decoder(embed(tokens_BT, positions_BT), borders, start_BTLH, cache)
         x_BTD = self.outputs(Attention(c, name="attention")(x_BTD, keys_BSD, same_BTS))
-        return x_BTD, cache and Cache(*states, segments_BT[:, -1], keys_BSD, segments_BS)
+        if cache is not None:
+            cache = Cache(*states, segments_BT[:, -1], keys_BSD, segments_BS)
+        return x_BTD, cache
+
+    def start_of_decoder(self, keys_BSD, same_BTS) -> jax.Array:
+        """[B, T, L, H]: c where the document of each position begins."""
+        c = self.config
+        share_BTS = same_BTS / jnp.maximum(same_BTS.sum(axis=-1, keepdims=True), 1)
+        mean_BTD = jnp.einsum("BTS,BSD->BTD", share_BTS.astype(c.dtype), keys_BSD)
+        shape = (c.embed_dim, c.num_layers, c.hidden_dim)
+        weights = Linear(c, shape, ("embed", None, "mlp"), name="start")()
+        (start_BTLH,) = project_in(mean_BTD, weights)
+        return start_BTLH

@@ -1,6 +1,7 @@
 """Mixture-of-experts MLP (Shazeer et al. 2017): a router sends each token to a few of many MLPs; only those run.
 
-E experts, X experts per token, F an expert's width, M rows of one or of several experts; see also parallel/experts.py.
+E experts, X experts per token, F an expert's width, M rows of one or of several experts. How tokens come to the
+devices of their experts: jaxlm/parallel/expert_parallel.py.
 """
 
 import math
@@ -12,7 +13,14 @@ from flax import linen as nn
 from ml_collections import FrozenConfigDict
 
 from jaxlm.kernels.grouped_matmul import grouped_matmul, multiply_each
-from jaxlm.models.layers import ACTIVATIONS, MLP, parameter, product
+from jaxlm.models.layers import (
+    ACTIVATIONS,
+    MLP,
+    activated,
+    input_kernels,
+    name_product,
+    parameter,
+)
 from jaxlm.parallel.expert_parallel import mixture
 
 SCORES = {  # of one token for every expert
@@ -35,20 +43,15 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
         c = self.config
-
-        def make(name, init, *shape):
-            return self.param(
-                name, nn.with_logical_partitioning(init, ROUTER_AXES[name]), shape, jnp.float32
-            )
-
-        weights = {
-            "kernel": make(
-                "kernel", nn.initializers.normal(c.embed_dim**-0.5), c.embed_dim, c.num_experts
-            )
-        }
+        normal = nn.initializers.normal(c.embed_dim**-0.5)
+        weights = {"kernel": self.weight("kernel", normal, c.embed_dim, c.num_experts)}
         if c.balance_rate or c.router == "sigmoid":
-            weights["bias"] = make("bias", nn.initializers.zeros, c.num_experts)
+            weights["bias"] = self.weight("bias", nn.initializers.zeros, c.num_experts)
         return weights
+
+    def weight(self, name: str, init, *shape: int) -> jax.Array:
+        init = nn.with_logical_partitioning(init, ROUTER_AXES[name])
+        return self.param(name, init, shape, jnp.float32)
 
 
 class Experts(nn.Module):
@@ -61,24 +64,17 @@ class Experts(nn.Module):
         c = self.config
         D = c.embed_dim
         F = c.expert_dim
+        kernels = {}
+        for name in input_kernels(c):
+            kernels[name] = self.kernel(name, (D, F), variance=1 / D)
         depth = 2 * c.num_layers
-        kernels = {
-            "up": ((D, F), 1 / D),
-            "gate": ((D, F), 1 / D),
-            "down": ((F, D), 1 / (F * depth)),
-        }
-        return {
-            name: parameter(
-                self,
-                name,
-                nn.initializers.normal(math.sqrt(variance)),
-                EXPERT_AXES[name],
-                (c.num_experts, *shape),
-                c,
-            )
-            for name, (shape, variance) in kernels.items()
-            if name != "gate" or c.mlp == "swiglu"
-        }
+        kernels["down"] = self.kernel("down", (F, D), variance=1 / (F * depth))
+        return kernels
+
+    def kernel(self, name: str, shape: tuple[int, int], variance: float) -> jax.Array:
+        c = self.config
+        init = nn.initializers.normal(math.sqrt(variance))
+        return parameter(self, name, init, EXPERT_AXES[name], (c.num_experts, *shape), c)
 
 
 class MoE(nn.Module):
@@ -86,29 +82,39 @@ class MoE(nn.Module):
 
     balance_B: DeepSeek-V3's sequence-wise balance loss (eq. 17-20) of each row, 1 where its tokens are spread evenly;
     router_z_B: mean square of the router's log(Z) (ST-MoE: Zoph et al. 2022); load_E: tokens that chose each expert,
-    of all rows; dropped: assignments without a result, for lack of capacity. Padding (segment 0) visits no expert and
+    of all rows; dropped: assignments without a result, for lack of capacity. Padding (segment 0) goes to no expert and
     counts nowhere. Neither loss is weighted here. places: int32 [T], of the tokens in their rows where they are in
-    another order than 0, 1, ...
+    another order than 0, 1, ... Capacity limits an expert only in training: in generation a token's result must not
+    depend on the tokens beside it.
     """
 
     config: FrozenConfigDict
-    train: bool  # only then does an expert's capacity count: what is written must not depend on what stands beside it
+    train: bool
 
     @nn.compact
     def __call__(
         self, x_BTD, segments_BT=None, places_T=None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         c = self.config
+        B, T, _ = x_BTD.shape
         if segments_BT is None:
-            segments_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
-        else:
-            segments_BT = segments_BT
-        places_T = jnp.arange(x_BTD.shape[1]) if places_T is None else places_T
-        slots = capacity(c, x_BTD.shape[1]) if self.train else 0
+            segments_BT = jnp.ones((B, T), jnp.int32)
+        if places_T is None:
+            places_T = jnp.arange(T)
+        slots = 0
+        if self.train:
+            slots = capacity(c, T)
         y_BTD, sums = mixture(
-            x_BTD, segments_BT, places_T, Router(c, name="router")(), Experts(c, name="experts")(),
-            ROUTER_AXES | EXPERT_AXES, route=partial(route, c), mlp=partial(expert_mlp, c), slots=slots,
-        )  # fmt: skip
+            x_BTD,
+            segments_BT,
+            places_T,
+            Router(c, name="router")(),
+            Experts(c, name="experts")(),
+            ROUTER_AXES | EXPERT_AXES,
+            route=partial(route, c),
+            mlp=partial(expert_mlp, c),
+            slots=slots,
+        )
         if c.shared_experts:
             y_BTD += MLP(c, c.shared_experts * c.expert_dim, name="shared")(x_BTD)
         return y_BTD, auxiliary(sums, c.experts_per_token, slots)
@@ -125,72 +131,75 @@ def route(config: FrozenConfigDict, x_BTD, segments_BT, router: dict):
 
     The bias decides who is chosen, not what they weigh (Wang et al. 2024; DeepSeek-V3, eq. 13-16).
     """
-    logits_BTE = jnp.einsum(
-        "BTD,DE->BTE",
-        x_BTD.astype(jnp.float32),
-        router["kernel"],
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    x_BTD = x_BTD.astype(jnp.float32)
+    highest = jax.lax.Precision.HIGHEST
+    logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD, router["kernel"], precision=highest)
     scores_BTE = SCORES[config.router](logits_BTE)
     preference_BTE = jax.lax.stop_gradient(scores_BTE + router.get("bias", 0))
     _, ids_BTX = jax.lax.top_k(preference_BTE, config.experts_per_token)
     weights_BTX = jnp.take_along_axis(scores_BTE, ids_BTX, axis=-1)
-    if (
-        config.experts_per_token > 1
-    ):  # a single one keeps its score (Fedus et al. 2022): 1 would teach the router nothing
+    # A single one keeps its score (Fedus et al. 2022): a weight of 1 would give the router no gradient.
+    if config.experts_per_token > 1:
         weights_BTX /= jnp.sum(weights_BTX, axis=-1, keepdims=True)
     real_BT = segments_BT != 0
     ids_BTX = jnp.where(real_BT[..., None], ids_BTX, config.num_experts)
     chances_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
+    chosen_BTXE = jax.nn.one_hot(ids_BTX, config.num_experts)
+    log_z_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
     sums = {
         "tokens_B": jnp.sum(real_BT, axis=1, dtype=jnp.float32),
-        "load_BE": jnp.sum(jax.nn.one_hot(ids_BTX, config.num_experts), axis=(1, 2)),
+        "load_BE": jnp.sum(chosen_BTXE, axis=(1, 2)),
         "chance_BE": jnp.sum(chances_BTE * real_BT[..., None], axis=1),
-        "z_B": jnp.sum(jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)) * real_BT, axis=1),
+        "z_B": jnp.sum(jnp.square(log_z_BT) * real_BT, axis=1),
     }
     return ids_BTX, weights_BTX, sums
 
 
 def expert_mlp(config: FrozenConfigDict, kernels: dict, rows, sizes_E) -> jax.Array:
-    """rows: [M, D] sorted by expert, sizes [E] of them each; or [E, M, D] and None."""
-    if sizes_E is None:
+    """The MLPs of the experts, of rows' shape. rows: [M, D] sorted by expert, sizes [E] of each; or [E, M, D] and None.
 
-        def multiply(rows, kernel):
-            return product(multiply_each(rows, kernel, config.quantize))
-
-    else:
-
-        def multiply(rows, kernel):
-            return product(grouped_matmul(rows, kernel, sizes_E, quantize=config.quantize))
-
-    h = multiply(rows, kernels["up"])
-    activation = ACTIVATIONS[config.mlp]
-    if "gate" in kernels:
-        h = activation(multiply(rows, kernels["gate"])) * h
-    else:
-        h = activation(h)
+    kernels: of `Experts`.
+    """
+    multiply = partial(multiply_by_expert, config.quantize, sizes_E)
+    factors = [multiply(rows, kernels[name]) for name in input_kernels(config)]
+    h = activated(ACTIVATIONS[config.mlp], factors)
     return multiply(h, kernels["down"])
 
 
+def multiply_by_expert(quantize: str, sizes_E, rows, kernel_EDF) -> jax.Array:
+    """[M, F], or [E, M, F] where sizes is None."""
+    if sizes_E is None:
+        return name_product(multiply_each(rows, kernel_EDF, quantize))
+    return name_product(grouped_matmul(rows, kernel_EDF, sizes_E, quantize=quantize))
+
+
 def auxiliary(sums: dict, experts_per_token: int, slots: int) -> dict[str, jax.Array]:
-    """What MoE returns besides its output. sums: of the whole rows."""
+    """What MoE returns besides its output.
+
+    sums: of `route`, over the whole rows. slots: tokens of a row that an expert takes; 0: all.
+    """
     load_BE = sums["load_BE"]
     tokens_B = jnp.maximum(sums["tokens_B"], 1)
     even = load_BE.shape[1] / experts_per_token
+    balance_B = even * jnp.sum(load_BE * sums["chance_BE"], axis=1)
+    dropped = jnp.zeros(())
+    if slots:
+        dropped = jnp.sum(jnp.maximum(load_BE - slots, 0))
     return {
-        "balance_B": even * jnp.sum(load_BE * sums["chance_BE"], axis=1) / jnp.square(tokens_B),
+        "balance_B": balance_B / jnp.square(tokens_B),
         "router_z_B": sums["z_B"] / tokens_B,
         "load_E": jnp.sum(load_BE, axis=0),
-        "dropped": jnp.sum(jnp.maximum(load_BE - slots, 0)) if slots else jnp.zeros(()),
+        "dropped": dropped,
     }
 
 
 def update_bias(bias_E, load_E, rate: float) -> jax.Array:
-    """Router bias after a batch with this load: up where an expert had less than the mean (Wang et al. 2024).
+    """Router bias [E] after a batch with this load [E]: up where an expert had less than the mean (Wang et al. 2024).
 
     Both may have leading dimensions, the layers of a scan.
     """
-    return bias_E + rate * jnp.sign(jnp.mean(load_E, axis=-1, keepdims=True) - load_E)
+    mean = jnp.mean(load_E, axis=-1, keepdims=True)
+    return bias_E + rate * jnp.sign(mean - load_E)
 
 
 def balance(params: dict, routing: dict, config) -> tuple[dict, dict]:
@@ -201,15 +210,22 @@ def balance(params: dict, routing: dict, config) -> tuple[dict, dict]:
     if not routing:
         return params, {}
     layers = dict(params["layers"])
+    fullest = []
     for block, load in routing["load"].items():
-        mlp = dict(layers[block]["mlp"])
+        mean = jnp.mean(load, -1, keepdims=True)
+        fullest.append(jnp.max(load / jnp.maximum(mean, 1)))
         if config.model.balance_rate:
-            bias = update_bias(mlp["router"]["bias"], load, config.model.balance_rate)
-            mlp["router"] = mlp["router"] | {"bias": bias}
-        layers[block] = layers[block] | {"mlp": mlp}
-    fullest = [
-        jnp.max(load / jnp.maximum(jnp.mean(load, -1, keepdims=True), 1))
-        for load in routing["load"].values()
-    ]
-    metrics = {"expert_load": jnp.max(jnp.stack(fullest)), "dropped_tokens": routing["dropped"]}
+            layers[block] = balanced(layers[block], load, config.model.balance_rate)
+    metrics = {
+        "expert_load": jnp.max(jnp.stack(fullest)),
+        "dropped_tokens": routing["dropped"],
+    }
     return params | {"layers": layers}, metrics
+
+
+def balanced(block: dict, load, rate: float) -> dict:
+    """The parameters of a block, its router's bias updated."""
+    mlp = block["mlp"]
+    router = mlp["router"]
+    router = router | {"bias": update_bias(router["bias"], load, rate)}
+    return block | {"mlp": mlp | {"router": router}}

@@ -44,13 +44,40 @@ def fit(
     tokens precede cw within documents. The bos in front of a document is a context alone, never a token to predict.
     D(1), D(2) and D(3 and more) are those of `discounts` at each order, or all `discount` where that is not 0.
 
-    Raises DataError for documents that have other tokens than these or are all shorter than the order.
+    Raises DataError where documents have other tokens than these, don't begin with the bos_id, or are all shorter than
+    the order; ValueError where order or discount is out of its range.
     """
     if order < 1 or not 0 <= discount < 1:
         raise ValueError(
             f"order={order} discount={discount}: order must be 1 or more, discount below 1, 0 to estimate"
         )
-    documents = list(documents)
+    tokens, left = in_a_row(list(documents), order, vocab_size, bos_id)
+    params = {}
+    prob = np.array([1 / vocab_size])
+    orders = grams(tokens, left, order, vocab_size, bos_id)
+    for k, (token, parent, suffix, count) in enumerate(orders, 1):
+        D = discounts(count)
+        if discount:
+            D = np.array([0, discount, discount, discount])
+        removed = D[np.minimum(count, 3)]
+        contexts = len(prob)
+        total = np.bincount(parent, count, minlength=contexts)
+        freed = np.bincount(parent, removed, minlength=contexts)
+        seen = total > 0
+        total = np.maximum(total, 1)
+        backoff = np.where(seen, freed / total, 1)
+        if k > 1:
+            start = np.searchsorted(parent, np.arange(contexts + 1))
+            params[f"start_{k - 1}"] = start.astype(np.int32)
+            params[f"backoff_{k - 1}"] = backoff.astype(np.float32)
+            params[f"token_{k}"] = token
+        prob = (count - removed) / total[parent] + backoff[parent] * prob[suffix]
+        params[f"prob_{k}"] = prob.astype(np.float32)
+    return params
+
+
+def in_a_row(documents: list[np.ndarray], order: int, vocab_size: int, bos_id: int | None):
+    """(tokens of all documents, int32; how many tokens of its document begin at each). Raises DataError as `fit`."""
     lengths = np.array([len(document) for document in documents], np.int64)
     if lengths.max(initial=0) < order:
         raise DataError(
@@ -62,35 +89,20 @@ def fit(
             f"documents with tokens {tokens.min()} ... {tokens.max()}, of a vocabulary of {vocab_size}"
         )
     ends = np.cumsum(lengths)
-    if bos_id is not None and np.any(tokens[(ends - lengths)[lengths > 0]] != bos_id):
+    begins = (ends - lengths)[lengths > 0]
+    if bos_id is not None and np.any(tokens[begins] != bos_id):
         raise DataError(
             f"a document does not begin with bos ({bos_id}): put it in front of every document"
         )
-    left = np.repeat(ends, lengths) - np.arange(len(tokens))
-
-    params = {}
-    prob = np.array([1 / vocab_size])
-    for k, (token, parent, suffix, count) in enumerate(
-        grams(tokens, left, order, vocab_size, bos_id), 1
-    ):
-        removed = (np.array([0, *[discount] * 3]) if discount else discounts(count))[
-            np.minimum(count, 3)
-        ]
-        total, freed = (np.bincount(parent, x, minlength=len(prob)) for x in (count, removed))
-        total, backoff = np.maximum(total, 1), np.where(total > 0, freed / np.maximum(total, 1), 1)
-        if k > 1:
-            params[f"start_{k - 1}"] = np.searchsorted(parent, np.arange(len(prob) + 1)).astype(
-                np.int32
-            )
-            params[f"backoff_{k - 1}"] = backoff.astype(np.float32)
-            params[f"token_{k}"] = token
-        prob = (count - removed) / total[parent] + backoff[parent] * prob[suffix]
-        params[f"prob_{k}"] = prob.astype(np.float32)
-    return params
+    return tokens, np.repeat(ends, lengths) - np.arange(len(tokens))
 
 
 def grams(
-    tokens: np.ndarray, left: np.ndarray, order: int, vocab_size: int, bos_id: int | None
+    tokens: np.ndarray,
+    left: np.ndarray,
+    order: int,
+    vocab_size: int,
+    bos_id: int | None,
 ) -> Iterator[tuple]:
     """(last token, index without the last token, index without the first, a) of the k-grams, for k = 1 ... order.
 
@@ -111,16 +123,15 @@ def grams(
         keys, inverse, times = np.unique(keys, return_inverse=True, return_counts=True)
         inner = np.empty(len(keys), np.int32)
         inner[inverse] = node[here + 1]
-        yield (
-            token,
-            parent,
-            suffix,
-            np.where(after_bos, occurs, np.bincount(inner, minlength=len(occurs))),
-        )
+        preceding = np.bincount(inner, minlength=len(occurs))
+        yield token, parent, suffix, np.where(after_bos, occurs, preceding)
         token = (keys % vocab_size).astype(np.int32)
         parent = (keys // vocab_size).astype(np.int32)
         suffix = inner
-        after_bos = parent == bos_id if k == 1 else after_bos[parent]
+        if k == 1:
+            after_bos = parent == bos_id
+        else:
+            after_bos = after_bos[parent]
         occurs = times
         node = np.full(len(tokens), -1, np.int32)
         node[here] = inverse
@@ -135,11 +146,19 @@ def discounts(count: np.ndarray) -> np.ndarray:
     """
     n = np.bincount(np.minimum(count, 5), minlength=5)
     j = np.arange(1, 4)
+    n_j = np.maximum(n[1:4], 1)
+    n_next = n[2:5]
     Y = n[1] / max(n[1] + 2 * n[2], 1)
-    D = j - (j + 1) * Y * n[2:5] / np.maximum(n[1:4], 1)
-    if not np.all((D > 0) & (D / j < 1)):
-        D = [Y if 0 < Y < 1 else 0.75] * 3
-    return np.array([0, *D])
+    D = j - (j + 1) * Y * n_next / n_j
+    inside = (D > 0) & (D / j < 1)
+    if np.all(inside):
+        return np.array([0, *D])
+    if 0 < Y < 1:
+        return np.array([0, Y, Y, Y])
+    return np.array([0, 0.75, 0.75, 0.75])
+
+
+# ---------------------------------------------------------------- read
 
 
 def child(params: dict, k: int, node: jax.Array, token: jax.Array) -> jax.Array:
@@ -157,7 +176,8 @@ def child(params: dict, k: int, node: jax.Array, token: jax.Array) -> jax.Array:
 
     steps = params["prob_1"].shape[0].bit_length()  # no more continuations than tokens
     place, _ = jax.lax.fori_loop(0, steps, halve, (start[node], end))
-    return jnp.where((node >= 0) & (place < end) & (tokens[place] == token), place, -1)
+    found = (node >= 0) & (place < end) & (tokens[place] == token)
+    return jnp.where(found, place, -1)
 
 
 def find_contexts(params: dict, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
@@ -165,24 +185,29 @@ def find_contexts(params: dict, tokens_BT: jax.Array, positions_BT: jax.Array) -
 
     positions: how many tokens of the same document are to the left of each, if the row has them; -1: not even itself.
     """
-    nodes = [jnp.where(positions_BT >= 0, tokens_BT, -1)]
-    order = sum(name.startswith("prob_") for name in params)
+    node_BT = jnp.where(positions_BT >= 0, tokens_BT, -1)
+    nodes = [node_BT]
+    order = order_of(params)
     for k in range(2, order):
-        before_BT = jnp.pad(nodes[-1][:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-        nodes.append(child(params, k, jnp.where(positions_BT >= k - 1, before_BT, -1), tokens_BT))
+        before_BT = jnp.pad(node_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+        before_BT = jnp.where(positions_BT >= k - 1, before_BT, -1)
+        node_BT = child(params, k, before_BT, tokens_BT)
+        nodes.append(node_BT)
     return jnp.stack(nodes, axis=-1)[..., : order - 1]
 
 
 def log_probs_of(params: dict, x_C: jax.Array, tokens: jax.Array) -> jax.Array:
     """float32: log-probabilities, in nats, of tokens after contexts [..., C] of find_contexts. Broadcasts."""
-    tokens = jnp.broadcast_to(tokens, jnp.broadcast_shapes(tokens.shape, x_C.shape[:-1]))
+    shape = jnp.broadcast_shapes(tokens.shape, x_C.shape[:-1])
+    tokens = jnp.broadcast_to(tokens, shape)
     prob = jnp.asarray(params["prob_1"])[tokens]
     for k in range(1, x_C.shape[-1] + 1):
         node = x_C[..., k - 1]
         backoff = jnp.asarray(params[f"backoff_{k}"])
+        longer = jnp.asarray(params[f"prob_{k + 1}"])
         found = child(params, k + 1, node, tokens)
         shorter = jnp.where(node >= 0, backoff[node], 1) * prob
-        prob = jnp.where(found >= 0, jnp.asarray(params[f"prob_{k + 1}"])[found], shorter)
+        prob = jnp.where(found >= 0, longer[found], shorter)
     return jnp.log(prob)
 
 
@@ -192,7 +217,10 @@ def log_probs(params: dict, x_BTC: jax.Array) -> jax.Array:
 
 
 def target_log_probs(
-    params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, targets_BT: jax.Array
+    params: dict,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    targets_BT: jax.Array,
 ) -> jax.Array:
     """float32 [B, T], in nats: what log_probs has for each target, without the array of all tokens."""
     return log_probs_of(params, find_contexts(params, tokens_BT, positions_BT), targets_BT)
@@ -215,12 +243,11 @@ class NGram(nn.Module):
 
     def init_cache(self, batch: int, length: int = 0) -> Cache:
         """An empty cache, the same for any length."""
-        return Cache(
-            jnp.zeros((batch, len(self.config.ngrams) - 1), jnp.int32), jnp.zeros(batch, jnp.int32)
-        )
+        C = len(self.config.ngrams) - 1
+        return Cache(jnp.zeros((batch, C), jnp.int32), jnp.zeros(batch, jnp.int32))
 
     def take_rows(self, cache: Cache, rows_B) -> Cache:
-        return Cache(*(jnp.take(x, rows_B, axis=0) for x in cache))
+        return jax.tree.map(lambda x: jnp.take(x, rows_B, axis=0), cache)
 
     @nn.compact
     def __call__(
@@ -236,53 +263,69 @@ class NGram(nn.Module):
     ):
         """(contexts [B, T, C], the cache with these tokens added). Arguments as those of the Transformer."""
         params = self.tables()
-        (B, T), C = tokens_BT.shape, len(self.config.ngrams) - 1
+        B, T = tokens_BT.shape
+        C = len(self.config.ngrams) - 1
         if segments_BT is None:
             segments_BT = jnp.ones((B, T), jnp.int32)
-        else:
-            segments_BT = segments_BT
         if positions_BT is None:
             positions_BT = jnp.full((B, T), jnp.iinfo(jnp.int32).max)
-        else:
-            positions_BT = positions_BT
-        if (
-            cache is None and places_T is not None
-        ):  # back to their order, and the contexts to that of places
+        zigzag = cache is None and places_T is not None
+        if zigzag:  # in the order of the text; the contexts are put back at the end
             order_T = jnp.argsort(places_T)
-            tokens_BT, segments_BT, positions_BT = (
-                x[:, order_T] for x in (tokens_BT, segments_BT, positions_BT)
-            )
-        old = self.init_cache(B) if cache is None else cache
-        begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
-        begin_BT = jax.lax.cummax(
-            jnp.where(begins_BT, jnp.arange(T), -old.count_B[:, None]), axis=1
-        )
-        positions_BT = jnp.where(
-            segments_BT > 0, jnp.minimum(positions_BT, jnp.arange(T) - begin_BT), -1
-        )
-        tokens_BS = jnp.concatenate([old.tokens_BC, tokens_BT], axis=1)
-        positions_BS = jnp.concatenate(
-            [old.count_B[:, None] - C + jnp.arange(C), positions_BT], axis=1
-        )
-        x_BTC = find_contexts(params, tokens_BS, positions_BS)[:, C:]
+            tokens_BT = tokens_BT[:, order_T]
+            segments_BT = segments_BT[:, order_T]
+            positions_BT = positions_BT[:, order_T]
+        old = cache
         if cache is None:
-            return x_BTC if places_T is None else x_BTC[:, places_T], None
-        return x_BTC, Cache(tokens_BS[:, T:], positions_BT[:, -1] + 1)
+            old = self.init_cache(B)
+        positions_BT = tokens_to_the_left(segments_BT, positions_BT, old.count_B)
+        old_positions_BC = old.count_B[:, None] - C + jnp.arange(C)
+        tokens_BS = jnp.concatenate([old.tokens_BC, tokens_BT], axis=1)
+        positions_BS = jnp.concatenate([old_positions_BC, positions_BT], axis=1)
+        x_BTC = find_contexts(params, tokens_BS, positions_BS)[:, C:]
+        if zigzag:
+            x_BTC = x_BTC[:, places_T]
+        if cache is not None:
+            cache = Cache(tokens_BS[:, T:], positions_BT[:, -1] + 1)
+        return x_BTC, cache
 
     def tables(self) -> dict:
+        """The parameters, each a vector. Made here they are zeros: `fit` counts them."""
         params = {}
         sizes = self.config.ngrams
         for k, size in enumerate(sizes, 1):
-            shapes = {"prob": (size, jnp.float32)} | ({"token": (size, jnp.int32)} if k > 1 else {})
+            params[f"prob_{k}"] = self.table(f"prob_{k}", size, jnp.float32)
+            if k > 1:
+                params[f"token_{k}"] = self.table(f"token_{k}", size, jnp.int32)
             if k < len(sizes):
-                shapes |= {"start": (size + 1, jnp.int32), "backoff": (size, jnp.float32)}
-            for name, (length, dtype) in shapes.items():
-                init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
-                params[f"{name}_{k}"] = self.param(f"{name}_{k}", init, (length,), dtype)
+                params[f"start_{k}"] = self.table(f"start_{k}", size + 1, jnp.int32)
+                params[f"backoff_{k}"] = self.table(f"backoff_{k}", size, jnp.float32)
         return params
+
+    def table(self, name: str, length: int, dtype) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+        return self.param(name, init, (length,), dtype)
+
+
+def tokens_to_the_left(segments_BT, positions_BT, count_B) -> jax.Array:
+    """int32 [B, T]: how many tokens of its document are before each, at most its position; -1 for padding.
+
+    count: tokens before the row of the document that it begins with.
+    """
+    T = segments_BT.shape[1]
+    changes_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+    begins_BT = jnp.pad(changes_BT, ((0, 0), (1, 0)))
+    begin_BT = jnp.where(begins_BT, jnp.arange(T), -count_B[:, None])
+    begin_BT = jax.lax.cummax(begin_BT, axis=1)
+    left_BT = jnp.arange(T) - begin_BT
+    left_BT = jnp.minimum(positions_BT, left_BT)
+    return jnp.where(segments_BT > 0, left_BT, -1)
+
+
+def order_of(params: dict) -> int:
+    return sum(name.startswith("prob_") for name in params)
 
 
 def sizes(params: dict) -> tuple[int, ...]:
-    """`ngrams` of the parameters of `fit`."""
-    order = sum(name.startswith("prob_") for name in params)
-    return tuple(len(params[f"prob_{k}"]) for k in range(1, order + 1))
+    """`ngrams` of the parameters of `fit`: how many k-grams there are for k = 1 ... order."""
+    return tuple(len(params[f"prob_{k}"]) for k in range(1, order_of(params) + 1))

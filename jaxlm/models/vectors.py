@@ -17,19 +17,25 @@ from jaxlm.parallel.mesh import constrain
 AXES = ("vocab", "embed")
 
 
+def word_table(module: nn.Module, config: FrozenConfigDict, table: str, bias: str) -> jax.Array:
+    """[V, D]: the parameter named `table`; with model.bias `bias`, [V], is made too."""
+    init = nn.initializers.normal(config.embed_std)
+    shape = (config.vocab_size, config.embed_dim)
+    table_VD = parameter(module, table, init, AXES, shape, config)
+    if config.bias:
+        zeros = nn.initializers.zeros
+        parameter(module, bias, zeros, AXES[:1], shape[:1], config)
+    return table_VD
+
+
 class Words(nn.Module):
-    """Tokens -> their own vectors [B, T, D]."""
+    """Tokens [B, T] -> their own vectors [B, T, D]."""
 
     config: FrozenConfigDict
 
     @nn.compact
     def __call__(self, tokens_BT):
-        c = self.config
-        init = nn.initializers.normal(c.embed_std)
-        shape = (c.vocab_size, c.embed_dim)
-        table_VD = parameter(self, "tokens", init, AXES, shape, c)
-        if c.bias:
-            parameter(self, "bias", nn.initializers.zeros, AXES[:1], shape[:1], c)
+        table_VD = word_table(self, self.config, "tokens", "bias")
         return constrain(lookup(table_VD, tokens_BT, AXES), "batch", "residual", None)
 
 
@@ -51,14 +57,9 @@ class Vectors(nn.Module):
         train=False,
     ):
         """(x [B, T, D], None)."""
-        c = self.config
-        x_BTD = Words(c, name="embed")(tokens_BT)
-        init = nn.initializers.normal(c.embed_std)
-        shape = (c.vocab_size, c.embed_dim)
-        parameter(self, "unembed", init, AXES, shape, c)
-        if c.bias:
-            parameter(self, "unembed_bias", nn.initializers.zeros, AXES[:1], shape[:1], c)
-        return embedding_dropout(c, train)(x_BTD), None
+        x_BTD = Words(self.config, name="embed")(tokens_BT)
+        word_table(self, self.config, "unembed", "unembed_bias")
+        return embedding_dropout(self.config, train)(x_BTD), None
 
 
 def pair_scores(params, x_BTD, tokens_BT, contexts_BTN) -> jax.Array:
@@ -66,15 +67,18 @@ def pair_scores(params, x_BTD, tokens_BT, contexts_BTN) -> jax.Array:
     B, T, N = contexts_BTN.shape
     flat = contexts_BTN.reshape(B, T * N)
     y_BTND = lookup(unembedding(params), flat, AXES).reshape(B, T, N, -1)
-    scores_BTN = jnp.einsum("BTD,BTND->BTN", x_BTD.astype(jnp.float32), y_BTND.astype(jnp.float32))
+    x_BTD = x_BTD.astype(jnp.float32)
+    scores_BTN = jnp.einsum("BTD,BTND->BTN", x_BTD, y_BTND.astype(jnp.float32))
     if "unembed_bias" not in params:
         return scores_BTN
+    own_BT1 = look_up_bias(params["embed"]["bias"], tokens_BT)
+    context_BTN = look_up_bias(params["unembed_bias"], flat).reshape(B, T, N)
+    return scores_BTN + own_BT1 + context_BTN
 
-    def number_of(table_V, ids):
-        return lookup(table_V[:, None].astype(jnp.float32), ids, (AXES[0], None))
 
-    own_BT1 = number_of(params["embed"]["bias"], tokens_BT)
-    return scores_BTN + own_BT1 + number_of(params["unembed_bias"], flat).reshape(B, T, N)
+def look_up_bias(table_V, ids_BT) -> jax.Array:
+    """float32 [B, T, 1]."""
+    return lookup(table_V[:, None].astype(jnp.float32), ids_BT, ("vocab", None))
 
 
 def word_vectors(params) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxlm.errors import UserError
-from jaxlm.kernels.attention import BLOCK
+from jaxlm.kernels.blockwise import BLOCK
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.plan.flops import matmul_flops
 from jaxlm.plan.hlo import Program, count, largest_factor, traffic

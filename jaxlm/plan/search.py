@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from jaxlm.config.check import check
+from jaxlm.config.keys import GATED
 from jaxlm.config.recipe import resolve, set_key
 from jaxlm.errors import ConfigError
 from jaxlm.parallel.mesh import abstract_mesh, batch_shards, require_sharded, shardings
@@ -105,7 +106,7 @@ def layer_bytes(config: ConfigDict, shapes, mesh) -> float:
     mlp = mlp_width(m)
     kept = KEPT[m.remat] * m.embed_dim
     if m.remat in KEEPS_MLP:
-        gates = 2 if m.mlp == "swiglu" else 1
+        gates = 2 if m.mlp in GATED else 1
         kept += gates * mlp
     layers = costs.num_parameters(shapes.params["layers"])
     one_layer = 2 * layers / m.num_layers / mesh.shape["tensor"]

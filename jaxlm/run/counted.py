@@ -8,23 +8,14 @@ from ml_collections import ConfigDict
 
 from jaxlm.data.batches import open_stores
 from jaxlm.data.examples import Examples
-from jaxlm.models import ngram
+from jaxlm.models import fit
 from jaxlm.models.bag import log_count_ratios
 
 
-def count_ngrams(config: ConfigDict) -> dict:
-    """The parameters of an n-gram model of the training data; fills in config.model.ngrams."""
+def count_parameters(config: ConfigDict) -> dict:
+    """The parameters of a model that is counted, of the training data; see jaxlm.models.fit."""
     stores = open_stores(config, "train")
-    m = config.model
-    params = ngram.fit(
-        documents(stores),
-        m.order,
-        m.vocab_size,
-        stores[0].bos_id,
-        m.discount,
-    )
-    m.ngrams = ngram.sizes(params)
-    return params
+    return fit(config, documents(stores), stores[0].bos_id)
 
 
 def documents(stores):

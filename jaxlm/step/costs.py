@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm.config.keys import ATTENDING, MESH_AXES
+from jaxlm.config.keys import ATTENDING, COUNTED, MESH_AXES
 from jaxlm.config.recipe import pipeline_microbatches
 from jaxlm.config.tasks import task_of
 from jaxlm.kernels.attention import choose
@@ -70,7 +70,7 @@ def flops_per_token(config: ConfigDict, params) -> int:
     and a source token, one in each stack. What is counted, not trained, has none.
     """
     m = config.model
-    if m.name == "ngram":
+    if m.name in COUNTED:
         return 0
     if m.name == "vectors" and (config.task.negatives or task_of(config).loss == "glove"):
         return 6 * m.embed_dim * (1 + config.task.negatives)  # a product with each context

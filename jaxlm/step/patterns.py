@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxlm.config.keys import COUNTED
 from jaxlm.errors import ConfigError
 
 # A parameter of a layer: its stack, and its block in the stack's pattern.
@@ -56,7 +57,7 @@ def require_trained(params, config: ConfigDict) -> None:
     require_cover(config.optim.decay, params, "config.optim.decay")
     require_cover(config.optim.rates, params, "config.optim.rates")
     trained, _ = partition(params, config)
-    if config.model.name != "ngram" and not jax.tree.leaves(trained):
+    if config.model.name not in COUNTED and not jax.tree.leaves(trained):
         raise ConfigError(
             "config.optim.rates: freezes every parameter; give some pattern a factor above 0"
         )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxlm import cli
+from jaxlm.config.keys import COUNTED
 from jaxlm.config.recipe import flatten
 from jaxlm.config.tasks import task_of
 from jaxlm.data.batches import Prefetch, fingerprint, load_tokenizer, train_batches
@@ -21,7 +22,7 @@ from jaxlm.parallel import hosts
 from jaxlm.parallel.chips import peak_flops
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.run.checkpoint import Checkpoints, describe_run, require_checkpoints
-from jaxlm.run.counted import count_ngrams
+from jaxlm.run.counted import count_parameters
 from jaxlm.run.monitor import Monitor
 from jaxlm.run.next_command import next_command
 from jaxlm.run.resume import rate_jump, start_state, write_config
@@ -51,8 +52,8 @@ def train(
     data = fingerprint(config)
     tokenizer = load_tokenizer(config)
     counted = None
-    if config.model.name == "ngram":
-        counted = count_ngrams(config)
+    if config.model.name in COUNTED:
+        counted = count_parameters(config)
     hosts.require_same(
         json.dumps([flatten(config), data]), "the config or the data differ between processes"
     )
@@ -137,7 +138,7 @@ def introduction(
         )
     for name, text in costs.attention_lines(config, mesh) + costs.pipeline_lines(config, mesh):
         lines.append(f"{name}: {text}")
-    if config.model.name != "ngram" and start < config.train.stop_at:
+    if config.model.name not in COUNTED and start < config.train.stop_at:
         lines += warnings(state.params, start, config, mesh)
     return lines
 

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from jaxlm import cli
 from jaxlm.config.check import check
-from jaxlm.config.keys import base
+from jaxlm.config.keys import COUNTED, base
 from jaxlm.config.problems import require
 from jaxlm.config.recipe import flatten, load, override, resolve
 from jaxlm.data.batches import train_batches
@@ -136,10 +136,10 @@ def main(argv: list[str]) -> int:
     # Problems are ignored: without those runs, the recipe's own model section is what is verified.
     inherit(config)
     require(problems + check(config))
-    if config.model.name == "ngram":
+    if config.model.name in COUNTED:
         raise ConfigError(
-            "config.model.name=ngram: is counted, not trained: there is no step whose gradients could differ; "
-            "train it, and evaluate it on any mesh"
+            f"config.model.name={config.model.name}: is counted, not trained: there is no step whose gradients could "
+            "differ; train it, and evaluate it on any mesh"
         )
     use_fake_devices()
     meshes = None

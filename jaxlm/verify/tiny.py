@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxlm.config.attention_kernels import capabilities
 from jaxlm.config.check import reset_unused
 from jaxlm.config.keys import MESH_AXES
 from jaxlm.config.recipe import resolve
@@ -110,7 +111,7 @@ def exclude_rounding(c: ConfigDict) -> None:
     m.param_dtype = "float32"
     m.quantize = "none"  # scales are those of a device's part of a tensor
     c.optim.rounding = "nearest"  # float32 knows no other
-    if m.attention in ("cudnn", "tokamax", "xla"):
+    if not capabilities(m.attention).auto_on_cpu:
         m.attention = "reference"
     largest_is_chosen = task_of(c).labels_examples and m.pooling == "max"
     if m.num_experts or largest_is_chosen:

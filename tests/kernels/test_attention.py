@@ -9,8 +9,8 @@ import pytest
 from conftest import mesh_of
 from flax import linen as nn
 
-from jaxlm.kernels import attention as kernel
-from jaxlm.kernels import cpu_attention as dense
+from jaxlm.config.attention_kernels import ATTENTION_KERNELS
+from jaxlm.kernels import blockwise, cpu_attention
 from jaxlm.kernels.attention import attention, choose, visible
 from jaxlm.kernels.cross_entropy import Mix, chunk_length, cross_entropy, logits_of, weighted
 from jaxlm.kernels.hopper_attention import first_keys
@@ -41,6 +41,7 @@ def test_library_attention_is_the_reference(heads, kv_heads, window, segmented):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+HERE = [name for name, kernel in ATTENTION_KERNELS.items() if "cpu" in kernel.chips]
 CASES = [  # T, S, N, K, segments?, order of places, what attention is told
     (32, 32, 4, 4, False, "natural", {"window": 100}),
     (37, 37, 4, 2, True, "natural", {"window": 5}),
@@ -57,15 +58,16 @@ def qkv(rng, T, S, N, K, dtype=np.float32):
     ]
 
 
-@pytest.mark.parametrize("name", ["blockwise", "dense"])
+@pytest.mark.parametrize("name", [name for name in HERE if name != "reference"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("T", "S", "N", "K", "segmented", "order", "options"), CASES)
-def test_attention_of_our_own_is_the_reference(
+def test_every_kernel_of_a_cpu_is_the_reference(
     monkeypatch, name, T, S, N, K, segmented, order, options, dtype
 ):
-    monkeypatch.setattr(kernel, "BLOCK", 8)
-    monkeypatch.setattr(dense, "LEAST", 4)
-    options = {key: options[key] for key in options if name == "blockwise" or key != "softcap"}
+    monkeypatch.setattr(blockwise, "BLOCK", 8)
+    monkeypatch.setattr(cpu_attention, "MIN_QUERIES", 4)
+    if not ATTENTION_KERNELS[name].softcap:
+        options = {key: options[key] for key in options if key != "softcap"}
     rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(1, 4, (2, S)), axis=1)
     places = rng.permutation(S) if order == "any" else None
@@ -167,21 +169,32 @@ def test_what_auto_is_on_a_cpu(length, options, kernel):
     )
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blockwise", "dense"])
-def test_attention_equals_a_loop_by_hand(implementation):
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("implementation", HERE)
+def test_attention_equals_a_loop_by_hand(implementation, scale):
     rng = np.random.default_rng(1)
     q, k, v = rng.normal(size=(3, 1, 6, 1, 4)).astype(np.float32)
-    got = attention(q, k, v, window=3, implementation=implementation)
+    got = attention(q, k, v, window=3, scale=scale, implementation=implementation)
     for t in range(6):
         keys = slice(max(0, t - 2), t + 1)
-        weights = np.exp(q[0, t, 0] @ k[0, keys, 0].T / 2.0)
+        weights = np.exp(q[0, t, 0] @ k[0, keys, 0].T * (scale or 0.5))
         np.testing.assert_allclose(got[0, t, 0], weights @ v[0, keys, 0] / weights.sum(), atol=1e-6)
 
 
-def test_soft_cap_is_refused_where_it_would_be_ignored():
+@pytest.mark.parametrize("name", ["xla", "cudnn", "dense"])
+def test_soft_cap_is_refused_where_it_would_be_ignored(name):
     x = jnp.ones((1, 4, 1, 8))
     with pytest.raises(ValueError, match="soft-cap"):
-        attention(x, x, x, window=4, softcap=5.0, implementation="xla")
+        attention(x, x, x, window=4, softcap=5.0, implementation=name)
+
+
+@pytest.mark.parametrize("name", ["splash", "tokamax"])
+def test_a_kernel_that_cannot_have_a_prefix_is_replaced(name):
+    q, k, v = qkv(np.random.default_rng(0), 6, 6, 2, 1)
+    places = {"places_T": np.full((2, 6), 5), "places_S": np.arange(6)}
+    want = attention(q, k, v, **places, window=6, implementation="reference")
+    got = attention(q, k, v, **places, window=6, implementation=name)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture

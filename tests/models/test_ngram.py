@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
+from jaxlm.config.keys import COUNTED
 from jaxlm.errors import DataError
+from jaxlm.models import FITS
 from jaxlm.models.ngram import (
     NGram,
     discounts,
@@ -245,3 +247,7 @@ def test_options_that_mean_nothing_are_refused():
     for order, discount in ((0, 0.5), (2, 1.0), (2, -0.1)):
         with pytest.raises(ValueError, match="discount below 1"):
             fit([np.arange(3)], order, V, discount=discount)
+
+
+def test_every_counted_model_says_how_it_is_counted():
+    assert set(FITS) == set(COUNTED)

@@ -9,8 +9,9 @@ import pytest
 from conftest import mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.kernels import attention as kernel
-from jaxlm.kernels.attention import ANYWHERE, FLASH, attention
+from jaxlm.kernels import blockwise
+from jaxlm.kernels.attention import ANYWHERE, attention
+from jaxlm.kernels.blockwise import FLASH
 from jaxlm.models.transformer import REMAT
 from jaxlm.parallel.context_parallel import own_kv_heads, sharded_attention, zigzag
 
@@ -18,7 +19,7 @@ from jaxlm.parallel.context_parallel import own_kv_heads, sharded_attention, zig
 @pytest.fixture
 def small_blocks(monkeypatch):
     """So that short sequences are of several blocks."""
-    monkeypatch.setattr(kernel, "BLOCK", 4)
+    monkeypatch.setattr(blockwise, "BLOCK", 4)
 
 
 def sharded(q, k, v, segments, places, context_parallel, **options):
@@ -209,7 +210,7 @@ def long_program(parts: int):
 
 def test_the_ring_holds_one_shard(monkeypatch):
     """Memory falls with the devices of the ring, and no device ever holds all keys."""
-    monkeypatch.setattr(kernel, "BLOCK", 128)
+    monkeypatch.setattr(blockwise, "BLOCK", 128)
     programs = {parts: long_program(parts) for parts in (1, 2, 4, 8)}
     memory = {parts: program.memory_analysis() for parts, program in programs.items()}
     made = {parts: m.temp_size_in_bytes for parts, m in memory.items()}
@@ -226,12 +227,12 @@ def test_the_ring_holds_one_shard(monkeypatch):
 @pytest.mark.parametrize("window", [64, 1000])
 def test_zigzag_gives_every_device_the_same_work(small_blocks, window):
     def work(order, parts):  # blocks of keys, over the whole ring, that each device does not skip
-        blocks = order.reshape(parts, kernel.num_blocks(len(order) // parts), -1)
+        blocks = order.reshape(parts, blockwise.num_blocks(len(order) // parts), -1)
         pairs = []
         for mine in blocks:
             pairs.append([(a, b) for a in mine for b in blocks.reshape(-1, blocks.shape[-1])])
         return [
-            sum(bool(kernel.may_see((a, None), (b, None), window)) for a, b in device)
+            sum(bool(blockwise.may_see((a, None), (b, None), window)) for a, b in device)
             for device in pairs
         ]
 

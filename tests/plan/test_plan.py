@@ -14,7 +14,7 @@ from conftest import mesh_of, program, small_config
 
 from jaxlm.config.keys import MESH_AXES
 from jaxlm.errors import ConfigError
-from jaxlm.kernels.attention import attention
+from jaxlm.kernels.attention import attention, mask_of
 from jaxlm.kernels.grouped_matmul import grouped_matmul
 from jaxlm.kernels.tpu_attention import splash
 from jaxlm.parallel import chips
@@ -131,8 +131,9 @@ def test_a_causal_kernel_skips_what_no_query_sees():
         (1 + 2 + 3 * 6) / 24
     )  # windows: at most three blocks a row
     q = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.float32)
-    f = partial(splash, window=1024, softcap=0.0, interpret=True)
-    counted = matmul_flops(jax.make_jaxpr(f)(q, q, q, None).jaxpr, only="kernels")
+    mask = mask_of(1024, 1024, None, None, None, None, window=1024, causal=True)
+    f = partial(splash, mask=mask, scale=1.0, softcap=0.0, interpret=True)
+    counted = matmul_flops(jax.make_jaxpr(f)(q, q, q).jaxpr, only="kernels")
     assert counted == 2 * 2 * 2 * 1024**2 * 128  # one block: nothing to skip
 
 
@@ -146,6 +147,7 @@ def test_splash_is_the_reference(window, softcap, kv_heads):
     )
     segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, 256)), axis=1), jnp.int32)
     options = {"window": window, "softcap": softcap}
+    mask = mask_of(256, 256, segments, segments, None, None, window=window, causal=True)
     want = jax.value_and_grad(
         lambda q, k, v: jnp.sum(
             jnp.sin(attention(q, k, v, segments, segments, implementation="reference", **options))
@@ -153,7 +155,9 @@ def test_splash_is_the_reference(window, softcap, kv_heads):
         argnums=(0, 1, 2),
     )(q, k, v)
     got = jax.value_and_grad(
-        lambda q, k, v: jnp.sum(jnp.sin(splash(q, k, v, segments, interpret=True, **options))),
+        lambda q, k, v: jnp.sum(
+            jnp.sin(splash(q, k, v, mask, scale=128**-0.5, softcap=softcap, interpret=True))
+        ),
         argnums=(0, 1, 2),
     )(q, k, v)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-3), got, want)

@@ -15,7 +15,7 @@ from jaxlm.config import recipe as configs
 from jaxlm.config.keys import ATTENDING
 from jaxlm.data.batches import train_batches
 from jaxlm.errors import ConfigError
-from jaxlm.kernels import attention, cross_entropy
+from jaxlm.kernels import cpu_attention, cross_entropy
 from jaxlm.parallel import context_parallel as ring
 from jaxlm.verify import __main__ as verify
 from jaxlm.verify.laws import Result, on_mesh, same_as_one_device, train_on
@@ -169,9 +169,9 @@ def test_a_product_that_is_not_summed_is_found_in_its_layer(tiny, batches, alone
 
 
 def test_attention_that_ignores_segments_is_found(tiny, batches, monkeypatch):
-    real = attention.visible
+    real = cpu_attention.visible
     monkeypatch.setattr(
-        attention, "visible", lambda t, s, window: real((t[0], None), (s[0], None), window)
+        cpu_attention, "visible", lambda t, s, window: real((t[0], None), (s[0], None), window)
     )
     result = packed_as_alone(tiny, batches)
     assert not result.ok
