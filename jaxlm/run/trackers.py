@@ -257,7 +257,7 @@ class Trackio(Tracker):
 
     def close(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            self.run.finish()
+            self.library.finish()
 
 
 def read_wandb(folder: str, run_id: str) -> list[dict]:

@@ -92,7 +92,9 @@ def train(
             flags = " --step=best" if best.since and config.checkpoint.keep_best else ""
             then = next_command(config, workdir, tokenizer, flags)
         print(f"{why} at step {last_step}, saved in {checkpoints.path}; {then}")
-    return cli.PREEMPTED if stopped else 0
+    if stopped:
+        return cli.PREEMPTED
+    return 0
 
 
 def prepare_workdir(workdir: PurePath, config: ConfigDict, start_over: bool) -> None:
