@@ -8,8 +8,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count=8"
 
+import contextlib
 import functools
 import gc
+import importlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -97,7 +100,9 @@ class StateMaker:
     def __call__(self, config, mesh):
         if self.made is None:
             self.made = jax.device_get(fresh_state(config))
-        put = functools.partial(jax.device_put, may_alias=False)  # a step overwrites what it is given
+        put = functools.partial(
+            jax.device_put, may_alias=False
+        )  # a step overwrites what it is given
         return jax.tree.map(put, self.made, state_shardings(config, mesh))
 
 
@@ -131,6 +136,28 @@ def program(*args, devices=1, check=True, env=None):
     )
     assert not check or run.returncode == 0, run.stdout + run.stderr
     return run
+
+
+def refused(name, *args):
+    """What came of `python -m NAME ARGS` that is expected to refuse, run in this process, which has 8 devices."""
+    module = importlib.import_module(f"{name}.__main__")
+    out = io.StringIO()
+    err = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [name, *map(str, args)])
+        patch.setattr(cli, "warn_plainly", lambda: None)
+        for what in ("manage_memory", "keep_compiled"):  # which would last for all tests
+            patch.setattr(module, what, lambda *args: None, raising=False)
+        cli.run(module.main)
+    return subprocess.CompletedProcess(
+        [name, *args], end.value.code, out.getvalue(), err.getvalue()
+    )
 
 
 def session_folder(tmp_path_factory):

@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 import pytest
-from conftest import StateMaker, mesh_of, program
+from conftest import StateMaker, mesh_of, program, refused
 from test_config import RECIPES
 
 from jaxlm import cli
@@ -168,7 +168,7 @@ def test_fake_devices_have_threads_to_wait_with(monkeypatch):
 
 
 def test_a_mesh_that_does_not_exist_is_named():
-    run = program("jaxlm.verify", "--config=configs/quickstart.py", "--meshes=fspd=8", check=False)
+    run = refused("jaxlm.verify", "--config=configs/quickstart.py", "--meshes=fspd=8")
     assert run.returncode == 2
     assert "fspd=8" in run.stderr
     assert "Traceback" not in run.stderr
