@@ -1,4 +1,4 @@
-"""Every recipe for a pod compiles there and fits, with the figures of its docstring. Run by launch/test.sh --pods, one by --all."""
+"""Every recipe for a pod compiles there and fits, with the figures of its docstring. launch/test.sh runs one or all."""
 
 import json
 import os
