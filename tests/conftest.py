@@ -3,10 +3,16 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-FLAGS = "--xla_backend_optimization_level=0"  # compiles twice as fast; the tests' arrays are tiny
+# Compiling takes most of the time, and the tests' arrays are tiny: no optimization, which halves it,
+# and the old emitters of loops, which halve the rest.
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count=8"
 
+import contextlib
+import functools
 import gc
+import importlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +28,7 @@ from jaxlm.config.keys import MESH_AXES
 from jaxlm.data.prepare import prepare
 from jaxlm.generate.lm import forward_logits
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.step.state import create_state, train_step
+from jaxlm.step.state import create_state, state_shardings, train_step
 
 cli.spare_threads()
 jax.devices()
@@ -82,6 +88,24 @@ def one_step(config, state, batch):
     return step(state, batch, config=FrozenConfigDict(config))
 
 
+class StateMaker:
+    """Stands in for init_state where only meshes differ: a state is made once, and put on each of them.
+
+    That every mesh makes the same state is a law of its own, in step/test_state.py.
+    """
+
+    def __init__(self):
+        self.made = None
+
+    def __call__(self, config, mesh):
+        if self.made is None:
+            self.made = jax.device_get(fresh_state(config))
+        put = functools.partial(
+            jax.device_put, may_alias=False
+        )  # a step overwrites what it is given
+        return jax.tree.map(put, self.made, state_shardings(config, mesh))
+
+
 def random_batch(rng, rows=16, length=32, vocab=64, documents=3):
     """A batch of packed documents with uneven weights."""
     window = rng.integers(0, vocab, (rows, length + 1)).astype(np.int32)
@@ -104,7 +128,7 @@ def random_batch(rng, rows=16, length=32, vocab=64, documents=3):
 def program(*args, devices=1, check=True, env=None):
     """Runs `python -m jaxlm.ARGS` as a person would."""
     flags = {"XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}"}
-    if devices == 1:  # what another test of this worker has compiled
+    if devices == 1:  # what another test of this session has compiled
         flags["JAX_COMPILATION_CACHE_DIR"] = str(program.compiled)
     command = [sys.executable, "-m", *map(str, args)]
     run = subprocess.run(
@@ -114,9 +138,40 @@ def program(*args, devices=1, check=True, env=None):
     return run
 
 
+def refused(name, *args):
+    """What came of `python -m NAME ARGS` that is expected to refuse, run in this process, which has 8 devices."""
+    module = importlib.import_module(f"{name}.__main__")
+    out = io.StringIO()
+    err = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [name, *map(str, args)])
+        patch.setattr(cli, "warn_plainly", lambda: None)
+        for what in ("manage_memory", "keep_compiled"):  # which would last for all tests
+            patch.setattr(module, what, lambda *args: None, raising=False)
+        cli.run(module.main)
+    return subprocess.CompletedProcess(
+        [name, *args], end.value.code, out.getvalue(), err.getvalue()
+    )
+
+
+def session_folder(tmp_path_factory):
+    """A folder that all workers of this test session share, and no other session."""
+    own = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return own.parent
+    return own
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory):
-    program.compiled = tmp_path_factory.mktemp("compiled")
+    """Where programs on one device keep what they compile. On several it must not be kept: see run/process.py."""
+    program.compiled = session_folder(tmp_path_factory) / "compiled"
 
 
 @pytest.fixture(autouse=True)

@@ -224,6 +224,14 @@ def test_the_map_names_every_file():
     assert named == {str(file.relative_to(ROOT)) for file in FILES if file.name != "__init__.py"}
 
 
+def test_the_table_of_laws_names_files_that_exist():
+    page = (ROOT / "tests/README.md").read_text()
+    named = re.findall(r"`(\w[\w/]*/|[\w/]*test_\w+\.py)`", page)
+    assert len(named) > 40
+    for name in named:
+        assert list((ROOT / "tests").rglob(name)), name
+
+
 def test_launchers_are_short():
     for script in (ROOT / "launch").glob("*.sh"):
         assert len(script.read_text().splitlines()) < 80, script

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import program, small_config
+from conftest import program, refused, small_config
 
 from jaxlm import cli
 from jaxlm.config import recipe as configs
@@ -170,9 +170,9 @@ def test_a_problem_is_named_with_its_value(overrides, named):
 
 
 def test_all_problems_come_at_once_and_no_traceback():
-    run = program(
+    run = refused(
         "jaxlm.train", "--config=configs/shakespeare_char.py", "--workdir=/nowhere/x", "--config.optim.learing_rate=1",
-        "--config.model.num_heads=7", "--config.mesh.tensor=3", check=False,
+        "--config.model.num_heads=7", "--config.mesh.tensor=3",
     )  # fmt: skip
     assert run.returncode == 2
     assert "Traceback" not in run.stderr
@@ -199,7 +199,7 @@ def test_all_problems_come_at_once_and_no_traceback():
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(args, named):
-    run = program("jaxlm.train", *args, check=False)
+    run = refused("jaxlm.train", *args)
     assert run.returncode == 2
     assert named in run.stderr
     assert len(run.stderr.splitlines()) == 1

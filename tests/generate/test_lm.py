@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import mesh_of, program, small_config
+from conftest import mesh_of, program, refused, small_config
 
 import jaxlm
 from jaxlm.config.recipe import base, resolve
@@ -256,9 +256,9 @@ def test_several_runs_make_one_table_of_figures(workdir, tmp_path):
     results = json.loads((tmp_path / "both.json").read_text())
     assert results[str(workdir)] == results[str(copy)]
     assert all(one == other for _, one, other in rows)
-    refused = program("jaxlm.evaluate", *flags, "--gzip", check=False)
-    assert refused.returncode == 2
-    assert "give one --workdir" in refused.stderr
+    wrong = refused("jaxlm.evaluate", *flags, "--gzip")
+    assert wrong.returncode == 2
+    assert "give one --workdir" in wrong.stderr
 
 
 def test_a_table_of_runs_has_the_interval_of_each():
@@ -298,7 +298,7 @@ def test_the_generate_program_prints_prompt_and_text(workdir):
 
 @pytest.mark.parametrize("program_name", ["jaxlm.generate", "jaxlm.evaluate"])
 def test_a_workdir_without_checkpoints_is_exit_4(tmp_path, program_name):
-    run = program(program_name, f"--workdir={tmp_path / 'none'}", check=False)
+    run = refused(program_name, f"--workdir={tmp_path / 'none'}")
     assert run.returncode == 4
     assert "is not a directory" in run.stderr
     assert "Traceback" not in run.stderr
@@ -371,19 +371,17 @@ def test_a_path_that_is_not_there_names_the_nearest(tmp_path, monkeypatch):
 
 
 def test_flags_that_say_nothing_to_a_model_are_refused(workdir):
-    run = program(
-        "jaxlm.generate", f"--workdir={workdir}", "--input=there is none.txt", check=False
-    )
+    run = refused("jaxlm.generate", f"--workdir={workdir}", "--input=there is none.txt")
     assert run.returncode == 2
     assert "there is no such file" in run.stderr
     assert "Traceback" not in run.stderr
-    run = program("jaxlm.evaluate", f"--workdir={workdir}", "--answers=a.jsonl", check=False)
+    run = refused("jaxlm.evaluate", f"--workdir={workdir}", "--answers=a.jsonl")
     assert run.returncode == 2
     assert "has no examples" in run.stderr
-    run = program("jaxlm.evaluate", f"--workdir={workdir}", "--beams=4", check=False)
+    run = refused("jaxlm.evaluate", f"--workdir={workdir}", "--beams=4")
     assert run.returncode == 2
     assert "--beams: not for a model of task lm" in run.stderr
-    run = program("jaxlm.generate", f"--workdir={workdir}", "--prompt=a", "--beams=4", check=False)
+    run = refused("jaxlm.generate", f"--workdir={workdir}", "--prompt=a", "--beams=4")
     assert run.returncode == 2
     assert "task lm; of these flags it takes --max_tokens" in run.stderr
 

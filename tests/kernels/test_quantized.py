@@ -239,16 +239,13 @@ MESHES = {
     "stage=2 fsdp=2 tensor=2": ({"stage": 2, "fsdp": 2, "tensor": 2}, 0),
     "expert=2 fsdp=2 tensor=2": ({"expert": 2, "fsdp": 2, "tensor": 2}, 4),
 }
-SLOW = [("int8", mesh) for mesh in MESHES] + [
-    ("fp8", "fsdp=4 tensor=2"),
-    ("fp8", "expert=2 fsdp=2 tensor=2"),
-]
+FAST = ("fp8", "fsdp=4 tensor=2")
 
 
 @pytest.mark.parametrize(
     ("quantize", "mesh"),
     [
-        pytest.param(*case, marks=pytest.mark.slow if case in SLOW else (), id=" ".join(case))
+        pytest.param(*case, marks=() if case == FAST else pytest.mark.slow, id=" ".join(case))
         for case in product(DTYPES, MESHES)
     ],
 )

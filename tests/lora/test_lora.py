@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fresh_state, program, small_config
+from conftest import fresh_state, program, refused, small_config
 
 import jaxlm
 from jaxlm.data.batches import fingerprint
@@ -139,7 +139,7 @@ def test_a_merged_run_can_be_begun_from_but_not_gone_on_with(runs, tmp_path, tex
     args = ("jaxlm.train", "--config=configs/quickstart.py", *settings)
     out = program(*args, f"--workdir={tmp_path / 'more'}").stdout
     assert f"starts from {runs[1]}\n" in out
-    run = program(*args, f"--workdir={runs[1]}", check=False)
+    run = refused(*args, f"--workdir={runs[1]}")
     assert run.returncode == 4
     assert "a model alone" in run.stderr
     assert "Traceback" not in run.stderr
@@ -147,6 +147,6 @@ def test_a_merged_run_can_be_begun_from_but_not_gone_on_with(runs, tmp_path, tex
 
 def test_what_cannot_be_merged_is_told(runs, tmp_path):
     for workdir, output, told in ((runs[1], tmp_path, "no adapters"), (*runs, "a run already")):
-        run = program("jaxlm.lora", f"--workdir={workdir}", f"--output={output}", check=False)
+        run = refused("jaxlm.lora", f"--workdir={workdir}", f"--output={output}")
         assert run.returncode == 2
         assert told in run.stderr

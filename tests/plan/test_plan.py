@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of, program, small_config
+from conftest import mesh_of, program, refused, small_config
 
 from jaxlm.config.keys import MESH_AXES
 from jaxlm.errors import ConfigError
@@ -566,7 +566,7 @@ def test_what_is_measured_is_told_with_its_error():
     ("--topology=a100:8 --json=tests", "give a file"),
 ])  # fmt: skip
 def test_what_cannot_be_planned_is_one_message(flags, hint):
-    run = program("jaxlm.plan", *SMALL, *flags.split(), check=False)
+    run = refused("jaxlm.plan", *SMALL, *flags.split())
     assert run.returncode == 2
     assert hint in run.stderr
     assert "Traceback" not in run.stderr

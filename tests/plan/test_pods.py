@@ -1,6 +1,7 @@
-"""Every recipe for a pod compiles there and fits, with the figures of its docstring. Run by launch/test.sh --pods."""
+"""Every recipe for a pod compiles there and fits, with the figures of its docstring. launch/test.sh runs one or all."""
 
 import json
+import os
 import re
 import runpy
 from pathlib import Path
@@ -28,10 +29,16 @@ def test_every_pod_is_in_its_recipes_docstring():
     assert {(recipe, row["arg"]) for recipe, row in TOLD} == pods
 
 
-@pytest.mark.pods
-@pytest.mark.parametrize(
-    "recipe, row", [pytest.param(*told, id=f"{told[0]}:{told[1]['arg']}") for told in TOLD]
-)
+def recipes():
+    turn = int(os.environ.get("JAXLM_TEST_TURN", "0")) % len(TOLD)
+    for number, (recipe, row) in enumerate(TOLD):
+        marks = [pytest.mark.pods]
+        if number == turn:
+            marks.append(pytest.mark.in_turn)
+        yield pytest.param(recipe, row, marks=marks, id=f"{recipe}:{row['arg']}")
+
+
+@pytest.mark.parametrize("recipe, row", list(recipes()))
 def test_a_pod_recipe_fits_and_is_as_its_docstring_says(recipe, row, tmp_path):
     """8b,v5p-1024x2: two slices of v5p-1024."""
     chip, _, slices = row["arg"].split(",")[1].partition("x")

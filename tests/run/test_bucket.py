@@ -10,7 +10,7 @@ from conftest import program
 from fake_gcs import FakeGCS, Server
 from test_hosts import MESH, close, finish, started, words_of
 from test_hosts import train as train_on_hosts
-from test_train import rows, train
+from test_train import refuse, rows, train
 
 import jaxlm
 from jaxlm.errors import CheckpointError, ConfigError
@@ -97,7 +97,7 @@ def test_errors_name_what_is_missing(monkeypatch, text_dir):
         jaxlm.load("gs://mine/none")
     with pytest.raises(ConfigError, match="the bucket 'other' cannot be used"):
         run_directory("gs://other/run")
-    run = train("hdfs://mine/run", text_dir, check=False, **EIGHT_STEPS)
+    run = refuse("hdfs://mine/run", text_dir, **EIGHT_STEPS)
     assert run.returncode == 2
     assert "hdfs://mine/run: of all stores" in run.stderr
     assert "Traceback" not in run.stderr

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import body_logits, fresh_state, mesh_of, program, small_config
+from conftest import body_logits, fresh_state, mesh_of, program, refused, small_config
 from test_examples import write
 from test_lora import with_noise
 
@@ -136,12 +136,8 @@ def test_train_ends_with_exit_2_and_the_other_problems_too(folder, runs, tmp_pat
         f"--config.train.init_from={runs['lm']}",
         "--config.task.beta=2",
     ]
-    run = program(
-        "jaxlm.train",
-        "--config=configs/quickstart.py",
-        f"--workdir={tmp_path / 'run'}",
-        *flags,
-        check=False,
+    run = refused(
+        "jaxlm.train", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *flags
     )
     assert run.returncode == 2
     assert "2 problems" in run.stderr
@@ -329,7 +325,7 @@ def test_without_its_reference_a_model_of_preferences_says_what_it_lacks(
 ):
     (folder / "sft").rename(tmp_path / "moved")
     try:
-        run = program("jaxlm.evaluate", f"--workdir={preferring}", check=False)
+        run = refused("jaxlm.evaluate", f"--workdir={preferring}")
         assert run.returncode == 4
         assert "config.task.teacher" in run.stderr
         assert "Traceback" not in run.stderr

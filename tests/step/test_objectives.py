@@ -60,18 +60,14 @@ LIKE_OTHERS = (
     "lm of 2017",
     "seq2seq of 2017",
 )  # or in test_models.py
-ON = {  # cases that are not tried on every mesh
-    "lm of 2017": ("sequence=4 tensor=2", "stage=2 fsdp=4"),
-    "seq2seq of 2017": ("fsdp=4 tensor=2", "sequence=4 tensor=2"),
-}
 MESHES = {
     "data=8": {"data": 8},
     "fsdp=4 tensor=2": {"fsdp": 4, "tensor": 2},
     "sequence=4 tensor=2": {"sequence": 4, "tensor": 2},
     "stage=2 fsdp=4": {"stage": 2, "fsdp": 4},
 }
-FAST = {  # each task with a mesh; all of them with --all
-    "data=8": ("regress", "seq2seq distilled"),
+ONCE = {  # each task with a mesh; LOSSES are tried on all of them
+    "data=8": ("regress", "multilabel", "seq2seq distilled"),
     "fsdp=4 tensor=2": (
         "lm distilled",
         "classify",
@@ -81,9 +77,19 @@ FAST = {  # each task with a mesh; all of them with --all
         "glove",
         "skipgram with negatives",
     ),
-    "sequence=4 tensor=2": ("prefix_lm", "mlm", "tag", "qa", "dpo", "classify distilled"),
-    "stage=2 fsdp=4": ("classify by a decoder",),
+    "sequence=4 tensor=2": (
+        "prefix_lm",
+        "mlm",
+        "tag",
+        "qa",
+        "dpo",
+        "classify distilled",
+        "lm of 2017",
+        "seq2seq of 2017",
+    ),
+    "stage=2 fsdp=4": ("classify by a decoder", "lm of 2017"),
 }
+FAST = (*LOSSES, "classify by a decoder")
 ROWS = 8
 
 
@@ -218,18 +224,19 @@ def check_gradients(this, grads, means):
     assert difference < GRADIENT_TOLERANCE, parameter
 
 
+def fits(case, mesh):
+    """Only models with stacked layers have stages, only those that attend split positions."""
+    if case in ("classify by a bag", "glove", "skipgram with negatives"):
+        return "stage" not in mesh and "sequence" not in mesh
+    return not TASKS[CASES[case]["task__name"]].reads_source or "stage" not in mesh
+
+
 def on_meshes():
     for mesh, case in itertools.product(MESHES, CASES):
-        if mesh not in ON.get(case, MESHES):
-            continue
-        two_sided = TASKS[CASES[case]["task__name"]].reads_source
-        no_layers = case in ("classify by a bag", "glove", "skipgram with negatives")
-        if not (two_sided and "stage" in mesh) and not (
-            no_layers and ("stage" in mesh or "sequence" in mesh)
-        ):
-            yield pytest.param(
-                case, mesh, marks=[pytest.mark.slow] * (case not in FAST[mesh]), id=f"{case}-{mesh}"
-            )
+        once = case in ONCE[mesh]
+        if (once or case in LOSSES) and fits(case, mesh):
+            marks = () if once and case in FAST else pytest.mark.slow
+            yield pytest.param(case, mesh, marks=marks, id=f"{case}-{mesh}")
 
 
 @pytest.mark.parametrize(("case", "name"), list(on_meshes()))

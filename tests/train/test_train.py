@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from functools import partial
 from unittest.mock import Mock
 
 import pytest
-from conftest import FLAGS, ROOT, program
+from conftest import FLAGS, ROOT, program, refused
 
 from jaxlm.config.keys import base
 from jaxlm.data.prepare import prepare
@@ -26,14 +27,23 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def command(workdir, data, **overrides):
+    """The words of jaxlm.train for a tiny run; keys with __ for the dot."""
+    settings = SETTINGS | {"data.path": data}
+    for key, value in overrides.items():
+        settings[key.replace("__", ".")] = value
+    words = ["jaxlm.train", "--config=configs/quickstart.py", f"--workdir={workdir}"]
+    return words + [f"--config.{key}={value}" for key, value in settings.items()]
+
+
 def train(workdir, data, devices=1, check=True, flags=(), env=None, **overrides):
-    settings = (
-        SETTINGS | {"data.path": data} | {k.replace("__", "."): v for k, v in overrides.items()}
-    )
-    return program(
-        "jaxlm.train", "--config=configs/quickstart.py", f"--workdir={workdir}", *flags,
-        *(f"--config.{key}={value}" for key, value in settings.items()), devices=devices, check=check, env=env,
-    )  # fmt: skip
+    words = command(workdir, data, **overrides)
+    return program(*words, *flags, devices=devices, check=check, env=env)
+
+
+def refuse(workdir, data, **overrides):
+    """What comes of a run that is to end before its first step."""
+    return refused(*command(workdir, data, **overrides))
 
 
 def rows(workdir, key="loss"):
@@ -76,22 +86,11 @@ def test_a_run_that_dies_goes_on_from_its_last_checkpoint_and_repeats_no_row(tmp
     settings = {"train__steps": 30, "checkpoint__every": 10, "log__every": 1}
     train(tmp_path / "whole", text_dir, **settings)
     assert list(rows(tmp_path / "whole", "save_seconds")) == [11, 21]
-    command = [
-        sys.executable,
-        "-c",
-        KILLED,
-        "--config=configs/quickstart.py",
-        f"--workdir={tmp_path / 'killed'}",
-    ]
-    both = (
-        SETTINGS | {"data.path": text_dir} | {k.replace("__", "."): v for k, v in settings.items()}
-    )
-    command += [f"--config.{key}={value}" for key, value in both.items()]
+    _, *flags = command(tmp_path / "killed", text_dir, **settings)
     env = os.environ | {"XLA_FLAGS": FLAGS}
-    assert (
-        subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode
-        == -signal.SIGKILL
-    )
+    words = [sys.executable, "-c", KILLED, *flags]
+    run = subprocess.run(words, cwd=ROOT, env=env, capture_output=True)
+    assert run.returncode == -signal.SIGKILL
     assert max(rows(tmp_path / "killed")) > 20
     train(tmp_path / "killed", text_dir, **settings)
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
@@ -112,16 +111,9 @@ train.main(sys.argv[1:])
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, text_dir):
-    both = SETTINGS | {"data.path": text_dir, "train.steps": 100_000}
-    command = [
-        sys.executable,
-        "-m",
-        "jaxlm.train",
-        "--config=configs/quickstart.py",
-        f"--workdir={tmp_path}",
-    ]
-    command += [f"--config.{key}={value}" for key, value in both.items()]
-    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-m", *command(tmp_path, text_dir, train__steps=100_000)]
+    env = os.environ | {"XLA_FLAGS": FLAGS}
+    run = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "metrics.jsonl").exists() or len(rows(tmp_path)) < 5:
         assert run.poll() is None
         time.sleep(0.1)
@@ -151,23 +143,30 @@ def test_evaluation_keeps_the_best_and_the_newest_and_stops_early(tmp_path, text
     assert set(rows(tmp_path, "eval/bits_per_byte")) == set(losses)
 
 
-def test_changed_data_or_model_is_refused_with_the_difference(tmp_path, text_dir):
-    train(tmp_path, text_dir, train__steps=20, train__stop_at=3)
-    run = train(tmp_path, text_dir, check=False, train__steps=20, seed=1, data__shuffle=False)
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, text_dir):
+    """A run that was stopped at step 3 of 20."""
+    workdir = tmp_path_factory.mktemp("begun") / "run"
+    train(workdir, text_dir, train__steps=20, train__stop_at=3)
+    return workdir
+
+
+def test_changed_data_or_model_is_refused_with_the_difference(tmp_path, text_dir, begun):
+    workdir = shutil.copytree(begun, tmp_path / "run")
+    run = refuse(workdir, text_dir, train__steps=20, seed=1, data__shuffle=False)
     assert run.returncode == 4
     assert "seed: 0 -> 1" in run.stderr
     assert "shuffle: True -> False" in run.stderr
-    train(
-        tmp_path, text_dir, flags=["--allow_data_change"], train__steps=20, train__stop_at=4, seed=1
-    )
-    run = train(tmp_path, text_dir, check=False, train__steps=20, seed=1, model__embed_dim=64)
+    changed = {"train__steps": 20, "train__stop_at": 4, "seed": 1}
+    train(workdir, text_dir, flags=["--allow_data_change"], **changed)
+    run = refuse(workdir, text_dir, train__steps=20, seed=1, model__embed_dim=64)
     assert run.returncode == 4
     assert "embed/tokens: saved" in run.stderr
     assert "Traceback" not in run.stderr
 
 
 def test_missing_data_is_exit_3_before_anything_is_made(tmp_path):
-    run = train(tmp_path / "run", tmp_path / "nothing", check=False)
+    run = refuse(tmp_path / "run", tmp_path / "nothing")
     assert run.returncode == 3
     assert "jaxlm.data.prepare" in run.stderr
     assert not (tmp_path / "run").exists()
@@ -175,7 +174,7 @@ def test_missing_data_is_exit_3_before_anything_is_made(tmp_path):
 
 def test_a_workdir_that_cannot_be_made_is_exit_2(tmp_path, text_dir):
     (tmp_path / "file").write_text("")
-    run = train(tmp_path / "file" / "run", text_dir, check=False)
+    run = refuse(tmp_path / "file" / "run", text_dir)
     assert run.returncode == 2
     assert "--workdir=" in run.stderr
     assert "Traceback" not in run.stderr
@@ -206,20 +205,18 @@ def test_data_can_be_a_mixture(tmp_path, text_dir):
 
 def test_a_second_run_in_the_same_workdir_is_refused(tmp_path, text_dir):
     hold = Hold(tmp_path)
-    run = train(tmp_path, text_dir, check=False, train__steps=20)
+    run = refuse(tmp_path, text_dir, train__steps=20)
     assert run.returncode == 2
     assert "another run is using it" in run.stderr
     hold.close()
     Hold(tmp_path).close()
 
 
-def test_a_refused_resume_leaves_config_json_as_it_was(tmp_path, text_dir):
-    train(tmp_path, text_dir, train__steps=20, train__stop_at=2)
-    before = (tmp_path / "config.json").read_text()
-    assert (
-        train(tmp_path, text_dir, check=False, train__steps=20, model__embed_dim=64).returncode == 4
-    )
-    assert (tmp_path / "config.json").read_text() == before
+def test_a_refused_resume_leaves_config_json_as_it_was(text_dir, begun):
+    before = (begun / "config.json").read_text()
+    run = refuse(begun, text_dir, train__steps=20, model__embed_dim=64)
+    assert run.returncode == 4
+    assert (begun / "config.json").read_text() == before
 
 
 def test_an_empty_validation_split_is_told_before_the_run(tmp_path):
@@ -227,7 +224,7 @@ def test_an_empty_validation_split_is_told_before_the_run(tmp_path):
     prepare(
         [str(tmp_path / "a.txt")], tmp_path / "data", tokenizer="bytes", val_fraction=0.0, workers=1
     )
-    run = train(tmp_path / "run", tmp_path / "data", check=False, train__steps=20, eval__every=5)
+    run = refuse(tmp_path / "run", tmp_path / "data", train__steps=20, eval__every=5)
     assert run.returncode == 3
     assert "--val_fraction" in run.stderr
     assert not (tmp_path / "run").exists()
