@@ -66,8 +66,9 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--config",
             required=True,
-            metavar="FILE.py[:ARG]",
-            help="a recipe, such as configs/gpt2.py",
+            metavar="RECIPE",
+            help="a recipe: a file (my.py, my.py:ARG), the name of one that comes with jaxlm (llama:8b), or the "
+            "config.json of a run",
         )
         self.epilog = "Any key of the config can be set with --config.KEY=VALUE: --config.optim.learning_rate=1e-3."
 

@@ -1,4 +1,4 @@
-"""python -m jaxlm.bench --config=FILE.py[:ARG] [--config.KEY=VALUE ...] [--steps=50] [--json=FILE]: how fast it trains.
+"""python -m jaxlm.bench --config=RECIPE [--config.KEY=VALUE ...] [--steps=50] [--json=FILE]: how fast it trains.
 
 Runs the train step of a config on the devices that are here, on data that is read as train reads it (random tokens
 where there is none), and prints the median and the spread of the step's time and what a step waits for.
@@ -22,7 +22,8 @@ from jaxlm.bench.sweep import sweep
 from jaxlm.config.check import check
 from jaxlm.config.keys import COUNTED, base
 from jaxlm.config.problems import require
-from jaxlm.config.recipe import flatten, load, override, resolve
+from jaxlm.config.recipe import flatten, resolve
+from jaxlm.config.sources import from_command_line
 from jaxlm.config.tasks import task_of
 from jaxlm.data.batches import describe
 from jaxlm.data.synthetic import random_tokens
@@ -114,8 +115,8 @@ def main(argv: list[str]) -> int:
         make_folder(args.sweep)
     manage_memory()
     quick_random_numbers()
-    config = load(args.config)
-    require(override(config, args.overrides) + inherit(config))
+    config, problems = from_command_line(args)
+    require(problems + inherit(config))
     if config.model.name in COUNTED:
         raise ConfigError(
             f"config.model.name={config.model.name}: is counted, not trained: it has no step to time"

@@ -1,5 +1,6 @@
 """Where a config comes from: a recipe by path or by name, or the config.json of a run."""
 
+import argparse
 import json
 
 from etils import epath
@@ -11,6 +12,16 @@ from jaxlm.config.problems import Problem
 from jaxlm.errors import ConfigError
 
 SAVED = "config.json"  # of a run: every key, resolved
+
+
+def from_command_line(args: argparse.Namespace) -> tuple[ConfigDict, list[Problem]]:
+    """(the config that --config and --config.KEY=VALUE mean, not yet resolved; what is wrong with these words).
+
+    args: what `cli.Parser.parse` gave to a program that takes --config. Raises ConfigError where there is no config.
+    """
+    config = load(args.config)
+    problems = recipe.override(config, args.overrides)
+    return config, problems
 
 
 def load(spec: str) -> ConfigDict:

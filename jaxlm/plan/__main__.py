@@ -1,4 +1,4 @@
-"""python -m jaxlm.plan --config=FILE.py[:ARG] --topology=v5p:4x4x4 [--slices=N] [--json=FILE] [--save_hlo=FILE]
+"""python -m jaxlm.plan --config=RECIPE --topology=v5p:4x4x4 [--slices=N] [--json=FILE] [--save_hlo=FILE]
 
 Compiles the train step of a config, the very one that jaxlm.train runs, for a pod that is not here, with that pod's own
 compiler, and prints whether it fits, what it computes and sends, how long a step should take, and what to change.
@@ -15,7 +15,8 @@ from jaxlm import cli
 from jaxlm.config.check import check
 from jaxlm.config.keys import base
 from jaxlm.config.problems import Problem, require
-from jaxlm.config.recipe import flatten, load, override, resolve
+from jaxlm.config.recipe import flatten, resolve
+from jaxlm.config.sources import from_command_line
 from jaxlm.errors import ConfigError
 from jaxlm.parallel.chips import CHIPS
 from jaxlm.parallel.mesh import make_mesh
@@ -169,8 +170,7 @@ def main(argv: list[str]) -> int:
 
 def read_config(args) -> tuple[ConfigDict, Topology]:
     """(the config, unresolved, with a vocabulary size; the pod). Raises ConfigError that lists all problems."""
-    config = load(args.config)
-    problems = override(config, args.overrides)
+    config, problems = from_command_line(args)
     if args.topology == "local":
         manage_memory()  # as in a run
         quick_random_numbers()

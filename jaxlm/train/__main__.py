@@ -1,4 +1,4 @@
-"""python -m jaxlm.train --config=configs/NAME.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]: trains a model.
+"""python -m jaxlm.train --config=RECIPE --workdir=DIR [--config.KEY=VALUE ...]: trains a model.
 
 The same command again goes on from the newest checkpoint. --dry_run shows what a run would be, without running it.
 """
@@ -15,7 +15,8 @@ from jaxlm import cli
 from jaxlm.config.check import check
 from jaxlm.config.keys import MESH_AXES, base
 from jaxlm.config.problems import require
-from jaxlm.config.recipe import flatten, load, override, resolve
+from jaxlm.config.recipe import flatten, resolve
+from jaxlm.config.sources import from_command_line
 from jaxlm.data.batches import validation_batches
 from jaxlm.data.files.paths import absolute
 from jaxlm.errors import UserError
@@ -67,8 +68,7 @@ def main(argv: list[str]) -> int:
     parser = make_parser()
     args = parser.parse(argv)
     only_prints = args.dry_run or args.print_config
-    config = load(args.config)
-    problems = override(config, args.overrides)
+    config, problems = from_command_line(args)
     if args.devices is not None and args.devices < 1:
         parser.error(f"--devices={args.devices}: must be at least 1")
     if only_prints:

@@ -1,4 +1,4 @@
-"""python -m jaxlm.tune --config=FILE.py[:ARG] --workdir=DIR --space=KEY=FORM ... --trials=N: searches a config.
+"""python -m jaxlm.tune --config=RECIPE --workdir=DIR --space=KEY=FORM ... --trials=N: searches a config.
 
 Trains the recipe again and again, each time with other values of some keys:
 
@@ -27,7 +27,8 @@ from jaxlm import cli
 from jaxlm.config.check import check
 from jaxlm.config.keys import base
 from jaxlm.config.problems import require
-from jaxlm.config.recipe import flatten, load, override, set_key
+from jaxlm.config.recipe import flatten, set_key
+from jaxlm.config.sources import from_command_line
 from jaxlm.data.batches import fingerprint, validation_batches
 from jaxlm.errors import ConfigError, UserError
 from jaxlm.run.inherit import inherit
@@ -291,8 +292,7 @@ def require_libraries() -> None:
 
 def read_config(args) -> tuple[ConfigDict, dict[str, Dimension]]:
     """(the config, unresolved; the space). Raises ConfigError that lists all problems; prints notes."""
-    config = load(args.config)
-    problems = override(config, args.overrides)
+    config, problems = from_command_line(args)
     space, space_problems = read_space(args.space, config)
     verdict = judge_space(args, config, space)
     problems += space_problems + verdict.problems

@@ -13,7 +13,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxlm.cli import PREEMPTED
-from jaxlm.config.recipe import flatten, load
+from jaxlm.config.recipe import flatten
+from jaxlm.config.sources import load
 from jaxlm.errors import ConfigError, NumericsError, UserError
 
 POLL = 0.2  # seconds between looks at a run

@@ -1,4 +1,4 @@
-"""python -m jaxlm.verify --config=FILE.py[:ARG] [--meshes="fsdp=8; fsdp=4 tensor=2"] [--json=FILE]: prove a config.
+"""python -m jaxlm.verify --config=RECIPE [--meshes="fsdp=8; fsdp=4 tensor=2"] [--json=FILE]: prove a config.
 
 Shrinks the config to a tiny one of the same structure (norms, ratio of heads, experts, windows, scan, remat, optimizer)
 and shows on 8 fake CPU devices, in float32 and with documents packed into rows, that it computes the same thing:
@@ -27,7 +27,8 @@ from jaxlm import cli
 from jaxlm.config.check import check
 from jaxlm.config.keys import COUNTED, base
 from jaxlm.config.problems import require
-from jaxlm.config.recipe import flatten, load, override, resolve
+from jaxlm.config.recipe import flatten, resolve
+from jaxlm.config.sources import from_command_line
 from jaxlm.data.batches import train_batches
 from jaxlm.errors import ConfigError
 from jaxlm.parallel.mesh import make_mesh
@@ -131,8 +132,7 @@ def main(argv: list[str]) -> int:
     args = make_parser().parse(argv)
     cli.require_writable("--json", args.json)
     began = time.perf_counter()
-    config = load(args.config)
-    problems = override(config, args.overrides)
+    config, problems = from_command_line(args)
     # Problems are ignored: without those runs, the recipe's own model section is what is verified.
     inherit(config)
     require(problems + check(config))
