@@ -115,7 +115,9 @@ def pages() -> dict[str, str]:
     """The text of README.md and of each page of docs/, in the order in which README first links them."""
     readme = (ROOT / "README.md").read_text()
     linked = re.findall(r"\]\((docs/[\w-]+\.md)", readme)
-    files = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "docs").glob("*.md"))]
+    files = []
+    for file in sorted((ROOT / "docs").glob("*.md")):
+        files.append(str(file.relative_to(ROOT)))
     texts = {"README.md": readme}
     for place in [*linked, *files]:
         texts[place] = (ROOT / place).read_text()

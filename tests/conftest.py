@@ -54,10 +54,18 @@ def small_config(**overrides):
     """A resolved config of a decoder of two layers, in float32; keys with __ for the dot."""
     c = configs.base()
     settings = {
-        "model__num_layers": 2, "model__embed_dim": 32, "model__num_heads": 4, "model__num_kv_heads": 2,
-        "model__vocab_size": 64, "model__dtype": "float32", "data__seq_len": 32, "train__batch_size": 16,
-        "train__steps": 20, "optim__learning_rate": 1e-2, "optim__warmup_steps": 5,
-    } | overrides  # fmt: skip
+        "model__num_layers": 2,
+        "model__embed_dim": 32,
+        "model__num_heads": 4,
+        "model__num_kv_heads": 2,
+        "model__vocab_size": 64,
+        "model__dtype": "float32",
+        "data__seq_len": 32,
+        "train__batch_size": 16,
+        "train__steps": 20,
+        "optim__learning_rate": 1e-2,
+        "optim__warmup_steps": 5,
+    } | overrides
     for key, value in settings.items():
         configs.set_key(c, key.replace("__", "."), value)
     return configs.resolve(c)

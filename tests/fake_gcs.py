@@ -25,7 +25,10 @@ class FakeGCS(BaseHTTPRequestHandler):
         pass
 
     def answer(self, body, status=200, **headers):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        if isinstance(body, bytes):
+            body = body
+        else:
+            body = json.dumps(body).encode()
         self.send_response(status)
         for name, value in (headers | {"Content-Length": len(body)}).items():
             self.send_header(name.replace("_", "-"), str(value))
@@ -39,7 +42,10 @@ class FakeGCS(BaseHTTPRequestHandler):
         bucket, name = PATH.match(url.path).groups()
         name = unquote(name or query.get("name", ""))
         with self.lock:
-            generation = self.objects[name][0] if name in self.objects else 0
+            if name in self.objects:
+                generation = self.objects[name][0]
+            else:
+                generation = 0
             if bucket != "mine":
                 self.answer(
                     {"error": {"code": 404, "message": "The specified bucket does not exist."}}, 404

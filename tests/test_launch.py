@@ -403,9 +403,14 @@ def test_dry_runs_print_the_commands_and_call_nothing(tmp_path, name, flags):
     calls = stand_ins(tmp_path, **dict.fromkeys(programs.split(), "exit 1"))
     run = launch(name, *flags, "--dry_run", "--", *TRAIN, path=tmp_path)
     assert run.returncode == 0 and not calls() and not run.stderr, run.stderr
-    commands = [shlex.split(line) for line in run.stdout.splitlines()]
+    commands = []
+    for line in run.stdout.splitlines():
+        commands.append(shlex.split(line))
     if name == "tpu_pod.sh":
-        verbs = [words[4] for words in commands if words[0] == "gcloud"]
+        verbs = []
+        for words in commands:
+            if words[0] == "gcloud":
+                verbs.append(words[4])
         assert verbs == "create describe scp ssh ssh ssh ssh delete describe".split()
         commands = [
             shlex.split(w.partition("=")[2])
@@ -441,7 +446,10 @@ def test_help_is_all_that_help_does(path, flag, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)
 def test_scripts_are_sound_bash(path):
-    check = ["shellcheck"] if shutil.which("shellcheck") else ["bash", "-n"]
+    if shutil.which("shellcheck"):
+        check = ["shellcheck"]
+    else:
+        check = ["bash", "-n"]
     run = subprocess.run([*check, str(path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 

@@ -73,7 +73,10 @@ def sound_config(args) -> None:
 def printed(command: Command) -> None:
     """A launcher prints what it would do, and jaxlm.train knows the flags that it is given."""
     words = list(command.words)
-    end = words.index("--") if "--" in words else len(words)
+    if "--" in words:
+        end = words.index("--")
+    else:
+        end = len(words)
     dry = [*words[:end], "--dry_run", *words[end:]]
     run = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout, f"{command}\n{run.stdout}{run.stderr}"

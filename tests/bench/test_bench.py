@@ -32,7 +32,10 @@ def _memory_as_it_was(monkeypatch):
 @pytest.fixture
 def recipe(tmp_path):
     """A file that gives the small config, and its flag."""
-    flat = {key: value for key, value in flatten(small_config()).items() if value not in ((), "")}
+    flat = {}
+    for key, value in flatten(small_config()).items():
+        if value not in ((), ""):
+            flat[key] = value
     path = tmp_path / "recipe.py"
     path.write_text(
         "from jaxlm.config import base\nfrom jaxlm.config.recipe import set_key\n\n\n"

@@ -1,6 +1,8 @@
 """A config is found by path, by name, or in a run; what a run resolved is resolved again to the same."""
 
 import json
+import shutil
+import tomllib
 
 import pytest
 from conftest import ROOT
@@ -20,6 +22,20 @@ def test_a_shipped_recipe_has_a_name(name, tmp_path, monkeypatch):
     by_path = recipe.flatten(sources.load(str(ROOT / f"configs/{name}.py")))
     monkeypatch.chdir(tmp_path)
     assert recipe.flatten(sources.load(name)) == by_path
+
+
+def test_a_wheel_has_its_recipes_beside_the_code(tmp_path, monkeypatch):
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    (goal,) = [
+        to
+        for source, to in build["targets"]["wheel"]["force-include"].items()
+        if source == "configs"
+    ]
+    shutil.copytree(ROOT / "configs", tmp_path / goal)
+    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "jaxlm/config/shipped.py"))
+    assert shipped.folder() == tmp_path / goal
+    assert shipped.names() == sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
+    assert recipe.flatten(sources.load("quickstart"))
 
 
 def test_a_file_comes_before_a_name(tmp_path, monkeypatch):

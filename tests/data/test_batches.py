@@ -89,9 +89,13 @@ def test_seeds_give_other_orders(config):
 def test_every_validation_token_is_a_target_once(config):
     store = Store(config.data.path, "val")
     batches = validation_batches(config)
-    real = [batches[k]["targets"][batches[k]["weights"] > 0] for k in range(len(batches))]
+    real = []
+    for k in range(len(batches)):
+        real.append(batches[k]["targets"][batches[k]["weights"] > 0])
     np.testing.assert_array_equal(np.concatenate(real), store.read(0, store.num_tokens))
-    parts = [validation_batches(config, rows) for rows in (slice(0, 3), slice(3, 8))]
+    parts = []
+    for rows in (slice(0, 3), slice(3, 8)):
+        parts.append(validation_batches(config, rows))
     assert sum(p[k]["weights"].sum() for p in parts for k in range(len(p))) == store.num_tokens
 
 

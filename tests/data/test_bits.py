@@ -26,7 +26,9 @@ KINDS = ("words", "sentencepiece", "WordLevel", "BPE", "one for all")
 def huggingface(words, unknown, spaced):
     """A tokenizer.json that knows these words, or letters, alone."""
     library = pytest.importorskip("tokenizers")
-    vocab = {word: number for number, word in enumerate(dict.fromkeys([unknown, *words]))}
+    vocab = {}
+    for number, word in enumerate(dict.fromkeys([unknown, *words])):
+        vocab[word] = number
     if spaced:
         made = library.Tokenizer(library.models.WordLevel(vocab, unk_token=unknown))
         made.pre_tokenizer = library.pre_tokenizers.WhitespaceSplit()
@@ -68,7 +70,9 @@ def data_of(folder, tokenizer, texts):
     """A prepared directory of these documents, about half of them in its validation split."""
     path = folder / tokenizer.filename
     path.write_bytes(tokenizer.to_bytes())
-    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    lines = []
+    for text in texts:
+        lines.append(json.dumps({"text": text}) + "\n")
     (folder / "text.jsonl").write_text("".join(lines))
     prepare(
         [str(folder / "text.jsonl")],
@@ -132,7 +136,9 @@ def test_the_size_in_bits_of_a_text_with_unknown_tokens_is_nan(caplog, monkeypat
 def dropping():
     """A BPE without an unknown token, which passes over what it has no token for."""
     library = pytest.importorskip("tokenizers")
-    vocab = {letter: number for number, letter in enumerate(LETTERS)}
+    vocab = {}
+    for number, letter in enumerate(LETTERS):
+        vocab[letter] = number
     made = library.Tokenizer(library.models.BPE(vocab, []))
     return tokenizers.HuggingFace(made.to_str().encode())
 
@@ -145,9 +151,10 @@ def test_text_that_is_dropped_flatters_as_much(tmp_path, caplog, odd):
     warn_once.cache_clear()
     figures = Evaluator(config, mesh_of(1)).figures({"loss": 7.0, "weight": 2.0}, complete=True)
     assert ("bits_per_byte" in figures) == (not odd)
-    said = [
-        line for line in caplog.messages if "the tokenizer has no tokens for 24 characters" in line
-    ]
+    said = []
+    for line in caplog.messages:
+        if "the tokenizer has no tokens for 24 characters" in line:
+            said.append(line)
     assert len(said) == odd
 
 

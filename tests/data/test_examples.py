@@ -62,7 +62,9 @@ def test_labels_are_names_in_order(tmp_path):
     several = [("a", "x, y"), ("b", ["z", 1]), ("c", ""), ("d", 1)]
     config = settings(tmp_path, several, task="multilabel")
     assert label_names(config) == ("1", "x", "y", "z")
-    sets = [piece["label"].tolist() for piece in Examples(config, "train").pieces]
+    sets = []
+    for piece in Examples(config, "train").pieces:
+        sets.append(piece["label"].tolist())
     assert sets == [[0, 1, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]]
     config = settings(tmp_path, [("a", 1), ("b", "-2.5e-1")], task="regress")
     assert [float(piece["label"]) for piece in Examples(config, "train").pieces] == [1.0, -0.25]
@@ -284,7 +286,9 @@ def test_rows_are_filled(tmp_path):
             data__examples_per_row=length,
         )
         assert source.num_tokens / (source.num_rows * length) > 0.93
-    pairs = [{"source": text, "target": text} for text, _ in many(2000, longest=40)]
+    pairs = []
+    for text, _ in many(2000, longest=40):
+        pairs.append({"source": text, "target": text})
     source = made(tmp_path, pairs, task="seq2seq", data__seq_len=128, data__enc_len=128)
     assert source.num_tokens / (source.num_rows * 256) > 0.85
     assert len(made(tmp_path, many(50), data__pack=False).rows) == 50
@@ -513,7 +517,9 @@ def test_a_file_is_read_and_told_of_once_whatever_its_path(tmp_path, monkeypatch
     names = ("a+b.tsv", "./a+b.tsv", str(tmp_path / "a+b.tsv"), str(tmp_path / "." / "a+b.tsv"))
     found = [examples_of(name, "tag", "") for name in names]
     assert all(each is found[0] for each in found)
-    told = [record.getMessage() for record in caplog.records]
+    told = []
+    for record in caplog.records:
+        told.append(record.getMessage())
     assert told == ["a+b.tsv: 2 sentences, 4 words, read as a word a line (words=0 tags=1)"]
 
 

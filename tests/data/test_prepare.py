@@ -254,7 +254,10 @@ def test_usage_errors_are_one_line_with_exit_code_2_and_data_errors_are_3(tmp_pa
         assert words in result.stderr
         assert "Traceback" not in result.stderr
         work = (f"{path}: JSON lines, one document a record", "count:")
-        errors = [line for line in result.stderr.splitlines() if not line.startswith(work)]
+        errors = []
+        for line in result.stderr.splitlines():
+            if not line.startswith(work):
+                errors.append(line)
         assert len(errors) == 1
         assert errors[0].startswith("error: ")
 

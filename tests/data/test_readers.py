@@ -277,8 +277,14 @@ def zstd(data: bytes) -> bytes:
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.bz2", "a.jsonl.xz", "a.jsonl"])
 def test_what_is_compressed_is_read_by_its_first_bytes(tmp_path, name):
     path = tmp_path / name
-    plain = jsonl(path).read_bytes() if "jsonl" in name else b"text\n" * 1000
-    want = "".join(DOCS) if "jsonl" in name else plain.decode()
+    if "jsonl" in name:
+        plain = jsonl(path).read_bytes()
+    else:
+        plain = b"text\n" * 1000
+    if "jsonl" in name:
+        want = "".join(DOCS)
+    else:
+        want = plain.decode()
     for compress in (bytes, gzip.compress, zstd, bz2.compress, lzma.compress):
         path.write_bytes(compress(plain))
         pieces = readers.read(parts.plan(readers.find([str(path)]))[0], "text", readers.Notes())

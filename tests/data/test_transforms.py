@@ -61,7 +61,9 @@ def test_special_ids_do_not_collide_and_tasks_agree_on_them():
         for name in CHOICES["task.name"]:
             vocab = Vocabulary(tokenizer, name)
             spans_too = name in ("span_corruption", "ul2")
-            ids = {special: getattr(vocab, special) for special in SPECIALS}
+            ids = {}
+            for special in SPECIALS:
+                ids[special] = getattr(vocab, special)
             if spans_too:
                 ids |= {mode: getattr(vocab, mode) for mode in MODES}
                 ids |= {f"sentinel {i}": vocab.sentinel(i) for i in range(SENTINELS)}
@@ -101,11 +103,15 @@ def test_the_end_of_a_document_is_not_asked_for():
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "words"])
 def test_whole_words_are_hidden_whole(kind):
-    words = [str(word) for word in np.random.default_rng(0).choice(WORDS, 3000)]
+    words = []
+    for word in np.random.default_rng(0).choice(WORDS, 3000):
+        words.append(str(word))
     tokenizer = {"sentencepiece": PIECES, "bytes": BYTES}.get(kind) or vocabulary.make(
         "words", WORDS, 100
     )
-    pieces = [tokenizer.encode(" " * bool(i) + word) for i, word in enumerate(words)]
+    pieces = []
+    for i, word in enumerate(words):
+        pieces.append(tokenizer.encode(" " * bool(i) + word))
     chosen = piece_of("mlm", np.concatenate(pieces), 3, tokenizer, whole_words=True)["weights"] > 0
     parts = np.split(chosen, np.cumsum([len(piece) for piece in pieces])[:-1])
     assert all(part.all() or not part.any() for part in parts)
@@ -144,7 +150,9 @@ def test_source_and_target_give_back_the_text(name):
 
 def test_spans_have_the_rate_and_the_mean_length_that_are_asked_for():
     for rate, mean in ((0.15, 3.0), (0.5, 3.0), (0.15, 32.0)):
-        hidden = [spans(500, rate, mean, np.random.default_rng(seed)) for seed in range(100)]
+        hidden = []
+        for seed in range(100):
+            hidden.append(spans(500, rate, mean, np.random.default_rng(seed)))
         begins = sum((np.diff(h.astype(int), prepend=0) == 1).sum() for h in hidden)
         assert np.mean(hidden) == pytest.approx(rate, abs=0.01)
         assert np.sum(hidden) / begins == pytest.approx(mean, rel=0.2)
@@ -200,7 +208,9 @@ def test_prefix_suffix_and_middle_give_back_the_text():
             continue
         moved += 1
         whole = [*piece["tokens"], piece["targets"][-1]]
-        at = [whole.index(i) for i in (vocab.prefix, vocab.suffix, vocab.middle, vocab.end)]
+        at = []
+        for i in (vocab.prefix, vocab.suffix, vocab.middle, vocab.end):
+            at.append(whole.index(i))
         prefix, suffix, middle = (whole[a + 1 : b] for a, b in pairwise(at))
         assert prefix + middle + suffix == list(ids)
         assert whole[-1] == vocab.end
@@ -235,12 +245,17 @@ def test_only_what_the_assistant_says_and_its_end_is_learned():
         ("user", "bye"),
         ("assistant", "so long"),
     ]
-    messages = [{"role": role, "content": content} for role, content in said]
+    messages = []
+    for role, content in said:
+        messages.append({"role": role, "content": content})
     vocab = Vocabulary(BYTES, "sft")
     for given in (messages, json.dumps(messages)):
         piece = example("sft", {"messages": given})
         parts = np.split(piece["targets"], np.flatnonzero(np.diff(piece["weights"])) + 1)
-        learned = [part for part in parts if BYTES.decode(part) in ("hello", "so long")]
+        learned = []
+        for part in parts:
+            if BYTES.decode(part) in ("hello", "so long"):
+                learned.append(part)
         assert [part[-1] for part in learned] == [vocab.end] * 2
         assert piece["weights"].sum() == sum(map(len, learned)) == len("hello") + len("so long") + 2
     short = example("sft", {"prompt": "hi?", "response": "hello"})
@@ -350,7 +365,9 @@ def test_a_tag_is_that_of_the_first_piece_of_its_word():
 def test_the_chosen_and_the_rejected_are_beside_each_other():
     piece = example("dpo", {"prompt": "hi", "chosen": "hello you", "rejected": "no"})
     assert {piece[key].shape[0] for key in ("tokens", "targets", "weights")} == {2}
-    first = [np.flatnonzero(weights)[0] for weights in piece["weights"]]
+    first = []
+    for weights in piece["weights"]:
+        first.append(np.flatnonzero(weights)[0])
     assert first[0] == first[1]
     np.testing.assert_array_equal(*piece["tokens"][:, : first[0] + 1])
     vocab = Vocabulary(BYTES, "dpo")

@@ -90,11 +90,16 @@ def test_multilabel_is_scikit_learns(classes):
     scores = 0.4 * labels + 0.6 * rng.random((200, classes))
     got = metrics.multilabel(scores, labels, threshold=0.55)
     predicted = scores >= 0.55
-    each = [sk.f1_score(y, p, zero_division=0) for y, p in zip(labels.T, predicted.T)]
+    each = []
+    for y, p in zip(labels.T, predicted.T):
+        each.append(sk.f1_score(y, p, zero_division=0))
     assert got["f1"] == pytest.approx(np.mean(each))
     assert got["f1_micro"] == pytest.approx(sk.f1_score(labels.ravel(), predicted.ravel()))
     assert got["exact_match"] == pytest.approx(sk.accuracy_score(labels, predicted))
-    areas = [sk.roc_auc_score(y, s) for y, s in zip(labels.T, scores.T) if y.any()]
+    areas = []
+    for y, s in zip(labels.T, scores.T):
+        if y.any():
+            areas.append(sk.roc_auc_score(y, s))
     assert got["auc"] == pytest.approx(np.mean(areas))
     assert len(areas) == max(classes - 1, 1)
 
@@ -169,7 +174,9 @@ def test_translation_is_sacrebleus():
     )
     assert "nrefs:2|case:lc" in two["signature"]
     assert "case:lc" in two["chrf_signature"]
-    ragged = [[a, b] if i % 2 else a for i, (a, b) in enumerate(zip(first, second))]
+    ragged = []
+    for i, (a, b) in enumerate(zip(first, second)):
+        ragged.append([a, b] if i % 2 else a)
     got = metrics.translation(ours, ragged)
     assert (
         got["bleu"]
@@ -319,7 +326,9 @@ def squad_by_definition(prediction, answers):
 def test_question_answering():
     rng = np.random.default_rng(4)
     ours = sentences(rng, 300, most=5)
-    golds = [sentences(rng, rng.integers(0, 4), most=5) for _ in range(300)]
+    golds = []
+    for _ in range(300):
+        golds.append(sentences(rng, rng.integers(0, 4), most=5))
     got = metrics.question_answering(ours, golds)
     assert [*got.values()] == pytest.approx(
         np.mean([*map(squad_by_definition, ours, golds)], axis=0)

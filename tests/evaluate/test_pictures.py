@@ -71,7 +71,9 @@ def test_names_of_classes_can_be_read(tmp_path, monkeypatch, names, degrees):
 def test_pictures_of_runs(tmp_path, rows):
     log = tmp_path / "metrics.jsonl"
     out = tmp_path / "out.png"
-    lines = [{"step": i + 1, "loss": 3 + 7 / (i + 1)} for i in range(rows)]
+    lines = []
+    for i in range(rows):
+        lines.append({"step": i + 1, "loss": 3 + 7 / (i + 1)})
     lines += [{"step": rows, "eval/loss": 3.5}, {"step": rows, "loss": "nan"}]
     log.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 2001, "lo')
     for runs in (log, [(f"run {i}", str(log)) for i in range(9)]):

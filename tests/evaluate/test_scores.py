@@ -42,7 +42,10 @@ def tell_again():
 def config_of(task, names=None):
     config = base()
     config.task.name = task
-    config.data.labels = NAMES.get(task, ()) if names is None else names
+    if names is None:
+        config.data.labels = NAMES.get(task, ())
+    else:
+        config.data.labels = names
     return config
 
 
@@ -219,7 +222,10 @@ def test_evaluate_leaves_out_what_has_no_meaning(case, monkeypatch, caplog):
     assert result["loss"] == 0.5
     assert without not in result
     assert given <= set(result)
-    lines = [line for line in caplog.messages if why in line]
+    lines = []
+    for line in caplog.messages:
+        if why in line:
+            lines.append(line)
     assert len(lines) == 1
     assert all("\n" not in line for line in caplog.messages)
     assert report.table({"model": "encoder"} | result)
@@ -456,7 +462,9 @@ def test_a_run_saves_and_goes_on_where_an_evaluation_fails(error):
         (state, {"best": [None, 0]}, None)
     ] * 2
     run.monitor.evaluation.assert_not_called()
-    said = [call.args[0] for call in run.monitor.say.call_args_list]
+    said = []
+    for call in run.monitor.say.call_args_list:
+        said.append(call.args[0])
     assert said[0].startswith("step    250  this evaluation gives no figures: ")
     assert "\n" not in said[0]
     assert said[1] == (
@@ -510,8 +518,9 @@ def test_a_label_that_float32_cannot_hold_is_told_as_that():
 
 def test_numbers_that_json_has_not_are_texts():
     assert finite({"loss": NAN, "rows": [{"x": np.inf}, 1.5, "a", None]}) == {
-        "loss": "nan", "rows": [{"x": "inf"}, 1.5, "a", None],
-    }  # fmt: skip
+        "loss": "nan",
+        "rows": [{"x": "inf"}, 1.5, "a", None],
+    }
 
 
 def test_large_numbers_are_read_by_their_powers():
@@ -563,14 +572,30 @@ def test_a_run_whose_figures_have_no_meaning_is_trained_saved_and_evaluated(tmp_
     for split, rows in (("train", train * 4), ("val", val * 4)):
         (tmp_path / f"{split}.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in rows))
     settings = {
-        "task.name": task, "data.path": "", "data.train": tmp_path / "train.tsv", "data.val": tmp_path / "val.tsv",
-        "data.tokenizer": "words", "data.seq_len": 16, "model.name": model, "model.num_layers": 1, "train.steps": 4,
-        "model.embed_dim": 16, "model.num_heads": 2, "model.num_kv_heads": 2, "train.batch_size": 4,
-        "optim.warmup_steps": 1, "eval.every": 2, "eval.metric": metric, "eval.patience": 1, "log.tensorboard": False,
-    }  # fmt: skip
+        "task.name": task,
+        "data.path": "",
+        "data.train": tmp_path / "train.tsv",
+        "data.val": tmp_path / "val.tsv",
+        "data.tokenizer": "words",
+        "data.seq_len": 16,
+        "model.name": model,
+        "model.num_layers": 1,
+        "train.steps": 4,
+        "model.embed_dim": 16,
+        "model.num_heads": 2,
+        "model.num_kv_heads": 2,
+        "train.batch_size": 4,
+        "optim.warmup_steps": 1,
+        "eval.every": 2,
+        "eval.metric": metric,
+        "eval.patience": 1,
+        "log.tensorboard": False,
+    }
     if task == "seq2seq":
         settings |= {"eval.generate": 4, "eval.max_tokens": 4}
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    flags = []
+    for key, value in settings.items():
+        flags.append(f"--config.{key}={value}")
     run = program(
         "jaxlm.train", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *flags
     )
@@ -579,7 +604,9 @@ def test_a_run_whose_figures_have_no_meaning_is_trained_saved_and_evaluated(tmp_
     assert run.stdout.count(f"eval.metric={metric}: this evaluation has no such figure") == 2 * (
         metric in without
     )
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = []
+    for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
+        rows.append(json.loads(line))
     evaluations = [row for row in rows if "eval/loss" in row]
     assert [row["step"] for row in evaluations] == [2, 4]
     for row in evaluations:

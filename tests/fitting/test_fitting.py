@@ -73,8 +73,10 @@ def test_a_run_that_is_not_done_is_not_judged(tmp_path):
     rows = table_of(tmp_path, [fits, early, waits, near])
     assert [row["shows"] for row in rows] == ["fits best", "overfits", "not done", "fits as well"]
     assert [row["ended"] for row in rows[:3]] == [
-        "at its last step, 40", "early, at step 40", "not yet: step 40 of 100"
-    ]  # fmt: skip
+        "at its last step, 40",
+        "early, at step 40",
+        "not yet: step 40 of 100",
+    ]
 
 
 def test_training_loss_is_the_mean_since_the_evaluation_before():

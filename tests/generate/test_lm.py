@@ -34,10 +34,21 @@ def workdir(tmp_path_factory, text_dir):
     """A short run: 8 devices as fsdp=4 x tensor=2, two checkpoints, in float32, with an average of the parameters."""
     path = tmp_path_factory.mktemp("run")
     overrides = {
-        "data.path": text_dir, "data.seq_len": 32, "train.batch_size": 8, "train.steps": 60, "checkpoint.every": 30,
-        "model.num_layers": 2, "model.embed_dim": 32, "model.num_heads": 4, "eval.every": 0, "mesh.data": 1,
-        "mesh.fsdp": 4, "mesh.tensor": 2, "log.tensorboard": False, "train.ema": 0.5,
-    }  # fmt: skip
+        "data.path": text_dir,
+        "data.seq_len": 32,
+        "train.batch_size": 8,
+        "train.steps": 60,
+        "checkpoint.every": 30,
+        "model.num_layers": 2,
+        "model.embed_dim": 32,
+        "model.num_heads": 4,
+        "eval.every": 0,
+        "mesh.data": 1,
+        "mesh.fsdp": 4,
+        "mesh.tensor": 2,
+        "log.tensorboard": False,
+        "train.ema": 0.5,
+    }
     settings = (f"--config.{key}={value}" for key, value in overrides.items())
     program(
         "jaxlm.train", "--config=configs/quickstart.py", f"--workdir={path}", *settings, devices=8
@@ -145,9 +156,14 @@ def test_sampling_keeps_to_top_k_and_top_p():
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"max_tokens": 0}, "max_tokens=0"), ({"temperature": -1}, "temperature=-1"), ({"top_p": 1.5}, "top_p=1.5"),
-     ({"temperature": math.nan}, "temperature=nan"), ({"num_samples": 0}, "num_samples=0")],
-)  # fmt: skip
+    [
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"num_samples": 0}, "num_samples=0"),
+    ],
+)
 def test_senseless_options_are_named(lm, options, named):
     with pytest.raises(ConfigError, match=named):
         lm.generate("x", **options)
@@ -179,9 +195,14 @@ def test_the_loss_of_texts_is_that_of_their_logits(lm):
 
 @pytest.mark.parametrize(
     ("task", "named"),
-    [("mlm", "use lm.answer"), ("classify", "use lm.answer"), ("seq2seq", "reads a source first; use lm.answer"),
-     ("ul2", "reads a source first$"), ("skipgram", "use lm.neighbors")],
-)  # fmt: skip
+    [
+        ("mlm", "use lm.answer"),
+        ("classify", "use lm.answer"),
+        ("seq2seq", "reads a source first; use lm.answer"),
+        ("ul2", "reads a source first$"),
+        ("skipgram", "use lm.neighbors"),
+    ],
+)
 def test_what_writes_no_text_says_what_it_does_instead(task, named):
     c = resolve(base())
     c.task.name = task

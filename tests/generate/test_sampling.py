@@ -79,7 +79,9 @@ def test_one_search_serves_all_lengths(lm):
     before = searched._cache_size()
     found = {}
     for count, max_tokens in ((3, 5), (3, 9), (4, 9)):
-        rows = [np.resize(x, (count, *x.shape[1:])) for x in (prompts, lengths)]
+        rows = []
+        for x in (prompts, lengths):
+            rows.append(np.resize(x, (count, *x.shape[1:])))
         found[count, max_tokens] = beam_search(
             lm.model, lm.params, *rows, max_tokens=max_tokens, **options
         )
@@ -209,13 +211,18 @@ def test_no_temperature_is_too_cold_or_too_hot(temperature):
     drawn = sample(
         logits, jax.random.split(jax.random.key(1), 200), as_float32(temperature, 0)[0], 0, 0.0
     )
-    expected = {0, 1, 2, 3} if temperature == 1e300 else {1}
+    if temperature == 1e300:
+        expected = {0, 1, 2, 3}
+    else:
+        expected = {1}
     assert set(np.asarray(drawn).tolist()) == expected
 
 
 def test_sizes_are_few_and_have_room():
     for least, most in ((1, 64), (16, 1024)):
-        sizes = [size_for(number, least, most) for number in range(1, 5000)]
+        sizes = []
+        for number in range(1, 5000):
+            sizes.append(size_for(number, least, most))
         assert all(size >= number for number, size in enumerate(sizes, 1))
         assert sizes == sorted(sizes)
         assert min(sizes) == least

@@ -26,7 +26,10 @@ def test_library_attention_is_the_reference(heads, kv_heads, window, segmented):
     rng = np.random.default_rng(0)
     q = rng.normal(size=(2, 17, heads, 8)).astype(np.float32)
     k, v = rng.normal(size=(2, 2, 17, kv_heads, 8)).astype(np.float32)
-    segments = np.sort(rng.integers(1, 4, (2, 17)), axis=1) if segmented else None
+    if segmented:
+        segments = np.sort(rng.integers(1, 4, (2, 17)), axis=1)
+    else:
+        segments = None
 
     def run(name):
         return jax.jit(
@@ -70,8 +73,14 @@ def test_every_kernel_of_a_cpu_is_the_reference(
         options = {key: options[key] for key in options if key != "softcap"}
     rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(1, 4, (2, S)), axis=1)
-    places = rng.permutation(S) if order == "any" else None
-    marks = (segments[:, S - T :], segments) if segmented else (None, None)
+    if order == "any":
+        places = rng.permutation(S)
+    else:
+        places = None
+    if segmented:
+        marks = (segments[:, S - T :], segments)
+    else:
+        marks = (None, None)
 
     def run(implementation, *qkv):
         return jax.jit(
@@ -113,7 +122,10 @@ def test_the_first_key_of_each_query_says_what_it_sees(window, segmented):
     rows = [np.sort(rng.integers(1, documents + 1, T)) for documents in (1, 3, 40)] + [
         np.r_[[1] * 5, [2] * 9, [0] * 18]
     ]
-    segments = jnp.asarray(rows, jnp.int32) if segmented else None
+    if segmented:
+        segments = jnp.asarray(rows, jnp.int32)
+    else:
+        segments = None
     places = jnp.arange(T)[:, None]
     keys = jnp.arange(T)
     seen = (keys >= first_keys(segments, T, window)[:, :, None]) & (keys <= places)

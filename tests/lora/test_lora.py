@@ -88,7 +88,9 @@ def test_adapters_are_few(name):
     shapes = jax.eval_shape(build(c).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))[
         "params"
     ]
-    sizes = {jax.tree_util.keystr(path): x.size for path, x in jax.tree.leaves_with_path(shapes)}
+    sizes = {}
+    for path, x in jax.tree.leaves_with_path(shapes):
+        sizes[jax.tree_util.keystr(path)] = x.size
     adapters = sum(size for path, size in sizes.items() if "lora_" in path)
     assert 0 < adapters < 0.05 * sum(sizes.values())
 
@@ -98,11 +100,21 @@ def runs(tmp_path_factory, text_dir):
     """(a run with adapters, the same merged)."""
     path = tmp_path_factory.mktemp("lora")
     settings = {
-        "data.path": text_dir, "data.seq_len": 32, "train.batch_size": 8, "train.steps": 20, "model.num_layers": 2,
-        "model.embed_dim": 32, "model.num_heads": 4, "model.lora_rank": 2, "train.ema": 0.5, "eval.every": 0,
+        "data.path": text_dir,
+        "data.seq_len": 32,
+        "train.batch_size": 8,
+        "train.steps": 20,
+        "model.num_layers": 2,
+        "model.embed_dim": 32,
+        "model.num_heads": 4,
+        "model.lora_rank": 2,
+        "train.ema": 0.5,
+        "eval.every": 0,
         "log.tensorboard": False,
-    }  # fmt: skip
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    }
+    flags = []
+    for key, value in settings.items():
+        flags.append(f"--config.{key}={value}")
     program("jaxlm.train", "--config=configs/quickstart.py", f"--workdir={path / 'run'}", *flags)
     program("jaxlm.lora", f"--workdir={path / 'run'}", f"--output={path / 'merged'}")
     return path / "run", path / "merged"
@@ -128,9 +140,9 @@ def test_a_merged_run_is_a_run(runs, tmp_path):
 
 
 def test_a_merged_run_can_be_begun_from_but_not_gone_on_with(runs, tmp_path, text_dir):
-    settings = [
-        f"--config.{key}" for key in (f"data.path={text_dir}", "data.seq_len=32", "eval.every=0")
-    ]
+    settings = []
+    for key in (f"data.path={text_dir}", "data.seq_len=32", "eval.every=0"):
+        settings.append(f"--config.{key}")
     settings += [
         "--config.train.steps=22",
         "--config.train.batch_size=8",

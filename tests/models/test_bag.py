@@ -30,7 +30,9 @@ def packed(texts, length):
             np.int32
         )
 
-    ones = [np.full(len(text), n) for n, text in enumerate(texts, 1)]
+    ones = []
+    for n, text in enumerate(texts, 1):
+        ones.append(np.full(len(text), n))
     return row(texts), row(ones), row([np.arange(len(text)) for text in texts])
 
 
@@ -44,10 +46,15 @@ def grams_of(text):
 
 def bag(**more):
     return small_config(
-        model__name="bag", model__num_layers=0, model__order=ORDER, model__buckets=97, model__pooling="sum",
+        model__name="bag",
+        model__num_layers=0,
+        model__order=ORDER,
+        model__buckets=97,
+        model__pooling="sum",
         task__name="classify",
-        data__labels=("no", "yes"), **more,
-    )  # fmt: skip
+        data__labels=("no", "yes"),
+        **more,
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -145,9 +152,9 @@ def test_ratios_are_those_of_the_formula(classes):
     ratios = log_count_ratios(texts, labels, classes, ORDER, 1000)
     tokens, *places = packed(texts, 32)
     buckets, whole = (np.asarray(x[0]) for x in ngrams_in(tokens, *places, ORDER, 1000))
-    bucket_of = {
-        tuple(tokens[0, t - n : t + 1].tolist()): buckets[t, n] for t, n in zip(*np.nonzero(whole))
-    }
+    bucket_of = {}
+    for t, n in zip(*np.nonzero(whole)):
+        bucket_of[tuple(tokens[0, t - n : t + 1].tolist())] = buckets[t, n]
     counts = np.ones((classes, 1000))
     for text, label in zip(texts, labels):
         for bucket in {bucket_of[gram] for gram in grams_of(text)}:

@@ -94,7 +94,10 @@ def test_what_a_position_sees(variant):
     for place in (1, 10, 15):
         n = place // 8
         targets = range(8 * n, 8 * n + 8 if variant == "bilstm" else place + 1)
-        sources = range(30 + 6 * n, 36 + 6 * n) if "seq2seq" in variant else ()
+        if "seq2seq" in variant:
+            sources = range(30 + 6 * n, 36 + 6 * n)
+        else:
+            sources = ()
         seen = np.abs(gradient(params["embed"]["tokens"], place)).max(axis=1) > 0
         assert list(np.flatnonzero(seen)) == [*targets, *sources]
 
@@ -119,7 +122,10 @@ def test_the_cache_changes_nothing(variant):
         now = (x[rows, start:stop] for x in (tokens, segments, positions))
         x, cache = apply(params, *now, cache=cache, **({} if start else source))
         parts.append(x[np.argsort(rows)])
-        cache = cache if start else model.take_rows(cache, order)
+        if start:
+            cache = cache
+        else:
+            cache = model.take_rows(cache, order)
     want, _ = apply(params, tokens, segments, positions, **source)
     np.testing.assert_allclose(
         jnp.where(segments[..., None], jnp.concatenate(parts, 1) - want, 0), 0, atol=1e-5
@@ -158,7 +164,9 @@ def test_attention_as_published(kind):
         [[[1, 1, 1, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]], bool
     )  # the last has no source
     params = nn.unbox(model.init(jax.random.key(0), h, keys, same))
-    W = {name: np.asarray(weights["kernel"]) for name, weights in params["params"].items()}
+    W = {}
+    for name, weights in params["params"].items():
+        W[name] = np.asarray(weights["kernel"])
     scores = {
         "dot": lambda: h[0] @ keys[0].T,
         "bilinear": lambda: h[0] @ W["query"] @ keys[0].T,

@@ -198,9 +198,9 @@ def test_scan_and_unrolled_layers_are_one_model():
         small_config(model__layers="SL", model__window=6, model__scan=s) for s in (True, False)
     )
     params = fresh_state(scanned).params
-    blocks = {
-        f"block_{i}": jax.tree.map(lambda x: x[0], params["layers"][f"block_{i}"]) for i in range(2)
-    }
+    blocks = {}
+    for i in range(2):
+        blocks[f"block_{i}"] = jax.tree.map(lambda x: x[0], params["layers"][f"block_{i}"])
     tokens = np.random.default_rng(3).integers(0, 64, (2, 32))
     a, _ = jax.jit(build(scanned).apply)({"params": params}, tokens)
     b, _ = jax.jit(build(plain).apply)({"params": {**params, "layers": blocks}}, tokens)

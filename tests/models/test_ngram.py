@@ -75,12 +75,18 @@ def reference(documents, order, bos, discount):
         D[k] = [Y if 0 < Y < 1 else 0.75] * 3
         if n1 and n2 and n3:
             three = [1 - 2 * Y * n2 / n1, 2 - 3 * Y * n3 / n2, 3 - 4 * Y * n4 / n3]
-            D[k] = three if all(0 < d < j for j, d in enumerate(three, 1)) else D[k]
+            if all(0 < d < j for j, d in enumerate(three, 1)):
+                D[k] = three
+            else:
+                D[k] = D[k]
         D[k] = [0, *([discount] * 3 if discount else D[k])]
 
     def p(context, token):
         counts = [a.get((*context, v), 0) for v in range(V)]
-        shorter = p(context[1:], token) if context else 1 / V
+        if context:
+            shorter = p(context[1:], token)
+        else:
+            shorter = 1 / V
         if not sum(counts):
             return shorter
         of = D[len(context) + 1]
@@ -134,7 +140,10 @@ def test_probabilities_are_those_of_the_formulas(name, order, discount, rows):
     )  # as it was seen, and of any tokens
     for row, line in zip(np.exp(log_probs_at(params, tokens)), tokens.tolist()):
         for t in range(len(line)):
-            context = tuple(line[max(0, t + 2 - order) : t + 1]) if order > 1 else ()
+            if order > 1:
+                context = tuple(line[max(0, t + 2 - order) : t + 1])
+            else:
+                context = ()
             np.testing.assert_allclose(row[t], [p(context, v) for v in range(V)], atol=1e-5)
 
 
@@ -205,7 +214,10 @@ def test_cached_is_uncached(model, rows):
         done = lengths
         for size in (3, 1, 1, 1, 1):
             places = done[:, None] + np.arange(size)
-            options = (np.ones_like(places), places) if given else ()
+            if given:
+                options = (np.ones_like(places), places)
+            else:
+                options = ()
             got, cache = apply(
                 *model, np.take_along_axis(rows, places, axis=1), *options, cache=cache
             )

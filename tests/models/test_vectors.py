@@ -158,7 +158,9 @@ def drawn_loss(name, batch, biases=False, **settings):
     if biases:
         params["unembed_bias"] = rng.normal(size=V)
     c = small_config(task__name=name, model__name="vectors", model__vocab_size=V, **settings)
-    as_jax = {key: jnp.asarray(value) for key, value in batch.items()}
+    as_jax = {}
+    for key, value in batch.items():
+        as_jax[key] = jnp.asarray(value)
     return loss_of(c)(Given(c.model), params, as_jax, c), params
 
 
@@ -204,7 +206,10 @@ def test_the_loss_of_negatives_is_its_formula():
         for t in range(10):
             own = p["x"][b, t]
             j = batch["targets"][b, t]
-            drawn = [n for n in batch["negatives"][b, :, t] if n != j]
+            drawn = []
+            for n in batch["negatives"][b, :, t]:
+                if n != j:
+                    drawn.append(n)
             loss = nats(own @ p["unembed"][j]) + sum(nats(-own @ p["unembed"][n]) for n in drawn)
             total += batch["weights"][b, t] * loss
     assert float(sums["loss"]) == pytest.approx(total, rel=1e-5)
@@ -253,7 +258,9 @@ def sentences(count=3000):
     texts = []
     for _ in range(count):
         kind = rng.integers(CLASSES)
-        words = [f"w{kind}x{n}" for n in rng.integers(0, MEMBERS, 2)]
+        words = []
+        for n in rng.integers(0, MEMBERS, 2):
+            words.append(f"w{kind}x{n}")
         texts.append(f"the f{kind}a {words[0]} g{kind}b and of h{kind}c {words[1]} i{kind}d to")
     return texts
 
@@ -291,7 +298,9 @@ def test_neighbours_are_of_the_same_class(planted, variant, steps):
     right = total = 0
     for kind in range(CLASSES):
         for member in range(MEMBERS):
-            near = [word for word, _ in lm.neighbors(f"w{kind}x{member}", 5)]
+            near = []
+            for word, _ in lm.neighbors(f"w{kind}x{member}", 5):
+                near.append(word)
             right += sum(word.startswith(f"w{kind}x") for word in near)
             total += len(near)
     assert total == 5 * CLASSES * MEMBERS and right / total >= 0.9, right / total

@@ -25,9 +25,19 @@ def small_blocks(monkeypatch):
 def sharded(q, k, v, segments, places, context_parallel, **options):
     options = {"softcap": 0.0, "implementation": "auto"} | options
     return sharded_attention(
-        q, k, v, segments, segments, places, places, attend=attention, flash=FLASH, anywhere=ANYWHERE,
-        context_parallel=context_parallel, **options,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        segments,
+        segments,
+        places,
+        places,
+        attend=attention,
+        flash=FLASH,
+        anywhere=ANYWHERE,
+        context_parallel=context_parallel,
+        **options,
+    )
 
 
 def gradients(attend, *qkv):
@@ -77,8 +87,14 @@ def test_any_mesh_is_one_device(small_blocks, context_parallel, sizes, T, N, K, 
     segments = np.sort(rng.integers(1, 4, (4, T)), axis=1)
     plain = options | {"implementation": "reference"}
     want = gradients(lambda q, k, v: attention(q, k, v, segments, segments, **plain), q, k, v)
-    places = zigzag(T, sizes["sequence"]) if zigzagged else None
-    order = np.arange(T) if places is None else places
+    if zigzagged:
+        places = zigzag(T, sizes["sequence"])
+    else:
+        places = None
+    if places is None:
+        order = np.arange(T)
+    else:
+        order = places
 
     def run(*qkv):
         ordered = (x[:, order] for x in qkv)
@@ -144,9 +160,9 @@ def staged_program(mesh, context_parallel, remat):
 
     want = program(plain, "none")(W, x, segments)
     specs = PartitionSpec("stage"), *(PartitionSpec("stage", "data", "sequence"),) * 2
-    inputs = [
-        jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip((W, x, segments), specs)
-    ]
+    inputs = []
+    for a, spec in zip((W, x, segments), specs):
+        inputs.append(jax.device_put(a, NamedSharding(mesh, spec)))
 
     def attend(*args):
         return sharded(*args, context_parallel, window=20)

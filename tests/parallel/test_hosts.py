@@ -21,9 +21,13 @@ from jaxlm.errors import ConfigError
 from jaxlm.parallel import hosts
 
 SMALL = SETTINGS | {
-    "train.steps": 20, "model.num_layers": 1, "model.num_heads": 8, "model.num_kv_heads": 8, "model.vocab_size": 264,
+    "train.steps": 20,
+    "model.num_layers": 1,
+    "model.num_heads": 8,
+    "model.num_kv_heads": 8,
+    "model.vocab_size": 264,
     "model.dtype": "float32",
-}  # fmt: skip
+}
 MESH = {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2, "eval__every": 10}
 
 
@@ -156,7 +160,10 @@ def test_a_batch_that_every_process_needs_whole(tmp_path, text_dir, whole):
     train(
         tmp_path / "two", text_dir, **MESH | {"mesh__fsdp": 1, "mesh__tensor": 8}, train__stop_at=10
     )
-    first = {step: loss for step, loss in rows(whole).items() if step <= 10}
+    first = {}
+    for step, loss in rows(whole).items():
+        if step <= 10:
+            first[step] = loss
     assert close(rows(tmp_path / "two"), first)
 
 

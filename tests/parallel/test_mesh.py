@@ -109,7 +109,10 @@ def cases():
                 config_of(model, mesh), 8
             ):  # experts on a dense model, heads that tensor does not divide
                 continue
-            marks = () if (model, mesh) in FAST else pytest.mark.slow
+            if (model, mesh) in FAST:
+                marks = ()
+            else:
+                marks = pytest.mark.slow
             yield pytest.param(model, mesh, marks=marks, id=f"{model}-{mesh}")
 
 
@@ -207,9 +210,10 @@ def test_what_an_mlp_computes_stays_where_it_is(sizes):
         model__embed_dim=48, model__head_dim=8, model__mlp_dim=112, model__num_kv_heads=4
     )
     widths = {112 // sizes.get("tensor", 1), 112}
-    gathered = [
-        shape for kind, shape in collectives(compiled_step(c, **sizes)[0]) if kind == "all-gather"
-    ]
+    gathered = []
+    for kind, shape in collectives(compiled_step(c, **sizes)[0]):
+        if kind == "all-gather":
+            gathered.append(shape)
     assert not [
         shape for shape in gathered if shape[-1] in widths and len(shape) > 1 and shape[-2] != 48
     ]
@@ -230,7 +234,10 @@ def test_with_fsdp_gradients_are_reduce_scattered(sizes):
         assert ("reduce-scatter", shard) in made, name
         if "data" in sizes:
             assert ("all-reduce", shard) in made, name
-    limit = 32 * 32 // 2 if "data" not in sizes else 32 * 128 // 4
+    if "data" not in sizes:
+        limit = 32 * 32 // 2
+    else:
+        limit = 32 * 128 // 4
     assert not [shape for kind, shape in made if kind == "all-reduce" and np.prod(shape) > limit]
 
 
@@ -334,7 +341,9 @@ def test_problems_of_all_sections_are_told_at_once():
         mesh__strategy="fdsp",
         model__norm="x",
     )
-    keys = [problem.partition("=")[0].partition(":")[0] for problem in found]
+    keys = []
+    for problem in found:
+        keys.append(problem.partition("=")[0].partition(":")[0])
     assert keys == [
         "config.model.norm",
         "config.mesh.strategy",

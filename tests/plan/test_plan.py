@@ -207,7 +207,9 @@ ENTRY %main (x: bf16[64,64], y: bf16[64,64]) -> bf16[64,64] {
 
 
 def test_what_gpus_are_told_is_known_to_this_jaxlib():
-    options = {name: value for name, (value, _) in chips.GPU_OPTIONS.items()}
+    options = {}
+    for name, (value, _) in chips.GPU_OPTIONS.items():
+        options[name] = value
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
 
 
@@ -265,7 +267,9 @@ def test_a_collective_spread_over_fusions_is_one():
     """As the TPU compiler puts a gather beside products: a start, middles and an end, each with the instruction."""
     gather = "%g = f32[4,8]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}"
     fusion = "= f32[4,8]{1,0} fusion(%p), kind=kCustom, calls=%"
-    bodies = [f"%{name} (p: f32[8]) -> f32[8] {{\n  {gather}\n}}\n" for name in ("start", "end")]
+    bodies = []
+    for name in ("start", "end"):
+        bodies.append(f"%{name} (p: f32[8]) -> f32[8] {{\n  {gather}\n}}\n")
     body = f"%body (p: f32[8]) -> f32[8] {{\n  %a {fusion}start\n  %b {fusion}end\n}}\n"
     loop = '%w = f32[8]{0} while(%p), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}'
     text = (
@@ -456,9 +460,10 @@ def test_attention_on_hopper_gpus_is_a_library_kernel(tmp_path, flags, kernel):
     _, found = plan(
         tmp_path, "--topology=h100:1x1x8", f"--save_hlo={hlo}", "--config.model.remat=full", *flags
     )
-    targets = [
-        line for line in hlo.read_text().splitlines() if f'custom_call_target="{kernel}' in line
-    ]
+    targets = []
+    for line in hlo.read_text().splitlines():
+        if f'custom_call_target="{kernel}' in line:
+            targets.append(line)
     assert found["fits"]
     assert not found["estimate"]
     assert targets
@@ -500,9 +505,14 @@ def test_without_a_compiler_it_is_an_estimate_and_says_so(tmp_path):
     assert found["estimate"]
     assert "AN ESTIMATE" in run.stdout
     assert found["devices"] == 8
-    networks = {(tuple(row["axes"]), row["network"]) for row in found["collectives"]}
+    networks = set()
+    for row in found["collectives"]:
+        networks.add((tuple(row["axes"]), row["network"]))
     assert {network for axes, network in networks if axes == ("fsdp",)} == {"NVLink"}
-    between_hosts = {axes for axes, network in networks if network == "DCN"}
+    between_hosts = set()
+    for axes, network in networks:
+        if network == "DCN":
+            between_hosts.add(axes)
     assert between_hosts
     assert between_hosts <= {("data",), ("data", "fsdp")}
 

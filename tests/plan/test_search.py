@@ -39,7 +39,9 @@ def compiler(limit):
 
 
 def test_options_are_valid_and_different(found):
-    overrides = [tuple(option.overrides.items()) for option in found]
+    overrides = []
+    for option in found:
+        overrides.append(tuple(option.overrides.items()))
     assert len(overrides) == len(set(overrides)) > 20
     assert all(32 % option.overrides["train.grad_accumulation"] == 0 for option in found)
 
@@ -74,12 +76,17 @@ def test_the_fastest_that_should_fit_are_compiled(config, pod, found):
 
 def test_what_does_not_fit_rules_out_what_needs_more(config, pod, found):
     compile, asked = compiler(limit=("none",))
-    memory = {tuple(option.overrides.values()): option.memory for option in found}
+    memory = {}
+    for option in found:
+        memory[tuple(option.overrides.values())] = option.memory
     plans = search(config, pod, compile, 6)
     limit = float("inf")
     for (_, plan), key in zip(plans, asked):
         assert memory[key] < limit
-        limit = memory[key] if plan.memory["needed"] else limit
+        if plan.memory["needed"]:
+            limit = memory[key]
+        else:
+            limit = limit
 
 
 def test_remedies_need_less_and_come_in_order(config, pod):

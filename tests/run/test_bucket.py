@@ -18,9 +18,14 @@ from jaxlm.run.workdir import Hold, run_directory
 
 pytest.importorskip("gcsfs")
 EIGHT_STEPS = {
-    "train__steps": 8, "eval__every": 4, "checkpoint__every": 4, "optim__warmup_steps": 0, "model__num_layers": 1,
-    "checkpoint__keep": 1, "checkpoint__keep_best": False,
-}  # fmt: skip
+    "train__steps": 8,
+    "eval__every": 4,
+    "checkpoint__every": 4,
+    "optim__warmup_steps": 0,
+    "model__num_layers": 1,
+    "checkpoint__keep": 1,
+    "checkpoint__keep_best": False,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -99,7 +99,9 @@ def test_rows_without_their_checkpoints_are_not_dropped_without_being_asked(
 ):
     config = small_config(checkpoint__every=10)
     if last_row:
-        rows = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, last_row + 1)]
+        rows = []
+        for step in range(1, last_row + 1):
+            rows.append(json.dumps({"step": step, "loss": 1.0}))
         (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 9')
     for name in found or ():
         (tmp_path / "checkpoints" / name).mkdir(parents=True)

@@ -32,7 +32,12 @@ def test_a_row_has_the_time_of_its_steps_alone(tmp_path, monkeypatch, start, lat
             clock.now += 50.0
             monitor.pause(began)
     monitor.close()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = []
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        rows.append(json.loads(line))
     assert [row["step_seconds"] for row in rows] == [1.0] * len(rows)
-    timed = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    timed = []
+    for row in rows:
+        if "tokens_per_second" in row:
+            timed.append(row["tokens_per_second"])
     assert timed == [16 * 32.0] * len(timed)

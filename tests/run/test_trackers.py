@@ -85,7 +85,9 @@ def test_rows_are_there_once_after_a_kill_and_a_resume(tmp_path, server, lost):
     monitor.close()
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert list(server) == ["run-0"]
-    keys = [(row["step"], "eval/loss" in row) for row in rows]
+    keys = []
+    for row in rows:
+        keys.append((row["step"], "eval/loss" in row))
     assert len(set(keys)) == len(keys)
     assert [(row["step"], "eval/loss" in row) for row in sent(run)] == keys
     assert [row.get("loss") for row in sent(run)] == [row.get("loss") for row in rows]
@@ -103,7 +105,9 @@ def test_an_evaluation_that_was_cut_off_is_sent_when_it_is_done_again(tmp_path, 
     monitor = train(tmp_path, config, 0, 19)
     monitor.step(20, METRICS, 1e9 + 20)
     train(tmp_path, config, 10, 20)
-    kinds = [(step, "eval/loss" in numbers) for step, numbers in server["run-0"].rows]
+    kinds = []
+    for step, numbers in server["run-0"].rows:
+        kinds.append((step, "eval/loss" in numbers))
     assert kinds.count((20, False)) == 1
     assert kinds.count((20, True)) == 1
 

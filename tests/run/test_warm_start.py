@@ -50,9 +50,17 @@ def settings(folder, task="classify", **more):
     if task == "lm":
         data = {"data__path": ""}
     else:
-        data = {key: str(folder / f"{task}.jsonl") for key in FILES}
-    model = "encoder" if task == "classify" else "decoder"
-    given = {"data__tokenizer": "bytes"} if task != "lm" else {}
+        data = {}
+        for key in FILES:
+            data[key] = str(folder / f"{task}.jsonl")
+    if task == "classify":
+        model = "encoder"
+    else:
+        model = "decoder"
+    if task != "lm":
+        given = {"data__tokenizer": "bytes"}
+    else:
+        given = {}
     given |= {"task__name": task, "model__name": model, "model__vocab_size": 0, "eval__every": 0}
     c = small_config(**given | data | more)
     c.model.num_labels = 0
@@ -262,7 +270,9 @@ def begun_without(folder, c):
 def preferring(folder, runs):
     """Two steps of preferences."""
     path = folder / "dpo"
-    flags = [f"--config.{key.replace('__', '.')}={folder / 'dpo.jsonl'}" for key in FILES]
+    flags = []
+    for key in FILES:
+        flags.append(f"--config.{key.replace('__', '.')}={folder / 'dpo.jsonl'}")
     flags += [
         "--config.task.name=dpo",
         f"--config.train.init_from={runs['sft']}",
@@ -310,13 +320,17 @@ def test_a_model_of_preferences_answers(preferring, tmp_path):
         "--max_tokens=8",
     )
     program("jaxlm.evaluate", f"--workdir={preferring}", *files)
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    answers = []
+    for line in (tmp_path / "answers.jsonl").read_text().splitlines():
+        answers.append(json.loads(line))
     assert [row["prompt"] for row in answers] == TEXTS
     assert answers[0]["answer"] == answer
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert {"loss", "accuracy", "margin", "chrf"} <= set(figures)
     assert figures["pairs"] == 3
-    rows = [json.loads(line) for line in (preferring / "metrics.jsonl").read_text().splitlines()]
+    rows = []
+    for line in (preferring / "metrics.jsonl").read_text().splitlines():
+        rows.append(json.loads(line))
     assert any("eval/chrf" in row for row in rows)
 
 
@@ -394,7 +408,10 @@ def test_a_learning_rate_that_jumps_at_a_resume_is_told(before, after, named):
     assert named in line
     assert "\n" not in line
     assert rate_jump(new, {}, 500, 0) == "", "a new run"
-    key = "adam_learning_rate" if "Adam" in named else "learning_rate"
+    if "Adam" in named:
+        key = "adam_learning_rate"
+    else:
+        key = "learning_rate"
     was, now = (float(schedule(config, config.optim[key])(500)) for config in (old, new))
     assert f"at step 501 was {was:.2e} under the checkpoint's config, and is {now:.2e} now" in line
 

@@ -346,7 +346,9 @@ def test_spans(run):
 def pair_batch():
     """Pairs of which the chosen and the rejected have the same segments, as if both were equally long."""
     flat = token_batch(rows=2 * B)
-    batch = {name: x.reshape(B, 2, T) for name, x in flat.items()}
+    batch = {}
+    for name, x in flat.items():
+        batch[name] = x.reshape(B, 2, T)
     return batch | {
         name: np.repeat(x[:, None], 2, 1)
         for name, x in (("segments", SEGMENTS), ("positions", POSITIONS))
@@ -474,9 +476,9 @@ def test_torch_agrees(run):
         for p in (mine, theirs):
             said.append(weights * -F.cross_entropy(logits(p).mT, targets, reduction="none"))
         gain = (said[0] - said[1]).reshape(B, 2, T)
-        margins = [
-            gain[b, 0, places].sum() - gain[b, 1, places].sum() for b, _, places in examples()
-        ]
+        margins = []
+        for b, _, places in examples():
+            margins.append(gain[b, 0, places].sum() - gain[b, 1, places].sum())
         return -F.logsigmoid(0.3 * torch.stack(margins)).sum()
 
     distilled = run("lm", batch, task__distill=0.6, task__temperature=2.0)

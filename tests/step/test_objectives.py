@@ -105,9 +105,15 @@ def folder(tmp_path_factory):
 
 def config_of(case, folder=None, **more):
     settings = {
-        "data__seq_len": 64, "data__enc_len": 72, "data__tokenizer": "bytes", "data__examples_per_row": 4,
-        "train__batch_size": ROWS, "model__vocab_size": 376, **CASES[case], **more,
-    }  # fmt: skip
+        "data__seq_len": 64,
+        "data__enc_len": 72,
+        "data__tokenizer": "bytes",
+        "data__examples_per_row": 4,
+        "train__batch_size": ROWS,
+        "model__vocab_size": 376,
+        **CASES[case],
+        **more,
+    }
     task = settings["task__name"]
     record = TASKS[task]
     if record.reads_source:
@@ -196,7 +202,9 @@ def test_packed_is_alone_and_padding_is_nothing(case, folder):
     same(this.sums(parts_of(this.batch, rows)), this.sums(parts_of(alone, slice(None))))
 
     whole = this.sums(this.batch)
-    halves = [this.sums(parts_of(this.batch, r)) for r in (slice(4), slice(4, 8))]
+    halves = []
+    for r in (slice(4), slice(4, 8)):
+        halves.append(this.sums(parts_of(this.batch, r)))
     assert whole[0]["weight"] > 0
     assert np.isfinite(whole[0]["loss"])
     same(whole, jax.tree.map(np.add, *halves))
@@ -235,7 +243,10 @@ def on_meshes():
     for mesh, case in itertools.product(MESHES, CASES):
         once = case in ONCE[mesh]
         if (once or case in LOSSES) and fits(case, mesh):
-            marks = () if once and case in FAST else pytest.mark.slow
+            if once and case in FAST:
+                marks = ()
+            else:
+                marks = pytest.mark.slow
             yield pytest.param(case, mesh, marks=marks, id=f"{case}-{mesh}")
 
 
@@ -259,12 +270,27 @@ def test_any_mesh_is_one_device(case, name, folder):
 # ---------------------------------------------------------------- which keys count
 
 SET = {
-    "task.mask_rate": 0.4, "task.whole_words": True, "task.span_length": 9.0, "task.fim_rate": 1.0, "task.window": 1,
-    "task.negatives": 2, "task.subsample": 1e-3, "task.x_max": 7.0,
-    "task.label_smoothing": 0.1, "task.class_weights": "balanced", "task.balanced_sampling": True, "task.focal": 2.0,
-    "task.distill": 0.5, "task.temperature": 2.0, "task.beta": 0.5, "model.pooling": "max", "data.pack": False,
-    "data.examples_per_row": 1, "data.word_dropout": 0.5, "data.enc_len": 24,
-}  # fmt: skip
+    "task.mask_rate": 0.4,
+    "task.whole_words": True,
+    "task.span_length": 9.0,
+    "task.fim_rate": 1.0,
+    "task.window": 1,
+    "task.negatives": 2,
+    "task.subsample": 1e-3,
+    "task.x_max": 7.0,
+    "task.label_smoothing": 0.1,
+    "task.class_weights": "balanced",
+    "task.balanced_sampling": True,
+    "task.focal": 2.0,
+    "task.distill": 0.5,
+    "task.temperature": 2.0,
+    "task.beta": 0.5,
+    "model.pooling": "max",
+    "data.pack": False,
+    "data.examples_per_row": 1,
+    "data.word_dropout": 0.5,
+    "data.enc_len": 24,
+}
 OF_TEXT = {
     "data.columns",
     "data.tokenizer",
@@ -389,8 +415,10 @@ def test_a_target_is_causal_and_reads_the_source_of_its_own_segment(layout):
 def test_the_cache_of_an_encoder_decoder_changes_nothing(layout):
     _, model, params = encoder_decoder(**layout)
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 64)
-    source = {"enc_tokens": jax.random.randint(jax.random.key(2), (2, 10), 0, 64),
-              "enc_segments": (jnp.arange(10) < jnp.array([[10], [6]])).astype(jnp.int32)}  # fmt: skip
+    source = {
+        "enc_tokens": jax.random.randint(jax.random.key(2), (2, 10), 0, 64),
+        "enc_segments": (jnp.arange(10) < jnp.array([[10], [6]])).astype(jnp.int32),
+    }
     apply = jax.jit(
         lambda tokens, cache, source: model.apply({"params": params}, tokens, cache=cache, **source)
     )
@@ -436,9 +464,18 @@ def test_one_beam_is_greedy(kind):
         model, params, prompts, lengths, source, max_tokens=6, beams=1, length_penalty=0.0, eos_id=0
     )
     greedy = generate_tokens(
-        model, params, prompts, lengths, np.zeros(2, np.uint32), source, max_tokens=6, temperature=0.0, top_k=0,
-        top_p=0.0, eos_id=0,
-    )  # fmt: skip
+        model,
+        params,
+        prompts,
+        lengths,
+        np.zeros(2, np.uint32),
+        source,
+        max_tokens=6,
+        temperature=0.0,
+        top_k=0,
+        top_p=0.0,
+        eos_id=0,
+    )
     np.testing.assert_array_equal(beams[:, 0], greedy)
 
 
@@ -475,7 +512,10 @@ def test_a_wide_beam_finds_the_best_of_all(kind, penalty):
         chosen = np.take_along_axis(np.asarray(log_p), texts[..., None], axis=2)[..., 0]
         best = (-math.inf, None)
         for text, each in zip(texts, chosen):
-            size = int(np.argmax(text == 0)) + 1 if 0 in text else M
+            if 0 in text:
+                size = int(np.argmax(text == 0)) + 1
+            else:
+                size = M
             if not text[size:].any():  # after the end there is nothing
                 best = max(best, (each[:size].sum() / ((5 + size) / 6) ** penalty, tuple(text)))
         assert tuple(np.asarray(found[row, 0])) == best[1]

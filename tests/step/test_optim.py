@@ -76,8 +76,14 @@ def test_decay_reaches_matrices_and_spares_norms_and_biases(name):
         value = params
         for part in key.split("/"):
             value = value[part]
-        factor = 0.0 if "norm" in key or "bias" in key else 0.5
-        value = np.sign(value) / 0.5 if name == "adam" else value
+        if "norm" in key or "bias" in key:
+            factor = 0.0
+        else:
+            factor = 0.5
+        if name == "adam":
+            value = np.sign(value) / 0.5
+        else:
+            value = value
         np.testing.assert_allclose(
             update, -1e-2 * factor * value, rtol=1e-5, atol=1e-7, err_msg=key
         )
@@ -196,7 +202,10 @@ def by_hand(rule, c, name, p, gradient, peak, steps=100):
     o = c.optim
     m = np.zeros_like(p)
     v = np.zeros_like(p)
-    factor = 0.0 if re.search("norm|bias", name) else 1.0
+    if re.search("norm|bias", name):
+        factor = 0.0
+    else:
+        factor = 1.0
     rate = schedule(c, peak)
     for t in range(steps):
         g = gradient(name, p, t) + o.l1 * np.sign(p) * factor
@@ -265,7 +274,7 @@ def test_a_hundred_steps_of_muon_are_those_of_optax():
     }
     want = optax.contrib.muon(
         schedule(c, 2e-2), beta=0.95, weight_decay=0.1, muon_weight_dimension_numbers=unflat(dims)
-    )  # fmt: skip
+    )
     with jax.enable_x64(True):
         (got, start, gradient), (end, _, _) = quadratic(c, optimizer(c)), quadratic(c, want)
         for name, p in start.items():
@@ -347,9 +356,13 @@ def test_layers_learn_the_slower_the_deeper():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_stacked_layers_learn_as_separate_ones(name):
     settings = {
-        "optim__name": name, "optim__layer_decay": 0.7, "optim__rates": ((r"mlp", 0.3), (r".*", 1.0)),
-        "optim__learning_rate": 1.0, "model__num_layers": 4, "model__layers": "SL",
-    }  # fmt: skip
+        "optim__name": name,
+        "optim__layer_decay": 0.7,
+        "optim__rates": ((r"mlp", 0.3), (r".*", 1.0)),
+        "optim__learning_rate": 1.0,
+        "model__num_layers": 4,
+        "model__layers": "SL",
+    }
     stacked, plain = (small_config(**settings, model__scan=scan) for scan in (True, False))
     params = fresh_state(stacked).params
     layers = {
@@ -458,7 +471,9 @@ def test_a_frozen_router_keeps_its_bias():
     c = small_config(model__num_experts=4, model__balance_rate=0.1, optim__rates=rates)
     first = fresh_state(c)
     new, _ = one_step(c, first, random_batch(np.random.default_rng(0)))
-    routers = [state.params["layers"]["block_0"]["mlp"]["router"] for state in (first, new)]
+    routers = []
+    for state in (first, new):
+        routers.append(state.params["layers"]["block_0"]["mlp"]["router"])
     jax.tree.map(np.testing.assert_array_equal, *routers)
 
 

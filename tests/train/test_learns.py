@@ -48,13 +48,19 @@ def trained(folder, recipe, make, steps):
     """The run directory of a recipe that has learned from 1,500 examples of `make`; 100 others are in val.jsonl."""
     rng = random.Random(0)
     for name, count in (("train", 1500), ("val", 100)):
-        lines = [json.dumps(make(rng)) + "\n" for _ in range(count)]
+        lines = []
+        for _ in range(count):
+            lines.append(json.dumps(make(rng)) + "\n")
         (folder / f"{name}.jsonl").write_text("".join(lines))
     program(
-        "jaxlm.train", f"--config=configs/{recipe}.py", f"--workdir={folder}/run",
-        f"--config.data.train={folder}/train.jsonl", f"--config.data.val={folder}/val.jsonl",
-        f"--config.train.steps={steps}", "--config.eval.every=0",
-    )  # fmt: skip
+        "jaxlm.train",
+        f"--config=configs/{recipe}.py",
+        f"--workdir={folder}/run",
+        f"--config.data.train={folder}/train.jsonl",
+        f"--config.data.val={folder}/val.jsonl",
+        f"--config.train.steps={steps}",
+        "--config.eval.every=0",
+    )
     return folder / "run"
 
 

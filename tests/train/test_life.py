@@ -15,11 +15,24 @@ from jaxlm.run.checkpoint import name_of
 
 pytestmark = pytest.mark.slow
 SETTINGS = {
-    "model.name": "encoder", "model.num_layers": 2, "model.embed_dim": 64, "model.num_heads": 4, "model.qk_norm": True,
-    "data.path": "", "data.tokenizer": "words", "data.seq_len": 32, "train.batch_size": 8, "train.steps": 100,
-    "optim.name": "adamw", "optim.learning_rate": 3e-3, "optim.end_factor": 0.0, "optim.weight_decay": 0.01,
-    "eval.every": 1000, "log.every": 1, "log.tensorboard": False,
-}  # fmt: skip
+    "model.name": "encoder",
+    "model.num_layers": 2,
+    "model.embed_dim": 64,
+    "model.num_heads": 4,
+    "model.qk_norm": True,
+    "data.path": "",
+    "data.tokenizer": "words",
+    "data.seq_len": 32,
+    "train.batch_size": 8,
+    "train.steps": 100,
+    "optim.name": "adamw",
+    "optim.learning_rate": 3e-3,
+    "optim.end_factor": 0.0,
+    "optim.weight_decay": 0.01,
+    "eval.every": 1000,
+    "log.every": 1,
+    "log.tensorboard": False,
+}
 
 
 def train(workdir, **settings):
@@ -83,12 +96,19 @@ def pretrained(tmp_path_factory):
     for t in range(TOPICS):
         for i in range(WORDS):
             every.append(f"t{t}w{i}")
-    text = [sentence(rng, rng.integers(TOPICS), 12) for _ in range(4000)]
+    text = []
+    for _ in range(4000):
+        text.append(sentence(rng, rng.integers(TOPICS), 12))
     data = tokens(path / "text", text, every)
     run = train(
-        path / "mlm", task__name="mlm", task__mask_rate=0.3, data__path=data, data__seq_len=64, train__batch_size=16,
+        path / "mlm",
+        task__name="mlm",
+        task__mask_rate=0.3,
+        data__path=data,
+        data__seq_len=64,
+        train__batch_size=16,
         train__steps=500,
-    )  # fmt: skip
+    )
     print(f"\nmasked words: loss {run['loss'][0]:.2f} -> {run['eval/loss'][-1]:.2f}")
     for seed in range(3):
         examples(path / f"train{seed}.jsonl", labelled(rng, 24))
@@ -115,7 +135,9 @@ def test_pretraining_makes_few_labels_go_far(pretrained, tmp_path):
     }
     mean = {}
     for name, more in start.items():
-        each = [tune(pretrained, tmp_path / f"{name}{seed}", seed, **more) for seed in range(3)]
+        each = []
+        for seed in range(3):
+            each.append(tune(pretrained, tmp_path / f"{name}{seed}", seed, **more))
         mean[name] = np.mean(each)
         print(
             f"\n24 labels, {name}: accuracy {mean[name]:.3f} of {', '.join(f'{x:.3f}' for x in each)}"
@@ -132,9 +154,16 @@ def test_adapters_learn_with_few_parameters_beside_frozen_ones(pretrained, tmp_p
     accuracy = tune(pretrained, tmp_path / "lora", 0, **more)
     before = jaxlm.load(pretrained / "mlm")
     run = jaxlm.load(tmp_path / "lora")
-    start = {name_of(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(before.params)}
-    now = {name_of(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(run.params)}
-    frozen = [name for name in start if np.array_equal(start[name], now[name])]
+    start = {}
+    for path, x in jax.tree.leaves_with_path(before.params):
+        start[name_of(path)] = np.asarray(x)
+    now = {}
+    for path, x in jax.tree.leaves_with_path(run.params):
+        now[name_of(path)] = np.asarray(x)
+    frozen = []
+    for name in start:
+        if np.array_equal(start[name], now[name]):
+            frozen.append(name)
     trained = sum(x.size for name, x in now.items() if name not in frozen)
     part = trained / sum(x.size for x in now.values())
     assert set(frozen) == set(start)
@@ -171,15 +200,29 @@ def test_preferences_are_learned(tmp_path):
         rows["val" if i < 200 else "train"].append(
             {"prompt": prompt, "chosen": up, "rejected": down}
         )
-    files = {name: examples(tmp_path / f"{name}.jsonl", rows[name]) for name in rows}
+    files = {}
+    for name in rows:
+        files[name] = examples(tmp_path / f"{name}.jsonl", rows[name])
     train(
-        tmp_path / "sft", task__name="sft", model__name="decoder", data__train=files["sft"], data__seq_len=64,
-        train__steps=150, eval__every=0,
-    )  # fmt: skip
+        tmp_path / "sft",
+        task__name="sft",
+        model__name="decoder",
+        data__train=files["sft"],
+        data__seq_len=64,
+        train__steps=150,
+        eval__every=0,
+    )
     run = train(
-        tmp_path / "dpo", task__name="dpo", train__init_from=tmp_path / "sft", data__train=files["train"],
-        data__val=files["val"], data__seq_len=64, train__steps=150, optim__learning_rate=1e-3, eval__every=50,
-    )  # fmt: skip
+        tmp_path / "dpo",
+        task__name="dpo",
+        train__init_from=tmp_path / "sft",
+        data__train=files["train"],
+        data__val=files["val"],
+        data__seq_len=64,
+        train__steps=150,
+        optim__learning_rate=1e-3,
+        eval__every=50,
+    )
     margins = [float(np.mean(run["margin"][i : i + 10])) for i in (0, 70, 140)]
     accuracy = run["eval/accuracy"][-1]
     print(

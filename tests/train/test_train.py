@@ -20,11 +20,24 @@ from jaxlm.train.best import Best
 from jaxlm.train.loop import Run
 
 SETTINGS = {
-    "model.num_layers": 2, "model.embed_dim": 32, "model.num_heads": 4, "model.num_kv_heads": 2, "model.scan": False,
-    "model.mlp": "relu2", "model.dropout": 0.1, "data.seq_len": 32, "train.batch_size": 8, "optim.name": "adamw",
-    "optim.learning_rate": 3e-3, "optim.warmup_steps": 10, "log.every": 1, "eval.every": 0, "checkpoint.every": 1000,
-    "data.isolate": True, "log.tensorboard": False,
-}  # fmt: skip
+    "model.num_layers": 2,
+    "model.embed_dim": 32,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.scan": False,
+    "model.mlp": "relu2",
+    "model.dropout": 0.1,
+    "data.seq_len": 32,
+    "train.batch_size": 8,
+    "optim.name": "adamw",
+    "optim.learning_rate": 3e-3,
+    "optim.warmup_steps": 10,
+    "log.every": 1,
+    "eval.every": 0,
+    "checkpoint.every": 1000,
+    "data.isolate": True,
+    "log.tensorboard": False,
+}
 
 
 def command(workdir, data, **overrides):
@@ -47,7 +60,9 @@ def refuse(workdir, data, **overrides):
 
 
 def rows(workdir, key="loss"):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = []
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        lines.append(json.loads(line))
     return {line["step"]: line[key] for line in lines if key in line}
 
 
@@ -128,9 +143,18 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, text_dir):
 def test_evaluation_keeps_the_best_and_the_newest_and_stops_early(tmp_path, text_dir):
     """A learning rate far too high makes the validation loss rise after a while."""
     run = train(
-        tmp_path, text_dir, train__steps=400, eval__every=5, eval__patience=3, checkpoint__keep=1,
-        optim__learning_rate=0.3, optim__schedule="linear", optim__warmup_steps=100, optim__clip=0, model__dropout=0,
-    )  # fmt: skip
+        tmp_path,
+        text_dir,
+        train__steps=400,
+        eval__every=5,
+        eval__patience=3,
+        checkpoint__keep=1,
+        optim__learning_rate=0.3,
+        optim__schedule="linear",
+        optim__warmup_steps=100,
+        optim__clip=0,
+        model__dropout=0,
+    )
     losses = rows(tmp_path, "eval/loss")
     assert "in 3 evaluations: stopping" in run.stdout
     assert max(losses) < 400
@@ -279,7 +303,9 @@ def test_a_metric_that_an_evaluation_does_not_give_saves_and_waits(metric, resul
     ] * 3
     saves = run.checkpoints.save.call_args_list
     assert [save.args for save in saves] == [(state, {"best": [None, 0]}, None)] * 3
-    said = [call.args[0] for call in run.monitor.say.call_args_list]
+    said = []
+    for call in run.monitor.say.call_args_list:
+        said.append(call.args[0])
     assert len(said) == 3
     assert "\n" not in said[0]
     assert f"eval.metric={metric}: this evaluation {why}" in said[0]

@@ -90,7 +90,9 @@ def saved_state(config, workdir, step):
 
 
 def rows(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = []
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        lines.append(json.loads(line))
     timed = ("tokens_per_second", "seconds")
     return [{key: x for key, x in line.items() if not key.endswith(timed)} for line in lines]
 
@@ -115,7 +117,9 @@ def test_a_whole_run_is_saved_resumed_to_the_bit_evaluated_and_generated_from(
     shutil.rmtree(resumed / "checkpoints/4")
     assert trainer.train(config, resumed) == 0
 
-    ends = [saved_state(config, workdir, 4) for workdir in (whole, resumed)]
+    ends = []
+    for workdir in (whole, resumed):
+        ends.append(saved_state(config, workdir, 4))
     assert dtype in {
         str(x.dtype) for x in jax.tree.leaves(ends[0].params)
     }  # routers are float32 in any case

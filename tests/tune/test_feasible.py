@@ -82,7 +82,9 @@ def test_the_values_of_the_recipe_do_not_count_where_the_space_has_others():
 
 
 def test_a_space_of_many_keys_is_tried_by_a_sample_that_forbids_nothing():
-    sound = [f"optim.{key}=float:0.1:0.9" for key in ("b1", "b2", "momentum", "end_factor")]
+    sound = []
+    for key in ("b1", "b2", "momentum", "end_factor"):
+        sound.append(f"optim.{key}=float:0.1:0.9")
     sound += [f"model.{key}=choice:relu2,gelu,swiglu" for key in ("mlp",)]
     sound += [
         "optim.learning_rate=log:1e-4:1e-1",

@@ -141,7 +141,9 @@ def test_a_trial_is_the_mean_over_seeds_of_the_best_of_each_run(tmp_path):
 def test_grids_are_swept_whole_in_order_and_without_pruning(tmp_path):
     space = "optim.learning_rate=grid:1e-3,1e-2,1e-1", "optim.name=grid:muon,adamw"
     study = search(tmp_path, space=space, trials=0)
-    pairs = [tuple(record["values"].values()) for record in study.records]
+    pairs = []
+    for record in study.records:
+        pairs.append(tuple(record["values"].values()))
     assert pairs == [(lr, name) for lr in (1e-3, 1e-2, 1e-1) for name in ("muon", "adamw")]
     assert {record["state"] for record in study.records} == {"done"}
 
@@ -165,7 +167,9 @@ def test_what_check_refuses_and_what_diverges_is_in_the_table_with_the_reason(tm
         return valley(config, folder, watch)
 
     study = search(tmp_path, run, space=(SPACE[0], "model.num_heads=int:4:6"), trials=20)
-    states = {record["state"]: record for record in study.records}
+    states = {}
+    for record in study.records:
+        states[record["state"]] = record
     assert states["refused"]["values"]["model.num_heads"] == 5
     assert not states["refused"]["by_seed"]
     assert states["diverged"]["reason"] == "20 steps in a row"
@@ -187,14 +191,16 @@ def test_a_trial_worse_than_the_median_is_pruned_but_not_at_its_last_step(tmp_pa
             steps.append(step)
         return [{"step": 1000, "eval/loss": loss}]
 
-    states = [record["state"] for record in search(tmp_path / "a", run, trials=8).records]
+    states = []
+    for record in search(tmp_path / "a", run, trials=8).records:
+        states.append(record["state"])
     assert states == ["done"] * 5 + ["pruned"] * 3
     # not while the learning rate warms up
     assert steps.count(10) == 8
     assert steps.count(500) == 5
-    states = [
-        record["state"] for record in search(tmp_path / "b", run, trials=8, prune=False).records
-    ]
+    states = []
+    for record in search(tmp_path / "b", run, trials=8, prune=False).records:
+        states.append(record["state"])
     assert states == ["done"] * 8
 
     def late(config, folder, watch):
@@ -322,7 +328,9 @@ def test_the_report(tmp_path, capsys):
     assert "importance (PED-ANOVA of 20 trials: " in out
     assert best["mean"] == min(record["mean"] for record in told["trials"])
     config = configs.base()
-    pairs = [flag.removeprefix("--config.").split("=") for flag in best["flags"].split()]
+    pairs = []
+    for flag in best["flags"].split():
+        pairs.append(flag.removeprefix("--config.").split("="))
     assert not configs.override(config, pairs)
     assert config.optim.learning_rate == best["values"]["optim.learning_rate"]  # to the last digit
     assert set(told["importances"]) == {"optim.learning_rate", "optim.name"}
@@ -389,7 +397,9 @@ def test_a_best_value_at_the_edge_of_its_range_is_told(text, value, end):
         expected = [f"{key}={value:.4g} is at the {end} end of {form}: better may lie beyond"]
     else:
         expected = []
-    told = [line.split(";")[0] for line in edges(space, {key: value}, config)]
+    told = []
+    for line in edges(space, {key: value}, config):
+        told.append(line.split(";")[0])
     assert told == expected
     assert not problems
 
@@ -406,16 +416,21 @@ def shown_commands():
 def test_every_combination_of_the_ends_of_shown_spaces_is_a_valid_config(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     (recipe,) = [word.removeprefix("--config=") for word in command if word.startswith("--config=")]
-    forms = [word.removeprefix("--space=") for word in command if word.startswith("--space=")]
+    forms = []
+    for word in command:
+        if word.startswith("--space="):
+            forms.append(word.removeprefix("--space="))
     space, problems = read_space(forms, configs.load(recipe))
     assert space
     assert not problems
-    ends = [
-        getattr(d.values, "choices", None) or (d.values.low, d.values.high) for d in space.values()
-    ]
+    ends = []
+    for d in space.values():
+        ends.append(getattr(d.values, "choices", None) or (d.values.low, d.values.high))
     for values in itertools.product(*ends):
         config = configs.load(recipe)
-        pairs = [(key, str(value)) for key, value in zip(space, values)]
+        pairs = []
+        for key, value in zip(space, values):
+            pairs.append((key, str(value)))
         assert not configs.override(config, pairs)
         assert not check(config)
 

@@ -132,7 +132,10 @@ ROWS = [
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt"])
 def test_sentences_that_are_numbered_in_a_column(tmp_path, name):
-    kaggle = KAGGLE if name == "a.csv" else KAGGLE.replace(",", "\t")
+    if name == "a.csv":
+        kaggle = KAGGLE
+    else:
+        kaggle = KAGGLE.replace(",", "\t")
     assert read(tmp_path / name, kaggle) == SENTENCES
     assert read(tmp_path / name, kaggle, "tags=POS")[1] == (["Peter"], ["NNP"])
     mark = "," if name == "a.csv" else "\t"
@@ -160,9 +163,13 @@ def test_a_numbered_row_without_a_tag_is_refused_with_its_place(tmp_path):
 
 
 def test_numbered_sentences_of_records(tmp_path):
-    records = [{"sentence_id": i, "tokens": word, "ner_tags": tag} for i, word, tag in ROWS]
+    records = []
+    for i, word, tag in ROWS:
+        records.append({"sentence_id": i, "tokens": word, "ner_tags": tag})
     assert read(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records))) == SENTENCES
-    columns = {key: [record[key] for record in records] for key in records[0]}
+    columns = {}
+    for key in records[0]:
+        columns[key] = [record[key] for record in records]
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     assert [e["words"] for e in read_examples(str(tmp_path / "a.parquet"), "tag", "")[0]] == [
         words for words, _ in SENTENCES

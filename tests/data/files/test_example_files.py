@@ -85,7 +85,10 @@ def test_json_is_read_under_any_name(tmp_path, name):
 @pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt", "a"])
 def test_what_stands_between_columns_is_seen_by_the_header(tmp_path, name, mark, caplog):
-    said = '"fine, or so"' if mark == "," else "fine, or so"
+    if mark == ",":
+        said = '"fine, or so"'
+    else:
+        said = "fine, or so"
     text = f"label{mark}text\ngood{mark}{said}\nbad{mark}no\n"
     assert read(tmp_path / name, text) == [
         {"text": "fine, or so", "label": "good"},
@@ -185,7 +188,10 @@ def test_what_is_not_read_is_refused_with_what_to_type(tmp_path, name, content, 
 @pytest.mark.parametrize("code", ["latin1", "cp1252", "utf-16-le"])
 @pytest.mark.parametrize("pack", ["none", "gzip"])
 def test_the_command_that_converts_an_encoding_works_as_typed(tmp_path, code, pack):
-    text = TABLE.replace("fine", "“fine”") if code == "cp1252" else TABLE
+    if code == "cp1252":
+        text = TABLE.replace("fine", "“fine”")
+    else:
+        text = TABLE
     path = tmp_path / "a file.tsv"
     message = refused(path, PACK[pack](text.encode(code)))
     command = message[message.index("convert it: ") :].removeprefix("convert it: ").splitlines()[0]
@@ -351,7 +357,9 @@ def test_a_recipes_own_paths_work(tmp_path, monkeypatch, recipe):
     for spec in (c.data.train, c.data.val):
         folder = os.path.dirname(spec.split("+")[0])
         os.makedirs(folder, exist_ok=True)
-        names = [os.path.basename(part) for part in spec.split("+")]
+        names = []
+        for part in spec.split("+"):
+            names.append(os.path.basename(part))
         assert not flags or "+".join(names) in flags
         for name in names:
             with open(os.path.join(folder, name), "w") as file:

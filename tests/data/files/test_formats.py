@@ -478,7 +478,9 @@ def test_what_a_directory_has_besides_is_told(tmp_path):
 def test_values_of_json_come_from_any_blocks():
     text = json.dumps([{"a": "x" * n, "b": [n, {"c": None}]} for n in range(20)], indent=1)
     for size in (1, 3, 1000):
-        blocks = [text[i : i + size] for i in range(0, len(text), size)]
+        blocks = []
+        for i in range(0, len(text), size):
+            blocks.append(text[i : i + size])
         assert list(json_records.stream_values(blocks)) == json.loads(text)
     assert list(json_records.stream_values(["12", "3 4 ", '"a"[1]'])) == [123, 4, "a", [1]]
     assert list(json_records.stream_values([])) == list(json_records.stream_values([" [ ] "])) == []

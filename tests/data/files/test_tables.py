@@ -58,7 +58,10 @@ FORMATS = {
 
 
 def write(path, content):
-    data = content if isinstance(content, bytes) else content.encode()
+    if isinstance(content, bytes):
+        data = content
+    else:
+        data = content.encode()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return str(path)
 

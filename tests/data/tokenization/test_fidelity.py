@@ -152,7 +152,9 @@ def test_the_sign_that_sentencepiece_writes_a_space_as_comes_back():
 def word_model(unknown: str | None = "<unk>") -> tokenizer.Tokenizer:
     library = pytest.importorskip("tokenizers")
     words = sorted(set(ENGLISH.replace(",", " ").replace(".", " ").split()))
-    ids = {word: i for i, word in enumerate([",", ".", *words, *([unknown] if unknown else [])])}
+    ids = {}
+    for i, word in enumerate([",", ".", *words, *([unknown] if unknown else [])]):
+        ids[word] = i
     model = library.Tokenizer(
         library.models.WordLevel(ids, **({"unk_token": unknown} if unknown else {}))
     )

@@ -169,7 +169,10 @@ def learned(example: dict, made, lowercase=False) -> str:
 CONTEXTS = [
     ("\u6771\u4eac\u306f\u65e5\u672c\u306e\u9996\u90fd\u3067\u3059\u3002", "\u65e5\u672c"),
     ("\u5317\u4eac\u662f\u4e2d\u56fd\u7684\u9996\u90fd\u3002", "\u4e2d\u56fd"),
-    ("\u0e01\u0e23\u0e38\u0e07\u0e40\u0e17\u0e1e \u0e40\u0e1b\u0e47\u0e19", "\u0e40\u0e1b\u0e47\u0e19"),
+    (
+        "\u0e01\u0e23\u0e38\u0e07\u0e40\u0e17\u0e1e \u0e40\u0e1b\u0e47\u0e19",
+        "\u0e40\u0e1b\u0e47\u0e19",
+    ),
     ("He was king (1990-1992), then not.", "1992"),
     ("It cost $5,000.", "5,000"),
     ("call open('a.txt'), then close", "a.txt"),
@@ -178,7 +181,7 @@ CONTEXTS = [
     ("\u0130stanbul is \u0130zmir's rival", "\u0130zmir"),
     ("whole", "whole"),
     ("the end.", " end"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("context", "answer"), CONTEXTS)
@@ -332,14 +335,21 @@ def test_answers_without_spaces_are_learned(tmp_path, kind):
     made_questions(tmp_path, 2000, 0)
     made_questions(tmp_path, 200, 1)
     settings = {
-        "data.train": tmp_path / "0.jsonl", "data.val": tmp_path / "1.jsonl", "data.tokenizer": kind,
-        "data.seq_len": 128, "train.steps": 100, "eval.every": 100, "log.tensorboard": False,
-    }  # fmt: skip
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+        "data.train": tmp_path / "0.jsonl",
+        "data.val": tmp_path / "1.jsonl",
+        "data.tokenizer": kind,
+        "data.seq_len": 128,
+        "train.steps": 100,
+        "eval.every": 100,
+        "log.tensorboard": False,
+    }
+    flags = []
+    for key, value in settings.items():
+        flags.append(f"--config.{key}={value}")
     program("jaxlm.train", "--config=configs/qa.py", f"--workdir={tmp_path / 'run'}", *flags)
-    rows = [
-        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
+    rows = []
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        rows.append(json.loads(line))
     print(kind, rows[-1])
     assert rows[-1]["eval/exact_match"] >= 95
 

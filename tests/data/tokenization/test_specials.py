@@ -183,11 +183,17 @@ def test_flags_win_and_data_are_written_and_told_with_them(tmp_path, bos, eos, e
     loaded = tokenizer.load(out)
     assert begin_and_end(loaded) == expected
     data = store.Store(out, "train")
-    end = [] if loaded.eos_id is None else [loaded.eos_id]
+    if loaded.eos_id is None:
+        end = []
+    else:
+        end = [loaded.eos_id]
     assert data.read(0, data.num_tokens).tolist() == [5, 5, *end, 5, *end]
     line = prepare.summary(manifest, out).splitlines()[4]
     for role, token, flag in (("bos", expected[0], bos), ("eos", expected[1], eos)):
-        origin = f"(--{role})" if flag else "(tokenizer_config.json)"
+        if flag:
+            origin = f"(--{role})"
+        else:
+            origin = "(tokenizer_config.json)"
         if token is None:
             said = f"no {role} {origin}"
         else:
@@ -225,7 +231,10 @@ def test_a_missing_end_lists_the_special_tokens_that_may_be_chosen(tmp_path, mar
     file.write_text(file.read_text().replace("</s>", "</x>").replace("<s>", "<x>"))
     text = jsonl(tmp_path / "a.jsonl", ["two two", "two"])
     manifest = prepare.prepare([str(text)], tmp_path / "out", str(path), val_fraction=0, workers=1)
-    listed = "<go>, <stop>" if marked else "<x>, </x>, <go>, <stop>"
+    if marked:
+        listed = "<go>, <stop>"
+    else:
+        listed = "<x>, </x>, <go>, <stop>"
     said = prepare.summary(manifest, tmp_path / "out")
     assert f"; --eos=TOKEN chooses one of {listed}" in said.splitlines()[4]
     with pytest.raises(ConfigError, match=f"its special tokens are {listed}; none is for no token"):

@@ -71,7 +71,10 @@ def test_a_lone_surrogate_is_read_as_the_replacement_character(any_tokenizer):
 def test_decode_never_raises_and_special_tokens_are_empty(any_tokenizer):
     ids = [-1, -(2**31), any_tokenizer.vocab_size, 2**31 - 1, *range(any_tokenizer.vocab_size)]
     assert isinstance(any_tokenizer.decode(ids), str)
-    special = [i for i in (any_tokenizer.bos_id, any_tokenizer.eos_id) if i is not None]
+    special = []
+    for i in (any_tokenizer.bos_id, any_tokenizer.eos_id):
+        if i is not None:
+            special.append(i)
     assert any_tokenizer.decode(special) == any_tokenizer.decode([]) == ""
     assert (any_tokenizer.eos_id is None) == (any_tokenizer.name == "chars")
 
@@ -166,7 +169,9 @@ def test_hugging_face_without_the_library_says_what_to_install(monkeypatch):
 def named_tokens(words: list[str], special: list[str], processor: dict | None = None) -> tuple:
     """The words that a tokenizer.json of these words, special tokens and post processor has as bos and eos."""
     library = pytest.importorskip("tokenizers")
-    vocabulary_ = {word: i for i, word in enumerate(["<unk>", *words])}
+    vocabulary_ = {}
+    for i, word in enumerate(["<unk>", *words]):
+        vocabulary_[word] = i
     model = library.Tokenizer(library.models.WordLevel(vocabulary_, unk_token="<unk>"))
     model.add_special_tokens(special)
     content = json.loads(model.to_str())
@@ -177,9 +182,13 @@ def named_tokens(words: list[str], special: list[str], processor: dict | None = 
 
 
 def template(before: list[str], after: list[str]) -> dict:
-    pieces = [{"SpecialToken": {"id": word, "type_id": 0}} for word in [*before, *after]]
+    pieces = []
+    for word in [*before, *after]:
+        pieces.append({"SpecialToken": {"id": word, "type_id": 0}})
     pieces.insert(len(before), {"Sequence": {"id": "A", "type_id": 0}})
-    special = {word: {"id": word, "ids": [1], "tokens": [word]} for word in [*before, *after]}
+    special = {}
+    for word in [*before, *after]:
+        special[word] = {"id": word, "ids": [1], "tokens": [word]}
     return {"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": special}
 
 
