@@ -4,6 +4,7 @@ Fast: each command is read by the parser of its program, its config is checked, 
 Slow: those that need no pod, made small, in the order in which they are shown. tests/commands.py says which is which.
 """
 
+import ast
 import gzip
 import json
 import os
@@ -274,27 +275,29 @@ def test_each_command_runs(outcomes):
     assert not wrong, "\n\n".join(wrong)
 
 
-PYTHON_RUNS = {  # the run that a line of README's Python needs, where it is not runs/mine
+PYTHON_RUNS = {  # the run that a statement of README's Python needs, where it is not runs/mine
     "läuft": "runs/multi30k",
-    '"role"': "runs/dialogue",
+    "'role'": "runs/dialogue",
 }
-LINES = """
+EACH_STATEMENT = """
 import json, sys
-runs, lines = json.load(sys.stdin)
-for run, line in zip(runs, lines):
+runs, statements = json.load(sys.stdin)
+for run, statement in zip(runs, statements):
     known = {}
     exec("import jaxlm", known)
     known["lm"] = jaxlm = known["jaxlm"].load(run)
-    exec(line, known)
-print(json.dumps(len(lines)))
+    exec(statement, known)
+print(json.dumps(len(statements)))
 """
 
 
 @pytest.mark.slow
 def test_readmes_python_runs(outcomes, folder):
     (block,) = [block for block in PYTHON if "jaxlm.load" in block]
-    lines = [line for line in block.splitlines() if line.strip()]
+    statements = [ast.unparse(statement) for statement in ast.parse(block).body]
     runs = []
-    for line in lines:
-        runs.append(next((run for words, run in PYTHON_RUNS.items() if words in line), "runs/mine"))
-    assert reader(["-c", LINES], folder, json.dumps([runs, lines])) == len(lines)
+    for statement in statements:
+        needed = (run for words, run in PYTHON_RUNS.items() if words in statement)
+        runs.append(next(needed, "runs/mine"))
+    done = reader(["-c", EACH_STATEMENT], folder, json.dumps([runs, statements]))
+    assert done == len(statements)
